@@ -1,0 +1,39 @@
+# make demo: install, then train a teacher once, cache it, and distil several students from the cache (real digits)
+# make test: install, then every test with coverage
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+OUT ?= bench/results
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(STAMP)
+	$(BIN)/kdcache demo --out demo-out
+
+test: $(STAMP)
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/kdcache bench shard-io
+	$(BIN)/kdcache bench end-to-end
+
+# On a machine with a CUDA torch of its own: no dependency is touched; dated JSON results appear under $(OUT).
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider || test $$? -eq 5
+	$(PYTHON) -m kdcache bench shard-io --results $(OUT)
+	$(PYTHON) -m kdcache bench end-to-end --device cuda --results $(OUT)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,0 +1,94 @@
+"""Whose cache it is: the data, the tokenizer and the teacher, compared field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.canonical import dumps
+from kdcache.errors import FieldDifference, IdentityMismatch, UsageError, near
+
+PARTS = ("data", "tokenizer", "teacher", "activation")
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """The document that says whose answers a cache holds; plain JSON values only (no floats).
+
+    data: name, revision, num_samples, class_names, window, probe (keys of evenly spaced samples, 16 hex digits each).
+    tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype, adapters, preprocessing, num_classes.
+    """
+
+    data: Document
+    teacher: Document
+    tokenizer: Document | None = None
+    activation: str = "softmax"
+
+    def __post_init__(self) -> None:
+        for part in ("data", "teacher"):
+            if not isinstance(getattr(self, part), dict):
+                raise UsageError(f"identity.{part}: expected an object, found {getattr(self, part)!r:.80}")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, dict):
+            raise UsageError(f"identity.tokenizer: expected an object or null, found {self.tokenizer!r:.80}")
+        if self.activation not in ("softmax", "sigmoid"):
+            raise UsageError(f"identity.activation is {self.activation!r}; expected 'softmax' or 'sigmoid'")
+        try:
+            dumps(self.to_json())
+        except ValueError as e:
+            raise UsageError(f"identity: {e}") from e
+
+    def to_json(self) -> Document:
+        return {part: getattr(self, part) for part in PARTS}
+
+    @classmethod
+    def from_json(cls, doc: Any, where: str = "identity") -> Identity:
+        """The identity in a JSON value; UsageError for anything else."""
+        if not isinstance(doc, dict) or set(doc) != set(PARTS):
+            raise UsageError(f"{where}: expected an object with the keys {sorted(PARTS)}")
+        return cls(**doc)
+
+
+def difference(cached: Identity, given: Identity, parts: Iterable[str] = PARTS) -> list[FieldDifference]:
+    """The fields of the named parts in which two identities differ, as `part.field`."""
+    out = []
+    for part in parts:
+        a, b = getattr(cached, part), getattr(given, part)
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            out += [FieldDifference(part, a, b)] if a != b else []
+            continue
+        for key in sorted({*a, *b}):
+            x, y = a.get(key), b.get(key)
+            if x != y:
+                out.append(_lists(f"{part}.{key}", x, y) if isinstance(x, list) and isinstance(y, list)
+                           else FieldDifference(f"{part}.{key}", x, y))
+    return out
+
+
+def require_same(cached: Identity, given: Identity, *, accept: Sequence[str] = (), parts: Iterable[str] = PARTS,
+                 where: str = "cache") -> list[str]:
+    """The differing fields that `accept` names; IdentityMismatch listing the others, UsageError for a foreign name."""
+    parts = tuple(parts)
+    known = {f"{part}.{key}" for part in PARTS for doc in (getattr(cached, part), getattr(given, part))
+             if isinstance(doc, dict) for key in doc} | set(PARTS)
+    for name in accept:
+        if name not in known:
+            raise UsageError(f"--accept {name}: no such field of an identity{near(name, known)}")
+    found = difference(cached, given, parts)
+    refused = [d for d in found if d.field not in accept and d.field.split(".")[0] not in accept]
+    if refused:
+        lines = "".join(f"\n  {d}" for d in refused)
+        raise IdentityMismatch(f"{where}: not of this data, tokenizer or teacher; fields that differ:{lines}\n"
+                               f"  a difference known to be harmless: --accept {refused[0].field}", refused)
+    return [d.field for d in found]
+
+
+def _lists(field: str, cached: list[Any], given: list[Any]) -> FieldDifference:
+    """Two long lists said by their first difference."""
+    if len(cached) != len(given):
+        return FieldDifference(field, f"{len(cached)} entries", f"{len(given)} entries")
+    at = [i for i, (x, y) in enumerate(zip(cached, given, strict=True)) if x != y]
+    first = at[0]
+    return FieldDifference(field, f"{cached[first]!r} at {first}",
+                           f"{given[first]!r} there; {len(at)} of {len(cached)} differ")

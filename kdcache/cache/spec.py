@@ -1,0 +1,345 @@
+"""What decides the content of a cache, frozen and validated: two caches with equal specs and identities are equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdcache.cache.columns import MAX_ELEMENTS, NAME, ROOT, Array, Column, Level
+from kdcache.errors import FieldDifference, NotBuilt, UsageError, near
+
+KINDS = ("full", "topk", "none")
+KINDS_LATER = ("topp", "sampled", "hybrid", "given")
+VALUES = ("float32", "bfloat16", "float16", "uint8")
+RELATIVE_VALUES = ("float16", "uint8")          # stored relative to the row's maximum
+RECIPES = ("raw", "map", "pool", "cls", "last", "energy")
+FEATURE_DTYPES = ("float32", "float16", "bfloat16", "int8")
+ROWS = ("one", "ragged")
+MAX_CLASSES = 2**32
+MAX_TIERS = 8
+MAX_TEMPERATURES = 16
+MAX_LABELS = 16
+MAX_SAMPLES = 2**48
+TEMPERATURE = re.compile(r"(0|[1-9]\d{0,2})(\.\d{0,5}[1-9])?")
+
+
+def temperature_name(value: float | str) -> str:
+    """The one spelling of a temperature: 2.0 -> "2", 1.50 -> "1.5". UsageError unless 0 < T < 1000, <= 6 decimals."""
+    try:
+        text = f"{float(value):.6f}".rstrip("0").rstrip(".")
+        if TEMPERATURE.fullmatch(text) and abs(float(text) - float(value)) < 1e-9 and float(text) > 0:
+            return text
+    except (ValueError, OverflowError):
+        pass
+    raise UsageError(f"temperature {value!r}: expected a number above 0 and below 1000 with at most 6 decimals")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureSpec:
+    """One cached activation: `module` of the teacher, reduced by `recipe`, kept as `dtype` with inner `shape`."""
+
+    name: str
+    module: str
+    recipe: str
+    dtype: str
+    shape: tuple[int, ...]
+    level: str = ROOT           # "record", or "row" for one vector per row of a token cache
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError(f"feature name {self.name!r}: expected [a-z0-9_], at most 64 characters")
+        _one_of("recipe", self.recipe, (*RECIPES, "gram"), later=("gram",))
+        _one_of("feature dtype", self.dtype, FEATURE_DTYPES)
+        _one_of("feature level", self.level, (ROOT, "row"))
+        if len(self.shape) > 6 or not all(1 <= n < MAX_ELEMENTS for n in self.shape) or self._width() >= MAX_ELEMENTS:
+            raise UsageError(f"feature {self.name}: shape {list(self.shape)} is empty or has 2^31 elements or more")
+        if self.dtype == "int8" and not self.shape:
+            raise UsageError(f"feature {self.name}: int8 needs a last axis to scale; a scalar has none")
+
+    def _width(self) -> int:
+        return int(np.prod([float(n) for n in self.shape])) if self.shape else 1
+
+    @property
+    def column(self) -> str:
+        return f"feature_{self.name}"
+
+    def columns(self) -> list[Column]:
+        """The value column, and for int8 its float32 scales, one for each vector along the last axis."""
+        out = [Column(self.column, self.level, self.dtype, self.shape)]
+        if self.dtype == "int8":
+            out.append(Column(f"{self.column}_scale", self.level, "float32", self.shape[:-1]))
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+class ShardRange(NamedTuple):
+    """Samples [start, stop) of one view: what shard `index` holds, fixed before the first forward pass."""
+
+    index: int
+    view: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSpec:
+    """Everything that decides the content of a cache, except whose answers they are (`Identity`).
+
+    `num_classes` is V, 0 for kind none. `samples` and `views` are half-open ranges. `tiers` are the k's of kind topk,
+    ascending. `temperatures` are the ones whose tails are stored. `labels` is J, 0 when no label is stored.
+    Raises UsageError for a field that cannot be, NotBuilt for a name the design knows and this version does not.
+    """
+
+    kind: str
+    num_classes: int
+    samples: tuple[int, int]
+    records_per_shard: int
+    views: tuple[int, int] = (0, 1)
+    seed: int = 0
+    rows: str = "one"
+    tiers: tuple[int, ...] = ()
+    values: str = "float16"
+    temperatures: tuple[str, ...] = ()
+    labels: int = 0
+    label_weights: bool = False
+    moments: bool = False
+    row_weights: bool = False
+    view_keys: bool = False
+    tokens: bool = False
+    features: tuple[FeatureSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS, later=KINDS_LATER)
+        _one_of("values", self.values, VALUES)
+        _one_of("rows", self.rows, ROWS)
+        _range("samples", self.samples, MAX_SAMPLES)
+        _range("views", self.views, 2**31)
+        _between("records_per_shard", self.records_per_shard, 1, MAX_ELEMENTS - 1)
+        _between("seed", self.seed, 0, 2**53 - 1)
+        _between("labels", self.labels, 0, MAX_LABELS)
+        {"full": self._check_full, "topk": self._check_topk, "none": self._check_none}[self.kind]()
+        if self.label_weights and not self.labels:
+            raise UsageError("label_weights needs labels of at least 1")
+        if self.tokens and self.rows != "ragged":
+            raise UsageError("tokens needs rows='ragged'")
+        names = [f.name for f in self.features]
+        if len(set(names)) != len(names):
+            raise UsageError(f"feature names repeat: {names}")
+        if any(f.level == "row" for f in self.features) and self.rows != "ragged":
+            raise UsageError("a feature of level 'row' needs rows='ragged'")
+        columns = [c.name for c in self.columns()]
+        if len(set(columns)) != len(columns):
+            raise UsageError(f"two columns have the same name: {sorted(c for c in columns if columns.count(c) > 1)[0]}")
+
+    def _check_full(self) -> None:
+        _between("num_classes", self.num_classes, 1, MAX_ELEMENTS - 1)
+        if self.tiers or self.temperatures:
+            raise UsageError("kind full keeps every logit: it has no tiers and no stored temperatures")
+
+    def _check_topk(self) -> None:
+        _between("num_classes", self.num_classes, 1, MAX_CLASSES)
+        if not 1 <= len(self.tiers) <= MAX_TIERS or list(self.tiers) != sorted(set(self.tiers)) or self.tiers[0] < 1:
+            raise UsageError(f"tiers are {list(self.tiers)}; expected 1 to {MAX_TIERS} ascending k's of at least 1")
+        if self.tiers[-1] > self.num_classes:
+            raise UsageError(f"k is {self.tiers[-1]}; expected at most the number of classes, {self.num_classes}")
+        if self.tiers[-1] > 2**20:
+            raise UsageError(f"k is {self.tiers[-1]}; expected at most 2^20")
+        if not 1 <= len(self.temperatures) <= MAX_TEMPERATURES:
+            raise UsageError(f"{len(self.temperatures)} temperatures; expected 1 to {MAX_TEMPERATURES}")
+        for t in self.temperatures:
+            if temperature_name(t) != t:
+                raise UsageError(f"temperature {t!r} must be spelled {temperature_name(t)!r}")
+        if list(self.temperatures) != sorted(set(self.temperatures), key=Fraction):
+            raise UsageError(f"temperatures {list(self.temperatures)} must ascend")
+
+    def _check_none(self) -> None:
+        if self.num_classes or self.tiers or self.temperatures or self.labels or self.moments or self.row_weights:
+            raise UsageError("kind none keeps no rows: no classes, tiers, temperatures, labels, moments or weights")
+        if not self.features:
+            raise UsageError("kind none without a feature is an empty cache: name a feature or another kind")
+
+    # ---- columns ----------------------------------------------------------------------------------------------
+
+    @property
+    def k(self) -> int:
+        """Entries kept of a row: V for full, the largest tier for topk, 0 for none."""
+        return self.tiers[-1] if self.kind == "topk" else self.num_classes
+
+    @property
+    def id_dtype(self) -> str:
+        return "uint8" if self.num_classes <= 2**8 else "uint16"
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of the plane above the low 16: 0, 1, 2, 4, 8 or 16."""
+        needed = max(0, (self.num_classes - 1).bit_length() - 16)
+        return next(h for h in (0, 1, 2, 4, 8, 16) if h >= needed)
+
+    def tier_range(self, k: int) -> tuple[int, int]:
+        """Entries [start, stop) that tier `k` holds."""
+        at = self.tiers.index(k)
+        return (self.tiers[at - 1] if at else 0, k)
+
+    def columns(self) -> tuple[Column, ...]:
+        """All columns, in the order of the file."""
+        out = [Column("sample_key", ROOT, "uint64")]
+        if self.view_keys:
+            out.append(Column("view_key", ROOT, "uint64"))
+        if self.kind == "full":
+            out.append(Column("values", "row", self.values, (self.num_classes,)))
+        for k in self.tiers:
+            start, stop = self.tier_range(k)
+            out.append(Column(f"ids_{k}", "row", self.id_dtype, (stop - start,)))
+            if self.high_bits:
+                out.append(Column(f"ids_{k}_high", "row", "uint8", (-(-(stop - start) * self.high_bits // 8),)))
+            out.append(Column(f"values_{k}", "row", self.values, (stop - start,)))
+        out += self._row_columns()
+        if self.tokens:
+            out.append(Column("token", "token", "uint16" if 0 < self.num_classes <= 2**16 else "uint32"))
+            out.append(Column("document_start", "token", "uint8"))
+        for feature in self.features:
+            out += feature.columns()
+        return tuple(out)
+
+    def _row_columns(self) -> list[Column]:
+        out = []
+        if self.kind != "none" and self.values in RELATIVE_VALUES:
+            out.append(Column("max", "row", "float32"))
+            if self.values == "uint8":
+                out.append(Column("step", "row", "float32"))
+        if self.kind == "topk":
+            out.append(Column("tail_lse", "row", "float32", (len(self.tiers), len(self.temperatures))))
+        if self.labels:
+            out.append(Column("label", "row", "int32" if self.num_classes <= 2**31 else "int64", (self.labels,)))
+            if self.label_weights:
+                out.append(Column("label_weight", "row", "float32", (self.labels,)))
+            if self.kind == "topk":
+                out.append(Column("label_logit", "row", "float32", (self.labels,)))
+        if self.moments:
+            out += [Column("mean", "row", "float32"), Column("std", "row", "float32")]
+        if self.row_weights:
+            out.append(Column("weight", "row", "float32"))
+        if self.rows == "ragged" and (self.kind != "none" or any(f.level == "row" for f in self.features)):
+            out.append(Column("pos", "row", "int32"))
+        return out
+
+    def levels(self) -> tuple[Level, ...]:
+        """The levels below `record` that some column uses."""
+        used = {c.level for c in self.columns()}
+        known = (Level("row", ROOT, 1 if self.rows == "one" else None), Level("token", ROOT, None))
+        return tuple(level for level in known if level.name in used)
+
+    # ---- records and shards -----------------------------------------------------------------------------------
+
+    @property
+    def num_samples(self) -> int:
+        return self.samples[1] - self.samples[0]
+
+    @property
+    def num_views(self) -> int:
+        return self.views[1] - self.views[0]
+
+    @property
+    def num_records(self) -> int:
+        return self.num_samples * self.num_views
+
+    @property
+    def shards_per_view(self) -> int:
+        return -(-self.num_samples // self.records_per_shard)
+
+    @property
+    def num_shards(self) -> int:
+        return self.shards_per_view * self.num_views
+
+    def shard(self, index: int) -> ShardRange:
+        """The samples and the view of shard `index`; each view is cut into shards separately."""
+        if not 0 <= index < self.num_shards:
+            raise IndexError(f"shard {index}: the cache has {self.num_shards}")
+        view, at = divmod(index, self.shards_per_view)
+        start = self.samples[0] + at * self.records_per_shard
+        return ShardRange(index, self.views[0] + view, start, min(start + self.records_per_shard, self.samples[1]))
+
+    def record(self, view: int, sample_id: int) -> int:
+        """The number of the record of one view of one sample."""
+        return (view - self.views[0]) * self.num_samples + (sample_id - self.samples[0])
+
+    def locate(self, records: Array) -> tuple[Array, Array]:
+        """(shard int64 [B], index in the shard int64 [B]) of record numbers int64 [B]; IndexError outside the cache."""
+        records = np.asarray(records, np.int64)
+        if records.size and (int(records.min()) < 0 or int(records.max()) >= self.num_records):
+            raise IndexError(f"records {records.min()} to {records.max()}: the cache has 0 to {self.num_records - 1}")
+        view, sample = np.divmod(records, self.num_samples)
+        at, index = np.divmod(sample, self.records_per_shard)
+        return view * self.shards_per_view + at, index
+
+    # ---- JSON -------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        out = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {**out, "features": [f.to_json() for f in self.features]}
+
+    @classmethod
+    def from_json(cls, doc: Any, where: str = "spec") -> CacheSpec:
+        """The spec in a JSON value; UsageError for wrong keys, types or values."""
+        fields = _typed(cls, doc, where)
+        fields["features"] = tuple(
+            FeatureSpec(**_typed(FeatureSpec, f, f"{where}.features")) for f in fields["features"]
+        )
+        return cls(**fields)
+
+
+def spec_difference(cached: CacheSpec, given: CacheSpec) -> list[FieldDifference]:
+    """The fields in which two specs differ."""
+    a, b = cached.to_json(), given.to_json()
+    return [FieldDifference(f"spec.{key}", a[key], b[key]) for key in a if a[key] != b[key]]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(cls: type, doc: Any, where: str) -> dict[str, Any]:
+    """`doc` as keyword arguments of dataclass `cls`: exactly its fields, lists as tuples, the annotated plain types."""
+    fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    if not isinstance(doc, dict) or set(doc) != set(fields):
+        found = sorted(doc) if isinstance(doc, dict) else type(doc).__name__
+        raise UsageError(f"{where}: found {str(found)[:200]}, expected the keys {sorted(fields)}")
+    out = {}
+    for name, kind in fields.items():
+        value = doc[name]
+        if kind.startswith("tuple["):
+            item: type = {"int": int, "str": str}.get(kind[6:9], dict)          # features are objects
+            good = isinstance(value, list) and all(type(v) is item for v in value)
+            good = good and (kind != "tuple[int, int]" or len(value) == 2)
+            value = tuple(value) if good else value
+        else:
+            good = type(value) is {"int": int, "str": str, "bool": bool}[kind]
+        if not good:
+            raise UsageError(f"{where}.{name}: found {str(value)[:80]!r}, expected {kind}")
+        out[name] = value
+    return out
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...], later: tuple[str, ...] = ()) -> None:
+    if value in later:
+        built = ", ".join(k for k in known if k not in later)
+        raise NotBuilt(f"{what} {value!r} is not built yet; this version has {built}")
+    if value not in known:
+        raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+
+
+def _between(what: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{what} is {value}; expected {low} to {high}")
+
+
+def _range(what: str, value: tuple[int, int], limit: int) -> None:
+    if not 0 <= value[0] < value[1] <= limit:
+        raise UsageError(f"{what} are [{value[0]}, {value[1]}); expected a non-empty range within [0, {limit})")

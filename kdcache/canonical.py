@@ -1,0 +1,88 @@
+"""Canonical JSON: one document has one byte form, and its last key is the digest of everything before it.
+
+    {"a":1,...,"xxh3_128":"<32 hex digits>"}\\n
+
+Keys sorted, no spaces, ASCII only, no floats, integers below 2^53 in size; the digest is XXH3-128 (seed 0) over the
+canonical bytes of the document without that key, without the final newline. Any other byte form is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import xxhash
+
+from kdcache.errors import CacheCorrupt
+
+DIGEST_KEY = "xxh3_128"         # sorts after every other top-level key of the format
+MAX_INT = 2**53                 # beyond it JSON readers disagree; larger values are written as hex strings
+MAX_DEPTH = 16
+
+
+def digest(data: bytes | memoryview) -> str:
+    """XXH3-128 (seed 0) of `data`, 32 lower-case hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def dumps(value: Any) -> bytes:
+    """Canonical bytes of a JSON value, without digest or newline. ValueError for floats and other foreign types."""
+    _check(value, 0)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """The bytes of a file that holds `document`, ending in its digest and a newline."""
+    if any(key >= DIGEST_KEY for key in document):
+        raise ValueError(f"top-level keys must sort before {DIGEST_KEY!r}: {sorted(document)[-1]!r}")
+    return dumps({**document, DIGEST_KEY: digest(dumps(document))}) + b"\n"
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The document in the bytes of a file; CacheCorrupt naming `where` unless they are exactly canonical and intact."""
+
+    def bad(why: str) -> NoReturn:
+        raise CacheCorrupt(f"{where}: {why}; the file is damaged or was edited by hand")
+
+    try:
+        document = json.loads(data, object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as e:       # also UnicodeDecodeError and over-long integers
+        bad(f"not a JSON document ({str(e)[:80]})")
+    if not isinstance(document, dict):
+        bad("not a JSON object")
+    found = document.pop(DIGEST_KEY, None)
+    try:
+        expected = digest(dumps(document))
+        whole = dumps({**document, DIGEST_KEY: expected}) + b"\n"
+    except (ValueError, RecursionError) as e:
+        bad(str(e)[:80])
+    if found != expected:
+        bad(f"its digest is {str(found)[:40]}, its content gives {expected}")
+    if whole != data:
+        bad("not in canonical form")
+    return document
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return out
+
+
+def _check(value: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"key {key!r} is not a string")
+            _check(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check(item, depth + 1)
+    elif isinstance(value, int):                    # bool is an int, and fine
+        if abs(value) >= MAX_INT:
+            raise ValueError(f"integer {value} is not below 2^53 in size")
+    elif value is not None and not isinstance(value, str):
+        raise ValueError(f"{type(value).__name__} {value!r} has no canonical form")

@@ -1,0 +1,1 @@
+"""Stage 1: build and run a teacher, reduce on the device, feed the writer."""
