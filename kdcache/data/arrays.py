@@ -1,0 +1,87 @@
+"""Datasets that lie in memory as arrays: scikit-learn's digits, and `.npz` files."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdcache.data.keys import array_header, byte_parts, elements
+from kdcache.errors import DataError, UsageError, near
+from kdcache.loading import describe
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797), "all": slice(0, 1797)}     # four fifths, one fifth
+
+
+class ArrayData:
+    """A dataset of arrays with one first axis: items `(x, y)` if there is an `x`, else dicts of all arrays."""
+
+    pure_items = True           # no generator is drawn from: see data/views.py
+
+    def __init__(self, arrays: Arrays, *, name: str, class_names: list[str] | None = None) -> None:
+        self.tensors = {key: torch.from_numpy(np.array(array, order="C")) for key, array in arrays.items()}
+        self.name, self.class_names, self.revision = name, class_names or [], content_hash(arrays)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, i: int) -> Any:
+        if "x" not in self.tensors:
+            return {key: tensor[i] for key, tensor in self.tensors.items()}
+        return self.tensors["x"][i], self.tensors["y"][i] if "y" in self.tensors else None
+
+
+def content_hash(arrays: Arrays) -> str:
+    """`sha256:` and 32 hexadecimal digits over named arrays, laid out as for a sample key (data/keys.py)."""
+    hasher = hashlib.sha256()
+    for name in sorted(arrays):
+        array, dtype = elements(arrays[name], name)
+        hasher.update(array_header(name, dtype, array.shape))
+        for part in byte_parts(array):
+            hasher.update(part)
+    return f"sha256:{hasher.hexdigest()[:32]}"
+
+
+def digits(*, split: str = "train") -> ArrayData:
+    """scikit-learn's 1797 handwritten digits: x float32 [1, 8, 8] in 0..1, y 0..9. split: train, test or all."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise UsageError(f"data digits needs scikit-learn ({e}): pip install 'kdcache[demo]'") from e
+    if split not in DIGITS_SPLITS:
+        raise UsageError(f"data digits has no split {split!r}{near(str(split), DIGITS_SPLITS)}")
+    bunch, rows = load_digits(), DIGITS_SPLITS[split]
+    x = (bunch.images[rows, None] / 16).astype(np.float32)      # the pixels are counts 0..16
+    return ArrayData({"x": x, "y": bunch.target[rows].astype(np.int64)}, name="digits",
+                     class_names=[str(digit) for digit in range(10)])
+
+
+def npz(path: str, /) -> ArrayData:
+    """A numpy .npz file: arrays x and y (or x alone), or any named model inputs with `labels`; one first axis.
+
+    `class_names`, an array of strings, is taken as such. DataError if the file holds anything but plain arrays.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"data npz:{path}: no such file")
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            arrays = {name: opened[name] for name in opened.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+        raise DataError(f"{path} is no .npz file of plain arrays: {describe(e)}") from e
+    names = arrays.pop("class_names", None)
+    if not arrays or any(array.ndim == 0 for array in arrays.values()):
+        raise DataError(f"{path} has the arrays {sorted(arrays)}; expected one or more, each with an axis of samples")
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{path}: the arrays differ in length: {lengths}")
+    if "x" in arrays and not arrays.keys() <= {"x", "y"}:
+        raise DataError(f"{path} has x and also {sorted(arrays.keys() - {'x', 'y'})}; expected x and y, or no x")
+    return ArrayData(arrays, name="npz", class_names=None if names is None else [str(name) for name in names])

@@ -1,0 +1,165 @@
+"""A dataset as the two stages see it: items with tensors, labels and keys, for any (sample_id, view)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.data.keys import arrays_of, given_key, sample_key
+from kdcache.data.views import read_view
+from kdcache.errors import DataError, UsageError
+from kdcache.loading import describe
+
+LABELS = ("labels", "label")                                    # a dict may use either, (x, y) gives the second
+NOT_INPUTS = (*LABELS, "label_weight", "document_start")        # what no model is given
+Inputs = torch.Tensor | dict[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Item:
+    """One view of one sample.
+
+    inputs: what the model is called with, a tensor or named tensors; None when the dataset has a collate_fn of its own.
+    labels: int64, [] one class, [J] several labels, or [L] one per position (-100 ignored); None if there are none.
+    label_weight: float32 [J] or None. document_start: uint8 [L] or None. raw: the item as the dataset gave it.
+    """
+
+    inputs: Inputs | None
+    labels: torch.Tensor | None
+    label_weight: torch.Tensor | None
+    document_start: torch.Tensor | None
+    sample_key: int
+    view_key: int | None
+    raw: Any
+
+
+class Samples:
+    """A map-style dataset: `item(sample_id, view)` is a pure function of its arguments and `seed`.
+
+    Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown), tokenizer_identity (dict or None),
+    window (int, 0 none), has_view_keys. UsageError unless the dataset has __len__ and __getitem__; DataError if empty.
+    """
+
+    def __init__(self, dataset: Any, *, seed: int = 0) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.name = str(getattr(dataset, "name", None) or type(dataset).__name__)
+        missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+        if missing:
+            raise UsageError(f"dataset {self.name} has no {' and no '.join(missing)}; expected a map-style dataset")
+        try:
+            self._length = len(dataset)
+        except (TypeError, NotImplementedError) as e:
+            raise UsageError(f"dataset {self.name} has no length ({e}); expected a map-style dataset") from e
+        if self._length == 0:
+            raise DataError(f"dataset {self.name} has length 0; there is nothing to read")
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"seed is {seed}; expected 0 <= seed < 2^64")
+        self.revision = str(getattr(dataset, "revision", None) or "")
+        self.class_names = [str(name) for name in getattr(dataset, "class_names", None) or ()]
+        self.tokenizer_identity: dict[str, Any] | None = getattr(dataset, "tokenizer_identity", None)
+        self.window = int(getattr(dataset, "window", None) or 0)
+        self._own_key, self._own_view = hasattr(dataset, "key"), hasattr(dataset, "view")
+        self.has_view_keys = self._own_key or self._own_view
+
+    def __len__(self) -> int:
+        return self._length
+
+    def item(self, sample_id: int, view: int = 0) -> Item:
+        """View `view` of sample `sample_id`. DataError names the sample when it cannot be read or used."""
+        if not 0 <= sample_id < self._length:
+            raise UsageError(f"dataset {self.name} has no sample {sample_id}; expected 0..{self._length - 1}")
+        raw = self._read(sample_id, view)
+        try:
+            fields = arrays_of(raw)
+            inputs = model_fields(fields)
+            own = None if self._own_key or self._own_view else sample_key(fields)
+            view_key = sample_key(inputs) if self.has_view_keys else None
+            if hasattr(self.dataset, "collate_fn"):
+                return Item(None, None, None, None, self._key(sample_id, own), view_key, raw)
+            weight, start = extras(fields)
+            return Item(input_tensors(raw, inputs), labels_tensor(label_of(fields)), weight, start,
+                        self._key(sample_id, own), view_key, raw)
+        except DataError as e:
+            raise DataError(f"dataset {self.name}, sample {sample_id}: {e}") from e
+
+    def sample_key(self, sample_id: int, view: int = 0) -> int:
+        """The sample_key of one record, without making its view where the key does not depend on it."""
+        if self._own_key or self._own_view:
+            return self._key(sample_id, None)
+        return self.item(sample_id, view).sample_key
+
+    def _key(self, sample_id: int, own: int | None) -> int:
+        """`own` when the record's own item gives the key; else the dataset's key(i), else that of the plain item."""
+        if own is not None:
+            return own
+        if self._own_key:
+            return given_key(self.dataset.key(sample_id), f"dataset {self.name}, sample {sample_id}")
+        return sample_key(arrays_of(self._read(sample_id, None)))
+
+    def _read(self, sample_id: int, view: int | None) -> Any:
+        """View `view` as the dataset gives it, or the plain item for None."""
+        try:
+            return self.dataset[sample_id] if view is None else read_view(self.dataset, sample_id, view, self.seed)
+        except DataError:
+            raise
+        except Exception as e:
+            raise DataError(f"dataset {self.name}, sample {sample_id} cannot be read: {describe(e)}") from e
+
+
+def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields a model is given: all but the labels, label_weight and document_start."""
+    inputs = {name: value for name, value in fields.items() if name not in NOT_INPUTS}
+    if not inputs:
+        raise DataError(f"an item has no input, only {sorted(fields)}")
+    return inputs
+
+
+def as_tensor(value: Any, name: str) -> torch.Tensor:
+    """A number, list or numeric array as a tensor of its own dtype; DataError for images, text and objects."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, str | bytes) or hasattr(value, "convert"):
+        raise DataError(f"{name!r} is a {type(value).__name__}; a model needs tensors: "
+                        "transform it in the dataset, or give the dataset a collate_fn")
+    try:
+        array = np.asarray(value)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as e:
+        raise DataError(f"{name!r} is a {type(value).__name__} that is no tensor ({e})") from e
+
+
+def labels_tensor(value: Any) -> torch.Tensor | None:
+    """Labels as int64, shape kept; DataError unless they are integers."""
+    if value is None:
+        return None
+    labels = as_tensor(value, "label")
+    if labels.is_floating_point() or labels.is_complex():
+        raise DataError(f"its label is {value if labels.numel() < 5 else labels.dtype!s}, {labels.dtype}; "
+                        "expected a class index (an integer)")
+    return labels.to(torch.int64)
+
+
+def label_of(fields: Mapping[str, Any]) -> Any:
+    """The label of an item or batch; None if it has none, DataError if it has two."""
+    found = [fields[name] for name in LABELS if fields.get(name) is not None]
+    if len(found) > 1:
+        raise DataError("an item has both 'label' and 'labels'; expected one of them")
+    return found[0] if found else None
+
+
+def input_tensors(raw: Any, inputs: Mapping[str, Any]) -> Inputs:
+    """What the model is called with: named tensors when `raw` is a dict, the one tensor x when it is `(x, y)`."""
+    if isinstance(raw, Mapping):
+        return {name: as_tensor(value, name) for name, value in inputs.items()}
+    return as_tensor(inputs["input"], "input")
+
+
+def extras(fields: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """label_weight as float32 and document_start as uint8, shapes kept, None where an item has none."""
+    weight, start = fields.get("label_weight"), fields.get("document_start")
+    return (None if weight is None else as_tensor(weight, "label_weight").to(torch.float32),
+            None if start is None else as_tensor(start, "document_start").to(torch.uint8))

@@ -1,0 +1,58 @@
+"""Data SPECs: a name on the command line -> a dataset object. A new one is a function and an entry in SOURCES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from kdcache.data.arrays import digits, npz
+from kdcache.data.images import image_folder
+from kdcache.data.text import text_windows
+from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.loading import call, is_code, resolve
+
+# SPEC prefix -> what stands after its colon ("" nothing), and the function that gets that and the --data-arg's.
+SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {
+    "digits": ("", digits),
+    "imagefolder": ("PATH", image_folder),
+    "npz": ("PATH", npz),
+    "text": ("GLOB", text_windows),
+}
+NOT_BUILT = ("jsonl", "parquet", "dataset")
+CODE_SPECS = ("file.py:name", "package.module:name")
+
+
+def known_specs() -> list[str]:
+    """How every data SPEC is written."""
+    return [*(f"{prefix}:{rest}" if rest else prefix for prefix, (rest, _) in SOURCES.items()), *CODE_SPECS]
+
+
+def load_data(spec: str, args: Mapping[str, Any] | None = None) -> Any:
+    """The dataset that `spec` names, made with `args` (the parsed --data-arg's).
+
+    `file.py:name` and `package.module:name` are a dataset, or a class or function that is called with `args`.
+    UsageError for an unknown SPEC or argument, NotBuilt for a SPEC that is planned and not there yet.
+    """
+    prefix, _, rest = spec.partition(":")
+    if prefix in SOURCES:
+        placeholder, function = SOURCES[prefix]
+        if bool(rest) != bool(placeholder):
+            raise UsageError(f"data {spec}: expected {prefix}:{placeholder}".removesuffix(":"))
+        return call(partial(function, rest) if placeholder else function, args or {}, where=f"data {prefix}")
+    if prefix in NOT_BUILT:
+        raise NotBuilt(f"data {prefix}: is not built yet; there are {', '.join(known_specs())}")
+    hint = f"{near(prefix, SOURCES)}; expected one of {', '.join(known_specs())}"
+    if not is_code(spec):
+        raise UsageError(f"data {spec}: no such data SPEC{hint}")
+    try:
+        found = resolve(spec)
+    except UsageError as e:
+        raise UsageError(f"data {spec}: {e}" + ("" if ".py:" in spec else f"; or is the SPEC misspelt{hint}")) from e
+    if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
+        found = call(found, args or {}, where=f"data {spec}")
+    elif args:
+        raise UsageError(f"data {spec} is a {type(found).__name__}, not a function; it takes no --data-arg")
+    if not hasattr(found, "__getitem__"):
+        raise UsageError(f"data {spec} gave a {type(found).__name__}; expected a dataset (__len__, __getitem__)")
+    return found
