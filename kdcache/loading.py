@@ -55,6 +55,18 @@ def resolve(spec: str) -> Any:
         raise UsageError(f"{left} has no {name!r}{near(name, public)}") from None
 
 
+def resolve_spec(spec: str, prefixes: Iterable[str], known: Iterable[str], kind: str) -> Any:
+    """`resolve` for a SPEC with none of the `prefixes`; UsageError says which SPECs are `known` where none is meant."""
+    hint = near(spec.partition(":")[0], prefixes)
+    hint = (hint if "did you mean" in hint else "") + f"; expected one of {', '.join(known)}"
+    if not is_code(spec):
+        raise UsageError(f"{kind} {spec}: no such {kind} SPEC{hint}")
+    try:
+        return resolve(spec)
+    except UsageError as e:
+        raise UsageError(f"{kind} {spec}: {e}" + ("" if ".py:" in spec else hint)) from e
+
+
 def call(function: Callable[..., Any], args: Mapping[str, Any], *, where: str,
          offered: Mapping[str, Any] | None = None) -> Any:
     """Call `function` with keyword arguments `args`, and with those of `offered` that it has a parameter for.
@@ -83,7 +95,7 @@ def call(function: Callable[..., Any], args: Mapping[str, Any], *, where: str,
 
 def describe(error: BaseException) -> str:
     """An exception in one line: type, first line of its message, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     lines = str(error).strip().splitlines() or [""]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {lines[0][:300]}{place}"

@@ -9,8 +9,8 @@ from typing import Any
 from kdcache.data.arrays import digits, npz
 from kdcache.data.images import image_folder
 from kdcache.data.text import text_windows
-from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.loading import call, is_code, resolve
+from kdcache.errors import NotBuilt, UsageError
+from kdcache.loading import call, resolve_spec
 
 # SPEC prefix -> what stands after its colon ("" nothing), and the function that gets that and the --data-arg's.
 SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -42,13 +42,7 @@ def load_data(spec: str, args: Mapping[str, Any] | None = None) -> Any:
         return call(partial(function, rest) if placeholder else function, args or {}, where=f"data {prefix}")
     if prefix in NOT_BUILT:
         raise NotBuilt(f"data {prefix}: is not built yet; there are {', '.join(known_specs())}")
-    hint = f"{near(prefix, SOURCES)}; expected one of {', '.join(known_specs())}"
-    if not is_code(spec):
-        raise UsageError(f"data {spec}: no such data SPEC{hint}")
-    try:
-        found = resolve(spec)
-    except UsageError as e:
-        raise UsageError(f"data {spec}: {e}" + ("" if ".py:" in spec else f"; or is the SPEC misspelt{hint}")) from e
+    found = resolve_spec(spec, SOURCES, known_specs(), "data")
     if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
         found = call(found, args or {}, where=f"data {spec}")
     elif args:

@@ -1,0 +1,236 @@
+"""What a model SPEC means. A new one is a function and an entry in MODELS."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.errors import UsageError, near
+from kdcache.loading import accepts, call, describe, resolve_spec
+
+# Task -> the transformers class that builds it, and how the names of its architectures end.
+TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "causal-lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
+    "sequence-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
+    "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+}
+# What a folder may hold beside the model that turns its inputs into ids and pixels.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "preprocessor_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the caller asks of a model, whatever its SPEC."""
+
+    seed: int = 0
+    dtype: torch.dtype | None = None
+    num_classes: int | None = None
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """`num_classes` as an argument, where it is known."""
+        return {} if self.num_classes is None else {"num_classes": self.num_classes}
+
+    @property
+    def random(self) -> str:
+        """How the origin of random weights is said."""
+        return f"random weights, seed {self.seed}"
+
+
+@dataclass(slots=True)
+class Built:
+    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved."""
+
+    module: nn.Module
+    loaded: str
+    num_classes: int | None
+    task: str = ""
+    save: Callable[[Path], None] | None = None
+
+
+def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
+    """The module that `spec` names, made with `args`; UsageError for an unknown SPEC or argument."""
+    prefix, _, rest = spec.partition(":")
+    if prefix in MODELS:
+        if not rest:
+            raise UsageError(f"model {spec}: expected {prefix}:{MODELS[prefix][0]}")
+        built: Built = call(partial(MODELS[prefix][1], rest, wanted), args, where=f"model {spec}")
+        return built
+    return _from_code(spec, resolve_spec(spec, MODELS, known_specs(), "model"), wanted, dict(args))
+
+
+def known_specs() -> list[str]:
+    """How every model SPEC is written."""
+    return [*(f"{prefix}:{rest}" for prefix, (rest, _) in MODELS.items()), "file.py:name", "package.module:name"]
+
+
+def first_few(names: Iterable[str], count: int = 4) -> str:
+    """The first few names, and dots if there are more."""
+    every = list(names)
+    return ", ".join(every[:count]) + (", ..." if len(every) > count else "")
+
+
+def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> Built:
+    loaded = f"{wanted.random}, by {spec}"
+    if isinstance(found, nn.Module):
+        if args:
+            raise UsageError(f"model {spec} is a {type(found).__name__}, not a function; it takes no arguments")
+        loaded = f"the module {spec} as it is"
+    elif callable(found):
+        if accepts(found, "num_classes"):
+            args = {**wanted.classes, **args}
+        found = call(found, args, where=f"model {spec}")
+    if not isinstance(found, nn.Module):
+        raise UsageError(f"model {spec} gave a {type(found).__name__}; expected a torch.nn.Module")
+    return Built(found, loaded, _classes_of(found, args))
+
+
+def _timm(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
+    timm = _import("timm", "kdcache[vision]")
+    if ":" not in name and not timm.is_model(name):         # with a colon it names a hub, as in hf-hub:timm/...
+        raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+    module = timm.create_model(name, pretrained=pretrained, **{**wanted.classes, **args})
+    return Built(module, f"pretrained weights of timm's {name}" if pretrained else wanted.random,
+                 _classes_of(module, args))
+
+
+def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
+    models = _import("torchvision.models", "kdcache[vision]")
+    if name not in models.list_models():
+        raise UsageError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
+    if not pretrained:
+        args = {**wanted.classes, **args}                   # pretrained weights fix the number of classes themselves
+    module = models.get_model(name, weights="DEFAULT" if pretrained else None, **args)
+    return Built(module, f"pretrained weights of torchvision's {name}" if pretrained else wanted.random,
+                 _classes_of(module, args))
+
+
+def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool = False, revision: str | None = None,
+        local_files_only: bool = False, attn_implementation: str | None = None) -> Built:
+    """A pretrained model; new_head: tensors that the checkpoint lacks, or has in another shape, start at random."""
+    path = _existing(path, "hf")
+    where = {"revision": revision or "main", "local_files_only": local_files_only}
+    config = _config(path, "hf", where)
+    task = _task(config, task, f"hf:{path}")
+    resized = task != "causal-lm" and wanted.num_classes not in (None, config.num_labels)
+    if resized and not new_head:
+        raise UsageError(f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: "
+                         "give new_head=true to start its last layer anew")
+    loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
+    if attn_implementation is not None:
+        where["attn_implementation"] = attn_implementation
+    module, info = loader.from_pretrained(
+        path, dtype=wanted.dtype or "auto", use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True, **({"num_labels": wanted.num_classes} if resized else {}), **where)
+    fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if fresh and not new_head:
+        raise UsageError(f"hf:{path} holds no fitting weights for {first_few(fresh)} of {type(module).__name__}; "
+                         "give new_head=true to start them at random, or another task=")
+    loaded = f"pretrained {type(module).__name__} from {path}"
+    if fresh:
+        loaded += f", with {wanted.random}, for {first_few(fresh)}"
+    if unused := sorted(info["unexpected_keys"]):
+        loaded += f" ({len(unused)} of its tensors unused: {first_few(unused)})"
+    return _hf_built(module, loaded, task, path, wanted)
+
+
+def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overrides: Any) -> Built:
+    """A model with random weights from a config.json, or the folder that holds one; overrides: fields of the config."""
+    path = _existing(path, "hf-config")
+    config = _config(path, "hf-config", {})
+    foreign = [key for key in overrides if not hasattr(config, key) and key != "attn_implementation"]
+    if foreign:
+        raise UsageError(f"hf-config:{path} has no field {foreign[0]!r}{near(foreign[0], config.to_dict())}")
+    task = _task(config, task, f"hf-config:{path}")
+    if task != "causal-lm" and wanted.num_classes is not None:
+        overrides.setdefault("num_labels", wanted.num_classes)
+    config = _config(path, "hf-config", overrides)
+    maker = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
+    module = maker.from_config(config, dtype=wanted.dtype or torch.float32)
+    return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted)
+
+
+def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted) -> Built:
+    config: Any = module.config
+    width = int(config.get_text_config().vocab_size if task == "causal-lm" else config.num_labels)
+    if wanted.num_classes is not None and width < wanted.num_classes:
+        raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}")
+    return Built(module, loaded, width, task, partial(_save_hf, module, path))
+
+
+def _save_hf(module: Any, source: str, folder: Path) -> None:
+    """Model and config by `save_pretrained`, and the tokenizer's files as they came."""
+    module.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        file = Path(source) / name
+        if not Path(source).exists():           # a hub id: its files lie in the hub's own cache
+            from huggingface_hub import try_to_load_from_cache
+            found = try_to_load_from_cache(source, name)
+            if not isinstance(found, str):
+                continue
+            file = Path(found)
+        if file.is_file() and file.resolve() != (folder / name).resolve():
+            shutil.copyfile(file, folder / name)
+
+
+def _existing(path: str, prefix: str) -> str:
+    """`path` with its ~ spelt out; UsageError if it has the form of a local path and nothing is there."""
+    local = Path(path).expanduser()
+    if not local.exists() and (path.startswith(("/", "~", ".")) or path.count("/") > 1):
+        raise UsageError(f"model {prefix}:{path}: no such file or folder")
+    return str(local) if local.exists() else path
+
+
+def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
+    transformers = _import("transformers", "kdcache[hf]")
+    try:
+        return transformers.AutoConfig.from_pretrained(path, **overrides)
+    except Exception as e:          # OSError, ValueError, and for damaged files what the reading library raises
+        raise UsageError(f"model {prefix}:{path} has no config that transformers can read: {describe(e)}") from e
+
+
+def _task(config: Any, asked: str | None, where: str) -> str:
+    """The task asked for, else the one that the config's architecture is for."""
+    if asked is not None:
+        if asked not in TASKS:
+            raise UsageError(f"{where}: task is {asked!r}{near(str(asked), TASKS)}")
+        return asked
+    architectures = config.architectures or []
+    for task, (_, endings) in TASKS.items():
+        if any(name.endswith(endings) for name in architectures):
+            return task
+    raise UsageError(f"{where} is {' and '.join(architectures) or 'of no stated architecture'}; "
+                     f"give task={' or task='.join(TASKS)}")
+
+
+def _import(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as e:          # a torchvision built for another torch fails with RuntimeError, not ImportError
+        raise UsageError(f"{name} cannot be imported ({describe(e)}): pip install '{extra}'") from e
+
+
+def _classes_of(module: nn.Module, args: Mapping[str, Any]) -> int | None:
+    """The module's attribute `num_classes`, else what it was asked for."""
+    own = getattr(module, "num_classes", args.get("num_classes"))
+    return own if type(own) is int and own > 0 else None
+
+
+# SPEC prefix -> what stands after its colon, and the function that gets that, what is wanted, and the arguments.
+MODELS: dict[str, tuple[str, Callable[..., Built]]] = {
+    "hf": ("PATH_OR_ID", _hf),
+    "hf-config": ("PATH", _hf_config),
+    "timm": ("NAME", _timm),
+    "torchvision": ("NAME", _torchvision),
+}

@@ -1,0 +1,226 @@
+"""Model SPECs: a name on the command line -> a module that gives logits; and what both stages do with a module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.data.keys import array_header
+from kdcache.data.samples import Inputs
+from kdcache.data.views import seeded_generators
+from kdcache.errors import DataError, UsageError, near
+from kdcache.loading import accepts, describe
+from kdcache.model_specs import Wanted, build, first_few
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+WRAPPED = ("state_dict", "model")       # what training scripts call the weights among the other things they save
+
+
+@dataclass
+class Model:
+    """A module and where it came from.
+
+    spec: the SPEC. loaded: a sentence saying what was loaded from where. num_classes: width of its logits, None if
+    unknown before a forward pass. task: causal-lm, sequence-classification or image-classification for hf: and
+    hf-config:, else "". Training or eval mode, and the device, are the caller's to set.
+    """
+
+    module: nn.Module
+    spec: str
+    loaded: str
+    num_classes: int | None
+    task: str
+    save_files: Callable[[Path], None] | None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights, such as "float32"."""
+        return str(weights_dtype(self.module) or torch.get_default_dtype()).removeprefix("torch.")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The `teacher` part of an identity; the digest is of the weights as they are when this is first read."""
+        return {"weights": weights_digest(self.module), "dtype": self.dtype,
+                "adapters": ",".join(sorted(getattr(self.module, "peft_config", {}))), "preprocessing": "",
+                "num_classes": self.num_classes or 0}
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.safetensors into `folder`; for Hugging Face models what `from_pretrained` opens, and the
+        tokenizer if the model came with one."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.save_files is not None:
+            self.save_files(path)
+        else:
+            from safetensors.torch import save_model
+            save_model(self.module, str(path / "model.safetensors"))
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """logits: (B, V) or (B, L, V), floating point. row_mask: bool (B, L) or None."""
+
+    logits: torch.Tensor
+    row_mask: torch.Tensor | None
+
+
+def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str | Path | None = None, seed: int = 0,
+               dtype: str | torch.dtype | None = None, num_classes: int | None = None) -> Model:
+    """The model that `spec` names, made with `args` (the parsed --teacher-arg's or --student-arg's).
+
+    weights: a .safetensors, .pt or .pth file (or a folder with model.safetensors) to load into it. seed: of random
+    weights; the caller's generators are left as they were. dtype: of the weights; None keeps them as stored, float32
+    for random ones. num_classes: for what is made anew, where the SPEC takes it. UsageError for what cannot be used.
+    """
+    wanted = Wanted(seed, _dtype(dtype), num_classes)
+    with seeded_generators(seed, seed, seed):
+        built = build(spec, wanted, args or {})
+    if weights is not None:
+        built.loaded = load_weights(built.module, weights)
+    if wanted.dtype is not None:
+        built.module.to(wanted.dtype)
+    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save)
+
+
+def forward(module: nn.Module, inputs: Inputs) -> Output:
+    """`module(x)` or `module(**named)` -> its logits. Floating inputs are given in the dtype of the weights.
+
+    DataError unless the module returns a tensor, or an object or dict with `logits`, of shape (B, V) or (B, L, V).
+    """
+    name = type(module).__name__
+    dtype = weights_dtype(module)
+    if isinstance(inputs, dict):
+        named = {key: _as_weights(value, dtype) for key, value in inputs.items()}
+        if "attention_mask" in named and not _takes(module, "attention_mask"):
+            raise DataError(f"the sequences of a batch differ in length and were padded, but {name}.forward takes no "
+                            "attention_mask; let it take one (a causal model may ignore it), or give equal lengths")
+        records = len(next(iter(named.values())))
+        if _keeps_a_cache(module):
+            answer = module(**named, use_cache=False)       # else it returns the keys and values of every layer
+        else:
+            answer = module(**named)
+    else:
+        records = len(inputs)
+        answer = module(_as_weights(inputs, dtype))
+    mask = None
+    if isinstance(answer, Mapping):
+        logits, mask = answer.get("logits"), answer.get("row_mask")
+    elif isinstance(answer, torch.Tensor):
+        logits = answer
+    else:
+        logits, mask = getattr(answer, "logits", None), getattr(answer, "row_mask", None)
+    if not isinstance(logits, torch.Tensor):
+        raise DataError(f"{name} returned a {type(answer).__name__}; expected a tensor, or logits in an object or dict")
+    if logits.ndim not in (2, 3) or len(logits) != records or not logits.is_floating_point():
+        raise DataError(f"{name} returned logits {logits.dtype} {tuple(logits.shape)} for {records} records; "
+                        "expected floating point (records, classes) or (records, positions, classes)")
+    if mask is not None and (logits.ndim != 3 or mask.shape != logits.shape[:2]):
+        raise DataError(f"{name} returned row_mask {tuple(mask.shape)} with logits {tuple(logits.shape)}; "
+                        "expected (records, positions) of both")
+    return Output(logits, None if mask is None else mask != 0)
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first floating-point parameter; None if there is none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """`sha256-state-dict:` and 64 hexadecimal digits.
+
+    SHA-256 over the tensors of `module.state_dict()` in ascending order of their names: for each the header of
+    data/keys.py (name, dtype, shape; here no integer is widened), then its elements in C order, little-endian.
+    """
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(f"{type(module).__name__} keeps {name!r} in its state_dict, a {type(tensor).__name__}; "
+                             "expected tensors only, its weights cannot be told from others")
+        hasher.update(array_header(name, str(tensor.dtype).removeprefix("torch."), tensor.shape))
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256-state-dict:{hasher.hexdigest()}"
+
+
+def find_module(module: nn.Module, name: str) -> nn.Module:
+    """The submodule with that dotted name; UsageError with near names."""
+    modules: dict[str, nn.Module] = {known: found for known, found in module.named_modules() if known}
+    if name not in modules:
+        raise UsageError(f"{type(module).__name__} has no module {name!r}{near(name, modules)}")
+    return modules[name]
+
+
+def load_weights(module: nn.Module, weights: str | Path) -> str:
+    """Load a weights file into `module` and say so in a sentence; UsageError unless every tensor has its place."""
+    path = Path(weights).expanduser()
+    path = path / "model.safetensors" if path.is_dir() else path
+    state = _read_weights(path)
+    own = module.state_dict()
+    # A tied weight is one tensor with two names, and a file may hold it under either.
+    present = {_place(own[name]) for name in state if name in own}
+    missing = [name for name, value in own.items() if name not in state and _place(value) not in present]
+    unexpected = [name for name in state if name not in own]
+    shapes = [f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items()
+              if name in own and value.shape != own[name].shape]
+    problems = [f"{len(names)} {what}: {first_few(names)}" for names, what in
+                ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")) if names]
+    if problems:
+        raise UsageError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(state, strict=False)
+    return f"weights from {path}"
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors, .pt or .pth file; nothing in it is run."""
+    if not path.is_file():
+        raise UsageError(f"weights {path}: no such file")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise UsageError(f"weights {path}: expected a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return dict(load_file(path))
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:          # each library and version raises its own for damaged and for foreign files
+        raise UsageError(f"weights {path} cannot be read as plain tensors: {describe(e)}") from e
+    for key in WRAPPED:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"weights {path} holds a {type(state).__name__}; expected a state_dict: names and tensors")
+    return dict(state)
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype is {dtype!r}{near(dtype, DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _as_weights(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def _keeps_a_cache(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "use_cache", False)) and _takes(module, "use_cache")
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of `module` has a parameter `name` or takes any keyword."""
+    inner = getattr(module, "_orig_mod", module)        # torch.compile's wrapper has no signature of its own
+    return _accepts(type(inner).forward, name)
+
+
+_accepts = lru_cache(maxsize=64)(accepts)               # a signature costs 20 us, and this is asked at every step
