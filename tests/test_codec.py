@@ -1,0 +1,489 @@
+"""Codecs against definitions: plain loops in float64, exact rational arithmetic, and the laws of the format."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.cache.codec import decode_rows, encode_rows, pack_high, row_columns, unpack_high
+from kdcache.cache.features import decode_feature, encode_feature
+from kdcache.cache.rows import Rows
+from kdcache.cache.spec import CacheSpec, FeatureSpec
+from kdcache.cache.values import decode_values, encode_values, from_bfloat16, to_bfloat16
+from kdcache.errors import DataError, UsageError
+
+TEMPERATURES = ("0.5", "1", "4")
+FAST = settings(max_examples=200, deadline=None)
+VALUES = ("float32", "bfloat16", "float16", "uint8")
+# One V below, at and above every change of id width and of high plane.
+CLASSES = (1, 2, 255, 256, 257, 2**16, 2**16 + 1, 2**17, 2**17 + 1, 2**18, 2**18 + 1, 2**20, 2**20 + 1, 2**24,
+           2**24 + 1, 2**31, 2**31 + 1, 2**32)
+
+
+def topk_spec(V, tiers, values="float32", temperatures=TEMPERATURES, labels=0, **more):
+    return CacheSpec(kind="topk", num_classes=V, samples=(0, 100), records_per_shard=10, tiers=tiers, values=values,
+                     temperatures=temperatures, labels=labels, **more)
+
+
+def head_order(z_V):
+    """Ids by logit descending, then id ascending, by Python's own sort."""
+    return sorted(range(len(z_V)), key=lambda i: (-float(z_V[i]), i))
+
+
+def log_sum(terms):
+    """log of the sum of exp of each term; -inf for none."""
+    terms = [t for t in terms if t > -math.inf]
+    return max(terms) + math.log(math.fsum(math.exp(t - max(terms)) for t in terms)) if terms else -math.inf
+
+
+def make_rows(spec, z_NV, label_NJ=None):
+    """`Rows` of dense logits by the definitions, one id at a time."""
+    ids = np.array([head_order(z)[:spec.k] for z in z_NV])
+    tail = np.full((len(z_NV), len(spec.tiers), len(spec.temperatures)), -np.inf)
+    for n, z in enumerate(z_NV.astype(float)):
+        for i, k in enumerate(spec.tiers):
+            left = set(range(len(z))) - set(ids[n, :k]) - (set() if label_NJ is None else set(label_NJ[n]))
+            for t, name in enumerate(spec.temperatures):
+                tail[n, i, t] = log_sum([(z[j] - z.max()) / float(name) for j in left])
+    with np.errstate(over="ignore"):                # a logit of -3.4e38 at T = 0.5 is -inf in float32
+        tail = tail.astype(np.float32)
+    if label_NJ is None:
+        return Rows(logits=np.take_along_axis(z_NV, ids, 1), ids=ids, tail_lse=tail)
+    label_logit = np.take_along_axis(z_NV, np.maximum(label_NJ, 0), 1)
+    return Rows(logits=np.take_along_axis(z_NV, ids, 1), ids=ids, tail_lse=tail, label=label_NJ,
+                label_logit=np.where(label_NJ >= 0, label_logit, -np.inf).astype(np.float32))
+
+
+def total_log_mass(decoded, temperature, t):
+    """log of head and tail together, relative to the maximum, float64 [N]."""
+    head = decoded.relative.astype(float) / float(temperature)
+    return np.array([log_sum([*h, tail]) for h, tail in zip(head, decoded.tail_lse[:, t].astype(float), strict=True)])
+
+
+logit = st.one_of(st.floats(-40, 40, width=32), st.sampled_from([0.0, -0.0, 3.0, -200.0, -np.inf, -3.4e38]))
+
+
+@st.composite
+def dense_logits(draw, max_rows=4, max_classes=12):
+    shape = (draw(st.integers(1, max_rows)), draw(st.integers(2, max_classes)))
+    z = np.array(draw(st.lists(logit, min_size=math.prod(shape), max_size=math.prod(shape))), np.float32)
+    z = z.reshape(shape)
+    z[:, draw(st.integers(0, shape[1] - 1))] = draw(st.floats(-20, 20, width=32))      # never a row of -inf
+    return z
+
+
+# ---- ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", CLASSES)
+def test_ids_survive_for_every_width(V):
+    rng = np.random.default_rng(V)
+    k = min(V, 13)
+    picked = {0, V - 1, *rng.integers(0, V, 40).tolist()} if V > 13 else set(range(V))
+    ids = np.array([rng.permutation(sorted(picked))[:k] for _ in range(3)], np.int64).reshape(3, k)
+    logits = np.sort(rng.normal(size=(3, k)).astype(np.float32))[:, ::-1]
+    tiers = tuple(sorted({1, max(1, k // 2), k}))
+    tail = np.full((3, len(tiers), 1), -np.inf if V == k else -1.0, np.float32)
+    if V == k:
+        tail[:, :-1] = -1.0
+    spec = topk_spec(V, tiers, temperatures=("1",))
+    columns = encode_rows(spec, Rows(logits=logits, ids=ids, tail_lse=tail)).columns
+    for tier in tiers:
+        assert np.array_equal(decode_rows(spec, columns, tier).ids, ids[:, :tier])
+    for c in spec.columns()[1:]:
+        assert columns[c.name].shape == (3, *c.shape) and columns[c.name].dtype == c.storage
+
+
+@FAST
+@given(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_high_plane_is_a_bit_string(high_bits, count, seed):
+    ids = np.random.default_rng(seed).integers(0, 2**(16 + high_bits), (2, count))
+    plane = pack_high(ids, high_bits)
+    bits = [sum((int(i) >> 16) << (high_bits * j) for j, i in enumerate(row)) for row in ids]      # one big integer
+    length = -(-count * high_bits // 8)
+    assert [bytes(p) for p in plane] == [b.to_bytes(length, "little") for b in bits]
+    assert np.array_equal((unpack_high(plane, high_bits, count) << 16) + (ids & 0xFFFF), ids)
+
+
+# ---- values ---------------------------------------------------------------------------------------------------
+
+
+@FAST
+@given(dense_logits())
+def test_float32_is_bit_exact(z):
+    full = CacheSpec(kind="full", num_classes=z.shape[1], samples=(0, 9), records_per_shard=9, values="float32")
+    encoded = encode_rows(full, Rows(logits=z))
+    decoded = decode_rows(full, encoded.columns)
+    assert decoded.logits.tobytes() == z.tobytes() and np.array_equal(decoded.max, z.max(1))
+    assert all(encoded.measured[f"kl:{t}"] == 0 for t in ("1", "2", "4"))
+    spec = topk_spec(z.shape[1], (z.shape[1],))
+    rows = make_rows(spec, z)
+    columns = encode_rows(spec, rows).columns
+    assert columns[f"values_{spec.k}"].tobytes() == rows.logits.tobytes()
+    assert columns["tail_lse"].tobytes() == rows.tail_lse.tobytes()
+
+
+@FAST
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=30))
+def test_bfloat16_is_the_nearest_even(values):
+    x = np.array(values, np.float32)
+    bits = to_bfloat16(x)
+    exact = from_bfloat16(bits)
+    assert np.array_equal(to_bfloat16(exact), bits)                         # what bfloat16 holds stays as it is
+    for value, found, code in zip(x, exact, bits, strict=True):
+        if not (np.isfinite(value) and np.isfinite(found)):
+            assert math.isinf(value) or abs(value) >= 2.0**128 - 2.0**119   # halfway from the largest to 2^128
+            continue
+        neighbours = from_bfloat16(np.array([int(code) - 1, int(code) + 1]).astype(np.uint16))
+        error = abs(Fraction(float(value)) - Fraction(float(found)))
+        for other in neighbours[np.isfinite(neighbours)]:
+            away = abs(Fraction(float(value)) - Fraction(float(other)))
+            assert error < away or (error == away and code % 2 == 0) or float(other) == float(found)
+
+
+@FAST
+@given(dense_logits())
+def test_uint8_is_within_half_a_step(z):
+    stored = encode_values("uint8", z, z.max(1))
+    decoded = decode_values("uint8", stored.values, stored.max, stored.step)
+    relative = z - z.max(1)[:, None]                                        # the format takes the difference in float32
+    kept = relative >= -120
+    assert np.array_equal(decoded == -np.inf, ~kept)
+    deepest = np.where(kept, -relative, 0).max(1)
+    assert np.array_equal(stored.step, (deepest / np.float32(254)).astype(np.float32))
+    step = stored.step.astype(float)[:, None]
+    exact = -stored.values.astype(float) * step
+    # A step below 2^-126 has lost bits of deepest / 254; codes then stop at 254.
+    assert (np.abs(relative - exact) <= step / 2 * (1 + 1e-12))[kept & (step >= 2.0**-126)].all()
+    assert (np.abs(decoded - exact)[kept] <= 120 * 2.0**-24).all()          # one float32 rounding of code * step
+    assert not np.signbit(decoded[(stored.values == 0)]).any()
+
+
+@pytest.mark.parametrize("values", VALUES)
+@FAST
+@given(z=dense_logits())
+def test_rounding_keeps_the_order(values, z):
+    z = -np.sort(-z, axis=1)
+    stored = encode_values(values, z, z.max(1))
+    decoded = decode_values(values, stored.values, stored.max, stored.step)
+    assert not np.isnan(decoded).any() and (decoded[:, :-1] >= decoded[:, 1:]).all()
+    assert (decoded[:, 0] == (0 if stored.max is not None else from_bfloat16(to_bfloat16(z[:, 0]))
+                              if values == "bfloat16" else z[:, 0])).all()
+
+
+def test_float16_limits():
+    z = np.array([[1.0, 1.0 - 65504, 1.0 - 65519, 1.0 - 65520, -np.inf]], np.float32)
+    stored = encode_values("float16", z, z.max(1))
+    assert stored.values.tolist() == [[0, -65504, -65504, -np.inf, -np.inf]]
+
+
+def test_uint8_step_may_be_zero():
+    z = np.array([[5, 5, 5, -np.inf], [1, 1, 1 - 121, 1 - 1e9]], np.float32)
+    stored = encode_values("uint8", z, z.max(1))
+    assert stored.step.tolist() == [0, 0] and stored.values.tolist() == [[0, 0, 0, 255], [0, 0, 255, 255]]
+    assert decode_values("uint8", stored.values, stored.max, stored.step)[0].tolist() == [0, 0, 0, -np.inf]
+
+
+def test_all_tiers_share_one_step():
+    z = np.array([[0, -1, -2, -90.0]], np.float32)
+    spec = topk_spec(1000, (2, 4), "uint8", ("1",))
+    rows = Rows(logits=z, ids=np.arange(4)[None], tail_lse=np.full((1, 2, 1), -3, np.float32))
+    columns = encode_rows(spec, rows).columns
+    assert columns["step"] == np.float32(90) / np.float32(254)
+    assert columns["values_2"].tolist() == [[0, 3]] and columns["values_4"].tolist() == [[6, 254]]
+
+
+# ---- tails and labels -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", VALUES)
+@FAST
+@given(data=st.data())
+def test_no_mass_is_lost(values, data):
+    """Head and tail of every tier hold the mass of all V classes; what each step may lose is derived below."""
+    z = data.draw(dense_logits())
+    V = z.shape[1]
+    tiers = tuple(sorted(data.draw(st.sets(st.integers(1, V), min_size=1, max_size=3))))
+    labels = data.draw(st.integers(0, 2))
+    label = np.array(data.draw(st.lists(st.integers(-1, V - 1), min_size=labels * len(z), max_size=labels * len(z))),
+                     np.int64).reshape(len(z), labels) if labels else None
+    spec = topk_spec(V, tiers, values, labels=labels)
+    rows = make_rows(spec, z, label)
+    columns = encode_rows(spec, rows).columns
+    step = columns["step"].astype(float) if values == "uint8" else np.zeros(len(z))
+    for k in tiers:
+        decoded = decode_rows(spec, columns, k)
+        assert np.array_equal(decoded.ids, rows.ids[:, :k])
+        for t, name in enumerate(TEMPERATURES):
+            found, T = total_log_mass(decoded, name, t), float(name)
+            for n in range(len(z)):
+                x = z[n].astype(float) - float(decoded.max[n])
+                expected = log_sum(list(x / T))
+                # log-mass moves by at most the largest move of one exponent: half a step; half a unit of the last
+                # place of a float16, a bfloat16 logit (8 bits), a float32; all of entries with mass above 1e-40,
+                # which are within 100 T of the maximum.
+                reach, size = 100 * T, np.abs(z[n][z[n] > -200]).max()
+                moved = {"uint8": step[n] / 2 + 120 * 2**-24, "float16": reach * 2**-11 + 2**-25,
+                         "bfloat16": size * 2**-8 + 2**-130, "float32": 0}[values]
+                rounding = (reach + size) * 2**-23 / T + (abs(expected) + reach / T) * 2**-22
+                assert abs(found[n] - expected) <= moved / T + rounding + 1e-9, (k, name, n)
+                p = np.exp(np.append(decoded.relative[n].astype(float) / T, decoded.tail_lse[n, t]) - found[n])
+                assert abs(p.sum() - 1) < 1e-12
+
+
+def test_dropped_mass_joins_every_tier_that_held_it():
+    z = np.array([[0, -1, -121, -130.0]], np.float32)
+    tail = np.array([[[-5.0, -3], [-130, -33], [-131, -34]]], np.float32)
+    spec = topk_spec(1000, (2, 3, 4), "uint8", ("1", "4"))
+    encoded = encode_rows(spec, Rows(logits=z, ids=np.arange(4)[None], tail_lse=tail))
+    found = encoded.columns["tail_lse"][0]
+    for t, T in enumerate((1, 4)):
+        expected = [tail[0, 0, t], log_sum([tail[0, 1, t], -121 / T]), log_sum([tail[0, 2, t], -121 / T, -130 / T])]
+        assert found[:, t].tolist() == np.array(expected, np.float32).tolist()
+    assert 0 <= encoded.measured["kl:4"] < 1e-6                     # finite: the dropped entries count with the tail
+
+
+def test_bfloat16_rebases_the_tail_to_the_stored_maximum():
+    z = np.array([[100.2, 99.0, -np.inf]], np.float32)
+    spec = topk_spec(1000, (3,), "bfloat16", ("1", "2"))
+    rows = Rows(logits=z, ids=np.arange(3)[None], tail_lse=np.array([[[-1, -0.5]]], np.float32))
+    decoded = decode_rows(spec, encode_rows(spec, rows).columns)
+    assert decoded.max[0] == 100.0                                  # bfloat16 has steps of 0.5 there
+    shift = float(np.float32(100.2)) - 100.0
+    assert decoded.tail_lse[0].tolist() == [np.float32(-1 + shift), np.float32(-0.5 + shift / 2)]
+
+
+def test_labels_join_the_tail_once_and_only_outside_the_head():
+    spec = topk_spec(100, (2, 4), "float32", ("2",), labels=2)
+    logits = np.tile(np.array([[3, 2, 1, 0]], np.float32), (4, 1))
+    label = np.array([[7, 7], [12, -1], [9, 50], [50, 60]])
+    label_logit = np.array([[2, 2], [1, -np.inf], [0, -1], [-1, -2]], np.float32)
+    rows = Rows(logits=logits, ids=np.tile([[5, 7, 12, 9]], (4, 1)), tail_lse=np.full((4, 2, 1), -4, np.float32),
+                label=label, label_logit=label_logit)
+    columns = encode_rows(spec, rows).columns
+    small, large = decode_rows(spec, columns, 2), decode_rows(spec, columns, 4)
+
+    def joined(*logits):
+        return np.float32(log_sum([-4, *((x - 3) / 2 for x in logits)]))
+
+    # Tier 2 holds ids 5 and 7, tier 4 also 12 and 9.
+    assert small.tail_lse[:, 0].tolist() == [joined(), joined(1), joined(0, -1), joined(-1, -2)]
+    assert large.tail_lse[:, 0].tolist() == [joined(), joined(), joined(-1), joined(-1, -2)]
+    once = encode_rows(spec, Rows(logits=logits, ids=rows.ids, tail_lse=rows.tail_lse, label=np.full((4, 2), 50),
+                                  label_logit=np.full((4, 2), -1, np.float32))).columns
+    assert decode_rows(spec, once, 4).tail_lse[:, 0].tolist() == [joined(-1)] * 4
+
+
+def test_unknown_label_has_no_logit():
+    spec = topk_spec(9, (1,), temperatures=("1",), labels=1)
+    rows = Rows(logits=np.ones((1, 1), np.float32), ids=np.zeros((1, 1), int), tail_lse=np.zeros((1, 1, 1), np.float32),
+                label=np.array([[-1]]), label_logit=np.array([[np.nan]], np.float32))
+    assert encode_rows(spec, rows).columns["label_logit"] == -np.inf
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_measured_sums_follow_their_definitions(values):
+    rng = np.random.default_rng(5)
+    z = (rng.normal(size=(6, 11)) * 5).astype(np.float32)
+    spec = topk_spec(11, (2, 5), values, ("1", "2"), labels=1)
+    rows = make_rows(spec, z, rng.integers(0, 11, (6, 1)))
+    encoded = encode_rows(spec, rows)
+    decoded = decode_rows(spec, encoded.columns)
+    assert encoded.measured["rows"] == 6
+    for t, T in enumerate((1.0, 2.0)):
+        x = z.astype(float) / T
+        p = np.exp(x - x.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        for k in (2, 5):
+            mass = np.take_along_axis(p, rows.ids[:, :k], 1).sum(1)
+            assert encoded.measured[f"mass:{k}:{T:.0f}"] == pytest.approx(mass.sum(), rel=1e-6)
+            assert encoded.measured[f"truncation:{k}:{T:.0f}"] == pytest.approx(-np.log(mass).sum(), rel=1e-5)
+        head = np.take_along_axis(p, rows.ids, 1)
+        head = np.append(head, 1 - head.sum(1, keepdims=True), 1)
+        q = np.exp(np.append(decoded.relative.astype(float) / T, decoded.tail_lse[:, t, None].astype(float), 1))
+        q /= q.sum(1, keepdims=True)
+        expected = (head * np.log(head / q)).sum()
+        assert encoded.measured[f"kl:{T:.0f}"] == pytest.approx(expected, abs=1e-6 if values != "float32" else 1e-9)
+        assert (encoded.measured[f"kl:{T:.0f}"] == 0) == (values == "float32")
+
+
+def test_measured_of_a_full_cache_leaves_out_what_was_dropped():
+    spec = CacheSpec(kind="full", num_classes=3, samples=(0, 1), records_per_shard=1, values="uint8")
+    measured = encode_rows(spec, Rows(logits=np.array([[0, -60.1, -130]], np.float32))).measured
+    assert set(measured) == {"rows", "kl:1", "kl:2", "kl:4"} and 0 <= measured["kl:4"] < 1e-6
+
+
+def test_measured_does_not_depend_on_the_order_of_rows():
+    z = (np.random.default_rng(1).normal(size=(300, 1000)) * 4).astype(np.float32)      # two chunks
+    spec = CacheSpec(kind="full", num_classes=1000, samples=(0, 300), records_per_shard=300, values="float16")
+    assert encode_rows(spec, Rows(logits=z)).measured == encode_rows(spec, Rows(logits=z[::-1].copy())).measured
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------
+
+
+def good_rows(**change):
+    base = dict(logits=np.array([[2, 1, 1, 0]] * 3, np.float32), ids=np.array([[3, 1, 2, 0]] * 3),
+                tail_lse=np.full((3, 2, 1), -1, np.float32), label=np.array([[3], [9], [-1]]),
+                label_logit=np.array([[2], [-1], [-np.inf]], np.float32), label_weight=np.ones((3, 1), np.float32),
+                mean=np.zeros(3, np.float32), std=np.ones(3, np.float32), weight=np.ones(3, np.float32),
+                pos=np.array([0, 1, 0]))
+    for name, (at, value) in change.items():
+        base[name] = base[name].copy()
+        base[name][at] = value
+    return Rows(**base)
+
+
+GOOD_SPEC = dict(tiers=(2, 4), temperatures=("1",), labels=1, label_weights=True, moments=True, row_weights=True,
+                 rows="ragged")
+BAD = [
+    (dict(logits=((1, 0), np.nan)), "NaN"),
+    (dict(logits=((1, 0), np.inf)), r"\+inf"),
+    (dict(logits=(1, -np.inf)), "every logit is -inf"),
+    (dict(logits=((1, 3), 1.5)), "out of order"),
+    (dict(ids=((1, slice(1, 3)), [2, 1])), "out of order"),
+    (dict(ids=((1, 3), 10)), "id 10 is out of range; expected 0 to 9"),
+    (dict(ids=((1, 3), -1)), "id -1 is out of range"),
+    (dict(ids=((1, 3), 3)), "an id occurs twice"),
+    (dict(tail_lse=((1, 1, 0), np.nan)), "tail_lse is NaN"),
+    (dict(tail_lse=((1, 1, 0), np.inf)), "tail_lse is NaN or"),
+    (dict(label=((1, 0), 10)), r"label 10 is out of range; expected -1 \(unknown\) or 0 to 9"),
+    (dict(label=((1, 0), -100)), "label -100"),
+    (dict(label_logit=((1, 0), np.nan)), "label_logit is NaN"),
+    (dict(label_logit=((1, 0), 0.5)), "above the last logit"),
+    (dict(label=((1, 0), 2), label_logit=((1, 0), 0.5)), "not the logit that the head has"),
+    (dict(label_weight=((1, 0), -1)), "label_weight must be"),
+    (dict(mean=(1, -np.inf)), "mean must be finite"),
+    (dict(std=(1, np.nan)), "std must be"),
+    (dict(weight=(1, np.inf)), "weight must be"),
+    (dict(pos=(1, -1)), "pos must be"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m[:24] for _, m in BAD])
+def test_bad_rows_are_refused_by_record_and_row(change, message):
+    spec = topk_spec(10, **GOOD_SPEC)
+    encode_rows(spec, good_rows(), first_record=40, offsets=np.array([0, 0, 2, 3]))
+    with pytest.raises(DataError, match=f"^record 41, row 1: .*{message}"):
+        encode_rows(spec, good_rows(**change), first_record=40, offsets=np.array([0, 0, 2, 3]))
+    with pytest.raises(DataError, match=r"^record 8: "):
+        encode_rows(spec, good_rows(**change), first_record=7)
+
+
+def test_a_tail_of_no_classes_must_be_empty():
+    spec = topk_spec(3, (1, 2), temperatures=("1",), labels=1)
+    rows = dict(logits=np.array([[2, 1]], np.float32), ids=np.array([[0, 1]]),
+                label=np.array([[2]]), label_logit=np.array([[0]], np.float32))
+    encode_rows(spec, Rows(**rows, tail_lse=np.array([[[-1], [-np.inf]]], np.float32)))
+    with pytest.raises(DataError, match="tier 2 must be -inf"):
+        encode_rows(spec, Rows(**rows, tail_lse=np.array([[[-1], [-9]]], np.float32)))
+
+
+def test_bfloat16_overflow_is_refused():
+    spec = CacheSpec(kind="full", num_classes=2, samples=(0, 1), records_per_shard=1, values="bfloat16")
+    with pytest.raises(DataError, match="record 0: a logit is too large for bfloat16"):
+        encode_rows(spec, Rows(logits=np.array([[3.4e38, 0]], np.float32)))
+    with pytest.raises(DataError, match="every logit is -inf in bfloat16"):
+        encode_rows(spec, Rows(logits=np.array([[-3.4e38, -3.4e38]], np.float32)))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(logits=np.zeros((3, 4))), "rows.logits: float64"),
+    (dict(logits=np.zeros((3, 5), np.float32)), r"rows.logits: float32 \[3, 5\] given; expected float32 \[3, 4\]"),
+    (dict(ids=np.zeros((2, 4), int)), "rows.ids"),
+    (dict(label=None), "rows.label is missing"),
+    (dict(label=np.zeros((3, 1), np.float32)), "expected integers"),
+])
+def test_wrong_arrays_are_usage_errors(change, message):
+    rows = good_rows()
+    fields = {name: getattr(rows, name) for name in Rows.__dataclass_fields__}
+    with pytest.raises(UsageError, match=message):
+        encode_rows(topk_spec(10, **GOOD_SPEC), Rows(**{**fields, **change}))
+
+
+def test_a_field_without_a_column_is_refused():
+    spec = CacheSpec(kind="full", num_classes=2, samples=(0, 1), records_per_shard=1)
+    with pytest.raises(UsageError, match=r"rows\.mean is given"):
+        encode_rows(spec, Rows(logits=np.zeros((1, 2), np.float32), mean=np.zeros(1, np.float32)))
+
+
+def test_k_must_be_a_tier_and_columns_must_be_read():
+    spec = topk_spec(10, **GOOD_SPEC)
+    columns = encode_rows(spec, good_rows()).columns
+    with pytest.raises(UsageError, match="k is 3; this cache keeps the tiers 2, 4"):
+        decode_rows(spec, columns, 3)
+    few = row_columns(spec, 2)
+    assert "values_4" not in few and "tail_lse" in few
+    assert decode_rows(spec, {name: columns[name] for name in few}, 2).ids.tolist() == [[3, 1]] * 3
+    with pytest.raises(UsageError, match="'ids_4' is needed"):
+        decode_rows(spec, {name: columns[name] for name in [*few, "values_4"]}, 4)
+    full = CacheSpec(kind="full", num_classes=2, samples=(0, 1), records_per_shard=1)
+    with pytest.raises(UsageError, match="all 2 classes"):
+        decode_rows(full, {}, 1)
+
+
+def test_a_cache_of_features_has_no_rows():
+    feature = FeatureSpec(name="f", module="m", recipe="raw", dtype="float32", shape=(2,), level="row")
+    spec = CacheSpec(kind="none", num_classes=0, samples=(0, 1), records_per_shard=1, rows="ragged",
+                     features=(feature,))
+    assert encode_rows(spec, Rows(pos=np.arange(3))).columns["pos"].tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match="only features"):
+        decode_rows(spec, {})
+
+
+# ---- features -------------------------------------------------------------------------------------------------
+
+
+def feature(dtype, shape):
+    return FeatureSpec(name="f", module="body.3", recipe="raw", dtype=dtype, shape=shape)
+
+
+@FAST
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=6, max_size=6))
+def test_int8_features_are_within_half_a_scale(values):
+    x = np.array(values, np.float32).reshape(1, 2, 3)
+    columns = encode_feature(feature("int8", (2, 3)), x)
+    scale = columns["feature_f_scale"]
+    assert np.array_equal(scale, np.abs(x).max(-1) / np.float32(127)) and scale.shape == (1, 2)
+    found = decode_feature(feature("int8", (2, 3)), columns)
+    wide = scale.astype(float)[..., None]
+    inside = np.broadcast_to(wide >= 2.0**-126, x.shape)            # below, deepest / 127 itself has lost bits
+    assert (np.abs(found - x.astype(float)) <= wide * (0.5 + 127 * 2.0**-23))[inside].all()
+    assert np.abs(columns["feature_f"].astype(int)).max() <= 127
+
+
+def test_int8_zero_vector():
+    columns = encode_feature(feature("int8", (3,)), np.zeros((2, 3), np.float32))
+    assert columns["feature_f_scale"].tolist() == [0, 0] and not columns["feature_f"].any()
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("bfloat16", 3.3895313892515355e38)])
+def test_features_hold_what_fits_and_refuse_what_does_not(dtype, largest):
+    x = np.array([[1.5, -largest], [0.0, largest]], np.float32)
+    assert np.array_equal(decode_feature(feature(dtype, (2,)), encode_feature(feature(dtype, (2,)), x)), x)
+    x[1, 0] = np.float32(largest) * np.float32(1.0039)
+    with pytest.raises(DataError, match=f"record 8: feature f of module 'body.3' .* too large for {dtype}"):
+        encode_feature(feature(dtype, (2,)), x, first_record=7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_refuse_nan_and_infinity(dtype, bad):
+    with pytest.raises(DataError, match=r"record 1, row 0: feature f .*NaN or infinite"):
+        encode_feature(feature(dtype, (1,)), np.array([[0], [bad]], np.float32), offsets=np.array([0, 1, 2]))
+
+
+def test_feature_shapes_and_columns_are_checked():
+    assert decode_feature(feature("float32", ()), encode_feature(feature("float32", ()), np.ones(2, np.float32))).sum()
+    with pytest.raises(UsageError, match=r"float32 \[2, 4\] given; expected float32 \[N, 3\]"):
+        encode_feature(feature("int8", (3,)), np.zeros((2, 4), np.float32))
+    with pytest.raises(UsageError, match="'feature_f_scale', which was not read"):
+        decode_feature(feature("int8", (3,)), {"feature_f": np.zeros((2, 3), np.int8)})
