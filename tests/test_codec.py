@@ -447,7 +447,7 @@ def feature(dtype, shape):
 
 
 @FAST
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=6, max_size=6))
+@given(st.lists(st.floats(-2.0**127, 2.0**127, width=32), min_size=6, max_size=6))
 def test_int8_features_are_within_half_a_scale(values):
     x = np.array(values, np.float32).reshape(1, 2, 3)
     columns = encode_feature(feature("int8", (2, 3)), x)
@@ -458,6 +458,11 @@ def test_int8_features_are_within_half_a_scale(values):
     inside = np.broadcast_to(wide >= 2.0**-126, x.shape)            # below, deepest / 127 itself has lost bits
     assert (np.abs(found - x.astype(float)) <= wide * (0.5 + 127 * 2.0**-23))[inside].all()
     assert np.abs(columns["feature_f"].astype(int)).max() <= 127
+
+
+def test_int8_refuses_what_would_decode_to_infinity():
+    with pytest.raises(DataError, match="too large for int8"):
+        encode_feature(feature("int8", (1,)), np.array([[3.4028235e38]], np.float32))
 
 
 def test_int8_zero_vector():

@@ -148,7 +148,8 @@ def decode_rows(spec: CacheSpec, columns: Mapping[str, Array], k: int | None = N
     if is_relative(spec.values):
         max_N = need("max").astype(np.float32, copy=False)
         relative = decode_values(spec.values, stored, max_N, step_N)
-        logits = max_N[:, None] + relative
+        with np.errstate(over="ignore"):
+            logits = max_N[:, None] + relative
     else:
         logits = decode_values(spec.values, stored, None, None)
         max_N = logits[:, 0] if tiers else logits.max(axis=1)

@@ -34,6 +34,8 @@ def encode_feature(feature: FeatureSpec, activation: Array, *, first_record: int
         return {feature.column: np.ascontiguousarray(activation, "<f4")}
     if feature.dtype == "int8":
         codes, scales = _to_int8(activation)
+        with np.errstate(over="ignore"):
+            names.require(np.isfinite(scales * np.float32(CODES)), f"{what} has an activation too large for int8")
         return {feature.column: codes, f"{feature.column}_scale": scales}
     with np.errstate(over="ignore"):
         stored = to_bfloat16(activation) if feature.dtype == "bfloat16" else activation.astype("<f2")
@@ -59,6 +61,7 @@ def decode_feature(feature: FeatureSpec, columns: Mapping[str, Array]) -> Array:
         return from_bfloat16(stored)
     if feature.dtype == "int8":
         scale = np.asarray(columns[f"{feature.column}_scale"], np.float32)
-        out: Array = stored.astype(np.float32) * scale[..., None]
+        with np.errstate(over="ignore"):
+            out: Array = stored.astype(np.float32) * scale[..., None]
         return out
     return stored.astype(np.float32, copy=False)

@@ -103,7 +103,8 @@ def decode_values(codec: str, stored: Array, max_N: Array | None, step_N: Array 
         return np.asarray(stored).astype(np.float32)
     if step_N is None:
         raise ValueError("uint8 values need their steps")
-    depth = stored.astype(np.float32) * np.asarray(step_N, np.float32)[:, None]
+    with np.errstate(over="ignore"):
+        depth = stored.astype(np.float32) * np.asarray(step_N, np.float32)[:, None]
     out: Array = np.where(stored == MINUS_INFINITY, -np.inf, 0 - depth).astype(np.float32)      # 0 - 0 is +0.0
     return out
 
