@@ -54,7 +54,8 @@ def test_refusals(shape: tuple[int, ...], k: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), classes=st.integers(2, 30), scale=st.sampled_from([1.0, 30.0]))
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), classes=st.integers(2, 30),
+       scale=st.sampled_from([1.0, 30.0]))
 def test_tail_is_the_sum_over_what_is_left(seed: int, rows: int, classes: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(size=(rows, classes)).astype(np.float32) * np.float32(scale))
