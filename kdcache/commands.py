@@ -1,0 +1,167 @@
+"""The commands that run a model: dump-teacher, train-student, evaluate, verify. Their functions own the defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from kdcache.options import FOLDER, PATH, answer, config_and_json, given, lines, quiet_stdout, size
+
+F = TypeVar("F", bound=Callable[..., Any])
+COUNT = click.IntRange(min=1)
+DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+
+
+def model_options(role: str, required: bool) -> Callable[[F], F]:
+    """`--teacher SPEC --teacher-arg --teacher-weights`, or the student's."""
+
+    def add(function: F) -> F:
+        function = click.option(f"--{role}-weights", type=PATH, metavar="FILE",
+                                help="A .safetensors file, or a .pt file of plain tensors, loaded into it.")(function)
+        function = click.option(f"--{role}-arg", multiple=True, metavar="KEY=VALUE",
+                                help=f"Argument of the {role}, as JSON where it is JSON. Repeatable.")(function)
+        return click.option(f"--{role}", required=required, metavar="SPEC", help="hf:PATH_OR_ID, hf-config:PATH, "
+                            "timm:NAME, torchvision:NAME, file.py:name or package.module:name.")(function)
+
+    return add
+
+
+def data_options(name: str, required: bool, what: str) -> Callable[[F], F]:
+    """`--data SPEC --data-arg`, or those of another dataset."""
+
+    def add(function: F) -> F:
+        function = click.option(f"--{name}-arg", multiple=True, metavar="KEY=VALUE",
+                                help="Argument of that dataset. Repeatable.")(function)
+        return click.option(f"--{name}", required=required, metavar="SPEC", help=what)(function)
+
+    return add
+
+
+def run_options(function: F) -> F:
+    """`--device --workers`: where and with how much help it runs."""
+    function = click.option("--workers", type=click.IntRange(min=0), help="Processes that build samples.")(function)
+    return click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")(function)
+
+
+DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.module:name."
+
+
+@click.command("dump-teacher")
+@model_options("teacher", required=True)
+@data_options("data", True, DATA)
+@click.option("--out", type=FOLDER, required=True, metavar="CACHE", help="Folder to create, or to continue.")
+@click.option("--kind", metavar="KIND", help="full, topk or none (features only).  [default: full for up to 1024 "
+              "classes, else topk]")
+@click.option("--k", type=COUNT, help="Entries kept of a row.  [default: 64]")
+@click.option("--tier", type=COUNT, multiple=True, metavar="K", help="Also readable as this smaller k. Repeatable.")
+@click.option("--temperature", type=float, multiple=True, metavar="T", help="Temperature whose tails are stored. "
+              "Repeatable.  [default: 1, 2, 4; for tokens 1, 2]")
+@click.option("--values", metavar="DTYPE", help="float32, bfloat16, float16 or uint8.  [default: float16]")
+@click.option("--feature", multiple=True, metavar="MODULE[:RECIPE[:DTYPE]]", help="Keep this activation of the "
+              "teacher: recipe raw, map, pool, cls, last or energy. Repeatable.")
+@click.option("--labels/--no-labels", default=None, help="Store the labels of the data.  [default: if it has any]")
+@click.option("--moments", is_flag=True, help="Store mean and standard deviation of each row's logits.")
+@click.option("--views", type=COUNT, metavar="N", help="Augmented views of each sample.  [default: 1]")
+@click.option("--format", type=click.Choice(["arrow", "hdf5"]), help="Container of the shards.  [default: arrow]")
+@click.option("--shard-size", type=size, metavar="SIZE", help="Wanted size of a shard, such as 64MB.")
+@click.option("--records-per-shard", type=COUNT, metavar="N", help="Instead of a shard size.")
+@click.option("--batch-size", type=COUNT, help="Records per forward pass.")
+@click.option("--dtype", type=DTYPES, help="The teacher computes in this.  [default: float32]")
+@run_options
+@click.option("--seed", type=click.IntRange(min=0), help="Decides the views.  [default: 0]")
+@click.option("--like", type=PATH, metavar="CACHE", help="Take views, seed and shards from this cache.")
+@click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless. Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written and how large, and write nothing.")
+@config_and_json
+def dump_teacher(as_json: bool, **options: Any) -> None:
+    """Stage 1: run the teacher once over the data and write what it says to CACHE. The same command again continues."""
+    from kdcache.teacher.dump import dump_teacher as function
+    from kdcache.teacher.progress import StderrProgress
+
+    chosen = given(options, tier="tiers", temperature="temperatures", feature="features", format="container")
+    with quiet_stdout():
+        result = function(**chosen, progress=StderrProgress(rank=int(os.environ.get("RANK", "0"))))
+    answer(result, as_json, lines)
+
+
+@click.command("train-student")
+@click.option("--cache", type=PATH, multiple=True, metavar="CACHE", help="What dump-teacher wrote.")
+@model_options("student", required=True)
+@click.option("--out", type=FOLDER, required=True, metavar="RUN", help="Folder to create, or to continue.")
+@data_options("data", False, DATA + "  [default: the tokens of a token cache]")
+@data_options("eval-data", False, "Evaluate on this dataset, given like --data.")
+@click.option("--temperature", type=float, metavar="T", help="[default: 2 for rows, 1 for tokens]")
+@click.option("--k", type=COUNT, help="Read this tier of the cache.  [default: the largest]")
+@click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the soft loss; 0 is plain training.  "
+              "[default: 0.5]")
+@click.option("--ce-weight", type=click.FloatRange(min=0), help="Weight of the hard loss.  [default: 1 - alpha]")
+@click.option("--kd-weight", type=click.FloatRange(min=0), help="Weight of the soft loss.  [default: alpha]")
+@click.option("--divergence", metavar="NAME", help="[default: forward_kl]")
+@click.option("--tail", metavar="NAME", help="bucket, renormalise or conditional.  [default: bucket]")
+@click.option("--match", multiple=True, metavar="STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]", help="Pull this activation of "
+              "the student towards a cached feature. Repeatable.")
+@click.option("--engine", metavar="NAME", help="auto or torch.  [default: auto]")
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the data.")
+@click.option("--max-steps", type=COUNT, help="Optimizer steps, instead of epochs.")
+@click.option("--batch-size", type=COUNT, help="Records per optimizer step, over all ranks.")
+@click.option("--micro-batch-size", type=COUNT, help="Records per forward pass.  [default: all of the step]")
+@click.option("--optimizer", metavar="NAME", help="adamw or sgd.  [default: adamw]")
+@click.option("--lr", type=click.FloatRange(min=0), help="Peak learning rate.")
+@click.option("--weight-decay", type=click.FloatRange(min=0))
+@click.option("--warmup", type=click.FloatRange(min=0), help="Steps, or a part of all steps below 1.")
+@click.option("--clip", type=click.FloatRange(min=0), metavar="NORM", help="Largest norm of the gradient; 0 for none.")
+@click.option("--precision", metavar="NAME", help="float32 or bfloat16 (autocast).")
+@click.option("--compile", is_flag=True, help="torch.compile the student.")
+@run_options
+@click.option("--seed", type=click.IntRange(min=0), help="Decides initial weights and order.  [default: 0]")
+@click.option("--deterministic", is_flag=True, help="Refuse operations that vary from run to run.")
+@click.option("--shuffle/--no-shuffle", default=None, help="[default: shuffle]")
+@click.option("--eval-every", type=COUNT, metavar="STEPS", help="[default: once an epoch]")
+@click.option("--save-every", type=COUNT, metavar="STEPS", help="[default: once an epoch]")
+@click.option("--best-by", metavar="METRIC", help="What decides the best checkpoint.")
+@click.option("--report-to", multiple=True, metavar="NAME", help="tensorboard or wandb. Repeatable.")
+@click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless. Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Check everything, train nothing.")
+@config_and_json
+def train_student(as_json: bool, **options: Any) -> None:
+    """Stage 2: train a student from CACHE. The same command again continues."""
+    from kdcache.student.train import train_student as function
+
+    with quiet_stdout():
+        result = function(**given(options))
+    answer(result, as_json, lines)
+
+
+@click.command()
+@model_options("student", required=True)
+@data_options("data", True, DATA)
+@click.option("--batch-size", type=COUNT, help="Records per forward pass.")
+@run_options
+@config_and_json
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Loss and accuracy (or perplexity) of a model on labelled data."""
+    from kdcache.student.evaluate import evaluate as function
+
+    with quiet_stdout():
+        result = function(**given(options))
+    answer(result, as_json, lines)
+
+
+@click.command()
+@click.argument("cache", type=PATH)
+@click.option("--quick", is_flag=True, help="Sizes and the proofs of commitment, not every byte.")
+@model_options("teacher", required=False)
+@data_options("data", False, DATA)
+@click.option("--samples", type=COUNT, metavar="N", help="Records the teacher sees again.")
+@run_options
+@config_and_json
+def verify(as_json: bool, **options: Any) -> None:
+    """Check every digest of CACHE and that no file is foreign; with --teacher, that the teacher still says the same."""
+    from kdcache.teacher.verify import verify as function
+
+    with quiet_stdout():
+        result = function(**given(options))
+    answer(result, as_json, lines)

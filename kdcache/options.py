@@ -1,0 +1,117 @@
+"""What the commands share: option types, `--config` and `--json`, and how a result is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from kdcache.config import read_config
+
+F = TypeVar("F", bound=Callable[..., Any])
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(value: str | int) -> int:
+    """A number of bytes from 64MB, 1.5GiB or 1000000: an option type."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if found is None or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise click.BadParameter(f"{value!r} is no size; expected a number of bytes such as 64MB, 1.5GiB or 1000000")
+    return round(float(found[1]) * UNITS[found[2].upper()])
+
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+PATH = click.Path(path_type=Path)
+
+
+def config_and_json(function: F) -> F:
+    """Give a command `--config FILE` and `--json`."""
+    function = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")(function)
+    return click.option("--config", type=PATH, metavar="FILE", is_eager=True, expose_value=False, callback=_use_config,
+                        help="Options from this TOML file's table of the command; the command line wins.")(function)
+
+
+def _use_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    if path is not None:
+        commands = ctx.parent.command.commands if ctx.parent and isinstance(ctx.parent.command, click.Group) else ()
+        ctx.default_map = {**(ctx.default_map or {}), **read_config(path, ctx.command, commands)}
+
+
+def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
+    """Those of a command's `options` that were given, in a file or on the command line: the functions own the defaults.
+
+    `--x-arg key=value` becomes the mapping `x_args`; repeatable options become lists. `renamed`: option -> parameter.
+    """
+    from kdcache.loading import parse_args
+
+    ctx = click.get_current_context()
+    out: dict[str, Any] = {}
+    for name, value in options.items():
+        if ctx.get_parameter_source(name) in (ParameterSource.DEFAULT, None):
+            continue
+        if name.endswith("_arg"):
+            out[f"{name}s"] = parse_args(value, f"--{name.replace('_', '-')}")
+        else:
+            out[renamed.get(name, name)] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Standard output carries the result and nothing else: what anything prints meanwhile goes to standard error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def answer(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    """Print a command's result, as one JSON object or as text for people; rank 0 only."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    click.echo(json.dumps(plain(result), allow_nan=False) if as_json else text(result))
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: paths as text, numpy numbers as numbers, what is not finite as null."""
+    if hasattr(value, "to_json"):
+        return plain(value.to_json())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, Iterable) and not hasattr(value, "item"):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):                                # numpy scalars and arrays, tensors
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def lines(result: Any) -> str:
+    """A result for people: one aligned line per value that is there, numbers to four digits."""
+    shown = {key.replace("_", " "): brief(value) for key, value in plain(result).items() if value not in (None, [], {})}
+    width = max((len(key) for key in shown), default=0)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
+
+
+def brief(value: Any) -> str:
+    """One value in a line: floats to four significant digits, lists and small objects with commas."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {brief(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(brief, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
