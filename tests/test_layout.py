@@ -1,0 +1,55 @@
+"""The layout: real folders at the top, relative links into the package, no bare imports of what the links reach."""
+
+from __future__ import annotations
+
+import ast
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = {"kernels": "../kernels", "bench": "../bench", "cli.py": "../cli.py"}
+
+
+@pytest.mark.parametrize(("name", "target"), LINKS.items())
+def test_links_are_relative_and_reach_the_top(name: str, target: str) -> None:
+    link = ROOT / "kdcache" / name
+    assert link.is_symlink(), f"{link} became a plain file: git config core.symlinks true, and check out again"
+    assert os.readlink(link) == target
+    assert link.resolve() == ROOT / name
+    assert not (ROOT / name).is_symlink()
+
+
+@pytest.mark.parametrize("folder", ["kernels", "bench", "tests"])
+def test_the_top_folders_are_no_packages(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "kdcache" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("folder", ["kdcache/kernels", "kdcache/bench"])
+def test_setuptools_finds_what_the_links_reach(folder: str) -> None:
+    from setuptools import find_namespace_packages
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert folder.replace("/", ".") in find_namespace_packages(str(ROOT), include=wanted)
+
+
+def python_files() -> list[Path]:
+    folders = ("kdcache", "kernels", "bench", "tests", "examples")
+    return [ROOT / "cli.py", *sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_imported_by_its_bare_name(path: Path) -> None:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    assert not found & {"kernels", "bench", "cli"}
