@@ -13,6 +13,7 @@ from kdcache.cache.spec import CacheSpec
 
 FULL_TEMPERATURES = ("1", "2", "4")     # a full cache stores none and takes any: what is reported of it
 CHUNK_ELEMENTS = 2**18                  # float64 elements of one temporary: 2 MiB
+DECIMALS = 9                            # nats or rows; the noise of a million rows is below 1e-10
 MINUS_INFINITY = -np.inf
 
 
@@ -21,7 +22,8 @@ def measure(spec: CacheSpec, rows: Rows, relative: Array, tail: Array | None) ->
 
     rows: their number. kl:T: KL(original || decoded) in nats over the entries that are not -inf after decoding, and
     the rest; 0 for float32. mass:k:T: teacher probability of the head of tier k. truncation:k:T: -log of it.
-    Each sum is rounded once (fsum), so that it does not depend on the order of the rows.
+    Sums are exact (fsum) and then rounded to DECIMALS, so that they depend neither on the order of the rows nor on
+    the last bits of exp and log, which differ between CPUs: equal work gives equal commit records.
     """
     assert rows.logits is not None
     temperatures = spec.temperatures if spec.kind == "topk" else FULL_TEMPERATURES
@@ -34,7 +36,7 @@ def measure(spec: CacheSpec, rows: Rows, relative: Array, tail: Array | None) ->
             at = slice(start, start + step)
             for key, value in _measure_chunk(spec, rows, at, relative[at], None if tail is None else tail[at]):
                 parts[key].append(value)
-    sums = {key: math.fsum(x for part in values for x in part.tolist()) for key, values in parts.items()}
+    sums = {key: round(math.fsum(x for part in values for x in part.tolist()), DECIMALS) for key, values in parts.items()}
     return {"rows": float(len(rows.logits)), **sums}
 
 
