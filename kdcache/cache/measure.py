@@ -36,7 +36,8 @@ def measure(spec: CacheSpec, rows: Rows, relative: Array, tail: Array | None) ->
             at = slice(start, start + step)
             for key, value in _measure_chunk(spec, rows, at, relative[at], None if tail is None else tail[at]):
                 parts[key].append(value)
-    sums = {key: round(math.fsum(x for part in values for x in part.tolist()), DECIMALS) for key, values in parts.items()}
+    sums = {key: round(math.fsum(x for part in values for x in part.tolist()), DECIMALS)
+            for key, values in parts.items()}
     return {"rows": float(len(rows.logits)), **sums}
 
 
