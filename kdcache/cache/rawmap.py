@@ -1,0 +1,183 @@
+"""The raw map of a shard file: where each column's bytes lie, the same for every container.
+
+Readers use nothing else: a file is mapped, and a column is `length` bytes at `offset`, little-endian, row-major.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import stat
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from kdcache.cache.columns import ROOT, Array, Columns, Level
+from kdcache.cache.spec import CacheSpec
+from kdcache.errors import CacheCorrupt
+
+ALIGNMENT = 8
+OFFSET_BYTES = 8                # one entry of an offsets buffer, int64
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_PROT_READ, _MAP_SHARED = 1, 1  # the same on Linux and macOS
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Sink(Protocol):
+    """What a container is written to, front to back."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where one column lies in its file, and the XXH3-128 of its bytes. An empty column has offset 0."""
+
+    offset: int
+    length: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything promised about one shard file. `commit` is the digest of its commit record."""
+
+    shard: int
+    file: str
+    size: int
+    file_digest: str
+    rest_digest: str
+    records: int
+    rows: dict[str, int]
+    columns: dict[str, Extent]
+    measured: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+
+
+def column_names(spec: CacheSpec) -> list[str]:
+    """The keys of a `Columns` mapping of this spec: offsets of ragged levels, then columns in the order of the spec."""
+    return [level.offsets for level in spec.levels() if level.ragged] + [c.name for c in spec.columns()]
+
+
+def level_rows(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:
+    """Rows of `record` and of every level below it."""
+    return {ROOT: records, **{level.name: rows[level.name] for level in spec.levels()}}
+
+
+def parents(level: Level, rows: Mapping[str, int]) -> int:
+    """Rows of the level above."""
+    return rows[level.parent]
+
+
+def expected_lengths(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of every column of a shard with these numbers of rows."""
+    counts = level_rows(spec, records, rows)
+    out = {level.offsets: (parents(level, counts) + 1) * OFFSET_BYTES for level in spec.levels() if level.ragged}
+    return out | {c.name: counts[c.level] * c.row_bytes for c in spec.columns()}
+
+
+def check_extents(spec: CacheSpec, facts: Facts, where: str) -> None:
+    """CacheCorrupt unless the row counts, lengths and offsets of `facts` can be those of one file of its size."""
+    if facts.records != facts_records(spec, facts.shard):
+        raise CacheCorrupt(f"{where}: shard {facts.shard} has {facts.records} records; "
+                           f"the header gives it {facts_records(spec, facts.shard)}")
+    counts = level_rows(spec, facts.records, facts.rows)
+    for level in spec.levels():
+        if level.count is not None and counts[level.name] != parents(level, counts) * level.count:
+            raise CacheCorrupt(f"{where}: {counts[level.name]} rows of level {level.name!r}; expected {level.count} "
+                               f"for each of {parents(level, counts)}")
+    end, last = 0, "the start of the file"
+    lengths = expected_lengths(spec, facts.records, facts.rows)
+    for name, extent in sorted(facts.columns.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if extent.length != lengths[name]:
+            raise CacheCorrupt(f"{where}: column {name} has {extent.length} bytes; its rows need {lengths[name]}")
+        if extent.length == 0 and extent.offset == 0:
+            continue
+        if extent.length == 0 or extent.offset % ALIGNMENT or extent.offset < end:
+            raise CacheCorrupt(f"{where}: column {name} lies at byte {extent.offset}, which is not a multiple of "
+                               f"{ALIGNMENT} behind {last}")
+        end, last = extent.offset + extent.length, f"column {name}"
+    if end > facts.size:
+        raise CacheCorrupt(f"{where}: {last} ends at byte {end}, the file has {facts.size}")
+
+
+def facts_records(spec: CacheSpec, shard: int) -> int:
+    """Records of a shard, by the header alone."""
+    at = spec.shard(shard)
+    return at.stop - at.start
+
+
+def map_file(path: str, size: int | None = None) -> Array:
+    """The bytes of a file as a read-only uint8 array; CacheCorrupt unless it is a plain file of `size` bytes.
+
+    The file descriptor is closed again: Python's own `mmap` keeps one open for every map (before 3.13), and a cache may
+    have 20,000 shards. The map goes when the last array over it goes. OSError if the file cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a fifo in a file's place must not block
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheCorrupt(f"{path}: not a plain file")
+        if size is not None and found.st_size != size:
+            raise CacheCorrupt(f"{path}: file has {found.st_size} bytes, expected {size}; it was cut or overwritten")
+        if found.st_size == 0:
+            return np.zeros(0, np.uint8)
+        address = _libc.mmap(None, found.st_size, _PROT_READ, _MAP_SHARED, fd, 0)
+        if address in (None, _MAP_FAILED):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), path)
+        memory = (ctypes.c_ubyte * found.st_size).from_address(address)
+        # No unmapping at exit of the interpreter: threads may still read.
+        weakref.finalize(memory, _libc.munmap, address, found.st_size).atexit = False
+        out: Array = np.frombuffer(memoryview(memory), np.uint8)
+        out.flags.writeable = False
+        return out
+    finally:
+        os.close(fd)
+
+
+def view(data: Array, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """A column as an array over the mapped bytes; `extent` has passed `check_extents` for this file."""
+    part: Array = data[extent.offset:extent.offset + math.prod(shape) * dtype.itemsize]
+    return part.view(dtype).reshape(shape)
+
+
+def digest(data: Array) -> str:
+    """XXH3-128 of the bytes of a contiguous array."""
+    return xxhash.xxh3_128_hexdigest(data.reshape(-1).view(np.uint8).data)
+
+
+def rest_digest(data: Array, extents: Iterable[Extent]) -> str:
+    """XXH3-128 over all bytes of the file outside the columns, in the order of the file."""
+    hasher, at = xxhash.xxh3_128(), 0
+    for extent in sorted(extents, key=lambda e: (e.offset, e.length)):
+        if extent.length:
+            hasher.update(data[at:extent.offset].data)
+            at = extent.offset + extent.length
+    hasher.update(data[at:].data)
+    return hasher.hexdigest()
+
+
+def survey(data: Array, columns: Columns, offsets: Mapping[str, int], where: str) -> dict[str, Extent]:
+    """Extents of freshly written columns, after comparing every byte in the file with what was to be written."""
+    out = {}
+    for name, array in columns.items():
+        wanted = array.reshape(-1).view(np.uint8)
+        if not len(wanted):
+            out[name] = Extent(0, 0, digest(wanted))
+            continue
+        offset = offsets[name]
+        found = data[offset:offset + len(wanted)]
+        if offset % ALIGNMENT or not np.array_equal(found, wanted):
+            raise CacheCorrupt(f"{where}: column {name} read back from byte {offset} is not what was written")
+        out[name] = Extent(offset, len(wanted), digest(found))
+    return out

@@ -1,0 +1,133 @@
+"""What stands in a cache's folder, judged: proven commits are kept, everything torn or foreign goes to quarantine."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from kdcache.cache import catalog
+from kdcache.cache.catalog import Header, Manifest, commit_name, manifest_name
+from kdcache.cache.rawmap import Facts, digest, map_file
+from kdcache.cache.store import TEMPORARY, Directory
+from kdcache.errors import CacheCorrupt
+
+FOLDERS = ("data", "commit", "manifest")
+NUMBERED = re.compile(r"(\d{8})\.json")
+SHARD_FILE = re.compile(r"(\d{8})-([0-9a-f]{32})\.(arrow|h5)")
+
+
+def read_commit(directory: Directory, header: Header, shard: int) -> Facts | None:
+    """The facts of a committed shard, None if it is not committed; CacheCorrupt for a record that cannot be true."""
+    name = commit_name(shard)
+    data = directory.read(name)
+    return None if data is None else catalog.parse_commit(data, directory.full(name), header, shard)
+
+
+def prove(directory: Directory, facts: Facts) -> None:
+    """CacheCorrupt unless the file of a shard is there, whole, with every byte as promised."""
+    path = directory.full(f"data/{facts.file}")
+    try:
+        data = map_file(path, facts.size)
+    except FileNotFoundError as e:
+        raise CacheCorrupt(f"{path}: the file of shard {facts.shard} is missing") from e
+    found = digest(data)
+    if found != facts.file_digest:
+        raise CacheCorrupt(f"{path}: its digest is {found}, the commit record says {facts.file_digest}")
+
+
+def proven(directory: Directory, header: Header, shard: int) -> Facts | None:
+    """The facts of a committed shard after reading all of its file; None if it is not committed, or wrongly."""
+    try:
+        facts = read_commit(directory, header, shard)
+        if facts is not None:
+            prove(directory, facts)
+        return facts
+    except CacheCorrupt:
+        return None
+
+
+def remove_bad_commit(directory: Directory, header: Header, shard: int) -> None:
+    """Quarantine the commit record of a shard, and then its file, if they do not prove each other."""
+    try:
+        facts = read_commit(directory, header, shard)
+    except CacheCorrupt:
+        facts = None
+    directory.quarantine(commit_name(shard), lambda: proven(directory, header, shard) is None)
+    if facts is not None:
+        remove_bad_file(directory, facts.file)
+
+
+def remove_bad_file(directory: Directory, name: str) -> None:
+    """Quarantine a shard file that is not what its name says."""
+    path = directory.full(f"data/{name}")
+
+    def bad() -> bool:
+        match = SHARD_FILE.fullmatch(name)
+        try:
+            return match is None or digest(map_file(path)) != match[2]
+        except (CacheCorrupt, OSError):
+            return True
+
+    directory.quarantine(f"data/{name}", bad)
+
+
+def sweep(directory: Directory, header: Header) -> None:
+    """Make a cache fit to be continued: dead temporaries deleted, whatever is torn or not understood in quarantine."""
+    for folder in ("", *FOLDERS):
+        directory.drop_dead_temporaries(folder)
+    for name in directory.names("commit"):
+        match = NUMBERED.fullmatch(name)
+        if match and int(match[1]) < header.spec.num_shards:
+            if proven(directory, header, int(match[1])) is None:
+                remove_bad_commit(directory, header, int(match[1]))
+        elif not name.startswith(TEMPORARY):
+            directory.quarantine(f"commit/{name}", lambda: True)
+    for name in directory.names("data"):
+        match = SHARD_FILE.fullmatch(name)
+        ours = match and int(match[1]) < header.spec.num_shards and match[3] == catalog.SUFFIXES[header.container]
+        if not ours and not name.startswith(TEMPORARY):
+            directory.quarantine(f"data/{name}", lambda: True)
+    _sweep_manifests(directory, header)
+
+
+def _sweep_manifests(directory: Directory, header: Header) -> None:
+    try:
+        good = len(read_manifests(directory, header))
+    except CacheCorrupt:
+        good = 0
+        while True:                     # a manifest names its parent: from the first bad one on, none can stand
+            try:
+                good = len(read_manifests(directory, header, last=good + 1))
+            except CacheCorrupt:
+                break
+    for name in directory.names("manifest"):
+        match = NUMBERED.fullmatch(name)
+        if not (match and 1 <= int(match[1]) <= good) and not name.startswith(TEMPORARY):
+            directory.quarantine(f"manifest/{name}", partial(_manifest_is_bad, directory, header, name))
+
+
+def _manifest_is_bad(directory: Directory, header: Header, name: str) -> bool:
+    match = NUMBERED.fullmatch(name)
+    if match is None:
+        return True
+    try:
+        return len(read_manifests(directory, header, last=int(match[1]))) < int(match[1])
+    except CacheCorrupt:
+        return True
+
+
+def read_manifests(directory: Directory, header: Header, last: int | None = None) -> list[Manifest]:
+    """The chain of manifests, up to generation `last`; CacheCorrupt if one is bad, of another cache or missing."""
+    numbers = [int(m[1]) for m in map(NUMBERED.fullmatch, directory.names("manifest")) if m]
+    top = max(numbers, default=0) if last is None else last
+    chain: list[Manifest] = []
+    if top > len(numbers):
+        raise CacheCorrupt(f"{directory.full('manifest')}: has {len(numbers)} manifests, the last is numbered {top}")
+    for generation in range(1, top + 1):
+        name = manifest_name(generation)
+        data = directory.read(name, catalog.MAX_MANIFEST)
+        if data is None:
+            raise CacheCorrupt(f"{directory.full(name)}: missing; the manifest after it names it as its parent")
+        parent = chain[-1].digest if chain else None
+        chain.append(catalog.parse_manifest(data, directory.full(name), header, generation, parent))
+    return chain

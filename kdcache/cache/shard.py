@@ -1,0 +1,109 @@
+"""One mapped shard of a cache, proven column by column as each is first asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from kdcache.cache import check, repair
+from kdcache.cache.catalog import Header, commit_name
+from kdcache.cache.columns import Array, Column, Columns
+from kdcache.cache.rawmap import Facts, digest, level_rows, map_file, rest_digest, view
+from kdcache.cache.store import Directory
+from kdcache.errors import CacheCorrupt
+
+
+class Shard:
+    """The columns of one shard as read-only arrays over its mapped file. Thread-safe.
+
+    Before the first column is handed out, the commit record, the size of the file and its bytes outside the columns
+    are proven; before each column, its digest and its meaning (`check.problem`). CacheCorrupt names file and column.
+    """
+
+    def __init__(self, directory: Directory, header: Header, facts: Facts) -> None:
+        self.facts = facts
+        self.path = directory.full(f"data/{facts.file}")
+        self._directory, self._header = directory, header
+        self._lock = threading.Lock()
+        self._intact: Columns = {}          # digest proven
+        self._good: Columns = {}            # and meaning checked
+        self._data: Array | None = None
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        return level_rows(self._header.spec, self.facts.records, self.facts.rows)
+
+    @cached_property
+    def _columns(self) -> dict[str, Column | None]:
+        spec = self._header.spec
+        return {**{level.offsets: None for level in spec.levels() if level.ragged},
+                **{c.name: c for c in spec.columns()}}
+
+    def get(self, names: Sequence[str]) -> Columns:
+        """Columns by name, [rows of the level, *shape], and int64 offsets."""
+        good = self._good
+        if all(name in good for name in names):     # the usual case takes no lock
+            return {name: good[name] for name in names}
+        with self._lock:
+            for name in reversed(names):            # the largest tier first: its check covers the smaller ones
+                if name not in self._good:
+                    self._prove(name)
+            return {name: self._good[name] for name in names}
+
+    def _prove(self, name: str) -> None:
+        wrong = check.problem(self._header.spec, self.facts.records, self.facts.rows, name, self._bytes_of)
+        if wrong is not None:
+            raise CacheCorrupt(f"{self.path}: {wrong}")
+        covered = [name]
+        if name.startswith("ids_"):
+            covered += check.id_columns(self._header.spec, check.tier_of(name))
+        for each in covered:
+            self._good[each] = self._bytes_of(each)
+
+    def _bytes_of(self, name: str) -> Array:
+        """The column, its digest proven."""
+        if name not in self._intact:
+            data = self._open()
+            extent = self.facts.columns[name]
+            column = self._columns[name]
+            found = digest(data[extent.offset:extent.offset + extent.length])
+            if found != extent.digest:
+                raise CacheCorrupt(f"{self.path}: column {name}: its digest is {found}, expected {extent.digest}")
+            if column is None:
+                self._intact[name] = view(data, extent, np.dtype("<i8"), (extent.length // 8,))
+            else:
+                shape = (self.rows[column.level], *column.shape)
+                self._intact[name] = view(data, extent, column.storage, shape)
+        return self._intact[name]
+
+    def _open(self) -> Array:
+        if self._data is None:
+            self._prove_commit()
+            try:
+                data = map_file(self.path, self.facts.size)
+            except FileNotFoundError as e:
+                raise CacheCorrupt(f"{self.path}: the file of shard {self.facts.shard} is missing") from e
+            found = rest_digest(data, self.facts.columns.values())
+            if found != self.facts.rest_digest:
+                raise CacheCorrupt(f"{self.path}: the digest of its bytes outside the columns is {found}, "
+                                   f"expected {self.facts.rest_digest}")
+            self._data = data
+        return self._data
+
+    def _prove_commit(self) -> None:
+        where = self._directory.full(commit_name(self.facts.shard))
+        found = repair.read_commit(self._directory, self._header, self.facts.shard)
+        if found is None:
+            raise CacheCorrupt(f"{where}: the commit record of shard {self.facts.shard} is missing")
+        if found.commit != self.facts.commit:
+            raise CacheCorrupt(f"{where}: its digest is {found.commit}, the manifest says {self.facts.commit}")
+
+    def measured(self) -> dict[str, str]:
+        """The sums in the commit record."""
+        if self.facts.measured:
+            return self.facts.measured
+        found = repair.read_commit(self._directory, self._header, self.facts.shard)
+        return {} if found is None else found.measured

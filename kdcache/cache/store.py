@@ -1,0 +1,284 @@
+"""Where the files of a cache live: a folder in which a file appears whole or not at all, and never changes.
+
+A new file is written under a temporary name, locked while its writer lives, synced, and linked to its final name, which
+fails if the name is taken. Nothing is ever overwritten; what is wrong is moved to `quarantine/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kdcache.errors import CacheCorrupt, KDCacheError
+
+TEMPORARY = ".tmp-"
+QUARANTINE = "quarantine"
+MAX_JSON = 2**26                # header and commit records
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+
+
+class Temporary:
+    """A new file without its final name. Written front to back, by us or through a library that wants a file."""
+
+    closed = False                          # pyarrow asks
+
+    def __init__(self, fd: int, path: str, step: Callable[[str], None]) -> None:
+        self.fd, self.path, self._step, self._at = fd, path, step, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._step("write")
+        done = 0
+        while done < len(view):
+            done += os.write(self.fd, view[done:])
+        self._at += done
+        return done
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """The folder closes it, after the link."""
+
+    def sync(self) -> None:
+        self._step("sync")
+        os.fsync(self.fd)
+
+
+class Directory:
+    """The folder of a cache. Names are relative, with `/`. OSError from the system passes through; see `explain`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @staticmethod
+    def step(name: str) -> None:
+        """Called before each file operation that changes something: where fault injection may stop a writer."""
+
+    def full(self, name: str) -> str:
+        return str(self.path / name) if name else str(self.path)
+
+    # ---- reading ----------------------------------------------------------------------------------------------
+
+    def names(self, folder: str = "") -> list[str]:
+        """Sorted names in a folder, [] if there is none."""
+        try:
+            return sorted(os.listdir(self.full(folder)))
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if there is none."""
+        try:
+            return os.stat(self.full(name)).st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, limit: int = MAX_JSON) -> bytes | None:
+        """All bytes of a plain file, None if there is none; CacheCorrupt above `limit` bytes, before reading them."""
+        try:
+            fd = os.open(self.full(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise CacheCorrupt(f"{self.full(name)}: not a plain file")
+            if found.st_size > limit:
+                raise CacheCorrupt(f"{self.full(name)}: file has {found.st_size} bytes, the most allowed is {limit}")
+            return file.read(limit + 1)
+
+    # ---- writing ----------------------------------------------------------------------------------------------
+
+    def make(self, folder: str = "") -> None:
+        """Create a folder and what is above it, if absent."""
+        path = Path(self.full(folder))
+        if not path.is_dir():
+            self.step("mkdir")
+            path.mkdir(parents=True, exist_ok=True)
+            self._sync_folder(path.parent)
+
+    @contextlib.contextmanager
+    def temporary(self, folder: str) -> Iterator[Temporary]:
+        """A new locked file in `folder`; its temporary name is gone afterwards, whatever happened."""
+        fd, path = self._new(folder)
+        try:
+            yield Temporary(fd, path, self.step)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            os.close(fd)
+
+    def publish(self, temporary: Temporary, name: str) -> bool:
+        """Give a synced temporary its final name; False if the name is taken."""
+        final = self.full(name)
+        self.step("link")
+        try:
+            os.link(temporary.path, final)
+        except OSError as e:
+            # A lost answer of a network file system: the link was made all the same.
+            if os.fstat(temporary.fd).st_nlink != 2:
+                if e.errno == errno.EEXIST:
+                    return False
+                if e.errno not in NO_LINKS:
+                    raise
+                if not _publish_without_links(temporary, final):
+                    return False
+        self.step("unlink")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary.path)
+        self._sync_folder(Path(final).parent)
+        return True
+
+    def put(self, name: str, data: bytes) -> bool:
+        """Create a file with these bytes whole; False if the name is taken."""
+        with self.temporary(os.path.dirname(name)) as temporary:
+            temporary.write(data)
+            temporary.sync()
+            return self.publish(temporary, name)
+
+    def remove(self, name: str) -> None:
+        """Unlink a file of our own making; nothing if it is gone."""
+        self.step("remove")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.full(name))
+
+    def quarantine(self, name: str, bad: Callable[[], bool]) -> bool:
+        """Move a file to `quarantine/` if it is still `bad`; False if it was not.
+
+        Two who find the same bad file must not move the good one that the first of them put in its place: the
+        judgement is repeated under a lock on the very file that is moved.
+        """
+        path = self.full(name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return False
+        try:
+            _lock(fd, fcntl.LOCK_EX)
+            if not _same(fd, path) or not bad():
+                return False
+            self.make(QUARANTINE)
+            flat, copy = name.replace("/", "-"), 0
+            while os.path.lexists(target := self.full(f"{QUARANTINE}/{flat}" + (f".{copy}" if copy else ""))):
+                copy += 1
+            self.step("rename")
+            os.rename(path, target)
+            self._sync_folder(Path(path).parent)
+            return True
+        finally:
+            os.close(fd)
+
+    def drop_dead_temporaries(self, folder: str) -> None:
+        """Delete the temporaries whose writers are gone: a live writer holds a lock on its own."""
+        for name in self.names(folder):
+            if not name.startswith(TEMPORARY):
+                continue
+            path = self.full(f"{folder}/{name}" if folder else name)
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                try:
+                    if _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) and _same(fd, path):
+                        self.step("unlink")
+                        os.unlink(path)
+                finally:
+                    os.close(fd)
+
+    def _new(self, folder: str) -> tuple[int, str]:
+        while True:
+            path = self.full(f"{folder}/{TEMPORARY}{secrets.token_hex(8)}" if folder
+                             else f"{TEMPORARY}{secrets.token_hex(8)}")
+            self.step("create")
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            # Whoever sweeps dead temporaries between these two lines has deleted it: take another.
+            _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(fd, path):
+                return fd, path
+            os.close(fd)
+
+    def _sync_folder(self, path: Path) -> None:
+        self.step("sync_folder")
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            if e.errno != errno.EINVAL:             # a file system that cannot sync folders
+                raise
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def explain(path: str | os.PathLike[str], doing: str, standing: Callable[[], str] = str) -> Iterator[None]:
+    """Turn an OSError into one line that says what to do; `standing` adds how far the cache is."""
+    try:
+        yield
+    except OSError as e:
+        why = e.strerror or str(e)
+        if e.errno in FULL:
+            raise KDCacheError(f"{path}: disk full while {doing} ({why}); free space and run the same command "
+                               f"again{standing()}") from e
+        if e.errno in DENIED:
+            raise KDCacheError(f"{path}: not allowed while {doing} ({why}); check the permissions of the "
+                               f"folder{standing()}") from e
+        raise KDCacheError(f"{e.filename or path}: {why} while {doing}{standing()}") from e
+
+
+def _lock(fd: int, how: int) -> bool:
+    """False if another holds it, or if the file system has no locks."""
+    try:
+        fcntl.flock(fd, how)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EACCES, *NO_LOCKS):
+            return False
+        raise
+    return True
+
+
+def _same(fd: int, path: str) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _publish_without_links(temporary: Temporary, final: str) -> bool:
+    """For file systems without hard links: a rename that does not replace, else a copy to a name that must be new."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        at_fdcwd, no_replace = -100, 1
+        if libc.renameat2(at_fdcwd, os.fsencode(temporary.path), at_fdcwd, os.fsencode(final), no_replace) == 0:
+            return True
+        if ctypes.get_errno() == errno.EEXIST:
+            return False
+    try:
+        fd = os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        return False
+    try:                        # a crash in here leaves a torn file under a final name: resume quarantines it
+        os.lseek(temporary.fd, 0, os.SEEK_SET)
+        while part := os.read(temporary.fd, 2**20):
+            view = memoryview(part)
+            while view:
+                view = view[os.write(fd, view):]
+        os.fsync(fd)
+    except OSError:
+        os.unlink(final)
+        raise
+    finally:
+        os.close(fd)
+    return True

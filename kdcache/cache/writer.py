@@ -1,0 +1,248 @@
+"""Writing a cache: shards in any order, by any number of writers, each appearing whole or not at all.
+
+A shard counts when its commit record exists. The same command again continues: what is missing is what has no record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from kdcache.cache import catalog, repair
+from kdcache.cache.catalog import HEADER, Header
+from kdcache.cache.check import prepare, problem
+from kdcache.cache.columns import Array
+from kdcache.cache.identity import Identity, require_same
+from kdcache.cache.rawmap import Facts, digest, facts_records, map_file, rest_digest, survey
+from kdcache.cache.spec import CacheSpec, spec_difference
+from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, explain
+from kdcache.errors import (
+    CacheCorrupt,
+    CacheExists,
+    CacheIncomplete,
+    DataError,
+    KDCacheError,
+    SpecMismatch,
+    UsageError,
+)
+
+ATTEMPTS = 5                    # at a name whose file is bad, with others repairing it at the same time
+
+
+def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *, container: str = "arrow",
+           recorded: dict[str, str] | None = None) -> Writer:
+    """A writer of the cache at `path`: a new one, or one of the same spec, identity and container, continued.
+
+    `recorded` (library versions and the like) is kept in a new cache's header and compared by nobody.
+    CacheExists if something else stands there, SpecMismatch or IdentityMismatch listing the fields that differ,
+    UsageError for an unknown container, KDCacheError if the folder cannot be written.
+    """
+    recorded = {} if recorded is None else dict(recorded)
+    if not all(isinstance(k, str) and isinstance(v, str) for k, v in recorded.items()):
+        raise UsageError("recorded: expected strings only")
+    header_bytes = catalog.header_bytes(spec, identity, container, recorded)
+    directory = Directory(path)
+    with explain(path, "creating the cache"):
+        header = _claim(directory, header_bytes, spec, identity, container)
+        repair.sweep(directory, header)
+        return Writer(directory, header)
+
+
+def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identity, container: str) -> Header:
+    """The header of the cache, ours if there was none."""
+    if directory.path.exists() and not directory.path.is_dir():
+        raise CacheExists(f"{directory.path}: a file stands where the cache was to be created")
+    where = directory.full(HEADER)
+    found = directory.read(HEADER)
+    if found is None:
+        foreign = _foreign(directory)
+        if foreign:
+            raise CacheExists(f"{directory.path}: not a cache, and not empty (it holds {foreign!r}); "
+                              f"choose another place")
+        for folder in ("", *repair.FOLDERS):
+            directory.make(folder)
+        directory.put(HEADER, data)                 # if another writer was first, theirs counts
+        found = directory.read(HEADER)
+        assert found is not None
+    try:
+        header = catalog.parse_header(found, where)
+    except CacheCorrupt:
+        # Only a file system without links can leave a torn header; with nothing committed it is safe to start over.
+        if any(n for folder in repair.FOLDERS for n in directory.names(folder) if not n.startswith(TEMPORARY)):
+            raise
+        directory.quarantine(HEADER, lambda: directory.read(HEADER) == found)
+        return _claim(directory, data, spec, identity, container)
+    different = spec_difference(header.spec, spec)
+    if header.container != container or different:
+        lines = [f"container: cache has {header.container!r}, given is {container!r}"]
+        lines = (lines if header.container != container else []) + [str(d) for d in different]
+        raise SpecMismatch(f"{directory.path}: a cache of another spec stands there; fields that differ:\n  "
+                           + "\n  ".join(lines) + "\n  choose another place, or give the options it was made with")
+    require_same(header.identity, identity, where=str(directory.path))
+    for folder in repair.FOLDERS:
+        directory.make(folder)
+    return header
+
+
+def _foreign(directory: Directory) -> str:
+    """A name in the folder that no dump which has not got as far as its header can have made; '' if there is none."""
+    for name in directory.names():
+        if name in (*repair.FOLDERS, QUARANTINE):
+            if any(not n.startswith(TEMPORARY) for n in directory.names(name)):
+                return name
+        elif not name.startswith(TEMPORARY):
+            return name
+    return ""
+
+
+class Writer:
+    """Writes shards of one cache. A clean exit of its `with` block seals the cache if no shard is missing.
+
+    `write` may be called from another thread than the one that asks `missing`, and by many processes at once.
+    """
+
+    def __init__(self, directory: Directory, header: Header) -> None:
+        self.path = directory.path
+        self.spec = header.spec
+        self.identity = header.identity
+        self.container = header.container
+        self._directory = directory
+        self._header = header
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is None and not self._closed and not self.missing():
+            self.seal()
+        self.close()
+
+    def close(self) -> None:
+        """Write no more. Nothing is held open; what is committed stays committed."""
+        self._closed = True
+
+    def missing(self) -> list[int]:
+        """The shards without a commit record, those of other writers counted, at this moment."""
+        names = set(self._directory.names("commit"))
+        return [i for i in range(self.spec.num_shards) if catalog.commit_name(i)[len("commit/"):] not in names]
+
+    def write(self, shard: int, columns: Mapping[str, Array], measured: dict[str, float] | None = None) -> None:
+        """Commit shard `shard`: every column of the spec, and the offsets of ragged levels, in storage dtype.
+
+        Columns are [rows of their level, *shape]; offsets int64 [records + 1]. `measured` are sums over the rows.
+        UsageError for a wrong column, dtype or shape, DataError for content that readers would refuse, KDCacheError
+        if the disk is full or not writable; after each of them the cache can be continued. If another writer
+        committed the shard first, theirs stays.
+        """
+        if self._closed:
+            raise UsageError(f"{self.path}: the writer is closed")
+        if not 0 <= shard < self.spec.num_shards:
+            raise UsageError(f"shard {shard}: the cache has 0 to {self.spec.num_shards - 1}")
+        records = facts_records(self.spec, shard)
+        ready, rows = prepare(self.spec, records, columns)
+        for name in ready:
+            wrong = problem(self.spec, records, rows, name, ready.__getitem__)
+            if wrong is not None:
+                raise DataError(f"shard {shard}: {wrong}")
+        texts = {name: catalog.number_text(value) for name, value in (measured or {}).items()}
+        with self._lock, explain(self.path, f"writing shard {shard}", self._standing):
+            facts, created = self._store(shard, records, rows, ready, texts)
+            self._commit(facts, created)
+
+    def seal(self) -> str:
+        """Write the manifest, if it is not there yet; the content id. CacheIncomplete lists missing shards."""
+        with self._lock, explain(self.path, "sealing the cache", self._standing):
+            shards = []
+            absent = self.missing()
+            if absent:
+                raise CacheIncomplete(f"{self.path}: {len(absent)} of {self.spec.num_shards} shards are missing: "
+                                      f"{_some(absent)}; run the same command again to write them")
+            for shard in range(self.spec.num_shards):
+                facts = repair.read_commit(self._directory, self._header, shard)
+                if facts is None:
+                    raise CacheIncomplete(f"{self.path}: shard {shard} is missing; run the same command again")
+                if self._directory.size(f"data/{facts.file}") != facts.size:
+                    raise CacheCorrupt(f"{self._directory.full('data/' + facts.file)}: missing, or not of {facts.size} "
+                                       f"bytes; run the same command again to rewrite shard {shard}")
+                shards.append(facts)
+            content_id = self._publish(shards)
+            self._quarantine_orphans({facts.file for facts in shards})
+            return content_id
+
+    def _publish(self, shards: list[Facts]) -> str:
+        body = catalog.manifest_body(self._header, shards)
+        while True:
+            chain = repair.read_manifests(self._directory, self._header)
+            if chain and chain[-1].body == body:
+                return chain[-1].content_id
+            generation = len(chain) + 1
+            data = catalog.manifest_bytes(body, generation, chain[-1].digest if chain else None)
+            self._directory.put(catalog.manifest_name(generation), data)        # if taken: look whether it is the same
+
+    def _quarantine_orphans(self, used: set[str]) -> None:
+        for name in self._directory.names("data"):
+            if name not in used and not name.startswith(TEMPORARY):
+                self._directory.quarantine(f"data/{name}", lambda: True)
+
+    def _store(self, shard: int, records: int, rows: dict[str, int], columns: dict[str, Array],
+               measured: dict[str, str]) -> tuple[Facts, bool]:
+        """The facts of a published shard file, and whether the file is of this call's making."""
+        module = _container(self.container)
+        with self._directory.temporary("data") as temporary:
+            module.write(temporary, self.spec, columns, records)
+            data = map_file(temporary.path, temporary.tell())
+            offsets = module.locate(temporary.path, data, self.spec, records)
+            extents = survey(data, columns, offsets, temporary.path)
+            file_digest = digest(data)
+            facts = Facts(shard=shard, file=catalog.data_name(self._header, shard, file_digest), size=len(data),
+                          file_digest=file_digest, rest_digest=rest_digest(data, extents.values()), records=records,
+                          rows=rows, columns=extents, measured=measured)
+            temporary.sync()
+            for _ in range(ATTEMPTS):
+                if self._directory.publish(temporary, f"data/{facts.file}"):
+                    return facts, True
+                try:
+                    repair.prove(self._directory, facts)
+                    return facts, False
+                except CacheCorrupt:
+                    repair.remove_bad_file(self._directory, facts.file)
+        raise KDCacheError(f"{self._directory.full('data/' + facts.file)}: a bad file keeps this name; remove it")
+
+    def _commit(self, facts: Facts, created: bool) -> None:
+        """Put the commit record; if another writer's proven one stands there, drop our file."""
+        data = catalog.commit_bytes(self._header, facts)
+        name = catalog.commit_name(facts.shard)
+        for _ in range(ATTEMPTS):
+            if self._directory.put(name, data):
+                return
+            theirs = repair.proven(self._directory, self._header, facts.shard)
+            if theirs is not None:
+                if created and theirs.file != facts.file:
+                    self._directory.remove(f"data/{facts.file}")
+                return
+            repair.remove_bad_commit(self._directory, self._header, facts.shard)
+        raise KDCacheError(f"{self._directory.full(name)}: a bad commit record keeps this name; remove it")
+
+    def _standing(self) -> str:
+        try:
+            done = self.spec.num_shards - len(self.missing())
+        except OSError:
+            return ""
+        return f"; {done} of {self.spec.num_shards} shards are committed"
+
+
+def _container(name: str) -> Any:
+    """The module that writes this container; pyarrow and h5py load when they are needed."""
+    return importlib.import_module(f"kdcache.cache.{name}")
+
+
+def _some(shards: list[int]) -> str:
+    text = ", ".join(map(str, shards[:20]))
+    return text + (", ..." if len(shards) > 20 else "")
