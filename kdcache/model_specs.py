@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcache.data.views import seeded_generators
 from kdcache.errors import UsageError, near
 from kdcache.loading import accepts, call, describe, resolve_spec
 
@@ -42,6 +44,10 @@ class Wanted:
         """`num_classes` as an argument, where it is known."""
         return {} if self.num_classes is None else {"num_classes": self.num_classes}
 
+    def seeded(self) -> AbstractContextManager[None]:
+        """A block in which modules are made: seeded here and not earlier, because an import may draw numbers too."""
+        return seeded_generators(self.seed, self.seed, self.seed)
+
     @property
     def random(self) -> str:
         """How the origin of random weights is said."""
@@ -67,7 +73,9 @@ def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
             raise UsageError(f"model {spec}: expected {prefix}:{MODELS[prefix][0]}")
         built: Built = call(partial(MODELS[prefix][1], rest, wanted), args, where=f"model {spec}")
         return built
-    return _from_code(spec, resolve_spec(spec, MODELS, known_specs(), "model"), wanted, dict(args))
+    with seeded_generators(0, 0, 0):    # what a file makes as it runs is then the same in every process
+        found = resolve_spec(spec, MODELS, known_specs(), "model")
+    return _from_code(spec, found, wanted, dict(args))
 
 
 def known_specs() -> list[str]:
@@ -90,7 +98,8 @@ def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> B
     elif callable(found):
         if accepts(found, "num_classes"):
             args = {**wanted.classes, **args}
-        found = call(found, args, where=f"model {spec}")
+        with wanted.seeded():
+            found = call(found, args, where=f"model {spec}")
     if not isinstance(found, nn.Module):
         raise UsageError(f"model {spec} gave a {type(found).__name__}; expected a torch.nn.Module")
     return Built(found, loaded, _classes_of(found, args))
@@ -100,7 +109,8 @@ def _timm(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any
     timm = _import("timm", "kdcache[vision]")
     if ":" not in name and not timm.is_model(name):         # with a colon it names a hub, as in hf-hub:timm/...
         raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
-    module = timm.create_model(name, pretrained=pretrained, **{**wanted.classes, **args})
+    with wanted.seeded():
+        module = timm.create_model(name, pretrained=pretrained, **{**wanted.classes, **args})
     return Built(module, f"pretrained weights of timm's {name}" if pretrained else wanted.random,
                  _classes_of(module, args))
 
@@ -111,7 +121,8 @@ def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **ar
         raise UsageError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
     if not pretrained:
         args = {**wanted.classes, **args}                   # pretrained weights fix the number of classes themselves
-    module = models.get_model(name, weights="DEFAULT" if pretrained else None, **args)
+    with wanted.seeded():
+        module = models.get_model(name, weights="DEFAULT" if pretrained else None, **args)
     return Built(module, f"pretrained weights of torchvision's {name}" if pretrained else wanted.random,
                  _classes_of(module, args))
 
@@ -130,9 +141,10 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
     loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
-    module, info = loader.from_pretrained(
-        path, dtype=wanted.dtype or "auto", use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True, **({"num_labels": wanted.num_classes} if resized else {}), **where)
+    with wanted.seeded():
+        module, info = loader.from_pretrained(
+            path, dtype=wanted.dtype or "auto", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **({"num_labels": wanted.num_classes} if resized else {}), **where)
     fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if fresh and not new_head:
         raise UsageError(f"hf:{path} holds no fitting weights for {first_few(fresh)} of {type(module).__name__}; "
@@ -157,7 +169,8 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
         overrides.setdefault("num_labels", wanted.num_classes)
     config = _config(path, "hf-config", overrides)
     maker = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
-    module = maker.from_config(config, dtype=wanted.dtype or torch.float32)
+    with wanted.seeded():
+        module = maker.from_config(config, dtype=torch.float32)     # load_model casts it, as it does every other
     return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted)
 
 

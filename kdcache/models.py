@@ -80,8 +80,7 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
     for random ones. num_classes: for what is made anew, where the SPEC takes it. UsageError for what cannot be used.
     """
     wanted = Wanted(seed, _dtype(dtype), num_classes)
-    with seeded_generators(seed, seed, seed):
-        built = build(spec, wanted, args or {})
+    built = build(spec, wanted, args or {})
     if weights is not None:
         built.loaded = load_weights(built.module, weights)
     if wanted.dtype is not None:
@@ -161,19 +160,38 @@ def load_weights(module: nn.Module, weights: str | Path) -> str:
     path = Path(weights).expanduser()
     path = path / "model.safetensors" if path.is_dir() else path
     state = _read_weights(path)
-    own = module.state_dict()
-    # A tied weight is one tensor with two names, and a file may hold it under either.
-    present = {_place(own[name]) for name in state if name in own}
-    missing = [name for name, value in own.items() if name not in state and _place(value) not in present]
-    unexpected = [name for name in state if name not in own]
-    shapes = [f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items()
-              if name in own and value.shape != own[name].shape]
-    problems = [f"{len(names)} {what}: {first_few(names)}" for names, what in
-                ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")) if names]
+    problems = _misfits(module, state)
+    if problems and hasattr(module, "from_pretrained"):
+        # transformers saves some models under other names than their modules have; it alone knows the way back.
+        with seeded_generators(0, 0, 0):
+            kind: Any = type(module)
+            other, info = kind.from_pretrained(
+                None, config=module.config, state_dict=state, dtype=weights_dtype(module), output_loading_info=True,
+                ignore_mismatched_sizes=True)
+        state = dict(other.state_dict())
+        problems = _listed(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]),
+                           sorted(f"{name} {tuple(found)}, expected {tuple(wanted)}"
+                                  for name, found, wanted in info["mismatched_keys"]))
     if problems:
         raise UsageError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(state, strict=False)
     return f"weights from {path}"
+
+
+def _misfits(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """How the names and shapes of `state` differ from those of `module`."""
+    own = module.state_dict()
+    # A tied weight is one tensor with two names, and a file may hold it under either.
+    present = {_place(own[name]) for name in state if name in own}
+    return _listed([name for name, value in own.items() if name not in state and _place(value) not in present],
+                   [name for name in state if name not in own],
+                   [f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items()
+                    if name in own and value.shape != own[name].shape])
+
+
+def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> list[str]:
+    kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
+    return [f"{len(names)} {what}: {first_few(names)}" for names, what in kinds if names]
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -126,7 +126,8 @@ def test_next_token_rows_mean_what_transformers_means():
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
-    batch = batch_of([{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}, {"input_ids": [5, 6], "labels": [5, 6]}])
+    batch = batch_of([{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+                      {"input_ids": [5, 6], "labels": [5, 6]}])
     with torch.inference_mode():
         answer = model(**batch.inputs, labels=batch.labels)
     rows = next_token_rows(batch)

@@ -121,8 +121,8 @@ def test_which_key_a_record_has():
 
 
 def test_labels_weights_and_document_starts_are_kept_apart_from_inputs():
-    item = Samples(Listed([{"input_ids": [1, 2, 3], "labels": np.array([-100, 2, 3], np.int32), "label_weight": [0.5, 1.0],
-                            "document_start": [1, 0, 0], "skipped": None}])).item(0)
+    item = Samples(Listed([{"input_ids": [1, 2, 3], "labels": np.array([-100, 2, 3], np.int32),
+                            "label_weight": [0.5, 1.0], "document_start": [1, 0, 0], "skipped": None}])).item(0)
     assert item.inputs.keys() == {"input_ids"} and item.inputs["input_ids"].tolist() == [1, 2, 3]
     assert item.labels.dtype == torch.int64 and item.labels.tolist() == [-100, 2, 3]
     assert item.label_weight.dtype == torch.float32 and item.document_start.dtype == torch.uint8

@@ -72,9 +72,12 @@ def npz(path: str, /) -> ArrayData:
     if not file.is_file():
         raise UsageError(f"data npz:{path}: no such file")
     try:
-        with np.load(file, allow_pickle=False) as opened:
+        with open(file, "rb") as stream:        # np.load leaves its own file open when the zip is damaged
+            opened = np.load(stream, allow_pickle=False)
+            if not isinstance(opened, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array, of np.save")
             arrays = {name: opened[name] for name in opened.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise DataError(f"{path} is no .npz file of plain arrays: {describe(e)}") from e
     names = arrays.pop("class_names", None)
     if not arrays or any(array.ndim == 0 for array in arrays.values()):

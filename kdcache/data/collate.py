@@ -66,7 +66,7 @@ def collate(items: Sequence[Item], dataset: Any = None) -> Collated:
     """
     if not items:
         raise DataError("a batch of no items cannot be made")
-    if hasattr(dataset, "collate_fn"):
+    if callable(getattr(dataset, "collate_fn", None)):
         inputs, labels, weight, start = _by_collate_fn(items, dataset)
     else:
         inputs, labels, weight, start = _stacked(items)

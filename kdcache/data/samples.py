@@ -62,7 +62,7 @@ class Samples:
         self.class_names = [str(name) for name in getattr(dataset, "class_names", None) or ()]
         self.tokenizer_identity: dict[str, Any] | None = getattr(dataset, "tokenizer_identity", None)
         self.window = int(getattr(dataset, "window", None) or 0)
-        self._own_key, self._own_view = hasattr(dataset, "key"), hasattr(dataset, "view")
+        self._own_key, self._own_view = (callable(getattr(dataset, name, None)) for name in ("key", "view"))
         self.has_view_keys = self._own_key or self._own_view
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class Samples:
             inputs = model_fields(fields)
             own = None if self._own_key or self._own_view else sample_key(fields)
             view_key = sample_key(inputs) if self.has_view_keys else None
-            if hasattr(self.dataset, "collate_fn"):
+            if callable(getattr(self.dataset, "collate_fn", None)):
                 return Item(None, None, None, None, self._key(sample_id, own), view_key, raw)
             weight, start = extras(fields)
             return Item(input_tensors(raw, inputs), labels_tensor(label_of(fields)), weight, start,

@@ -9,6 +9,7 @@ from typing import Any
 from kdcache.data.arrays import digits, npz
 from kdcache.data.images import image_folder
 from kdcache.data.text import text_windows
+from kdcache.data.views import seeded_generators
 from kdcache.errors import NotBuilt, UsageError
 from kdcache.loading import call, resolve_spec
 
@@ -42,7 +43,8 @@ def load_data(spec: str, args: Mapping[str, Any] | None = None) -> Any:
         return call(partial(function, rest) if placeholder else function, args or {}, where=f"data {prefix}")
     if prefix in NOT_BUILT:
         raise NotBuilt(f"data {prefix}: is not built yet; there are {', '.join(known_specs())}")
-    found = resolve_spec(spec, SOURCES, known_specs(), "data")
+    with seeded_generators(0, 0, 0):    # what a file makes as it runs is then the same in every process
+        found = resolve_spec(spec, SOURCES, known_specs(), "data")
     if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
         found = call(found, args or {}, where=f"data {spec}")
     elif args:

@@ -56,7 +56,7 @@ def read_view(dataset: Any, sample_id: int, view: int, seed: int) -> Any:
     A dataset whose attribute `pure_items` is true promises that its items come from no generator; it is read as it is,
     without the 0.1 ms that saving and restoring the generators takes.
     """
-    if hasattr(dataset, "view"):
+    if callable(getattr(dataset, "view", None)):
         return dataset.view(sample_id, view, view_rng(seed, view, sample_id))
     if getattr(dataset, "pure_items", False):
         return dataset[sample_id]
