@@ -40,10 +40,14 @@ def data_options(name: str, required: bool, what: str) -> Callable[[F], F]:
     return add
 
 
+def device_option(function: F) -> F:
+    return click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")(function)
+
+
 def run_options(function: F) -> F:
     """`--device --workers`: where and with how much help it runs."""
     function = click.option("--workers", type=click.IntRange(min=0), help="Processes that build samples.")(function)
-    return click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")(function)
+    return device_option(function)
 
 
 DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.module:name."
@@ -138,11 +142,12 @@ def train_student(as_json: bool, **options: Any) -> None:
 @click.command()
 @model_options("student", required=True)
 @data_options("data", True, DATA)
-@click.option("--batch-size", type=COUNT, help="Records per forward pass.")
+@click.option("--batch-size", type=COUNT, help="Records per forward pass.  [default: 128]")
+@click.option("--precision", metavar="NAME", help="float32, bfloat16 or float16.  [default: float32]")
 @run_options
 @config_and_json
 def evaluate(as_json: bool, **options: Any) -> None:
-    """Loss and accuracy (or perplexity) of a model on labelled data."""
+    """Loss and accuracy (or perplexity) on labelled data, of a model or of the best checkpoint of --student RUN."""
     from kdcache.student.evaluate import evaluate as function
 
     with quiet_stdout():
@@ -155,8 +160,9 @@ def evaluate(as_json: bool, **options: Any) -> None:
 @click.option("--quick", is_flag=True, help="Sizes and the proofs of commitment, not every byte.")
 @model_options("teacher", required=False)
 @data_options("data", False, DATA)
-@click.option("--samples", type=COUNT, metavar="N", help="Records the teacher sees again.")
-@run_options
+@click.option("--samples", type=COUNT, metavar="N", help="Records the teacher sees again.  [default: 32]")
+@click.option("--dtype", type=DTYPES, help="The teacher computes in this.  [default: as it did for the cache]")
+@device_option
 @config_and_json
 def verify(as_json: bool, **options: Any) -> None:
     """Check every digest of CACHE and that no file is foreign; with --teacher, that the teacher still says the same."""
@@ -165,3 +171,6 @@ def verify(as_json: bool, **options: Any) -> None:
     with quiet_stdout():
         result = function(**given(options))
     answer(result, as_json, lines)
+    if not result.ok:
+        click.echo(f"Error: {options['cache']} is not as it should be: {'; '.join(result.problems)}", err=True)
+        click.get_current_context().exit(1)
