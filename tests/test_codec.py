@@ -387,6 +387,15 @@ def test_a_tail_of_no_classes_must_be_empty():
         encode_rows(spec, Rows(**rows, tail_lse=np.array([[[-1], [-9]]], np.float32)))
 
 
+def test_a_label_that_occurs_twice_has_one_logit():
+    spec = topk_spec(30, (1,), temperatures=("1",), labels=2)
+    rows = dict(logits=np.ones((1, 1), np.float32), ids=np.zeros((1, 1), int), label=np.array([[7, 7]]),
+                tail_lse=np.zeros((1, 1, 1), np.float32))
+    encode_rows(spec, Rows(**rows, label_logit=np.array([[-1, -1]], np.float32)))
+    with pytest.raises(DataError, match="one label occurs with two values"):
+        encode_rows(spec, Rows(**rows, label_logit=np.array([[-1, -2]], np.float32)))
+
+
 def test_bfloat16_overflow_is_refused():
     spec = CacheSpec(kind="full", num_classes=2, samples=(0, 1), records_per_shard=1, values="bfloat16")
     with pytest.raises(DataError, match="record 0: a logit is too large for bfloat16"):

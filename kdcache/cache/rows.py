@@ -162,6 +162,9 @@ def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
         in_head[:, j] = at.any(axis=1)
         same = ~at | (rows.logits == rows.label_logit[:, j, None])
         names.require(same, "label_logit is not the logit that the head has for this label")
+        again = known[:, :j] & (rows.label[:, :j] == rows.label[:, j, None])
+        names.require(~again | (rows.label_logit[:, :j] == rows.label_logit[:, j, None]),
+                      "one label occurs with two values of label_logit")
     names.require(~known | in_head | (rows.label_logit <= rows.logits[:, -1:]),
                   "label_logit is above the last logit of a head that lacks the label")
 
