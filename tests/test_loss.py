@@ -240,6 +240,16 @@ def test_a_student_tail_that_underflows(dtype: torch.dtype, tail: str) -> None:
         assert not gradient[0, 2:].any()
 
 
+def test_a_large_common_offset_costs_no_digits() -> None:
+    """Logits in steps of 1/64 plus 2^14 are exact in float32, so the truncated loss must keep every bit."""
+    logits, _, targets = problem(27, 6, 50, 3.0, 5)
+    logits = (logits * 64).round().float() / 64
+    for tail in TAILS:
+        near = value_and_gradient(kd_loss, logits, None, targets, alpha=1.0, tail=tail)
+        far = value_and_gradient(kd_loss, logits + 2.0**14, None, targets, alpha=1.0, tail=tail)
+        assert torch.equal(near[0], far[0]) and torch.equal(near[1], far[1])
+
+
 def test_infinite_logits() -> None:
     teacher = torch.tensor([[2.0, 1.0, -torch.inf, 0.0], [1.0, -torch.inf, -torch.inf, -torch.inf]])
     logits = torch.tensor([[0.5, 0.1, 0.3, -0.2], [0.5, 0.1, 0.3, -0.2]])
@@ -300,6 +310,17 @@ def test_a_row_has_the_same_bits_in_every_chunk_batch_and_thread(k: int | None, 
     single = [run(slice(i, i + 1)) for i in range(5)]
     assert torch.equal(torch.cat([loss for loss, _ in single]), whole[0])
     assert torch.equal(torch.cat([gradient for _, gradient in single]), whole[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("k", [None, 50])
+def test_cuda_equals_the_cpu_and_itself(k: int | None) -> None:
+    logits, labels, targets = problem(28, 40, 5003, 2.0, k)
+    want = value_and_gradient(kd_loss, logits, labels, targets)
+    runs = [value_and_gradient(kd_loss, logits.cuda(), labels.cuda(), targets) for _ in range(2)]
+    torch.testing.assert_close((runs[0][0].cpu(), runs[0][1].cpu()), want, rtol=1e-11, atol=1e-13)
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

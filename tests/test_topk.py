@@ -47,6 +47,14 @@ def test_bfloat16_rows_of_a_real_size() -> None:
     assert bool((border[:, 299] == border[:, 300]).any())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_head() -> None:
+    logits = torch.randn(6, 5003, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, want = exact_topk(logits.cuda(), 300), exact_topk(logits, 300)
+    assert torch.equal(found[0].cpu(), want[0]) and torch.equal(found[1].cpu(), want[1])
+
+
 @pytest.mark.parametrize(("shape", "k"), [((2, 3), 0), ((2, 3), 4), ((3,), 1)])
 def test_refusals(shape: tuple[int, ...], k: int) -> None:
     with pytest.raises(UsageError, match="expected"):
