@@ -44,7 +44,7 @@ def pack_high(ids: Array, high_bits: int) -> Array:
     per_byte = 8 // high_bits
     high = np.pad(high, ((0, 0), (0, -high.shape[1] % per_byte))).astype(np.uint8)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(high_bits)
-    out: Array = np.bitwise_or.reduce(high.reshape(len(high), -1, per_byte) << shifts, axis=-1)
+    out: Array = np.bitwise_or.reduce(high.reshape(len(high), high.shape[1] // per_byte, per_byte) << shifts, axis=-1)
     return out
 
 
