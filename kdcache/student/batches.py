@@ -1,0 +1,237 @@
+"""One batch from what the cache holds and what the data gives: keys compared, rows and labels aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcache.cache.spec import CacheSpec, FeatureSpec
+from kdcache.data.collate import IGNORED, Collated
+from kdcache.data.identify import check_same_key
+from kdcache.data.rows import RowSelection, next_token_rows, position_rows, select_rows
+from kdcache.errors import DataError, UsageError, near
+from kdcache.models import Output
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Batch
+
+Int64s = npt.NDArray[np.int64]
+Rows = tuple[Tensor, Tensor]                        # (record, position) of each row, int64 [N]: logits[rows] is [N, V]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The records of one forward pass: int64 [B] each; `stop` is the position after them."""
+
+    epochs: Int64s
+    sample_ids: Int64s
+    views: Int64s
+    stop: int
+    ends_step: bool
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        return list(zip(self.sample_ids.tolist(), self.views.tolist(), strict=True))
+
+
+@dataclass(slots=True)
+class Micro:
+    """A batch in host memory. labels [N] or [N, J], negative where unknown; counts as `kd_loss` divides by them."""
+
+    piece: Piece
+    collated: Collated
+    cached: Batch | None
+    from_data: bool
+    rows: Rows | None
+    labels: Tensor | None
+    label_weight: Tensor | None
+    counts: tuple[float, float]
+
+
+def needed_columns(spec: CacheSpec, *, targets: bool, k: int | None, features: Sequence[FeatureSpec],
+                   tokens: bool) -> list[str]:
+    """The columns a student reads: nothing of the rows for `targets` False, and of topk only the tiers up to `k`."""
+    wanted = {"sample_key", "view_key", "label", "label_weight", "pos"}
+    if targets:
+        wanted |= {"values", "max", "step", "weight", "tail_lse", "label_logit"}
+        for tier in (t for t in spec.tiers if k is None or t <= k):
+            wanted |= {f"ids_{tier}", f"ids_{tier}_high", f"values_{tier}"}
+    for feature in features:
+        wanted |= {column.name for column in feature.columns()}
+    if tokens:
+        wanted |= {"token", "document_start"}
+    return [column.name for column in spec.columns() if column.name in wanted]
+
+
+def find_features(spec: CacheSpec, names: Sequence[str]) -> list[FeatureSpec]:
+    """The features with these names; UsageError with near names."""
+    known = {feature.name: feature for feature in spec.features}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"the cache has no feature {name!r}{near(name, known) or ' (it has none)'}")
+    return [known[name] for name in names]
+
+
+def check_keys(piece: Piece, cached: Batch, collated: Collated, accept: Sequence[str]) -> None:
+    """DataError naming sample and record where the data's keys are not those the teacher's answers were filed under."""
+    try:
+        check_same_key(cached.columns["sample_key"], collated.sample_key, piece.sample_ids)
+    except DataError as e:
+        raise DataError(f"{e}; {_where(piece, cached, cached.columns['sample_key'], collated.sample_key)}") from None
+    if "view_key" not in cached.columns or "view_key" in accept:
+        return
+    if collated.view_key is None:
+        raise DataError("the cache has view keys, the data gives none; it is not the dataset the teacher saw")
+    try:
+        check_same_key(cached.columns["view_key"], collated.view_key, piece.sample_ids, what="view_key")
+    except DataError as e:
+        where = _where(piece, cached, cached.columns["view_key"], collated.view_key)
+        raise DataError(f"{e}; {where}\n  the same samples, but decoded or augmented otherwise (another library "
+                        "version?); if that is known to be harmless: --accept view_key") from None
+
+
+def cached_rows(spec: CacheSpec, cached: Batch) -> Rows | None:
+    """Where the rows of a batch stand; None for one row per record."""
+    if "pos" not in cached.columns:
+        return None
+    counts_B = np.diff(cached.offsets["row"])
+    record_N = np.repeat(np.arange(len(counts_B), dtype=np.int64), counts_B)
+    return torch.from_numpy(record_N), torch.from_numpy(cached.columns["pos"].astype(np.int64))
+
+
+def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: CacheSpec | None, from_data: bool,
+             kind: str | None, targets: bool, num_classes: int | None) -> Micro:
+    """A batch whose rows are the cache's where it has any, else the data's; its labels must be the same in both.
+
+    kind: "one" or "ragged" rows where no cache says so; None takes what the shape of the labels says.
+    """
+    rows = None if cached is None or spec is None else cached_rows(spec, cached)
+    selection = _selection(collated, _kind(collated, kind) if spec is None or spec.kind == "none" else spec.rows)
+    if selection is not None and rows is None:
+        record_N, position_N = selection.mask_BL.nonzero(as_tuple=True)
+        rows = record_N, position_N
+    _check_positions(piece, collated, rows)
+    labels, weight = collated.labels, collated.label_weight
+    if rows is not None and selection is not None:
+        labels = selection.labels_BL[rows]
+        weight = None if weight is None or weight.shape != selection.labels_BL.shape else weight[rows]
+    elif rows is not None:
+        labels = weight = None
+    if cached is not None and "label" in cached.columns:
+        labels = _cached_labels(piece, cached, labels if from_data else None, rows)
+        stored = cached.columns.get("label_weight")
+        weight = None if stored is None else torch.from_numpy(stored).reshape(labels.shape)
+    if labels is not None and num_classes is not None:
+        _check_range(piece, labels, rows, num_classes)
+    teacher = 0.0
+    if targets:
+        teacher = float(len(piece.sample_ids) if rows is None else len(rows[0]))
+        if cached is not None and "weight" in cached.columns:
+            teacher = float(cached.columns["weight"].sum(dtype=np.float64))
+    return Micro(piece, collated, cached, from_data, rows, labels, weight, (_labelled(labels), teacher))
+
+
+def student_rows(output: Output, micro: Micro, rows: Rows | None) -> Tensor:
+    """The logits [N, V] of the rows of a batch. DataError with both numbers when the student has other rows."""
+    logits = output.logits
+    if logits.dim() == 2:
+        if rows is not None:
+            raise DataError(f"the student gives one row for each of {len(logits)} records, the teacher gave "
+                            f"{len(rows[0])}, one per position; expected logits (records, positions, classes)")
+        return logits
+    if rows is None:
+        raise DataError(f"the student gives {logits.shape[0] * logits.shape[1]} rows ({logits.shape[1]} positions of "
+                        f"{logits.shape[0]} records), the teacher gave {len(logits)}, one for each record")
+    if micro.from_data:
+        mask_BL = None if output.row_mask is None else output.row_mask.cpu()
+        selection = select_rows(micro.collated, tuple(logits.shape), mask_BL)
+        assert selection is not None and micro.rows is not None
+        counts_B = np.bincount(micro.rows[0].numpy(), minlength=len(logits))
+        wrong = np.flatnonzero(counts_B != selection.counts_B)
+        if len(wrong):
+            sample = int(micro.piece.sample_ids[wrong[0]])
+            raise DataError(f"sample {sample}: the student has {int(selection.counts_B[wrong[0]])} rows, the teacher's "
+                            f"answers {int(counts_B[wrong[0]])} ({len(wrong)} of {len(logits)} records differ)")
+    record_N, position_N = rows
+    if len(record_N) and int(micro.rows[1].max() if micro.rows else 0) >= logits.shape[1]:
+        raise DataError(f"the student gives {logits.shape[1]} positions, the teacher's answers reach position "
+                        f"{int(position_N.max())}")
+    # index_select, not logits[rows]: its gradient is written row by row, without the sort that CUDA's index_put needs.
+    return logits.flatten(0, 1).index_select(0, record_N * logits.shape[1] + position_N)
+
+
+def _where(piece: Piece, cached: Batch, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> str:
+    at = int(np.flatnonzero(a != b)[0])
+    return f"record {int(cached.records[at])} of the cache is view {int(piece.views[at])} of that sample"
+
+
+def _kind(collated: Collated, kind: str | None) -> str:
+    """Whether records are one row or many: as asked, or by the labels; tokens without labels predict their next."""
+    if kind is not None:
+        return kind
+    if collated.lengths is not None and isinstance(collated.inputs, dict):
+        labels = collated.labels
+        return "ragged" if labels is None or labels.shape == collated.inputs["input_ids"].shape else "one"
+    return "one"
+
+
+def _selection(collated: Collated, kind: str) -> RowSelection | None:
+    if kind == "one":
+        return None
+    if collated.lengths is not None:
+        return next_token_rows(collated)
+    labels = collated.labels
+    return None if labels is None or labels.dim() != 2 else position_rows((labels.shape[0], labels.shape[1]), labels)
+
+
+def _check_positions(piece: Piece, collated: Collated, rows: Rows | None) -> None:
+    if rows is None or collated.lengths is None:
+        return
+    record_N, position_N = rows[0].numpy(), rows[1].numpy()
+    outside = np.flatnonzero(position_N >= collated.lengths[record_N])
+    if len(outside):
+        at = int(record_N[outside[0]])
+        raise DataError(f"sample {int(piece.sample_ids[at])}: the teacher answered at position "
+                        f"{int(position_N[outside[0]])}, the data has {int(collated.lengths[at])} tokens")
+
+
+def _cached_labels(piece: Piece, cached: Batch, given: Tensor | None, rows: Rows | None) -> Tensor:
+    """The cache's labels, [N] where J is 1. DataError naming the first that the data has otherwise."""
+    labels_NJ = torch.from_numpy(cached.columns["label"].astype(np.int64))
+    labels = labels_NJ[:, 0] if labels_NJ.shape[1] == 1 else labels_NJ
+    if given is None:
+        return labels
+    given = torch.where(given == IGNORED, -1, given)
+    if given.shape != labels.shape:
+        raise DataError(f"the data has labels {list(given.shape)}, the cache {list(labels.shape)} for the same records")
+    wrong = (given != labels).reshape(len(labels), -1).any(1).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()} in the cache and "
+                        f"{given[row].tolist()} in the data ({len(wrong)} of {len(labels)} rows of this batch differ); "
+                        "are the classes in another order than the teacher's?")
+    return labels
+
+
+def _check_range(piece: Piece, labels: Tensor, rows: Rows | None, num_classes: int) -> None:
+    if not labels.numel() or (int(labels.max()) < num_classes and int(labels.min()) >= IGNORED):
+        return
+    row = int(((labels >= num_classes) | (labels < IGNORED)).reshape(len(labels), -1).any(1).nonzero()[0])
+    raise DataError(f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()}; expected 0 to "
+                    f"{num_classes - 1} (or -1 or {IGNORED}, unknown)")
+
+
+def _sample(piece: Piece, rows: Rows | None, row: int) -> str:
+    if rows is None:
+        return str(int(piece.sample_ids[row]))
+    return f"{int(piece.sample_ids[int(rows[0][row])])}, position {int(rows[1][row])}"
+
+
+def _labelled(labels: Tensor | None) -> float:
+    return 0.0 if labels is None else float((labels >= 0).reshape(len(labels), -1).any(1).sum())

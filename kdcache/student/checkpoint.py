@@ -1,0 +1,134 @@
+"""Checkpoints: a folder with the student and everything else that decides the next step, swapped in whole.
+
+    NAME/ model.safetensors (as `Model.save` writes it; for hf: what from_pretrained opens)
+          state.safetensors   optimizer, projections, generators, and weights that model.safetensors lacks
+          state.json          plain values
+
+A new one is written as NAME.new and flushed to disk; then NAME -> NAME.old, NAME.new -> NAME, and NAME.old goes.
+Between the two renames only NAME is missing, and NAME.new is whole: `find` completes the swap. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdcache.errors import CacheCorrupt
+from kdcache.models import Model, load_weights
+
+MODEL, TENSORS, VALUES = "model.safetensors", "state.safetensors", "state.json"
+WEIGHTS = "weights/"                                # in state.safetensors: what model.safetensors lacks
+
+
+def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that `find` finds."""
+    new, old = _siblings(folder)
+    find(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    model.save(new)
+    state = {**{WEIGHTS + name: value for name, value in _unsaved(new, model.module).items()}, **tensors}
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(new / TENSORS))
+    (new / VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
+    for path in (*(p for p in new.rglob("*") if p.is_file()), new):
+        sync(path)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find(folder: Path) -> Path | None:
+    """The checkpoint at `folder`, its swap completed if it was interrupted; None if there is none."""
+    new, old = _siblings(folder)
+    if not folder.exists() and old.exists():
+        os.rename(new if new.exists() else old, folder)
+        sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder if folder.exists() else None
+
+
+def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put the weights of a checkpoint into `module`; the rest of its tensors, and its values."""
+    try:
+        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        tensors = load_file(str(folder / TENSORS))
+    except Exception as e:                          # safetensors has an exception type of its own for damaged files
+        raise CacheCorrupt(f"{folder}: not a whole checkpoint ({str(e)[:120]}); delete the folder to start over, "
+                           "or name another --out") from e
+    missing = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
+    if missing:
+        module.load_state_dict({**missing, **_saved(folder, module)}, strict=False)
+    else:
+        load_weights(module, folder)
+    return tensors, dict(values)
+
+
+def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of the generators of torch (CPU, every GPU), numpy and Python: tensors and plain values."""
+    tensors = {"rng/torch": torch.get_rng_state()}
+    for index, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+        tensors[f"rng/cuda{index}"] = state
+    legacy: Any = np.random.get_state()
+    tensors["rng/numpy"] = torch.from_numpy(legacy[1].astype(np.int64))
+    return tensors, {"numpy": [int(legacy[2]), int(legacy[3]), float(legacy[4])], "python": random.getstate()}
+
+
+def restore_generators(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    torch.set_rng_state(tensors["rng/torch"])
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"rng/cuda{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng/cuda{index}"], index)
+    position, has_gauss, gauss = values["numpy"]
+    np.random.set_state(("MT19937", tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, gauss_next = values["python"]
+    random.setstate((version, tuple(words), gauss_next))
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _siblings(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+
+
+def _saved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of model.safetensors that `module` has under the same name, in the same shape and dtype."""
+    own = module.state_dict()
+    if not (folder / MODEL).is_file():              # a large Hugging Face model is cut into several files
+        return {}
+    with safe_open(str(folder / MODEL), framework="pt") as file:
+        return {name: value for name in file.keys() if name in own
+                for value in [file.get_tensor(name)]
+                if value.shape == own[name].shape and value.dtype == own[name].dtype}
+
+
+def _unsaved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
+    """The weights of `module`, each once, that stand under no name of theirs in model.safetensors."""
+    own = module.state_dict()
+    done = {(own[name].data_ptr(), own[name].shape) for name in _saved(folder, module)}
+    out = {}
+    for name, value in own.items():
+        place = (value.data_ptr(), value.shape)
+        if place not in done or not value.numel():
+            out[name] = value
+            done.add(place)
+    return out

@@ -1,0 +1,158 @@
+"""How good a model is on labelled data: loss, accuracy, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.data.collate import Collated, to_device
+from kdcache.data.rows import select_rows
+from kdcache.data.samples import Samples
+from kdcache.errors import DataError, UsageError
+from kdcache.models import Model, Output, forward, load_model
+from kdcache.student import checkpoint
+from kdcache.student.inputs import Pairs, data_batches
+from kdcache.student.loader import as_samples
+from kdcache.student.loop import autocast
+from kdcache.student.run import RECORDED, TABLE, is_run, read_options, weights_folder
+from kdcache.student.settings import PRECISIONS
+
+TOP = 5
+
+
+def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args: Mapping[str, Any] | None = None,
+             student_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
+             batch_size: int = 128, device: str | torch.device | None = None, workers: int = 0,
+             precision: str = "float32", num_classes: int | None = None) -> dict[str, Any]:
+    """Metrics of a student on every sample of `data` (view 0), as plain numbers.
+
+    One row per record, or per position with labels: `loss` (mean CE in nats over labelled rows), `accuracy`,
+    `accuracy_top5` where V > 5, `n`. Token sequences: `loss` (mean CE per predicted token), `perplexity` = exp(loss),
+    `tokens`.
+
+    student: a module, a `Model`, a model SPEC (with `student_args` and `student_weights`), or the folder of a run,
+    whose best/ (else last/) is taken. data: a dataset, `Samples` or data SPEC. num_classes: logits are cut to so many
+    first; a run knows its own. DataError if nothing is labelled.
+    """
+    module, known = _module(student, student_args, student_weights)
+    samples = as_samples(data, data_args, seed=None)
+    if samples is None:
+        raise UsageError("evaluate needs data")
+    return evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
+                           precision=precision, num_classes=num_classes or known)
+
+
+def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
+                    precision: str = "float32", num_classes: int | None = None) -> dict[str, Any]:
+    """`evaluate` of a module that is there; its mode of training is put back."""
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size}; expected at least 1")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    batches = data_batches(samples, _in_order(len(samples), batch_size), workers)
+    training = module.training
+    module.to(device).eval()
+    sums, language, wide = torch.zeros(4, dtype=torch.float64, device=device), False, 0
+    try:
+        with torch.inference_mode():
+            for collated in batches:
+                inputs = to_device(collated.inputs, device, non_blocking=True)
+                with autocast(device, precision):
+                    output = forward(module, inputs)
+                logits_NV, labels_N = _rows(output, collated)
+                logits_NV = logits_NV[:, :num_classes]
+                language, wide = output.logits.dim() == 3 and collated.lengths is not None, logits_NV.shape[1]
+                sums += _sums(logits_NV, labels_N.to(device))
+    finally:
+        batches.close()
+        module.train(training)
+    return _metrics(sums.tolist(), samples, language, wide)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; by default the GPU if there is one. UsageError for one that is not there."""
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device or "cpu")
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as e:         # torch built without CUDA asserts
+        raise UsageError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0][:200]}") from e
+    return picked
+
+
+def _rows(output: Output, collated: Collated) -> tuple[Tensor, Tensor]:
+    """(logits [N, V], labels [N]) of the labelled rows of a batch."""
+    mask = None if output.row_mask is None else output.row_mask.cpu()
+    selection = select_rows(collated, tuple(output.logits.shape), mask)
+    logits_NV, labels = output.logits, collated.labels
+    if selection is not None:
+        logits_NV, labels = logits_NV[selection.mask_BL.to(logits_NV.device)], selection.labels_N
+    if labels is None or labels.dim() != 1:
+        found = "none" if labels is None else str(list(labels.shape))
+        raise DataError(f"evaluation needs one label for each of {len(logits_NV)} rows; the data gives {found}")
+    known_N = labels >= 0
+    if labels.numel() and int(labels.max()) >= logits_NV.shape[1]:
+        raise DataError(f"a label is {int(labels.max())}; the model has {logits_NV.shape[1]} classes")
+    return logits_NV[known_N.to(logits_NV.device)], labels[known_N]
+
+
+def _sums(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """float64 [4]: cross-entropy, hits, hits among the first five, rows."""
+    if not len(labels_N):
+        return torch.zeros(4, dtype=torch.float64, device=logits_NV.device)
+    ce_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    top_NK = logits_NV.topk(min(TOP, logits_NV.shape[1]), dim=-1).indices == labels_N[:, None]
+    return torch.stack([ce_N.double().sum(), top_NK[:, 0].double().sum(), top_NK.double().sum(),
+                        torch.tensor(float(len(labels_N)), dtype=torch.float64, device=logits_NV.device)])
+
+
+def _metrics(sums: list[float], samples: Samples, language: bool, num_classes: int) -> dict[str, Any]:
+    ce, hits, hits_top, rows = sums
+    if not rows:
+        raise DataError(f"dataset {samples.name} has no label in {len(samples)} samples; there is nothing to evaluate")
+    loss = ce / rows
+    if language:
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(rows)}
+    top = {f"accuracy_top{TOP}": hits_top / rows} if num_classes > TOP else {}
+    return {"loss": loss, "accuracy": hits / rows, **top, "n": int(rows)}
+
+
+def _in_order(num_samples: int, batch_size: int) -> Callable[[], Iterable[Pairs]]:
+    return lambda: ([(i, 0) for i in range(at, min(at + batch_size, num_samples))]
+                    for at in range(0, num_samples, batch_size))
+
+
+def _module(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | None,
+            weights: str | Path | None) -> tuple[nn.Module, int | None]:
+    """The module, and how many of its classes are real if that is known."""
+    if isinstance(student, nn.Module | Model):
+        if args or weights is not None:
+            raise UsageError("student arguments or weights are given for a student that is an object")
+        return (student, None) if isinstance(student, nn.Module) else (student.module, student.num_classes)
+    if is_run(student):
+        if args or weights is not None:
+            raise UsageError(f"{student} is a run: it has its own arguments and weights; give none")
+        return load_run(Path(student))
+    model = load_model(str(student), args=args, weights=weights)
+    return model.module, model.num_classes
+
+
+def load_run(path: Path) -> tuple[nn.Module, int | None]:
+    """The student of a run with the weights of its best (else last) checkpoint, and its number of classes."""
+    document = read_options(path)
+    options, recorded = document[TABLE], document[RECORDED]
+    spec, folder, classes = options.get("student"), weights_folder(path), recorded.get("num-classes")
+    if spec is None:
+        raise UsageError(f"{path} trained {recorded.get('student')}, an object: no SPEC says how to make it again; "
+                         f"load {folder / checkpoint.MODEL} into one, and evaluate that")
+    if (folder / "config.json").is_file():
+        return load_model(f"hf:{folder}").module, classes
+    model = load_model(spec, args=options.get("student-arg"), num_classes=classes)
+    checkpoint.load(folder, model.module)
+    return model.module, classes

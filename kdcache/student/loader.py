@@ -1,0 +1,301 @@
+"""Batches for a student: inputs, labels, the teacher's rows and features, in order kd1. Its state is one position."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.spec import CacheSpec, temperature_name
+from kdcache.data.collate import Collated, to_device
+from kdcache.data.samples import Inputs, Samples
+from kdcache.data.sources import load_data
+from kdcache.errors import UsageError
+from kdcache.models import forward
+from kdcache.student.batches import (
+    Micro,
+    Piece,
+    Rows,
+    assemble,
+    check_keys,
+    find_features,
+    needed_columns,
+    student_rows,
+)
+from kdcache.student.inputs import Fetch, Pairs, data_batches, token_batch
+from kdcache.student.match import feature_tensors
+from kdcache.student.order import Order
+from kdcache.student.prefetch import Prefetch
+from kdcache.student.targets import SoftTargets, soft_targets, targets_from_logits
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Batch, Cache
+
+
+class LoaderBatch(TypedDict):
+    """What a `Loader` yields; tensors on its device.
+
+    inputs: a tensor, or named tensors for `model(**inputs)`. labels: int64 [N] or [N, J], negative where unknown, or
+    None. label_weight: float32 [N, J] or None. targets: SoftTargets of N rows, or None. features: float32 by name.
+    rows: None where each record is one row; for logits (B, L, V) the (record, position) of each row, int64 [N]:
+    `logits[rows]` is [N, V], aligned with labels and targets. sample_ids, views: int64 [B], on the CPU. epoch: of the
+    first record. position: samples consumed after this batch, the `start` of a Loader that continues.
+    """
+
+    inputs: Inputs
+    labels: Tensor | None
+    label_weight: Tensor | None
+    targets: SoftTargets | None
+    features: dict[str, Tensor]
+    rows: Rows | None
+    sample_ids: Tensor
+    views: Tensor
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step: its micro-batches in host memory, and the counts of labelled and of teacher rows in all."""
+
+    index: int
+    epoch: int
+    start: int
+    stop: int
+    micros: list[Micro]
+    counts: tuple[float, float]
+
+
+class Loader:
+    """Batches of `batch_size` records, every sample once an epoch; each iteration begins at `start`.
+
+    cache          a Cache or its path; None for labels and inputs only (plain training on the same batches)
+    data           a dataset, `Samples` or a data SPEC with `data_args`; None takes the inputs from the cache's tokens
+    temperature, k of the targets; by default 2 (1 for token caches) and the largest tier
+    epochs         passes over the samples, or max_steps; by default one epoch. Epoch e uses view e modulo the views of
+                   the cache; without a cache, view e
+    features       names of cached features to read
+    targets        False reads nothing of the teacher's rows
+    live_teacher   a module that is run on each batch, its logits in place of the cache's rows
+    rows           "one" or "ragged" (a row per position) where no cache says so; by default what the labels say
+    accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
+    num_classes    of the student, to check labels where no cache knows V
+
+    Each record's sample_key is computed again from the data: DataError naming the first that is not the cache's.
+    Cached rows are read in a background thread; `workers` processes build inputs from the data.
+    """
+
+    def __init__(self, cache: Cache | str | Path | None = None, data: Any = None, *, batch_size: int,
+                 temperature: float | str | None = None, k: int | None = None, seed: int = 0, shuffle: bool = True,
+                 epochs: float | None = None, max_steps: int | None = None, device: torch.device | str = "cpu",
+                 workers: int = 0, features: Sequence[str] = (), targets: bool = True, start: int = 0,
+                 live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
+                 data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
+                 num_classes: int | None = None) -> None:
+        self.cache = cache = as_cache(cache)
+        self.spec: CacheSpec | None = None if cache is None else cache.spec
+        self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed)
+        self._check_sources()
+        self.device = torch.device(device)
+        self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
+        self.workers, self.accept, self.kind = workers, tuple(accept), rows
+        first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
+        self.first, self.num_samples = first, last - first
+        self.order = Order(self.num_samples, seed, shuffle)
+        self.total = _total(epochs, max_steps, self.num_samples, self.batch_size)
+        if not 0 <= start <= self.total:
+            raise UsageError(f"start is {start}; expected a position from 0 to {self.total}, the end")
+        self.start = start
+        self.teacher = None if live_teacher is None else live_teacher.to(self.device).eval()
+        self.reads_targets = targets and self.teacher is None and self.spec is not None and self.spec.kind != "none"
+        self.temperature = self._temperature(temperature)
+        self.k = self._k(k)
+        if features and self.spec is None:
+            raise UsageError("features are read from a cache; none is given")
+        self.features = find_features(self.spec, features) if self.spec is not None else []
+        self.columns = [] if self.spec is None else needed_columns(
+            self.spec, targets=self.reads_targets, k=self.k, features=self.features, tokens=self.samples is None)
+        known = self.spec.num_classes if self.spec is not None else 0
+        self.num_classes = known or num_classes
+
+    def __len__(self) -> int:
+        """Optimizer steps from `start` on."""
+        return -(-(self.total - self.start) // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.total // self.batch_size)
+
+    def __iter__(self) -> Iterator[LoaderBatch]:
+        for step in self.steps():
+            for micro in step.micros:
+                yield self.place(micro)
+
+    def steps(self) -> Generator[Step, None, None]:
+        """One `Step` for each optimizer step from `start` on; closing the iterator stops its background work."""
+        at, micros = self.start, list[Micro]()
+        for micro in self._micros():
+            micros.append(micro)
+            if micro.piece.ends_step:
+                counts = sum(m.counts[0] for m in micros), sum(m.counts[1] for m in micros)
+                yield Step(at // self.batch_size, int(micros[0].piece.epochs[0]), at, micro.piece.stop, micros, counts)
+                at, micros = micro.piece.stop, []
+
+    def place(self, micro: Micro) -> LoaderBatch:
+        """A micro-batch on the device, with its targets unpacked there, or made by the live teacher."""
+        device = self.device
+        inputs = to_device(micro.collated.inputs, device, non_blocking=True)
+        rows = None if micro.rows is None else (micro.rows[0].to(device), micro.rows[1].to(device))
+        targets = None
+        if self.teacher is not None:
+            targets = self._live(self.teacher, micro, inputs, rows)
+        elif self.reads_targets and micro.cached is not None:
+            targets = soft_targets(micro.cached, spec=self.spec, temperature=self.temperature, k=self.k, device=device)
+        return LoaderBatch(
+            inputs=inputs, labels=None if micro.labels is None else micro.labels.to(device), targets=targets, rows=rows,
+            label_weight=None if micro.label_weight is None else micro.label_weight.to(device),
+            features={} if micro.cached is None else self._features(micro.cached),
+            sample_ids=torch.from_numpy(micro.piece.sample_ids), views=torch.from_numpy(micro.piece.views),
+            epoch=int(micro.piece.epochs[0]), position=micro.piece.stop)
+
+    def _features(self, cached: Batch) -> dict[str, Tensor]:
+        return feature_tensors(cached, [f.name for f in self.features], spec=self.spec, device=self.device)
+
+    def pieces(self, start: int | None = None) -> Iterator[Piece]:
+        """What stands where: the records of every forward pass, from position `start` on. Nothing is read."""
+        views = (0, 0) if self.spec is None else (self.spec.views[0], self.spec.num_views)
+        at = self.start if start is None else start
+        while at < self.total:
+            # Steps lie at multiples of the batch size, also when a run continues inside one under another size.
+            end = min(at - at % self.batch_size + self.batch_size, self.total)
+            epochs, samples = self.order.sample(np.arange(at, end, dtype=np.int64))
+            shown = epochs if not views[1] else views[0] + epochs % views[1]
+            for a in range(0, end - at, self.micro):
+                b = min(a + self.micro, end - at)
+                yield Piece(epochs[a:b], samples[a:b] + self.first, shown[a:b], at + b, b == end - at)
+            at = end
+
+    def peek(self, records: int = 8) -> Micro:
+        """The first few records of a run, read here and now, to check shapes with."""
+        piece = next(self.pieces(0))
+        few = slice(0, records)
+        piece = Piece(piece.epochs[few], piece.sample_ids[few], piece.views[few], min(records, piece.stop), True)
+        batch, collated = (None, None) if self.cache is None else self._read(self.cache, piece)
+        if self.samples is not None:
+            collated = Fetch(self.samples)(piece.pairs)
+        assert collated is not None                 # _check_sources: there are tokens, or there is data
+        return self._finish(piece, collated, batch)
+
+    def _micros(self) -> Iterator[Micro]:
+        data = None if self.samples is None else data_batches(self.samples, self._pairs, self.workers)
+        cached = None if self.cache is None else Prefetch(self._cached(self.cache))
+        try:
+            for piece in self.pieces():
+                batch, collated = (None, None) if cached is None else next(cached)
+                collated = collated if data is None else next(data)
+                assert collated is not None
+                yield self._finish(piece, collated, batch)
+        finally:
+            if cached is not None:
+                cached.close()
+            if data is not None:
+                data.close()
+
+    def _finish(self, piece: Piece, collated: Collated, batch: Batch | None) -> Micro:
+        if batch is not None and self.samples is not None:
+            check_keys(piece, batch, collated, self.accept)
+        return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None, kind=self.kind,
+                        targets=self.reads_targets or self.teacher is not None, num_classes=self.num_classes)
+
+    def _cached(self, cache: Cache) -> Iterator[tuple[Batch, Collated | None]]:
+        return (self._read(cache, piece) for piece in self.pieces())
+
+    def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
+        spec = cache.spec
+        records = (piece.views - spec.views[0]) * spec.num_samples + (piece.sample_ids - self.first)
+        batch = cache.read(records, self.columns)
+        return batch, token_batch(batch) if self.samples is None else None
+
+    def _pairs(self) -> Iterator[Pairs]:
+        return (piece.pairs for piece in self.pieces())
+
+    @torch.no_grad()                        # not inference mode: its tensors cannot take part in the student's backward
+    def _live(self, teacher: nn.Module, micro: Micro, inputs: Inputs, rows: Rows | None) -> SoftTargets:
+        logits_NV = student_rows(forward(teacher, inputs), micro, rows)
+        if self.spec is not None and self.spec.num_classes:
+            logits_NV = logits_NV[:, : self.spec.num_classes]
+        return targets_from_logits(logits_NV, temperature=self.temperature, k=self.k)
+
+    def _check_sources(self) -> None:
+        if self.samples is None and self.spec is None:
+            raise UsageError("neither a cache nor data is given; there is nothing to train on")
+        if self.samples is None and self.spec is not None and not self.spec.tokens:
+            raise UsageError("the cache holds no tokens, so the student's inputs must come from the data: give --data")
+        if self.samples is not None and self.spec is not None and len(self.samples) < self.spec.samples[1]:
+            raise UsageError(f"dataset {self.samples.name} has {len(self.samples)} samples; the cache is about samples "
+                             f"{self.spec.samples[0]} to {self.spec.samples[1] - 1}")
+
+    def _temperature(self, asked: float | str | None) -> float:
+        ragged = self.spec is not None and self.spec.rows == "ragged"
+        name = temperature_name((1.0 if ragged else 2.0) if asked is None else asked)
+        stored = self.spec.temperatures if self.spec is not None and self.spec.kind == "topk" else (name,)
+        if self.reads_targets and name not in stored:
+            raise UsageError(f"temperature {name} was not stored in the cache; stored: {', '.join(stored)}; "
+                             f"take one of these, or dump again with --temperature {name}")
+        return float(name)
+
+    def _k(self, k: int | None) -> int | None:
+        if k is None or not self.reads_targets or self.spec is None:
+            return k
+        tiers = self.spec.tiers if self.spec.kind == "topk" else (self.spec.num_classes,)
+        if k not in tiers:
+            raise UsageError(f"k is {k}, which is no tier of the cache; tiers: {', '.join(map(str, tiers))}")
+        return k
+
+
+def as_cache(cache: Cache | str | Path | None) -> Cache | None:
+    """An open cache; a path is opened."""
+    if cache is None or not isinstance(cache, str | Path):
+        return cache
+    from kdcache.cache.reader import open as open_cache
+    return open_cache(cache)
+
+
+def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0) -> Samples | None:
+    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views; None takes any."""
+    if isinstance(data, str):
+        data = load_data(data, dict(args or {}))
+    elif args:
+        raise UsageError("data arguments are given, but the data is an object, or there is none; they belong to a SPEC")
+    if isinstance(data, Samples):
+        if seed is not None and data.seed != seed:
+            raise UsageError(f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; "
+                             f"give Samples(dataset, seed={seed}), or the dataset itself")
+        return data
+    return None if data is None else Samples(data, seed=seed or 0)
+
+
+def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
+    if batch_size < 1 or (micro is not None and not 1 <= micro <= batch_size):
+        raise UsageError(f"batch size {batch_size}, micro-batch size {micro}; expected at least 1, and the micro-batch "
+                         "no larger than the batch")
+    return batch_size, micro or batch_size
+
+
+def _total(epochs: float | None, max_steps: int | None, num_samples: int, batch_size: int) -> int:
+    """Positions in all."""
+    if epochs is not None and max_steps is not None:
+        raise UsageError(f"epochs is {epochs} and max_steps {max_steps}; give one of them")
+    if max_steps is not None:
+        if max_steps < 1:
+            raise UsageError(f"max_steps is {max_steps}; expected at least 1")
+        return max_steps * batch_size
+    total = round((1 if epochs is None else epochs) * num_samples)
+    if total < 1:
+        raise UsageError(f"epochs is {epochs}; {num_samples} samples make less than one of it")
+    return total

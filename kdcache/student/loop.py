@@ -1,0 +1,207 @@
+"""The training step: forward and backward over micro-batches, one optimizer step, numbers kept on the device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.models import Output, forward
+from kdcache.student.batches import Micro, student_rows
+from kdcache.student.loader import Loader, LoaderBatch, Step
+from kdcache.student.loss import kd_loss
+from kdcache.student.match import Matches
+from kdcache.student.optim import Named, Schedule, set_lr
+from kdcache.student.settings import PRECISIONS, Settings
+
+LOG_EVERY = 20              # steps between waits for the device, when their numbers are read
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What `on_step` is given after a step: `step` steps and `position` samples are done.
+
+    loss: of the step's global batch, a scalar on the device; reading it waits for the device. model: the student.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    loss: Tensor
+    model: nn.Module
+
+
+class Loop:
+    """Trains `student` with an optimizer on the steps of a loader.
+
+    CE is averaged over the labelled rows and KD over the teacher's rows of the whole global batch, whatever the
+    micro-batches; hint losses are averaged over its records (its rows, for features of level row).
+    """
+
+    def __init__(self, student: nn.Module, loader: Loader, settings: Settings, *, optimizer: Optimizer,
+                 parameters: Named, schedule: Schedule, matches: Matches | None = None) -> None:
+        self.student, self.loader, self.settings = student, loader, settings
+        self.optimizer, self.schedule, self.matches = optimizer, schedule, matches
+        self.parameters = [parameter for _, parameter in parameters]
+        if matches is not None and settings.compile:
+            raise UsageError("compile and match cannot be used together: compiled code does not run the hooks")
+        levels = {feature.level for feature in loader.features}
+        if len(levels) > 1 and loader.micro < loader.batch_size:
+            raise UsageError("features of records and of rows are averaged by different counts; with micro-batches "
+                             "match one or the other")
+        self._by_row = "row" in levels
+        self._run: Any = torch.compile(student) if settings.compile else student
+        device = loader.device.type
+        self.scaler = torch.amp.GradScaler(device) if settings.precision == "float16" else None
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._consumed, self._since = 0, time.perf_counter()
+
+    def run_step(self, step: Step) -> StepInfo:
+        """Forward, backward and optimizer step over one global batch. Nothing here waits for the device."""
+        self.student.train()
+        lr = self.schedule.at(step.index)
+        set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        numbers = torch.zeros(3 + self._num_matches, device=self.loader.device)
+        for micro in step.micros:
+            numbers += self._backward(micro, step)
+        norm = self._update()
+        self._consumed += step.stop - step.start
+        line = {"step": step.index + 1, "epoch": step.stop / self.loader.num_samples, "position": step.stop, "lr": lr}
+        self._pending.append((line, torch.cat([numbers, norm.to(numbers)[None]])))
+        return StepInfo(step.index + 1, step.epoch, step.stop, numbers[0], self.student)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The metrics of the steps since the last call; one wait for the device."""
+        if not self._pending:
+            return []
+        values = torch.stack([numbers for _, numbers in self._pending]).tolist()
+        now = time.perf_counter()
+        rate = self._consumed / max(now - self._since, 1e-9)
+        names = ["loss", "ce", "kd", *self._match_names(), "grad_norm"]
+        lines = [{**line, **dict(zip(names, row, strict=True)), "samples_per_second": rate}
+                 for (line, _), row in zip(self._pending, values, strict=True)]
+        self._pending, self._consumed, self._since = [], 0, now
+        return lines
+
+    def check(self, lines: list[dict[str, Any]]) -> None:
+        """KDCacheError naming the first step whose loss is no finite number."""
+        for line in lines:
+            if not math.isfinite(line["loss"]):
+                raise KDCacheError(
+                    f"step {line['step']} (position {line['position']}): the loss is {line['loss']} "
+                    f"(ce {line['ce']:.4g}, kd {line['kd']:.4g}); training has diverged: take a lower lr, a warmup, a "
+                    "smaller clip, or precision float32; the last checkpoint is from before this step")
+
+    @property
+    def pending(self) -> int:
+        return len(self._pending)
+
+    def rest_clock(self) -> None:
+        """Leave the time since the last `drain` (an evaluation, a checkpoint) out of samples per second."""
+        self._since = time.perf_counter()
+
+    def _backward(self, micro: Micro, step: Step) -> Tensor:
+        """Gradients of one micro-batch; its part of (loss, CE, KD, each match)."""
+        batch = self.loader.place(micro)
+        with autocast(self.loader.device, self.settings.precision):
+            output = forward(self._run, batch["inputs"])
+        zero = torch.zeros((), device=self.loader.device)
+        loss, parts = zero, [zero, zero]
+        if batch["labels"] is not None or batch["targets"] is not None:
+            loss, parts = self._soft_and_hard(output, micro, batch, step)
+        if self.matches is not None:
+            share = self._share(micro, step)
+            loss = loss + share * self.matches(batch["features"], mask=attention_mask(batch),
+                                               row_mask=row_mask(batch, output.logits))
+            parts += [share * value.to(zero) for value in self.matches.losses.values()]
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        return torch.stack([loss.detach().to(zero), *parts])
+
+    def _soft_and_hard(self, output: Output, micro: Micro, batch: LoaderBatch,
+                       step: Step) -> tuple[Tensor, list[Tensor]]:
+        logits_NV = student_rows(output, micro, batch["rows"])
+        ours = batch["rows"] is not None        # a selection of rows is a copy that nobody else reads
+        if batch["targets"] is None and self.loader.num_classes is not None:
+            logits_NV = logits_NV[:, : self.loader.num_classes]
+        parts = kd_loss(logits_NV, batch["labels"], batch["targets"], ce_weight=self.settings.weight_ce,
+                        kd_weight=self.settings.weight_kd, label_weight=batch["label_weight"],
+                        divergence=self.settings.divergence, tail=self.settings.tail, normalizer=step.counts,
+                        engine=self.settings.engine, inplace=ours, return_parts=True)
+        return parts.loss, [parts.ce.to(torch.float32), parts.kd.to(torch.float32)]
+
+    def _update(self) -> Tensor:
+        """Clip and step; the norm of the gradient before clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.settings.clip:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return norm
+
+    def _share(self, micro: Micro, step: Step) -> float:
+        """The part of the global batch that a micro-batch is, as hint losses count."""
+        if not self._by_row:
+            return len(micro.piece.sample_ids) / (step.stop - step.start)
+        rows = [0 if m.rows is None else len(m.rows[0]) for m in step.micros]
+        return (0 if micro.rows is None else len(micro.rows[0])) / max(1, sum(rows))
+
+    @property
+    def _num_matches(self) -> int:
+        return len(self._match_names())
+
+    def _match_names(self) -> list[str]:
+        matches = () if self.matches is None else self.matches.matches
+        return [f"match {name}" for name in dict.fromkeys(map(str, matches))]
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context of a forward pass in that precision; weights stay as they are."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, PRECISIONS[precision])
+
+
+def attention_mask(batch: LoaderBatch) -> Tensor | None:
+    return batch["inputs"].get("attention_mask") if isinstance(batch["inputs"], dict) else None
+
+
+def row_mask(batch: LoaderBatch, logits: Tensor) -> Tensor | None:
+    """bool (B, L): the positions that have a row; None where each record is one."""
+    if batch["rows"] is None:
+        return None
+    mask_BL = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    mask_BL[batch["rows"]] = True
+    return mask_BL
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Refuse operations whose result varies from run to run; what was set before is put back."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS reads it when it first starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -1,0 +1,169 @@
+"""Everything that is checked and built before a run begins: sources, identity, student, projections."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kdcache.cache.identity import Identity, require_same
+from kdcache.data.identify import identify
+from kdcache.data.samples import Samples
+from kdcache.errors import DataError, NotBuilt, UsageError
+from kdcache.models import Model, forward, load_model
+from kdcache.student.batches import student_rows
+from kdcache.student.loader import Loader, as_cache, as_samples
+from kdcache.student.loop import attention_mask, autocast, row_mask
+from kdcache.student.match import Matches
+from kdcache.student.settings import Settings
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+
+PACKAGES = ("kdcache", "torch", "numpy", "safetensors", "transformers")
+VIEW_KEY = "view_key"                   # --accept it: no field of the identity, but a column compared while training
+
+
+@dataclass(slots=True)
+class Sources:
+    """The cache and the data of a run, known to belong together; what of that was overlooked by name."""
+
+    cache: Cache | None
+    samples: Samples | None
+    eval_samples: Samples | None
+    accepted: list[str]
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int | None:
+        """V of the cache, else the number of named classes."""
+        if self.cache is not None and self.cache.spec.num_classes:
+            return self.cache.spec.num_classes
+        return None if self.samples is None else len(self.samples.class_names) or None
+
+
+def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[str, Any] | None,
+                 eval_data_args: Mapping[str, Any] | None, accept: Sequence[str]) -> Sources:
+    """Open what a run reads. IdentityMismatch lists the fields in which the data is not what the teacher saw."""
+    if isinstance(cache, list | tuple):
+        if len(cache) > 1:
+            raise NotBuilt(f"{len(cache)} caches are given: an ensemble of teachers is not built yet; give one --cache")
+        cache = cache[0] if cache else None
+    cache = as_cache(cache)
+    samples = as_samples(data, data_args, seed=0 if cache is None else cache.spec.seed)
+    eval_samples = as_samples(eval_data, eval_data_args, seed=None)
+    accepted: list[str] = []
+    if cache is not None and samples is not None:
+        identity, tokenizer = identify(samples)
+        given = Identity(data=identity, tokenizer=tokenizer, teacher=cache.identity.teacher,
+                         activation=cache.identity.activation)
+        accepted = require_same(cache.identity, given, accept=[a for a in accept if a != VIEW_KEY],
+                                parts=("data", "tokenizer"), where=str(cache.path))
+    elif accept and cache is None:
+        raise UsageError(f"accept {list(accept)}: there is no cache whose identity could differ")
+    _check_eval(cache, samples, eval_samples)
+    about = None if samples is None else {"name": samples.name, "revision": samples.revision,
+                                          "num-samples": len(samples)}
+    recorded = {"cache-content-id": None if cache is None else cache.content_id, "data": about}
+    return Sources(cache, samples, eval_samples, accepted, recorded)
+
+
+def check_weights(settings: Settings, sources: Sources, live_teacher: nn.Module | None) -> None:
+    """UsageError for a part of the loss that has nothing to learn from."""
+    spec = None if sources.cache is None else sources.cache.spec
+    if settings.weight_kd and live_teacher is None:
+        if spec is None:
+            raise UsageError("the soft loss has a weight but there is no teacher: give a cache, or alpha 0 for "
+                             "training on hard labels alone")
+        if spec.kind == "none":
+            raise UsageError("the cache is of kind 'none': it has features and no rows; give alpha 0, and match one")
+    if settings.match and spec is None:
+        raise UsageError("match needs a cache with features; no cache is given")
+
+
+def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | None, weights: str | Path | None,
+                 seed: int) -> Model:
+    """The student from a SPEC (weights in float32), or a module or `Model` as it is."""
+    if isinstance(student, str | Path):
+        return load_model(str(student), args=args, weights=weights, seed=seed, dtype="float32",
+                          num_classes=sources.num_classes)
+    if args or weights is not None:
+        raise UsageError("student arguments or weights are given, but the student is an object; they belong to a SPEC")
+    if isinstance(student, Model):
+        return student
+    if not isinstance(student, nn.Module):
+        raise UsageError(f"the student is a {type(student).__name__}; expected a model SPEC or a torch.nn.Module")
+    save = getattr(student, "save_pretrained", None)        # of Hugging Face models: a folder from_pretrained opens
+    return Model(student, "", f"{type(student).__name__} as given", None, "", save)
+
+
+def check_student(model: Model, loader: Loader, settings: Settings) -> Matches | None:
+    """One forward pass over a few records in eval mode; the projections of --match are built from it.
+
+    UsageError where the student has fewer classes than the teacher, or there are no labels for the hard loss; DataError
+    where its rows are not the teacher's.
+    """
+    micro = loader.peek()
+    if settings.weight_ce and micro.labels is None:
+        raise UsageError("the hard loss has a weight, but neither the cache nor the data has labels; give alpha 1, or "
+                         "ce_weight 0")
+    batch, outputs = loader.place(micro), []
+
+    def run() -> None:
+        with autocast(loader.device, settings.precision):
+            outputs.append(forward(model.module, batch["inputs"]))
+
+    training = model.module.training
+    model.module.eval()
+    with torch.no_grad():
+        run()
+    model.module.train(training)
+    width, teacher = outputs[0].logits.shape[-1], loader.num_classes
+    if teacher is not None and width < teacher:
+        raise UsageError(f"the student has {width} classes, the teacher {teacher}; a student needs at least as many")
+    if micro.labels is not None or batch["targets"] is not None:
+        student_rows(outputs[0], micro, batch["rows"])
+    if not settings.match or loader.spec is None:
+        return None
+    matches = Matches(model.module, settings.matches, loader.spec.features, seed=settings.seed)
+    matches.prepare(run, mask=attention_mask(batch), row_mask=row_mask(batch, outputs[0].logits))
+    return matches
+
+
+def refuse_ranks() -> None:
+    """NotBuilt under torchrun with several processes."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks not in ("", "1"):
+        raise NotBuilt(f"WORLD_SIZE is {ranks}: training with several processes is not built yet; run one")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose arithmetic or files a run depends on."""
+    out = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            out[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def _check_eval(cache: Cache | None, samples: Samples | None, evaluation: Samples | None) -> None:
+    """DataError where classes or tokenizer of the evaluation data are not those of training."""
+    if evaluation is None:
+        return
+    names = samples.class_names if samples is not None else [] if cache is None else cache.identity.data["class_names"]
+    if names and evaluation.class_names and names != evaluation.class_names:
+        raise DataError(f"evaluation data {evaluation.name} has the classes {evaluation.class_names[:8]}, training has "
+                        f"{list(names)[:8]}; expected the same in the same order")
+    tokens = samples.tokenizer_identity if samples is not None else None if cache is None else cache.identity.tokenizer
+    if tokens and evaluation.tokenizer_identity and tokens != evaluation.tokenizer_identity:
+        raise DataError(f"evaluation data {evaluation.name} has another tokenizer than training: "
+                        f"{evaluation.tokenizer_identity}, expected {tokens}")

@@ -1,0 +1,121 @@
+"""`train_student`: from a cache (or hard labels alone) to a student, in a folder from which the same call continues."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kdcache.student import checkpoint
+from kdcache.student.evaluate import pick_device
+from kdcache.student.loop import StepInfo
+from kdcache.student.loop import deterministic as deterministic_mode
+from kdcache.student.metrics import OnMetrics, check_reporters
+from kdcache.student.prepare import check_weights, load_student, open_sources, refuse_ranks
+from kdcache.student.run import RunFolder
+from kdcache.student.settings import Settings, texts
+from kdcache.student.training import Training, TrainReport
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+
+
+def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
+                  data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float = 0.5,
+                  ce_weight: float | None = None, kd_weight: float | None = None, divergence: str = "forward_kl",
+                  tail: str = "bucket", k: int | None = None, match: Sequence[str] = (), epochs: float | None = None,
+                  max_steps: int | None = None, batch_size: int = 128, micro_batch_size: int | None = None,
+                  optimizer: str = "adamw", lr: float = 1e-3, weight_decay: float | None = None, warmup: float = 0.0,
+                  clip: float = 0.0, precision: str = "float32", compile: bool = False,
+                  device: str | torch.device | None = None, workers: int = 0, seed: int = 0, shuffle: bool = True,
+                  deterministic: bool = False, eval_every: int | None = None, save_every: int | None = None,
+                  best_by: str = "eval_loss", report_to: Sequence[str] = (), accept: Sequence[str] = (),
+                  dry_run: bool = False, student_args: Mapping[str, Any] | None = None,
+                  student_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
+                  eval_data_args: Mapping[str, Any] | None = None, engine: str = "auto",
+                  live_teacher: nn.Module | None = None, on_step: Callable[[StepInfo], object] | None = None,
+                  on_metrics: OnMetrics | None = None, say: Callable[[str], object] | None = None) -> TrainReport:
+    """Train `student` on what a teacher said, and keep run and weights in the folder `out`.
+
+    The same call again continues from the last checkpoint, inside an epoch too; on the CPU to the same losses and
+    weights, bit for bit. Other options are refused (SpecMismatch lists them), a finished run returns its report, and
+    anything else at `out` is CacheExists.
+
+    cache          of `dump_teacher`, or its path; without one only alpha 0 (hard labels), on the same batches
+    student        a model SPEC with student_args and student_weights, a module or a `Model`
+    data           a dataset or data SPEC; None takes inputs from the cache's tokens. eval_data: evaluated on
+    temperature    of soft targets; 2 by default, 1 for token caches. k: a tier of the cache, by default the largest
+    loss           ce_weight * CE + kd_weight * T^2 * D (alpha sets 1 - alpha and alpha), + weight * each of `match`,
+                   "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, tail, engine: see `kd_loss`
+    epochs         or max_steps: how long. batch_size records make a step, in forward passes of micro_batch_size
+    optimizer      adamw, adam or sgd; biases and norms are not decayed. warmup: steps, or a part of all below 1; then
+                   half a cosine to 0. clip: largest norm of the gradient, 0 for none
+    precision      float32, bfloat16 or float16 (autocast; float16 not on the CPU)
+    seed           of initial weights, order and dropout; the caller's generators are left as they were
+    eval_every     steps between evaluations, save_every between checkpoints; once an epoch by default, and at the end
+    best_by        eval_loss, eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by
+    report_to      "tensorboard", "wandb"; metrics.jsonl is always written
+    accept         identity fields, or "view_key", whose difference is harmless; recorded in run.toml
+    dry_run        check everything, train nothing, write nothing
+    live_teacher   a module run in the loop in place of the cache's rows
+    on_step        called with a `StepInfo` after each step; on_metrics with each line of metrics.jsonl; say with lines
+                   for people
+
+    IdentityMismatch for data or a tokenizer that the teacher did not see; DataError where keys, labels or rows are not
+    the cache's; UsageError for options that cannot be used; KDCacheError naming the step if the loss is not finite.
+    """
+    refuse_ranks()
+    picked = pick_device(device)
+    settings = Settings(
+        temperature=temperature, k=k, alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, divergence=divergence,
+        tail=tail, match=texts(match), engine=engine, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
+        micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup=warmup,
+        clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
+        deterministic=deterministic, eval_every=eval_every, save_every=save_every, best_by=best_by,
+        accept=texts(accept))
+    check_reporters(texts(report_to))
+    sources = open_sources(cache, data, eval_data, data_args=data_args, eval_data_args=eval_data_args,
+                           accept=settings.accept)
+    check_weights(settings, sources, live_teacher)
+    specs = {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,
+             "cache": None if sources.cache is None else str(sources.cache.path), "report-to": texts(report_to)}
+    args = {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args}
+    options = {**{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
+               **{key: dict(value) for key, value in args.items() if value}, "workers": workers, **settings.table()}
+    sources.recorded |= {key: type(value).__name__ for key, value in
+                         (("student", student), ("live-teacher", live_teacher))
+                         if value is not None and not isinstance(value, str | Path)}
+    folder = RunFolder(out, options, sources.recorded)
+    if folder.summary is not None:
+        return _finished(folder, say)
+    with _own_generators(), deterministic_mode(settings.deterministic):
+        model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
+        model.module.to(picked)
+        training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say)
+        with closing(training):
+            return training.report(dry_run=True) if dry_run else training.run(texts(report_to), on_step, on_metrics)
+
+
+def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainReport:
+    summary = folder.summary or {}
+    if say is not None:
+        say(f"{folder.path} is finished already; name another --out to train again")
+    values = {f.name: summary[f.name] for f in dataclasses.fields(TrainReport) if f.name in summary}
+    numbers = {key.removeprefix("eval_"): value for key, value in summary.items() if key.startswith("eval_")}
+    values |= {"accepted": tuple(summary.get("accepted", ())), "defaults": tuple(summary.get("defaults", ()))}
+    return TrainReport(**{**values, "evaluation": numbers, "already_finished": True, "out": str(folder.path)})
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Whatever is drawn inside, the caller's generators are left as they were."""
+    before = checkpoint.generators()
+    try:
+        yield
+    finally:
+        checkpoint.restore_generators(*before)

@@ -1,0 +1,271 @@
+"""One call's part of a run: steps, evaluations, checkpoints, and the report at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdcache.errors import UsageError
+from kdcache.models import Model
+from kdcache.student import checkpoint
+from kdcache.student.evaluate import evaluate_module
+from kdcache.student.loader import Loader
+from kdcache.student.loop import LOG_EVERY, Loop, StepInfo
+from kdcache.student.metrics import Metrics, OnMetrics
+from kdcache.student.optim import Schedule, make_optimizer, optimizer_tensors, restore_optimizer, trainable
+from kdcache.student.prepare import VIEW_KEY, Sources, check_student, versions
+from kdcache.student.run import BEST, LAST, RunFolder
+from kdcache.student.settings import BEST_BY, Settings
+
+SAY_EVERY = 60.0            # seconds between lines of progress
+OPTIMIZER, PROJECTIONS = "optimizer/", "projections/"       # in state.safetensors
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a run came to.
+
+    finished: all steps are done. already_finished: they were before this call, which did nothing. continued_from: the
+    step of the checkpoint that this call began with, 0 for the beginning. training: loss, ce, kd, ... of the last step.
+    evaluation: of the last weights, as `evaluate` gives it. best: step and `eval_...` of the checkpoint in best/, {}
+    without evaluation data. seconds: spent training, over all calls. defaults: sentences about what was not given.
+    """
+
+    out: str
+    student: str
+    device: str
+    cache: str | None
+    steps: int
+    epochs: float
+    position: int
+    dry_run: bool = False
+    finished: bool = False
+    already_finished: bool = False
+    continued_from: int = 0
+    training: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    best: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    samples_per_second: float = 0.0
+    accepted: tuple[str, ...] = ()
+    defaults: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self).items()}
+
+
+class Training:
+    """One call's part of a run: the loop, when to evaluate and to save, and the state that a checkpoint holds."""
+
+    def __init__(self, settings: Settings, sources: Sources, model: Model, folder: RunFolder, *, workers: int,
+                 live_teacher: nn.Module | None, say: Callable[[str], object] | None) -> None:
+        self.settings, self.sources, self.model, self.folder = settings, sources, model, folder
+        self.say = say or (lambda _: None)
+        self.device = torch.device(settings.device)
+        self.workers = workers
+        names = dict.fromkeys(match.feature for match in settings.matches)
+        self.loader = Loader(
+            sources.cache, sources.samples, batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
+            temperature=settings.temperature, k=settings.k, seed=settings.seed, shuffle=settings.shuffle,
+            epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
+            features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
+            num_classes=sources.num_classes)
+        self.matches = check_student(model, self.loader, settings)
+        modules: list[tuple[str, nn.Module]] = [("", model.module)]
+        modules += [] if self.matches is None else [("match:", self.matches)]
+        self.parameters = trainable(*modules)
+        self.optimizer = make_optimizer(settings.optimizer, self.parameters, lr=settings.lr,
+                                        weight_decay=settings.weight_decay)
+        schedule = Schedule(settings.lr, self.loader.total_steps, settings.warmup)
+        self.loop = Loop(model.module, self.loader, settings, optimizer=self.optimizer, parameters=self.parameters,
+                         schedule=schedule, matches=self.matches)
+        epoch = max(1, round(self.loader.num_samples / settings.batch_size))
+        self.eval_every, self.save_every = settings.eval_every or epoch, settings.save_every or epoch
+        self.step = self.position = self.continued_from = 0
+        self.training: dict[str, float] = {}
+        self.evaluation: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
+        self.seconds, self.since, self.said = 0.0, time.perf_counter(), 0.0
+
+    def run(self, report_to: Sequence[str], on_step: Callable[[StepInfo], object] | None,
+            on_metrics: OnMetrics | None) -> TrainReport:
+        """Train to the end, from the last checkpoint if there is one."""
+        _seed(self.settings.seed)
+        self.folder.create({"loaded": self.model.loaded, "accepted": [*self.sources.accepted, *self._view_key()],
+                            "num-classes": self.loader.num_classes, "versions": versions(), **self._resolved()})
+        if (last := self.folder.last()) is not None:
+            self._restore(last)
+        for line in self._start_block():
+            self.say(line)
+        metrics = Metrics(self.folder.path, step=self.step, report_to=report_to, options=self.folder.options,
+                          on_metrics=on_metrics)
+        self.since = self.said = time.perf_counter()
+        self.loop.rest_clock()
+        with closing(metrics):
+            self._steps(metrics, on_step)
+        report = self.report(finished=True)
+        self.folder.finish(_summary(report))
+        self.say(f"finished: {self.folder.path}, {report.steps} steps, {report.samples_per_second:.0f} samples/s"
+                 + _shown({f"eval_{key}": value for key, value in self.evaluation.items()}))
+        return report
+
+    def _steps(self, metrics: Metrics, on_step: Callable[[StepInfo], object] | None) -> None:
+        with closing(self.loader.steps()) as steps:
+            for step in steps:
+                info = self.loop.run_step(step)
+                self.step, self.position = info.step, info.position
+                self._after_step(metrics)
+                if on_step is not None:
+                    on_step(info)
+
+    def close(self) -> None:
+        """Take the hooks off the student."""
+        if self.matches is not None:
+            self.matches.close()
+
+    def report(self, **flags: bool) -> TrainReport:
+        done = self.seconds + (time.perf_counter() - self.since if not flags.get("dry_run") else 0)
+        cache = self.sources.cache
+        return TrainReport(
+            out=str(self.folder.path), student=self.model.loaded, device=str(self.device),
+            cache=None if cache is None else cache.content_id,
+            steps=self.loader.total_steps if flags.get("dry_run") else self.step, position=self.position,
+            epochs=(self.loader.total if flags.get("dry_run") else self.position) / self.loader.num_samples,
+            continued_from=self.continued_from, training=self.training, evaluation=self.evaluation, best=self.best,
+            seconds=done, samples_per_second=self.position / done if done and self.position else 0.0,
+            accepted=(*self.sources.accepted, *self._view_key()), defaults=tuple(self._defaults()), **flags)
+
+    def _after_step(self, metrics: Metrics) -> None:
+        last = self.position == self.loader.total
+        evaluate = self.sources.eval_samples is not None and (last or self.step % self.eval_every == 0)
+        save = last or self.step % self.save_every == 0
+        if evaluate or save or self.loop.pending >= LOG_EVERY:
+            lines = self.loop.drain()
+            for line in lines:
+                metrics.write(line)
+            self.loop.check(lines)
+            self.training = {key: value for key, value in lines[-1].items() if key not in ("step", "epoch", "position")}
+        if evaluate:
+            self._evaluate(metrics)
+        if save:
+            metrics.sync()
+            self._save(LAST)
+        if evaluate or save:
+            self.loop.rest_clock()
+        if evaluate or time.perf_counter() - self.said > SAY_EVERY:
+            self.said = time.perf_counter()
+            self.say(f"step {self.step}/{self.loader.total_steps}" + _shown({**self.training, **{
+                f"eval_{key}": value for key, value in (self.evaluation if evaluate else {}).items()}}))
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        samples = self.sources.eval_samples
+        if samples is None:
+            return
+        size = self.settings.micro_batch_size or self.settings.batch_size
+        self.evaluation = evaluate_module(self.model.module, samples, batch_size=size, device=self.device,
+                                          workers=self.workers, precision=self.settings.precision,
+                                          num_classes=self.loader.num_classes)
+        line = {f"eval_{key}": value for key, value in self.evaluation.items()}
+        metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
+                       **line})
+        by = self.settings.best_by
+        if by not in line:
+            raise UsageError(f"best_by is {by}, which this evaluation does not give; it gives {', '.join(line)}")
+        value = line[by]
+        if not math.isnan(value) and (not self.best or BEST_BY[by] * (value - self.best[by]) > 0):
+            self.best = {"step": self.step, **line}
+            metrics.sync()
+            self._save(BEST)
+
+    def _save(self, name: str) -> None:
+        tensors, values = checkpoint.generators()
+        tensors |= {OPTIMIZER + key: value for key, value in
+                    optimizer_tensors(self.optimizer, self.parameters).items()}
+        if self.matches is not None:
+            tensors |= {PROJECTIONS + key: value for key, value in self.matches.projections.state_dict().items()}
+        state = {"step": self.step, "position": self.position, "best": self.best, "evaluation": self.evaluation,
+                 "training": self.training, "seconds": self.seconds + time.perf_counter() - self.since,
+                 "scaler": None if self.loop.scaler is None else self.loop.scaler.state_dict(), "generators": values}
+        checkpoint.save(self.folder.path / name, self.model, tensors, state)
+
+    def _restore(self, folder: Path) -> None:
+        tensors, state = checkpoint.load(folder, self.model.module)
+        restore_optimizer(self.optimizer, self.parameters, _under(OPTIMIZER, tensors))
+        if self.matches is not None:
+            self.matches.projections.load_state_dict(_under(PROJECTIONS, tensors))
+        if self.loop.scaler is not None and state["scaler"]:
+            self.loop.scaler.load_state_dict(state["scaler"])
+        checkpoint.restore_generators(tensors, state["generators"])
+        self.step, self.position, self.seconds = state["step"], state["position"], state["seconds"]
+        self.best, self.evaluation, self.training = state["best"], state["evaluation"], state["training"]
+        self.loader.start, self.continued_from = self.position, self.step
+
+    def _view_key(self) -> list[str]:
+        return [VIEW_KEY] if VIEW_KEY in self.settings.accept else []
+
+    def _resolved(self) -> dict[str, Any]:
+        return {"temperature-used": self.loader.temperature, "ce-weight-used": self.settings.weight_ce,
+                "kd-weight-used": self.settings.weight_kd, "total-steps": self.loader.total_steps}
+
+    def _defaults(self) -> list[str]:
+        spec, said = self.loader.spec, []
+        if self.settings.temperature is None and self.settings.weight_kd:
+            kind = "one row per record" if spec is None or spec.rows == "one" else "rows of tokens"
+            said.append(f"temperature {self.loader.temperature:g}, the default for {kind}")
+        if self.settings.k is None and spec is not None and spec.kind == "topk" and self.settings.weight_kd:
+            said.append(f"k {spec.k}, the largest tier of the cache")
+        if self.settings.weight_decay is None:
+            decay = self.optimizer.param_groups[0]["weight_decay"]
+            said.append(f"weight decay {decay:g}, none on biases and norms")
+        if self.sources.eval_samples is None:
+            said.append("no evaluation data: no best/, only last/")
+        return said
+
+    def _start_block(self) -> Iterator[str]:
+        cache, settings, loader = self.sources.cache, self.settings, self.loader
+        yield f"student: {self.model.loaded}, {sum(p.numel() for _, p in self.parameters):,} trained parameters"
+        yield "cache: none" if cache is None else f"cache: {cache.path}, content {(cache.content_id or '')[:12]}"
+        if self.sources.samples is None:
+            yield "inputs: the tokens of the cache"
+        yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} at T = "
+               f"{loader.temperature:g}" + "".join(f" + {match.weight:g} {match}" for match in settings.matches))
+        yield (f"{loader.total_steps} steps of {settings.batch_size} records, {settings.optimizer}, "
+               f"lr {settings.lr:g}, {settings.precision} on {self.device}, engine {settings.engine}")
+        yield from (f"default: {line}" for line in self._defaults())
+        yield from (f"accepted: {name} differs" for name in self.sources.accepted)
+        if self.continued_from:
+            yield f"continuing {self.folder.path} after step {self.step} (position {self.position})"
+
+
+def _summary(report: TrainReport) -> dict[str, Any]:
+    """The report, evaluation and last losses at its top under the names of metrics.jsonl."""
+    out = {key: value for key, value in report.to_json().items() if key != "evaluation"}
+    return {**out, **{f"eval_{key}": value for key, value in report.evaluation.items()}}
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    wanted = ("loss", "lr", "samples_per_second")
+    return "".join(f", {key} {value:.4g}" for key, value in values.items() if key in wanted or key.startswith("eval_"))
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
