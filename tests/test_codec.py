@@ -286,6 +286,23 @@ def test_unknown_label_has_no_logit():
     assert encode_rows(spec, rows).columns["label_logit"] == -np.inf
 
 
+@pytest.mark.parametrize("V", [200, 70_000, 2**32])
+@pytest.mark.parametrize("values", VALUES)
+def test_no_rows_are_rows(values, V):
+    spec = topk_spec(V, (2, 5), values, labels=1)
+    rows = Rows(logits=np.zeros((0, 5), np.float32), ids=np.zeros((0, 5), int), tail_lse=np.zeros((0, 2, 3), np.float32),
+                label=np.zeros((0, 1), int), label_logit=np.zeros((0, 1), np.float32))
+    encoded = encode_rows(spec, rows, offsets=np.zeros(4, np.int64))
+    assert encoded.measured["rows"] == 0 == encoded.measured["kl:1"]
+    assert decode_rows(spec, encoded.columns, 2).ids.shape == (0, 2)
+    full = CacheSpec(kind="full", num_classes=3, samples=(0, 1), records_per_shard=1, values=values, rows="ragged")
+    encoded = encode_rows(full, Rows(logits=np.zeros((0, 3), np.float32), pos=np.zeros(0, int)))
+    assert decode_rows(full, encoded.columns).logits.shape == (0, 3)
+    for dtype in ("float32", "float16", "bfloat16", "int8"):
+        columns = encode_feature(feature(dtype, (2, 3)), np.zeros((0, 2, 3), np.float32), offsets=np.zeros(4, np.int64))
+        assert decode_feature(feature(dtype, (2, 3)), columns).shape == (0, 2, 3)
+
+
 # ---- what is measured -----------------------------------------------------------------------------------------
 
 

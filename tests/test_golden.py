@@ -11,12 +11,13 @@ import h5py
 import numpy as np
 import pytest
 from independent_reader import Cache as IndependentCache
-from make_golden import CONTAINERS, GOLDEN, IDENTITY, MADE_WITH, dense_logits, write
+from make_golden import CONTAINERS, GOLDEN, IDENTITY, MADE_WITH, dense_logits, shard_columns, write
 
 import kdcache
 from kdcache.cache.codec import decode_rows
 from kdcache.cache.convert import convert
 from kdcache.cache.features import decode_feature
+from kdcache.errors import DataError
 
 DATA = Path(__file__).parent / "data"
 PAIRS = [(name, container) for name in GOLDEN for container in CONTAINERS]
@@ -115,6 +116,35 @@ def test_probabilities_are_those_of_the_teacher(name, container):
                 off = {"uint8": 60 / 254, "float16": 2**-7, "bfloat16": 2**-4, "float32": 0}[spec.values] / T + 1 / 1024
                 assert np.abs(np.log(np.maximum(head, 1e-9) / np.maximum(expected, 1e-9))).max(initial=0) < 2 * off
                 assert np.abs(tail - expected_tail).max(initial=0) < 2 * off
+
+
+@pytest.mark.parametrize(("name", "container"), WITH_ROWS)
+def test_the_students_targets_are_the_same_probabilities(name, container):
+    """A third unpacking, on the device: float32 arithmetic on the same stored numbers."""
+    second = IndependentCache(DATA / f"{name}.{container}")
+    with kdcache.open(DATA / f"{name}.{container}") as cache:
+        spec = cache.spec
+        for k in spec.tiers or (None,):
+            for temperature in spec.temperatures or ("1", "3"):
+                targets = kdcache.soft_targets(cache.read(np.arange(cache.num_records)), temperature=temperature, k=k)
+                parts = [second.probabilities(r, temperature, k) for r in range(cache.num_records)]
+                head, tail = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
+                assert np.abs(targets.log_probs_NK.double().exp().numpy() - head).max() < 1e-5
+                if spec.kind == "topk":
+                    assert np.array_equal(targets.ids_NK.numpy(), np.concatenate([p[0] for p in parts]))
+                    assert np.abs(targets.log_tail_N.double().exp().numpy() - tail).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in WITH_ROWS}))
+def test_a_row_without_a_maximum_is_refused(name, tmp_path):
+    golden = GOLDEN[name]
+    columns, _ = shard_columns(golden, 0)
+    at = f"values_{golden.spec.tiers[0]}" if golden.spec.tiers else "values"
+    lowest = {"uint8": 255, "bfloat16": 0xFF80}.get(golden.spec.values, -np.inf)
+    columns[at][1, 0 if golden.spec.tiers else slice(None)] = lowest
+    writer = kdcache.create(tmp_path, golden.spec, IDENTITY)
+    with pytest.raises(DataError, match=f"shard 0: column {at} has a row without a maximum"):
+        writer.write(0, columns)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

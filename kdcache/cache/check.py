@@ -21,6 +21,7 @@ Get = Callable[[str], Array]    # a column of the shard by name, its bytes alrea
 # Bits of +inf: a pattern at or above, as a signed integer, is +inf or NaN; above the same with the sign bit, as an
 # unsigned integer, is a negative NaN (at it: -inf).
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
+MINUS_INFINITY = {"uint8": 0xFF, "float16": 0xFC00, "bfloat16": 0xFF80, "float32": 0xFF800000}     # as stored
 FINITE = ("max", "step", "mean", "std", "weight", "label_weight")
 NOT_NEGATIVE = ("step", "std", "weight", "label_weight")
 
@@ -99,6 +100,12 @@ def id_columns(spec: CacheSpec, k: int) -> list[str]:
 
 def _bad_values(spec: CacheSpec, column: Column, values: Array) -> str | None:
     name, classes = column.name, spec.num_classes
+    if name in ("values", f"values_{min(spec.tiers, default=0)}"):      # entry 0 of a head is its maximum
+        bits = (values if name == "values" else values[:, :1]).view(f"<u{values.itemsize}")
+        step = max(1, CHUNK_ELEMENTS // bits.shape[1])
+        for start in range(0, len(bits), step):
+            if bool((bits[start:start + step] == MINUS_INFINITY[column.dtype]).all(axis=1).any()):
+                return f"column {name} has a row without a maximum: it is -inf"
     if column.dtype in INFINITY:
         finite = name in FINITE or name.startswith("feature_")
         if not _floats_good(values, column.dtype, allow_minus_infinity=not finite):
