@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kdcache.cache import repair
+from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest, commit_name
 from kdcache.cache.rawmap import Facts, column_names
 from kdcache.cache.shard import Shard
@@ -13,28 +13,31 @@ from kdcache.errors import KDCacheError
 
 
 def check_all(directory: Directory, header: Header, manifest: Manifest | None,
-              progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """What is wrong, a line each; lines that start with `note:` are no damage."""
+              progress: Callable[[int, int], None] | None = None, *, quick: bool = False) -> list[str]:
+    """What is wrong, a line each. `quick` reads no shard file: names, sizes and the JSON files only."""
     found: list[str] = []
     used: set[str] = set()
     total = header.spec.num_shards
     for shard in range(total):
-        found += _check_shard(directory, header, manifest, shard, used)
+        found += _check_shard(directory, header, manifest, shard, used, quick)
         if progress is not None:
             progress(shard + 1, total)
     try:
+        if catalog.parse_header(directory.read(HEADER) or b"", directory.full(HEADER)).digest != header.digest:
+            found.append(f"{directory.full(HEADER)}: no longer the header that was opened")
         chain = repair.read_manifests(directory, header)
-        if manifest is not None and (len(chain) != manifest.generation or chain[-1].digest != manifest.digest):
-            found.append(f"note: {directory.full('manifest')}: another manifest was sealed since the cache was opened")
-        if manifest is None and not chain:
+        if manifest is not None and manifest.digest not in [m.digest for m in chain]:
+            found.append(f"{directory.full('manifest')}: no longer holds the manifest that was opened")
+        if not chain:
             found.append(f"{directory.path}: not sealed")
+        found += _check_folders(directory, total, used)
     except (KDCacheError, OSError) as e:
         found.append(str(e))
-    return found + list(_check_folders(directory, used))
+    return found
 
 
 def _check_shard(directory: Directory, header: Header, manifest: Manifest | None, shard: int,
-                 used: set[str]) -> Iterator[str]:
+                 used: set[str], quick: bool) -> Iterator[str]:
     where = directory.full(commit_name(shard))
     committed: Facts | None = None
     try:
@@ -53,6 +56,15 @@ def _check_shard(directory: Directory, header: Header, manifest: Manifest | None
     used.add(promised.file)
     if committed and manifest and (committed.commit != promised.commit or _plain(committed) != _plain(promised)):
         yield f"{where}: the commit record and the manifest disagree about shard {shard}"
+    if quick:
+        size = directory.size(f"data/{promised.file}")
+        if size != promised.size:
+            yield f"{directory.full(f'data/{promised.file}')}: has {size} bytes, expected {promised.size}"
+        return
+    yield from _check_bytes(directory, header, promised)
+
+
+def _check_bytes(directory: Directory, header: Header, promised: Facts) -> Iterator[str]:
     opened = Shard(directory, header, promised)
     bad = False
     for name in column_names(header.spec):
@@ -74,24 +86,31 @@ def _plain(facts: Facts) -> tuple[object, ...]:
     return (facts.file, facts.size, facts.file_digest, facts.rest_digest, facts.records, facts.rows, facts.columns)
 
 
-def _check_folders(directory: Directory, used: set[str]) -> Iterator[str]:
+def _check_folders(directory: Directory, shards: int, used: set[str]) -> Iterator[str]:
     """Files that no promise accounts for."""
     for name in directory.names():
         if name not in (HEADER, QUARANTINE, *repair.FOLDERS):
-            yield f"{directory.full(name)}: not a file of this cache"
+            yield from _stray(directory, name, "not a file of this cache")
     for name in directory.names("data"):
         if name not in used:
             yield from _stray(directory, f"data/{name}", "no commit record names this file")
     for folder in ("commit", "manifest"):
         for name in directory.names(folder):
-            if not repair.NUMBERED.fullmatch(name):
+            match = repair.NUMBERED.fullmatch(name)
+            if not match or (folder == "commit" and int(match[1]) >= shards):
                 yield from _stray(directory, f"{folder}/{name}", "not a file of this cache")
-    for name in directory.names(QUARANTINE):
-        yield f"note: {directory.full(f'{QUARANTINE}/{name}')}: put aside by an earlier repair; may be deleted"
 
 
 def _stray(directory: Directory, name: str, why: str) -> Iterator[str]:
-    if name.split("/")[-1].startswith(TEMPORARY):
-        yield f"note: {directory.full(name)}: temporary file of a dump that runs or was killed"
-    else:
+    if not name.split("/")[-1].startswith(TEMPORARY):
         yield f"{directory.full(name)}: {why}"
+
+
+def notes(directory: Directory) -> list[str]:
+    """What is in the folder and is no damage."""
+    found = [f"{directory.full(f'{QUARANTINE}/{name}')}: put aside by an earlier repair; may be deleted"
+             for name in directory.names(QUARANTINE)]
+    for folder in ("", *repair.FOLDERS):
+        found += [f"{directory.path / folder / name}: temporary file of a running or killed dump"
+                  for name in directory.names(folder) if name.startswith(TEMPORARY)]
+    return found

@@ -221,12 +221,16 @@ class Cache:
                     shards[shard] = Shard(self._directory, self._header, self.facts(shard))
         return shards[shard]
 
-    def check_all(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    def check_all(self, progress: Callable[[int, int], None] | None = None, *, quick: bool = False) -> list[str]:
         """Every digest, every meaning, every file in the folder: what is wrong, a line each, naming file and column.
 
-        Lines that start with `note:` are no damage. `progress(done, total)` is called after each shard.
+        `quick` reads no shard file: only names, sizes and the JSON files. `progress(done, total)` after each shard.
         """
-        return audit.check_all(self._directory, self._header, self._manifest, progress)
+        return audit.check_all(self._directory, self._header, self._manifest, progress, quick=quick)
+
+    def notes(self) -> list[str]:
+        """What stands in the folder and is no damage: temporaries of a running dump, files in quarantine."""
+        return audit.notes(self._directory)
 
 
 def _fixed(members: list[Column], count: int, parts: list[Group], found: list[Columns], records: int,
