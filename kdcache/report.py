@@ -33,7 +33,7 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
     Runs are one setting when all options but the seed are equal; with `by`, when these options are. `mixed` of a row
     then names the options in which its runs differ all the same. Rows are sorted by the mean of `sort`, best first (a
     metric with "loss" or "perplexity" in its name: smallest first), else by their options. Unfinished runs are listed
-    and left out. `plot` draws `sort` (or the first metric) over the first option. UsageError for an unknown option or
+    and left out. `plot` draws the first metric shown over the first option. UsageError for an unknown option or
     metric or for no finished run, DataError for a folder that is no run.
     """
     found = [read_run(Path(path)) for path in runs]
@@ -53,7 +53,7 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
     rows.sort(key=lambda row: _order(row, keys, sort))
     result = {"by": list(keys), "sort": sort, "metrics": metrics, "rows": rows, "unfinished": unfinished}
     if plot is not None:
-        draw(result, Path(plot), sort or metrics[0])
+        draw(result, Path(plot), shown_metrics(result)[0])
         result["plot"] = str(plot)
     return result
 
@@ -168,7 +168,7 @@ def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str,
 
 def render(result: Mapping[str, Any]) -> str:
     """The result of `report` for people: one line per setting."""
-    shown = [result["sort"]] if result["sort"] else result["metrics"]
+    shown = shown_metrics(result)
     heads = [*result["by"], "n", *shown]
     rows = [[_cell(row["options"][key]) for key in result["by"]] + [str(row["n"])]
             + [_spread(row["metrics"].get(name)) for name in shown] for row in result["rows"]]
@@ -178,8 +178,18 @@ def render(result: Mapping[str, Any]) -> str:
     for number, row in enumerate(result["rows"], start=1):
         if row["mixed"]:
             out.append(f"line {number} mixes runs that differ in {', '.join(row['mixed'])}")
+        elif len(set(row["seeds"])) < row["n"]:
+            out.append(f"line {number} counts a seed more than once (seeds {', '.join(map(str, row['seeds']))}): "
+                       "the spread is too small")
     out += [f"not finished: {path}" for path in result["unfinished"]]
     return "\n".join(out + ([f"plot: {result['plot']}"] if "plot" in result else []))
+
+
+def shown_metrics(result: Mapping[str, Any]) -> list[str]:
+    """The metrics of the table: the sorted one first, then those of the evaluation (all, where there was none)."""
+    chosen = [name for name in result["metrics"] if name.startswith("eval_") and name != "eval_n"] or result["metrics"]
+    first = [result["sort"]] if result["sort"] else []
+    return first + [name for name in chosen if name not in first]
 
 
 def _cell(value: Any) -> str:
