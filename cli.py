@@ -7,7 +7,6 @@ Nothing heavy is imported before a command needs it. Exit codes: 0; 1 an error o
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any, NoReturn
 
 import click
@@ -15,9 +14,16 @@ import click
 from kdcache import __version__
 from kdcache.commands import dump_teacher, evaluate, train_student, verify
 from kdcache.errors import KDCacheError, NotBuilt
-from kdcache.options import PATH, answer, config_and_json, given, lines, quiet_stdout
+from kdcache.options import PATH, answer, config_and_json, given, lines, quiet_stdout, tell
 
 CACHE = click.argument("cache", type=PATH)
+
+
+class StderrLog(logging.Handler):
+    """What the package logs, on the standard error of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
 
 
 class Door(click.Group):
@@ -46,8 +52,10 @@ def main() -> None:
 
     Run the teacher once (dump-teacher), then train many students from what it said (train-student).
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("kdcache").setLevel(logging.INFO)
+    log = logging.getLogger("kdcache")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, StderrLog) for handler in log.handlers):
+        log.addHandler(StderrLog())
 
 
 for two_stages in (dump_teacher, train_student, evaluate, verify):
@@ -111,8 +119,8 @@ def demo(as_json: bool, **options: Any) -> None:
     from kdcache import demo as module
 
     with quiet_stdout():
-        result = module.demo(**given(options))
-    answer(result, as_json, lines)
+        result = module.demo(**given(options), say=tell)
+    answer(result, as_json, module.render)
 
 
 @main.command()

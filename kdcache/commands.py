@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import click
 
-from kdcache.options import FOLDER, PATH, answer, config_and_json, given, lines, quiet_stdout, size
+from kdcache.options import FOLDER, PATH, answer, config_and_json, given, lines, quiet_stdout, size, tell
 
 F = TypeVar("F", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
@@ -50,6 +51,9 @@ def run_options(function: F) -> F:
     return device_option(function)
 
 
+DUMPED = ("out", "content_id", "num_records", "predicted_bytes", "bytes", "seconds", "covered_mass", "truncation_kl",
+          "quantisation_kl", "accuracy")
+TRAINED = ("out", "finished", "steps", "epochs", "training", "evaluation", "best", "seconds", "samples_per_second")
 DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.module:name."
 
 
@@ -88,7 +92,7 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
     chosen = given(options, tier="tiers", temperature="temperatures", feature="features", format="container")
     with quiet_stdout():
         result = function(**chosen, progress=StderrProgress(rank=int(os.environ.get("RANK", "0"))))
-    answer(result, as_json, lines)
+    answer(result, as_json, partial(lines, only=DUMPED))
 
 
 @click.command("train-student")
@@ -131,12 +135,12 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything, train nothing.")
 @config_and_json
 def train_student(as_json: bool, **options: Any) -> None:
-    """Stage 2: train a student from CACHE. The same command again continues."""
+    """Stage 2: train a student from CACHE (or, with --alpha 0, without one). The same command again continues."""
     from kdcache.student.train import train_student as function
 
     with quiet_stdout():
-        result = function(**given(options))
-    answer(result, as_json, lines)
+        result = function(**given(options), say=tell)
+    answer(result, as_json, partial(lines, only=TRAINED))
 
 
 @click.command()

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,12 @@ def quiet_stdout() -> Iterator[None]:
         yield
 
 
+def tell(text: str) -> None:
+    """A line of progress on standard error; rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text, err=True)
+
+
 def answer(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a command's result, as one JSON object or as text for people; rank 0 only."""
     if os.environ.get("RANK", "0") != "0":
@@ -99,9 +105,10 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def lines(result: Any) -> str:
-    """A result for people: one aligned line per value that is there, numbers to four digits."""
-    shown = {key.replace("_", " "): brief(value) for key, value in plain(result).items() if value not in (None, [], {})}
+def lines(result: Any, only: Sequence[str] = ()) -> str:
+    """A result for people: one aligned line per value that is there, or of those in `only`, numbers to four digits."""
+    shown = {key.replace("_", " "): brief(value) for key, value in plain(result).items()
+             if value not in (None, [], {}) and (not only or key in only)}
     width = max((len(key) for key in shown), default=0)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
 
