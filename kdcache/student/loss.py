@@ -124,6 +124,12 @@ def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_ind
     return ce_count, float(len(targets)) if targets.weight_N is None else targets.weight_N.sum()
 
 
+def check_loss_names(divergence: str, tail: str, engine: str) -> None:
+    """UsageError or NotBuilt for a name that `kd_loss` refuses, before anything is trained or written."""
+    _check_names(divergence, tail, "mean", None)
+    _engine(engine)
+
+
 def _engine(name: str) -> Engine:
     """The one place that knows which engine runs."""
     if name == "triton":
