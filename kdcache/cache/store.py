@@ -203,8 +203,8 @@ class Directory:
                              else f"{TEMPORARY}{secrets.token_hex(8)}")
             self.step("create")
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            # Whoever sweeps dead temporaries between these two lines has deleted it: take another.
-            _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever sweeps dead temporaries may lock it between these two lines: wait, and if it is gone take another.
+            _lock(fd, fcntl.LOCK_EX)
             if _same(fd, path):
                 return fd, path
             os.close(fd)

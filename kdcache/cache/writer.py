@@ -58,8 +58,13 @@ def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identit
         raise CacheExists(f"{directory.path}: a file stands where the cache was to be created")
     where = directory.full(HEADER)
     found = directory.read(HEADER)
+    foreign = _foreign(directory) if found is None else ""
+    if foreign:                                     # of a stranger, or of a writer that was just faster than us
+        found = directory.read(HEADER)
     if found is None:
-        foreign = _foreign(directory)
+        if foreign in repair.FOLDERS:
+            raise CacheCorrupt(f"{where}: missing, but {foreign}/ holds files of a cache; put the header back or "
+                               f"choose another place")
         if foreign:
             raise CacheExists(f"{directory.path}: not a cache, and not empty (it holds {foreign!r}); "
                               f"choose another place")
@@ -91,10 +96,10 @@ def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identit
 def _foreign(directory: Directory) -> str:
     """A name in the folder that no dump which has not got as far as its header can have made; '' if there is none."""
     for name in directory.names():
-        if name in (*repair.FOLDERS, QUARANTINE):
+        if name in repair.FOLDERS:
             if any(not n.startswith(TEMPORARY) for n in directory.names(name)):
                 return name
-        elif not name.startswith(TEMPORARY):
+        elif name != QUARANTINE and not name.startswith(TEMPORARY):
             return name
     return ""
 
