@@ -139,6 +139,7 @@ def bench() -> None:
 
 def _bench_options(function: Any) -> Any:
     function = click.option("--json", "as_json", is_flag=True, help="The JSON line alone.")(function)
+    function = click.option("--results", type=PATH, metavar="FOLDER", help="Keep the JSON line there, dated.")(function)
     function = click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.")(function)
     return click.option("--quick", is_flag=True, help="Tiny sizes: shows that it works, measures nothing.")(function)
 
@@ -164,10 +165,13 @@ def end_to_end(as_json: bool, **options: Any) -> None:
 
 
 def _race(module: Any, function: Any, as_json: bool, options: dict[str, Any]) -> None:
-    from kdcache.bench.race import json_line
+    from kdcache.bench.race import json_line, save
 
+    results = options.pop("results")
     with quiet_stdout():
         result = function(**given(options))
+    if results is not None:
+        tell(f"kept in {save(result, results)}")
     if not as_json:
         click.echo(module.render(result))
     click.echo(json_line(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -67,6 +68,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def json_line(result: Mapping[str, Any]) -> str:
     """The one line a benchmark ends with."""
     return json.dumps(result, allow_nan=False)
+
+
+def save(result: Mapping[str, Any], folder: Path) -> Path:
+    """Keep the line in `folder`, under the benchmark's name, the device's, and the date; never over an older one."""
+    gpus = result["machine"]["gpus"] if str(result.get("device", "cpu")).startswith("cuda") else []
+    device = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()).strip("-") if gpus else "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['bench']}_{device}_{time.strftime('%Y-%m-%d_%H%M%S')}.json"
+    with open(path, "x", encoding="ascii") as file:
+        file.write(json_line(result) + "\n")
+    return path
 
 
 def finish(result: Mapping[str, Any], render: Callable[[Any], str]) -> None:

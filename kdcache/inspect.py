@@ -185,7 +185,10 @@ def namer(cache: Cache, class_names: Sequence[str], tokenizer: str | Path | None
         return lambda i: str(class_names[i]) if 0 <= i < len(class_names) else str(i)
     from kdcache.data.text import fingerprint, load_tokenizer
 
-    made = load_tokenizer(str(tokenizer))
+    try:
+        made = load_tokenizer(str(tokenizer))
+    except UsageError as e:             # that names the option of a dump
+        raise UsageError(str(e).replace("--data-arg tokenizer=", "--tokenizer ")) from e
     cached = (cache.identity.tokenizer or {}).get("fingerprint")
     if fingerprint(made) != cached:
         found = FieldDifference("tokenizer.fingerprint", cached, fingerprint(made))

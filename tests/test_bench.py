@@ -115,9 +115,19 @@ def test_a_benchmark_runs_as_a_module_too(name: str) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["bench"] == name
 
 
-def test_json_alone() -> None:
-    result = CliRunner().invoke(main, ["bench", "shard-io", "--quick", "--rounds", "1", "--json"])
+def test_json_alone_and_kept(tmp_path: Path) -> None:
+    args = ["bench", "shard-io", "--quick", "--rounds", "1", "--json", "--results", str(tmp_path / "results")]
+    result = CliRunner().invoke(main, args)
     assert json.loads(result.stdout)["bench"] == "shard_io" and result.stdout.count("\n") == 1
+    (kept,) = (tmp_path / "results").iterdir()
+    assert kept.name.startswith("shard_io_cpu_20") and kept.read_text() == result.stdout
+    assert f"kept in {kept}" in result.stderr
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("cuda:0", "nvidia-h200")])
+def test_kept_lines_are_named_by_device(tmp_path: Path, device: str, name: str) -> None:
+    path = race.save({"bench": "b", "device": device, "machine": {"gpus": ["NVIDIA H200"]}}, tmp_path)
+    assert path.name.startswith(f"b_{name}_20")
 
 
 @pytest.mark.parametrize("name", ["shard_io", "end_to_end"])

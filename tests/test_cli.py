@@ -38,8 +38,8 @@ OPTIONS = {
     "report": ["by", "sort", "plot", "config", "json"],
     "demo": ["out", "seeds", "config", "json"],
     "env": ["config", "json"],
-    "bench shard-io": ["quick", "rounds", "json", "folder"],
-    "bench end-to-end": ["quick", "rounds", "json", "device"],
+    "bench shard-io": ["quick", "rounds", "results", "json", "folder"],
+    "bench end-to-end": ["quick", "rounds", "results", "json", "device"],
     "bench loss": [],
     "estimate": [],
 }
