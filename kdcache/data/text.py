@@ -102,6 +102,8 @@ def load_tokenizer(path: str) -> Any:
     file = Path(str(path)).expanduser()
     if file.is_dir() and (file / "tokenizer.json").is_file():
         file = file / "tokenizer.json"
+    if file.suffix == ".json" and not file.exists():        # no name of a model: do not ask a server for it
+        raise UsageError(f"--data-arg tokenizer={path}: no such file")
     try:
         made: Any
         if file.is_file():
