@@ -1,0 +1,109 @@
+"""Logits on the device -> what is kept of each row, on the host: nothing of size V leaves the device for topk.
+
+Every result is a function of its row alone; the chunk it falls in bounds memory and changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.spec import CacheSpec
+from kdcache.errors import DataError
+from kdcache.topk import exact_topk, row_chunk, tail_lse
+
+CHUNK_ELEMENTS = 2**24          # logits worked on at a time: 64 MiB as float32, about 256 MiB with all temporaries
+
+
+@dataclass(slots=True)
+class Reduced:
+    """What is kept of N rows. ids int64 [N, K]; logits float32 [N, K], or [N, V] in id order for kind full;
+    tail_lse float32 [N, tiers, T]; label_logit float32 [N, J]; mean, std float32 [N]; top int64 [N], the id of a
+    largest logit. None for what the spec does not store.
+    """
+
+    logits: Tensor
+    top: Tensor
+    ids: Tensor | None = None
+    tail_lse: Tensor | None = None
+    label_logit: Tensor | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def to_host(self) -> Reduced:
+        """The same on the CPU: the one copy off the device, K of V entries of each row."""
+        moved: list[Any] = [x if (x := getattr(self, f.name)) is None else x.cpu() for f in fields(self)]
+        return Reduced(*moved)
+
+
+def reduce_rows(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, *, index_N: Tensor | None = None,
+                name_row: Callable[[int], str] = "row {}".format, chunk_rows: int | None = None) -> Reduced:
+    """What `spec` (kind full or topk) keeps of rows of logits, on their device.
+
+    logits_MV [M, >= V], any float dtype, sliced to V and upcast to float32. labels_NJ int64 [N, J], -1 unknown, None
+    when the spec stores none. index_N int64 [N] picks rows of the M; without it N = M. `chunk_rows` bounds temporaries.
+    DataError with `name_row(n)` for a row with NaN or +inf, or without any finite logit.
+    """
+    total = len(logits_MV) if index_N is None else len(index_N)
+    step = chunk_rows or row_chunk(spec.num_classes, CHUNK_ELEMENTS)
+    parts = []
+    for at in range(0, max(total, 1), step):
+        chunk = slice(at, min(at + step, total))
+        part_NV = (logits_MV[chunk] if index_N is None else logits_MV[index_N[chunk]])[:, : spec.num_classes]
+        _refuse_bad(part_NV, at, name_row)
+        parts.append(_reduce_chunk(part_NV, None if labels_NJ is None else labels_NJ[chunk], spec))
+    if len(parts) == 1:
+        return parts[0]
+    columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(Reduced)]
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Reduced(*joined)
+
+
+def _refuse_bad(logits_NV: Tensor, first: int, name_row: Callable[[int], str]) -> None:
+    """DataError naming the first row that is no distribution. A maximum keeps NaN and +inf: one read of the rows."""
+    if not len(logits_NV):
+        return
+    max_N = logits_NV.amax(-1)
+    bad_N = ~max_N.isfinite()
+    if not bool(bad_N.any()):
+        return
+    row = int(bad_N.to(torch.int8).argmax())
+    worst = float(max_N[row])
+    what = "NaN" if worst != worst else "+inf" if worst > 0 else "no finite logit"
+    raise DataError(f"{name_row(first + row)}: the teacher returned {what} ({int(bad_N.sum())} such rows in this part "
+                    "of the batch); float16 overflows above 65504: try --dtype float32 or bfloat16, and look at this "
+                    "sample. Nothing of its shard was kept; the same command goes on from there")
+
+
+def _reduce_chunk(logits_NV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec) -> Reduced:
+    mean_N, std_N = _moments(logits_NV) if spec.moments else (None, None)
+    if spec.kind == "full":
+        kept_NV = logits_NV.float()
+        return Reduced(kept_NV, kept_NV.argmax(-1), mean=mean_N, std=std_N)
+    ids_NK, kept_NK = exact_topk(logits_NV, spec.k)
+    max_N = kept_NK[:, 0]
+    temperatures = [float(t) for t in spec.temperatures]
+    label_logit_NJ = None
+    if labels_NJ is not None:
+        label_logit_NJ = logits_NV.gather(1, labels_NJ.clamp(min=0)).float().masked_fill(labels_NJ < 0, -torch.inf)
+    tails = []
+    for k in spec.tiers:
+        excluded_NE = ids_NK[:, :k] if labels_NJ is None else torch.cat([ids_NK[:, :k], labels_NJ], 1)
+        tails.append(tail_lse(logits_NV, excluded_NE, max_N, temperatures))
+    return Reduced(kept_NK, ids_NK[:, 0], ids_NK, torch.stack(tails, 1), label_logit_NJ, mean_N, std_N)
+
+
+def _moments(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Population mean and standard deviation of the finite logits of each row, summed in float64."""
+    # A lone row's sum is split over threads, two rows' are not: the bits of a row must not depend on its chunk.
+    x_NV = logits_NV.double() if len(logits_NV) != 1 else logits_NV.double().repeat(2, 1)
+    finite_NV = x_NV.isfinite()
+    count_N = finite_NV.sum(-1)
+    mean_N = x_NV.masked_fill(~finite_NV, 0).sum(-1) / count_N
+    spread_NV = (x_NV - mean_N[:, None]).square_().masked_fill_(~finite_NV, 0)
+    std_N = (spread_NV.sum(-1) / count_N).sqrt()
+    return mean_N[: len(logits_NV)].float(), std_N[: len(logits_NV)].float()
