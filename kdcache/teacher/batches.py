@@ -1,0 +1,144 @@
+"""Records in the order of the shards, as batches: the same ones with and without worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdcache.cache.spec import CacheSpec
+from kdcache.data.collate import IGNORED, Collated, collate
+from kdcache.data.rows import select_rows
+from kdcache.data.samples import Samples
+from kdcache.errors import DataError, KDCacheError
+
+UNKNOWN = -1                    # the label of a row without one, in a cache
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Samples [start, stop) of one view, all of one shard; `last` if they end it."""
+
+    shard: int
+    view: int
+    start: int
+    stop: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The rows of a batch, which the spec calls `one` per record or `ragged`.
+
+    mask_BL bool and pos int64 [N] of ragged rows, else None; offsets int64 [B + 1]; labels int64 [N, J], -1 unknown;
+    label_weight float32 [N, J]; None where there are none.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    mask_BL: Tensor | None
+    pos: npt.NDArray[np.int64] | None
+    labels: Tensor | None
+    label_weight: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return int(self.offsets[-1])
+
+
+def spans(spec: CacheSpec, shards: Sequence[int], batch_size: int) -> list[Span]:
+    """The batches of some shards: they start at a shard's first record and never span two shards."""
+    out = []
+    for index in shards:
+        shard = spec.shard(index)
+        for start in range(shard.start, shard.stop, batch_size):
+            stop = min(start + batch_size, shard.stop)
+            out.append(Span(index, shard.view, start, stop, stop == shard.stop))
+    return out
+
+
+def read(samples: Samples, view: int, ids: Sequence[int]) -> Collated:
+    """One batch of some samples of a view."""
+    return collate([samples.item(sample_id, view) for sample_id in ids], samples.dataset)
+
+
+class SpanData(Dataset[Any]):
+    """A dataset whose item i is the batch of span i, or the error that came of it (pickled whole from a worker)."""
+
+    def __init__(self, samples: Samples, wanted: Sequence[Span]) -> None:
+        self.samples, self.wanted = samples, wanted
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, i: int) -> Collated | KDCacheError:
+        span = self.wanted[i]
+        try:
+            return read(self.samples, span.view, range(span.start, span.stop))
+        except KDCacheError as e:
+            return e
+
+
+def batches(samples: Samples, wanted: Sequence[Span], workers: int) -> Generator[tuple[Span, Collated], None, None]:
+    """(span, batch) in order. Worker processes start with the first `next()`."""
+    data = SpanData(samples, wanted)
+    source: Any = (data[i] for i in range(len(data))) if workers == 0 else _worker_loader(data, workers)
+    try:
+        for span, batch in zip(wanted, source, strict=True):
+            if isinstance(batch, KDCacheError):
+                raise batch
+            yield span, batch
+    finally:
+        # A traceback keeps this frame, and the frame the error: a cycle. Worker processes end with their iterator, and
+        # one that the garbage collector finds has lost its queues by then: 5 seconds of waiting for each worker.
+        batch = source = None
+
+
+def _worker_loader(data: SpanData, workers: int) -> Iterator[Collated | KDCacheError]:
+    return iter(DataLoader(data, batch_size=None, shuffle=False, num_workers=workers))
+
+
+def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None) -> BatchRows:
+    """The rows of a batch whose model gave logits of that shape. DataError when labels do not fit them."""
+    selection = select_rows(batch, logits_shape, None if row_mask is None else row_mask.cpu())
+    if selection is None:
+        labels = None
+        if batch.labels is not None:
+            labels = batch.labels.reshape(len(batch), -1)
+            labels = torch.where(labels == IGNORED, UNKNOWN, labels)
+        weight = batch.label_weight
+        if weight is not None and (labels is None or weight.shape != labels.shape):
+            raise DataError(f"label_weight has the shape {list(weight.shape)}; expected that of the labels, "
+                            f"{None if labels is None else list(labels.shape)}")
+        return BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, labels, weight)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(selection.counts_B, dtype=np.int64)])
+    labels = None
+    if batch.lengths is not None or batch.labels is not None:
+        labels = torch.where(selection.labels_N == IGNORED, UNKNOWN, selection.labels_N)[:, None]
+    return BatchRows(offsets, selection.mask_BL, selection.positions_N.astype(np.int64), labels, None)
+
+
+def check_labels(labels: Tensor, num_classes: int, name_row: Callable[[int], str]) -> None:
+    """DataError naming the first row with a label that is no class and not -1 or -100 (unknown)."""
+    bad = (labels >= num_classes) | (labels < UNKNOWN)
+    if bool(bad.any()):
+        row, j = bad.nonzero()[0].tolist()
+        raise DataError(f"{name_row(row)}: its label is {int(labels[row, j])}; the teacher has {num_classes} classes: "
+                        f"expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown "
+                        "(without labels: --no-labels)")
+
+
+def row_namer(span_view: int, sample_ids: Sequence[int], rows: BatchRows) -> Callable[[int], str]:
+    """How errors call row n of a batch: by sample and view, and by its position in a sequence."""
+
+    def name(n: int) -> str:
+        record = int(np.searchsorted(rows.offsets, n, side="right")) - 1
+        where = "" if rows.pos is None else f", position {int(rows.pos[n])}"
+        return f"sample {sample_ids[record]}, view {span_view}{where}"
+
+    return name

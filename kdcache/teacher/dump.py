@@ -1,0 +1,241 @@
+"""Stage 1: run a teacher once over a dataset and keep what it says; the same call again continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from kdcache import __version__
+from kdcache.cache.identity import Identity, require_same
+from kdcache.cache.reader import open as open_cache
+from kdcache.cache.writer import Writer, create
+from kdcache.errors import KDCacheError, NotBuilt, UsageError, near
+from kdcache.models import Model
+from kdcache.teacher.features import parse_features
+from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, Plan, Wanted, make_plan, temperature_names
+from kdcache.teacher.progress import Progress, readable_bytes
+from kdcache.teacher.run import Compute, evaluating, run_teacher, running
+from kdcache.teacher.signals import Signals
+from kdcache.teacher.sink import Totals
+from kdcache.teacher.sources import Rank, pick_device, pick_samples, pick_teacher, this_rank
+
+log = logging.getLogger("kdcache")
+CONTAINERS = ("arrow", "hdf5")
+LABELS_DISAGREE = "labels-disagree"
+GO_ON = "the open shard was dropped, the written ones stay; give the same command again to go on"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DumpReport:
+    """What a dump did. Means and accuracy are over the rows that this call computed; None or {} where there are none.
+
+    complete: the cache is sealed, content_id is its id. already_complete: it was before this call, which did nothing.
+    predicted_bytes: of the whole cache, from the columns; bytes: of what this call wrote, before the container.
+    quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what was not given; warnings: (code, text).
+    """
+
+    out: str
+    container: str
+    teacher: str
+    data: str
+    device: str
+    kind: str
+    num_classes: int
+    tiers: tuple[int, ...]
+    temperatures: tuple[str, ...]
+    values: str
+    features: tuple[str, ...]
+    num_records: int
+    num_shards: int
+    records_per_shard: int
+    predicted_bytes: int
+    defaults: tuple[str, ...]
+    dry_run: bool = False
+    complete: bool = False
+    already_complete: bool = False
+    content_id: str | None = None
+    shards_written: int = 0
+    shards_left: int = 0
+    records_written: int = 0
+    rows_written: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    covered_mass: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    truncation_kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    quantisation_kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    accuracy: float | None = None
+    warnings: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {key: list(map(list, value)) if key == "warnings" else list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self).items()}
+
+
+def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None = None, k: int | None = None,
+                 tiers: Sequence[int] | None = None, temperatures: Sequence[float | str] | None = None,
+                 features: Sequence[str] = (), views: int = 1, container: str = "arrow", values: str = "float16",
+                 batch_size: int = 32, dtype: str | None = None, device: str = "auto", workers: int = 0, seed: int = 0,
+                 shard_size: int = DEFAULT_SHARD_SIZE, records_per_shard: int | None = None, labels: bool = True,
+                 moments: bool = False, teacher_args: Mapping[str, Any] | None = None,
+                 teacher_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
+                 accept: Sequence[str] = (), like: str | Path | None = None, limit_samples: int | None = None,
+                 dry_run: bool = False, progress: Callable[[Progress], None] | None = None,
+                 say: Callable[[str], None] | None = None) -> DumpReport:
+    """Run `teacher` once over `data` and write what it says to the cache `out`; the same call again continues.
+
+    teacher, data: SPECs, or a torch.nn.Module (moved to `device`) and a map-style dataset. kind: "full" for up to 1024
+    classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
+    (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. labels: store
+    those of the data, if it has any. shard_size: wanted bytes of a shard, unless `records_per_shard` is given. progress
+    is called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the shards.
+
+    Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache,
+    DataError naming a sample, Interrupted on SIGINT or SIGTERM, KDCacheError for a full disk.
+    """
+    rank = this_rank()
+    tell = _teller(rank, say)
+    _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples, like)
+    wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
+                    features=parse_features(features), views=views, values=values, seed=seed, shard_size=shard_size,
+                    records_per_shard=records_per_shard, labels=labels, moments=moments, limit_samples=limit_samples)
+    compute = Compute(batch_size=batch_size, device=pick_device(device, rank), workers=workers)
+    with Signals(GO_ON) as signals:
+        model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
+        samples = pick_samples(data, data_args, seed)
+        model.module.to(compute.device)
+        with evaluating(model.module):
+            plan = make_plan(model, samples, wanted, compute.device)
+            report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
+            _introduce(report, tell)
+            if dry_run:
+                return report
+            identity = _accepted(Path(out), plan.identity, accept, tell)
+            with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model)) as writer:
+                missing = writer.missing()
+                if not missing:
+                    tell(f"{out} is complete; there is nothing to do")
+                    return dataclasses.replace(report, complete=True, already_complete=True, content_id=writer.seal())
+                _check_disk(writer, plan, missing)
+                _say_start(plan, missing, rank, tell)
+                signals.defer()
+                start = monotonic()
+                totals = run_teacher(model.module, samples, writer, rank.share(missing), compute, signals, progress)
+                report = _measured(report, totals, monotonic() - start)
+                return _finish(report, writer, rank, tell)
+
+
+def _check_options(container: str, batch_size: int, workers: int, views: int, shard_size: int,
+                   records_per_shard: int | None, limit_samples: int | None, like: str | Path | None) -> None:
+    if like is not None:
+        raise NotBuilt("--like is not built yet: a cache that extends another comes later")
+    if container not in CONTAINERS:
+        raise UsageError(f"--format {container!r} is unknown{near(container, CONTAINERS)}")
+    least = {"--batch-size": (batch_size, 1), "--workers": (workers, 0), "--views": (views, 1),
+             "--shard-size": (shard_size, 1), "--records-per-shard": (records_per_shard, 1),
+             "limit_samples": (limit_samples, 1)}
+    for flag, (value, low) in least.items():
+        if value is not None and value < low:
+            raise UsageError(f"{flag} is {value}; expected at least {low}")
+
+
+def _teller(rank: Rank, say: Callable[[str], None] | None) -> Callable[[str], None]:
+    def tell(text: str) -> None:
+        if rank.rank == 0:
+            (say or log.info)(text)
+
+    return tell
+
+
+def _planned(plan: Plan, model: Model, data: str, out: Path, container: str, compute: Compute,
+             dry_run: bool) -> DumpReport:
+    spec = plan.spec
+    return DumpReport(out=str(out), container=container, teacher=f"{model.spec}: {model.loaded}", data=data,
+                      device=str(compute.device), kind=spec.kind, num_classes=spec.num_classes, tiers=spec.tiers,
+                      temperatures=spec.temperatures, values=spec.values, features=tuple(f.name for f in spec.features),
+                      num_records=spec.num_records, num_shards=spec.num_shards,
+                      records_per_shard=spec.records_per_shard, predicted_bytes=plan.predicted_bytes,
+                      defaults=plan.defaults, dry_run=dry_run, shards_left=spec.num_shards)
+
+
+def _introduce(report: DumpReport, tell: Callable[[str], None]) -> None:
+    kept = {"full": f"all {report.num_classes} logits", "none": "features only",
+            "topk": f"top {', '.join(map(str, report.tiers))} of {report.num_classes}, tails at temperature "
+                    f"{', '.join(report.temperatures)}"}[report.kind]
+    tell(f"teacher {report.teacher}, on {report.device}")
+    tell(f"data {report.data}: {report.num_records} records in {report.num_shards} shards, about "
+         f"{readable_bytes(report.predicted_bytes)}")
+    tell(f"keeping {kept}" + (f" as {report.values}" if report.kind != "none" else "")
+         + (f"; features {', '.join(report.features)}" if report.features else ""))
+    if report.defaults:
+        tell(f"not given, so: {'; '.join(report.defaults)}")
+
+
+def _accepted(out: Path, identity: Identity, accept: Sequence[str], tell: Callable[[str], None]) -> Identity:
+    """The identity to continue with: the cache's own where `accept` names all that differs from it."""
+    if not accept or not (out / "header.json").exists():
+        return identity
+    with open_cache(out, allow_partial=True) as cache:
+        found = require_same(cache.identity, identity, accept=accept, where=str(out))
+        tell(f"accepted differences: {', '.join(found) or 'none were found'}")
+        return cache.identity
+
+
+def _recorded(compute: Compute, model: Model) -> dict[str, str]:
+    """What it is computed with: said in the cache, compared by nobody."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pyarrow", "h5py")}
+    return {"kdcache": __version__, **versions, "batch_size": str(compute.batch_size), "device": compute.device.type,
+            "compute_dtype": model.dtype, "autocast": "off"}
+
+
+def _check_disk(writer: Writer, plan: Plan, missing: list[int]) -> None:
+    needed = plan.predicted_bytes * len(missing) // plan.spec.num_shards
+    free = shutil.disk_usage(writer.path).free
+    if needed > free:
+        raise KDCacheError(f"{writer.path}: {len(missing)} of {plan.spec.num_shards} shards are still to write and "
+                           f"need about {readable_bytes(needed)}, the disk has {readable_bytes(free)} free; free some "
+                           "space, or keep less: a smaller --k, --values uint8, fewer features")
+
+
+def _say_start(plan: Plan, missing: list[int], rank: Rank, tell: Callable[[str], None]) -> None:
+    done = plan.spec.num_shards - len(missing)
+    if done:
+        tell(f"{done} of {plan.spec.num_shards} shards are there; going on with the others")
+    if rank.world > 1:
+        tell(f"{rank.world} processes share the shards")
+
+
+def _measured(report: DumpReport, totals: Totals, seconds: float) -> DumpReport:
+    """The report with what was counted, and with the warnings that follow from it."""
+    warnings = []
+    chance = totals.labelled / max(report.num_classes, 1)
+    # Two standard deviations of a Poisson count: few labels of many classes are often all missed by chance alone.
+    if totals.accuracy is not None and totals.correct + 2 * (totals.correct + 1) ** 0.5 < chance:
+        warnings.append((LABELS_DISAGREE, f"labels and teacher disagree: it agrees with {totals.correct} of "
+                         f"{totals.labelled} labels, chance would be {chance:.0f}; are the classes in the same order?"))
+    return dataclasses.replace(
+        report, shards_written=totals.shards, records_written=totals.records, rows_written=totals.rows,
+        bytes=totals.bytes, seconds=seconds, covered_mass=running(totals, "mass"),
+        truncation_kl=running(totals, "truncation"), quantisation_kl=running(totals, "kl"), accuracy=totals.accuracy,
+        warnings=tuple(warnings))
+
+
+def _finish(report: DumpReport, writer: Writer, rank: Rank, tell: Callable[[str], None]) -> DumpReport:
+    """Seal if nothing is missing any more: whichever rank ends last does."""
+    for _, text in report.warnings:
+        log.warning("warning: %s", text)
+    left = writer.missing()
+    if left:
+        tell(f"this process has written its {report.shards_written} shards; {len(left)} of other ranks are still "
+             "missing, and the last rank to end seals the cache")
+        return dataclasses.replace(report, shards_left=len(left))
+    content_id = writer.seal()
+    tell(f"{report.out} is complete: {report.num_records} records, content id {content_id}")
+    return dataclasses.replace(report, complete=True, shards_left=0, content_id=content_id)

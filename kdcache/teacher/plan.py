@@ -1,0 +1,202 @@
+"""What a dump will write, decided before its first shard: a pure function of teacher, data and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.columns import MAX_ELEMENTS, ROOT
+from kdcache.cache.identity import Identity
+from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
+from kdcache.data.collate import Collated, to_device
+from kdcache.data.identify import identify
+from kdcache.data.samples import Samples
+from kdcache.errors import UsageError
+from kdcache.models import Model, forward
+from kdcache.teacher.batches import BatchRows, read, rows_of
+from kdcache.teacher.features import FeatureRequest, Taps, feature_specs
+
+FULL_UP_TO = 1024               # classes: 2 KiB a row in float16, about what k = 64 with two tails saves little of
+DEFAULT_K = 64
+DEFAULT_TEMPERATURES = {"one": ("1", "2", "4"), "ragged": ("1", "2")}
+DEFAULT_SHARD_SIZE = 256 * 2**20
+PROBE_RECORDS = 8               # a number of its own: the batch size is compute, and must not decide a cache's content
+LONGER_THAN_PROBED = 4          # how many times more rows a record may have than any of the probe, if no window says
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What the caller asks of a cache; None and empty mean the default."""
+
+    kind: str | None = None
+    k: int | None = None
+    tiers: tuple[int, ...] = ()
+    temperatures: tuple[str, ...] = ()
+    features: tuple[FeatureRequest, ...] = ()
+    views: int = 1
+    values: str = "float16"
+    seed: int = 0
+    shard_size: int = DEFAULT_SHARD_SIZE
+    records_per_shard: int | None = None
+    labels: bool = True
+    moments: bool = False
+    limit_samples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The spec and identity of the cache, the defaults that were taken (sentences), and its predicted size."""
+
+    spec: CacheSpec
+    identity: Identity
+    defaults: tuple[str, ...]
+    record_bytes: int
+    rows_per_record: float
+
+    @property
+    def predicted_bytes(self) -> int:
+        return self.record_bytes * self.spec.num_records
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a few evenly spaced samples showed."""
+
+    num_classes: int
+    batch: Collated
+    rows: BatchRows
+    features: dict[str, Tensor]
+
+    @property
+    def ragged(self) -> bool:
+        return self.rows.mask_BL is not None
+
+
+def temperature_names(values: Sequence[float | str]) -> tuple[str, ...]:
+    """Temperatures in their one spelling, ascending, each once."""
+    return tuple(sorted({temperature_name(value) for value in values}, key=Fraction))
+
+
+def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.device) -> Plan:
+    """The plan of a dump. The teacher is in eval mode and on `device`.
+
+    UsageError for an option that is foreign to the kind or does not fit the teacher, DataError for data that cannot be
+    used. Runs one forward pass over at most 8 samples.
+    """
+    count = len(samples) if wanted.limit_samples is None else min(wanted.limit_samples, len(samples))
+    probed = _probe(model, samples, wanted.features, count, device)
+    data, tokenizer = identify(samples)
+    teacher = {**model.identity, "num_classes": probed.num_classes}
+    kept, defaults = _kept(wanted, probed)
+    specs = feature_specs(wanted.features, probed.features, probed.ragged)
+    if kept["kind"] == "none" and not any(feature.level == "row" for feature in specs):
+        kept |= {"rows": "one", "tokens": False}
+    spec = CacheSpec(samples=(0, count), views=(0, wanted.views), seed=wanted.seed, view_keys=samples.has_view_keys,
+                     records_per_shard=1, features=specs, **kept)
+    record_bytes, most = _record_bytes(spec, probed, samples.window)
+    chosen = wanted.records_per_shard or min(max(1, wanted.shard_size // record_bytes), most)
+    if wanted.records_per_shard is not None and wanted.records_per_shard > most:
+        raise UsageError(f"--records-per-shard is {chosen}; at most {most} keep every column below 2^31 elements")
+    spec = dataclasses.replace(spec, records_per_shard=min(chosen, count))
+    return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes,
+                probed.rows.count / len(probed.batch))
+
+
+def _probe(model: Model, samples: Samples, requests: tuple[FeatureRequest, ...], count: int,
+           device: torch.device) -> Probe:
+    number = min(PROBE_RECORDS, count)
+    ids = sorted({i * (count - 1) // max(number - 1, 1) for i in range(number)})
+    batch = read(samples, 0, ids)
+    inputs = to_device(batch.inputs, device)
+    with Taps(model.module, requests) as taps, torch.inference_mode():
+        taps.start(inputs)
+        output = forward(model.module, inputs)
+        rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
+        features = taps.take(rows.mask_BL)
+    width = output.logits.shape[-1]
+    classes = model.num_classes or width
+    if classes > width:
+        raise UsageError(f"teacher {model.spec} says it has {classes} classes, but gives {width} logits")
+    return Probe(classes, batch, rows, features)
+
+
+def _kept(wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields of a spec that say what is kept of a row, and the defaults that were taken."""
+    classes, rows = probed.num_classes, "ragged" if probed.ragged else "one"
+    kind, defaults = _kind(wanted, classes)
+    _refuse_foreign(wanted, kind, classes)
+    kept: dict[str, Any] = {"kind": kind, "rows": rows, "values": wanted.values,
+                            "tokens": probed.ragged and probed.batch.lengths is not None}
+    if kind == "none":
+        return kept | {"num_classes": 0}, tuple(defaults)
+    kept |= {"num_classes": classes, "moments": wanted.moments}
+    if kind == "topk":
+        kept["tiers"] = _tiers(wanted, classes, defaults)
+        kept["temperatures"] = wanted.temperatures or DEFAULT_TEMPERATURES[rows]
+        if not wanted.temperatures:
+            defaults.append(f"temperatures {', '.join(DEFAULT_TEMPERATURES[rows])}")
+    if wanted.labels and probed.rows.labels is not None:
+        kept["labels"] = probed.rows.labels.shape[1]
+        kept["label_weights"] = probed.rows.label_weight is not None
+    return kept, tuple(defaults)
+
+
+def _kind(wanted: Wanted, classes: int) -> tuple[str, list[str]]:
+    if wanted.kind is not None:
+        return wanted.kind, []
+    if wanted.k is not None or wanted.tiers:
+        return "topk", ["kind topk, as k is given"]
+    if classes <= FULL_UP_TO:
+        return "full", [f"kind full: {classes} classes are at most {FULL_UP_TO}"]
+    return "topk", [f"kind topk: {classes} classes are more than {FULL_UP_TO}"]
+
+
+def _refuse_foreign(wanted: Wanted, kind: str, classes: int) -> None:
+    if kind not in KINDS or kind == "topk":
+        return                                          # an unknown kind is refused by the spec
+    given = {"--k": wanted.k, "--tier": wanted.tiers, "--temperature": wanted.temperatures}
+    why = f"keeps all {classes} logits and takes any temperature later; drop it, or give --kind topk"
+    if kind == "none":
+        given |= {"--moments": wanted.moments, "--values": wanted.values != "float16"}
+        why = "keeps features and no rows; drop it"
+    for flag, value in given.items():
+        if value:
+            raise UsageError(f"{flag} is foreign to kind {kind}, which {why}")
+
+
+def _tiers(wanted: Wanted, classes: int, defaults: list[str]) -> tuple[int, ...]:
+    k = wanted.k if wanted.k is not None else max(wanted.tiers, default=min(DEFAULT_K, classes))
+    if wanted.k is None and not wanted.tiers:
+        defaults.append(f"k {k}")
+    if k > classes:
+        raise UsageError(f"k is {k}, but the teacher has {classes} classes; give --k of at most {classes}"
+                         + (", or --kind full" if classes < MAX_ELEMENTS else ""))
+    above = [tier for tier in wanted.tiers if tier > k]
+    if above:
+        raise UsageError(f"tier {above[0]} is above k = {k}; a tier is a smaller k that can be read alone")
+    return tuple(sorted({*wanted.tiers, k}))
+
+
+def _record_bytes(spec: CacheSpec, probed: Probe, window: int) -> tuple[int, int]:
+    """Predicted bytes of a record, and the most records of a shard that keep every column below 2^31 elements."""
+    records = len(probed.batch)
+    lengths = probed.batch.lengths if probed.batch.lengths is not None else [0]
+    usual = {ROOT: 1.0, "row": probed.rows.count / records, "token": float(sum(lengths)) / records}
+    rows_most = int((probed.rows.offsets[1:] - probed.rows.offsets[:-1]).max(initial=1))
+    most = {ROOT: 1, "row": 1, "token": window or int(max(lengths)) * LONGER_THAN_PROBED}
+    if spec.rows == "ragged":
+        most["row"] = window or rows_most * LONGER_THAN_PROBED
+    total = sum(column.row_bytes * usual[column.level] for column in spec.columns())
+    total += sum(8 for level in spec.levels() if level.ragged)
+    limit = min((MAX_ELEMENTS - 1) // max(1, column.width * most[column.level]) for column in spec.columns())
+    if limit < 1:
+        raise UsageError("one record alone would fill a column with 2^31 elements; keep less, or take shorter samples")
+    return max(1, math.ceil(total)), limit
+

@@ -1,0 +1,96 @@
+"""The teacher, the data and the device of a command, given as SPECs or as objects."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.data.samples import Samples
+from kdcache.data.sources import load_data
+from kdcache.errors import UsageError, near
+from kdcache.models import DTYPES, Model, load_model
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among those that torchrun started; (0, 1, 0) without it."""
+
+    rank: int
+    world: int
+    local: int
+
+    def share(self, shards: list[int]) -> list[int]:
+        """This rank's part of the missing shards.
+
+        By shard number, not by place in the list: ranks look at different moments, when others have written some.
+        """
+        return [shard for shard in shards if shard % self.world == self.rank]
+
+
+def this_rank() -> Rank:
+    """From RANK, WORLD_SIZE and LOCAL_RANK; no process group is needed."""
+    found = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(default))
+        if not text.isdigit():
+            raise UsageError(f"the environment has {name}={text!r}; expected a number, as torchrun sets it")
+        found.append(int(text))
+    if found[0] >= max(found[1], 1):
+        raise UsageError(f"the environment has RANK={found[0]}, WORLD_SIZE={found[1]}; expected RANK below WORLD_SIZE")
+    return Rank(*found)
+
+
+def pick_device(device: str, rank: Rank) -> torch.device:
+    """`auto`: this rank's GPU if there is one, else the CPU. UsageError for a device that is not there."""
+    try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.device("cuda", rank.local) if device == "cuda" else torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        line = (str(e).strip().splitlines() or [""])[0]
+        raise UsageError(f"--device {device} cannot be used here ({line[:120]})") from e
+    return found
+
+
+def pick_teacher(teacher: Any, *, args: Mapping[str, Any] | None, weights: str | Path | None, seed: int,
+                 dtype: str | None) -> Model:
+    """The model of a SPEC, or around a module given; `dtype` casts the weights (of a copy, if a module was given)."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is unknown{near(dtype, DTYPES)}")
+    if isinstance(teacher, str):
+        return load_model(teacher, args=args or {}, weights=weights, seed=seed, dtype=dtype)
+    if args or weights:
+        raise UsageError("teacher_args and teacher_weights go with a teacher SPEC; a module was given")
+    if isinstance(teacher, Model):
+        return Model(_cast(teacher.module, dtype), teacher.spec, teacher.loaded, teacher.num_classes, teacher.task,
+                     teacher.save_files)
+    if not isinstance(teacher, nn.Module):
+        raise UsageError(f"teacher is a {type(teacher).__name__}; expected a SPEC or a torch.nn.Module")
+    classes = getattr(teacher, "num_classes", None)
+    name = type(teacher).__name__
+    return Model(_cast(teacher, dtype), name, f"the {name} given", classes if type(classes) is int else None, "", None)
+
+
+def _cast(module: nn.Module, dtype: str | None) -> nn.Module:
+    if dtype is None or all(p.dtype == DTYPES[dtype] for p in module.parameters() if p.is_floating_point()):
+        return module
+    return copy.deepcopy(module).to(DTYPES[dtype])
+
+
+def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int) -> Samples:
+    """The samples of a SPEC, or of a dataset given."""
+    if isinstance(data, Samples):
+        return data
+    if isinstance(data, str):
+        return Samples(load_data(data, args or {}), seed=seed)
+    if args:
+        raise UsageError("data_args go with a data SPEC; a dataset was given")
+    return Samples(data, seed=seed)
