@@ -239,7 +239,7 @@ def test_tokens_are_text_with_their_own_tokenizer_only(tmp_path: Path) -> None:
     with pytest.raises(IdentityMismatch, match=r"other\.json is not the one of") as error:
         inspect(path, record=0, tokenizer=other)
     assert [d.field for d in error.value.fields] == ["tokenizer.fingerprint"] and error.value.fields[0].cached == mark
-    with pytest.raises(UsageError, match="^--tokenizer none"):
+    with pytest.raises(UsageError, match=r"^--tokenizer none"):
         inspect(path, record=0, tokenizer="none.json")
 
 
