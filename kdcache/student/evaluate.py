@@ -117,10 +117,16 @@ def _metrics(sums: list[float], samples: Samples, language: bool, num_classes: i
     if not rows:
         raise DataError(f"dataset {samples.name} has no label in {len(samples)} samples; there is nothing to evaluate")
     loss = ce / rows
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(rows), "accuracy": hits / rows,
+             f"accuracy_top{TOP}": hits_top / rows, "n": int(rows)}
+    return {name: found[name] for name in metric_names(language, num_classes)}
+
+
+def metric_names(language: bool, num_classes: int) -> list[str]:
+    """What an evaluation gives."""
     if language:
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(rows)}
-    top = {f"accuracy_top{TOP}": hits_top / rows} if num_classes > TOP else {}
-    return {"loss": loss, "accuracy": hits / rows, **top, "n": int(rows)}
+        return ["loss", "perplexity", "tokens"]
+    return ["loss", "accuracy", *([f"accuracy_top{TOP}"] if num_classes > TOP else []), "n"]
 
 
 def _in_order(num_samples: int, batch_size: int) -> Callable[[], Iterable[Pairs]]:

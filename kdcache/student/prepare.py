@@ -19,6 +19,7 @@ from kdcache.data.samples import Samples
 from kdcache.errors import DataError, NotBuilt, UsageError
 from kdcache.models import Model, forward, load_model
 from kdcache.student.batches import student_rows
+from kdcache.student.evaluate import metric_names
 from kdcache.student.loader import Loader, as_cache, as_samples
 from kdcache.student.loop import attention_mask, autocast, row_mask
 from kdcache.student.match import Matches
@@ -104,11 +105,11 @@ def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | No
     return Model(student, "", f"{type(student).__name__} as given", None, "", save)
 
 
-def check_student(model: Model, loader: Loader, settings: Settings) -> Matches | None:
+def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated: bool = False) -> Matches | None:
     """One forward pass over a few records in eval mode; the projections of --match are built from it.
 
-    UsageError where the student has fewer classes than the teacher, or there are no labels for the hard loss; DataError
-    where its rows are not the teacher's.
+    UsageError for a student with fewer classes than the teacher, for no labels under a hard loss, and for a metric that
+    there is not; DataError where the student's rows are not the teacher's.
     """
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
@@ -130,6 +131,10 @@ def check_student(model: Model, loader: Loader, settings: Settings) -> Matches |
         raise UsageError(f"the student has {width} classes, the teacher {teacher}; a student needs at least as many")
     if micro.labels is not None or batch["targets"] is not None:
         student_rows(outputs[0], micro, batch["rows"])
+    gives = [f"eval_{name}" for name in
+             metric_names(outputs[0].logits.dim() == 3 and micro.collated.lengths is not None, teacher or width)]
+    if evaluated and settings.best_by not in gives:
+        raise UsageError(f"best_by is {settings.best_by}, but evaluating this student gives {', '.join(gives)}")
     if not settings.match or loader.spec is None:
         return None
     matches = Matches(model.module, settings.matches, loader.spec.features, seed=settings.seed)

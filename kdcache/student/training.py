@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcache.errors import UsageError
 from kdcache.models import Model
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
@@ -83,7 +82,7 @@ class Training:
             epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
             features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
             num_classes=sources.num_classes)
-        self.matches = check_student(model, self.loader, settings)
+        self.matches = check_student(model, self.loader, settings, evaluated=sources.eval_samples is not None)
         modules: list[tuple[str, nn.Module]] = [("", model.module)]
         modules += [] if self.matches is None else [("match:", self.matches)]
         self.parameters = trainable(*modules)
@@ -182,9 +181,7 @@ class Training:
         metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
                        **line})
         by = self.settings.best_by
-        if by not in line:
-            raise UsageError(f"best_by is {by}, which this evaluation does not give; it gives {', '.join(line)}")
-        value = line[by]
+        value = float(line[by])
         if not math.isnan(value) and (not self.best or BEST_BY[by] * (value - self.best[by]) > 0):
             self.best = {"step": self.step, **line}
             metrics.sync()

@@ -1,0 +1,280 @@
+"""A run's folder: continuing bit for bit, surviving a kill at any moment, refusing what is not the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from student_world import Net, Points, TinyLM, Windows, equal_weights, write_cache
+from torch import nn
+
+import kdcache.models
+from kdcache.cache.spec import FeatureSpec
+from kdcache.errors import CacheCorrupt, CacheExists, KDCacheError, SpecMismatch
+from kdcache.student import checkpoint, metrics
+from kdcache.student.evaluate import evaluate
+from kdcache.student.loop import StepInfo
+from kdcache.student.train import train_student
+
+TIMES = ("samples_per_second",)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package handles it."""
+
+
+class World:
+    """One kind of run: a cache and the options to train from it."""
+
+    def __init__(self, tmp_path: Path, make: Callable[[], nn.Module], **options: Any) -> None:
+        self.path, self.make, self.options = tmp_path, make, options
+
+    def train(self, name: str, stop_after: int | None = None, **options: Any) -> nn.Module:
+        """The student after a call; `stop_after` kills it after that step."""
+        student = self.make()
+
+        def on_step(info: StepInfo) -> None:
+            if info.step == stop_after:
+                raise Killed
+
+        try:
+            report = train_student(student=student, out=self.path / name, on_step=on_step,
+                                   **{**self.options, **options})
+            assert report.finished and stop_after is None
+        except Killed:
+            pass
+        return student
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl without what the clock decides."""
+        found = metrics.read(self.path / name / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+
+def points_world(tmp_path: Path, **options: Any) -> World:
+    """8 steps in 2.5 epochs; checkpoints after steps 3, 6 and 8; dropout and running statistics."""
+    data, teacher = Points(48), Net(32, seed=7)
+    cache = write_cache(tmp_path / "cache", data, teacher, features=[
+        FeatureSpec(name="body", module="body", recipe="raw", dtype="float32", shape=(32,))])
+    return World(tmp_path, lambda: Net(8, dropout=0.4, norm=True), **{
+        "cache": cache, "data": data, "eval_data": Points(20, seed=5), "epochs": 2.5, "batch_size": 16, "lr": 0.01,
+        "save_every": 3, "eval_every": 4, "warmup": 2, **options})
+
+
+def language_world(tmp_path: Path) -> World:
+    cache = write_cache(tmp_path / "cache", Windows(24), TinyLM(16, seed=3), tokens=True, kind="topk", tiers=(4,))
+    return World(tmp_path, lambda: TinyLM(dropout=0.3), cache=cache, epochs=2, batch_size=7, micro_batch_size=3,
+                 save_every=3, eval_data=Windows(9, seed=4), clip=0.5)
+
+
+def match_world(tmp_path: Path) -> World:
+    return points_world(tmp_path, match=["body=body:mse:0.5"], optimizer="sgd", alpha=1.0)
+
+
+@pytest.mark.parametrize("world", [points_world, language_world, match_world])
+def test_continued_runs_are_the_uninterrupted_one_bit_for_bit(tmp_path: Path, world: Callable[..., World]) -> None:
+    here = world(tmp_path)
+    whole = here.train("whole")
+    # In the first epoch; after the last checkpoint; twice, the second time before any new checkpoint.
+    for name, stops in {"early": [2], "twice": [4, 5], "thrice": [3, 6, 7]}.items():
+        for stop in stops:
+            here.train(name, stop_after=stop)
+            assert not (tmp_path / name / "summary.json").exists()
+        assert equal_weights(here.train(name), whole)
+        assert here.lines(name) == here.lines("whole")
+        a, b = (load_file(tmp_path / n / "last" / "state.safetensors") for n in (name, "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert any(line.get("eval_loss") for line in here.lines("whole"))
+
+
+def test_the_projections_of_hint_losses_are_part_of_the_state(tmp_path: Path) -> None:
+    here = match_world(tmp_path)
+    here.train("whole", epochs=60, lr=0.05, save_every=1000, eval_data=None)
+    state = load_file(tmp_path / "whole" / "last" / "state.safetensors")
+    assert state["projections/0.weight"].shape == (32, 8)
+    assert "optimizer/momentum_buffer/match:projections.0.weight" in state
+    losses = [line["match body=body:mse:0.5"] for line in here.lines("whole") if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+OPERATIONS = ((checkpoint.os, "rename"), (checkpoint, "sync"), (checkpoint.shutil, "rmtree"), (checkpoint, "save_file"),
+              (kdcache.models.Model, "save"), (Path, "write_text"))
+
+
+def test_a_kill_at_any_file_operation_of_a_checkpoint_leaves_one_to_continue_from(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = points_world(tmp_path, eval_data=None)
+    whole = here.train("whole")
+    here.train("begun", stop_after=5)                   # one checkpoint is there, at step 3; the next is at step 6
+    survived, at = [], 0
+    while True:
+        shutil.copytree(tmp_path / "begun", run := tmp_path / f"killed{at}")
+        with monkeypatch.context() as patch:
+            count = fail_at(patch, at)
+            here.train(run.name, stop_after=6)
+        if count[0] <= at:                              # the whole of step 6 ran through
+            break
+        survived.append(json.loads((checkpoint.find(run / "last") / "state.json").read_text())["step"])
+        assert equal_weights(here.train(run.name), whole)
+        assert here.lines(run.name) == here.lines("whole")
+        assert sorted(p.name for p in run.iterdir()) == ["last", "metrics.jsonl", "run.toml", "summary.json"]
+        at += 1
+    assert survived == sorted(survived) and set(survived) == {3, 6}     # the old one, then the new one, never none
+    assert at >= 12
+
+
+def fail_at(patch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """Make the `at`-th of OPERATIONS, counted from now, kill instead of running; how many were asked for."""
+    count = [0]
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] == at + 1:
+                raise Killed
+            return original(*args, **kwargs)
+        return call
+
+    for owner, name in OPERATIONS:
+        patch.setattr(owner, name, dying(getattr(owner, name)))
+    return count
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from student_world import Net, Points
+from kdcache.student.train import train_student
+import torch
+torch.set_num_threads(1)
+train_student(student=Net(8, dropout=0.4, norm=True), out={out!r}, cache={cache!r}, data=Points(48), epochs=2.5,
+              batch_size=16, lr=0.01, save_every=3, warmup=2,
+              on_step=lambda info: os.kill(os.getpid(), signal.SIGKILL) if info.step == 5 else None)
+"""
+
+
+def test_a_killed_process_is_continued(tmp_path: Path) -> None:
+    here = points_world(tmp_path, eval_data=None, eval_every=None)
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(tmp_path / "killed"), cache=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert equal_weights(here.train("killed"), here.train("whole"))
+    assert here.lines("killed") == here.lines("whole")
+
+
+def test_a_finished_run_says_so_and_trains_no_more(tmp_path: Path) -> None:
+    here, said = points_world(tmp_path), []
+    first = train_student(student=here.make(), out=tmp_path / "run", **here.options)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    student = here.make()
+    again = train_student(student=student, out=tmp_path / "run", say=said.append, **here.options)
+    assert again.already_finished and not first.already_finished and "is finished already" in said[0]
+    assert (again.evaluation, again.best, again.steps, again.training) == (
+        first.evaluation, first.best, first.steps, first.training)
+    assert equal_weights(student, here.make())
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "best", "last", "metrics.jsonl", "run.toml", "summary.json"]
+
+
+def test_other_options_are_refused_with_the_fields(tmp_path: Path) -> None:
+    here = points_world(tmp_path)
+    here.train("run", stop_after=4)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(SpecMismatch) as caught:
+        here.train("run", lr=0.02, seed=1, clip=1.0)
+    for line in ("lr: the run has 0.01, given is 0.02", "seed: the run has 0, given is 1", "clip: the run has 0.0"):
+        assert line in str(caught.value)
+    other = write_cache(tmp_path / "other", Points(48), Net(32, seed=9))
+    with pytest.raises(SpecMismatch, match=r"cache-content-id: the run has '[0-9a-f]{64}', given is '[0-9a-f]{64}'"):
+        here.train("run", cache=other)
+    with pytest.raises(SpecMismatch, match="student: the run has 'Net', given is 'TinyLM'"):
+        World(tmp_path, TinyLM, **here.options).train("run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    moved = shutil.move(tmp_path / "cache", tmp_path / "moved")         # the content counts, not the place
+    here.train("run", cache=moved, workers=0, report_to=())
+
+
+def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    here = points_world(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    for place in ("notes", "cache"):
+        with pytest.raises(CacheExists, match="is no run"):
+            here.train(place)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheExists):
+        here.train("file")
+    (tmp_path / "empty").mkdir()
+    here.train("empty")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "run.toml").write_text("[train-stu")
+    with pytest.raises(CacheCorrupt, match="not readable as TOML"):
+        here.train("half")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    here = points_world(tmp_path)
+    here.train("run", stop_after=4)
+    state = tmp_path / "run" / "last" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:200])
+    with pytest.raises(CacheCorrupt, match="not a whole checkpoint"):
+        here.train("run")
+
+
+def test_run_toml_says_what_was_asked_and_with_what(tmp_path: Path) -> None:
+    here = points_world(tmp_path, epochs=1)
+    here.train("run")
+    document = tomllib.loads((tmp_path / "run" / "run.toml").read_text())
+    options, recorded = document["train-student"], document["recorded"]
+    assert options["lr"] == 0.01 and options["batch-size"] == 16 and options["shuffle"] is True
+    assert recorded["cache-content-id"] == here.options["cache"].content_id
+    assert recorded["data"] == {"name": "points", "revision": "1", "num-samples": 48}
+    assert recorded["versions"]["torch"] == torch.__version__
+    assert recorded["temperature-used"] == 2.0 and recorded["num-classes"] == 7
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best"]["step"] in {line["step"] for line in here.lines("run")}
+
+
+def test_best_is_the_best_and_last_the_last(tmp_path: Path) -> None:
+    here = points_world(tmp_path, epochs=9, lr=0.3, best_by="eval_accuracy", eval_every=2, save_every=50)
+    student = here.train("run")
+    evaluations = [line for line in here.lines("run") if "eval_accuracy" in line]
+    best = max(evaluations, key=lambda line: line["eval_accuracy"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best"] == {key: best[key] for key in summary["best"]}       # the first of equals
+    assert len({line["eval_accuracy"] for line in evaluations}) > 2
+    for name, expected in (("best", best["eval_accuracy"]), ("last", summary["eval_accuracy"])):
+        loaded = here.make()
+        kdcache.models.load_weights(loaded, tmp_path / "run" / name)
+        assert evaluate(loaded, here.options["eval_data"])["accuracy"] == expected
+    assert equal_weights(loaded, student)
+
+
+def test_diverged_training_names_the_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    here = points_world(tmp_path, eval_data=None, lr=1e30, optimizer="sgd", save_every=1, epochs=10)
+    with pytest.raises(KDCacheError, match=r"step [2-9] \(position \d+\): the loss is (nan|inf)"):
+        here.train("run")
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["loss"] is None
+    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
+    assert state["step"] == lines[-1]["step"] - 1
+
+
+def test_torn_metrics_lose_only_the_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\nnot json\n{"step": 3}\n{"step": 2, "eval_loss": 1}\n{"step": 1')
+    metrics.truncate(path, 2)
+    assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1}]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
