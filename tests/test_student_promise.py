@@ -13,6 +13,7 @@ from torch import nn
 from kdcache.student.loader import Loader
 from kdcache.student.loop import StepInfo
 from kdcache.student.train import train_student
+from kdcache.teacher.dump import dump_teacher
 
 
 class Trace:
@@ -49,6 +50,16 @@ def test_classification_from_the_cache_is_the_live_teacher_bit_for_bit(tmp_path:
     assert cached.same_as(live)
     other = trained(tmp_path, "other", Net(8, dropout=0.3, norm=True), live_teacher=Net(32, seed=8), **options)
     assert not cached.same_as(other)                    # the teacher does take part
+
+
+@pytest.mark.parametrize("container", ["arrow", "hdf5"])
+def test_both_stages_end_to_end_are_the_live_teacher_bit_for_bit(tmp_path: Path, container: str) -> None:
+    data, teacher = Points(48), Net(32, seed=7)
+    dump_teacher(teacher=teacher, data=data, out=tmp_path / "cache", kind="full", values="float32", batch_size=16,
+                 records_per_shard=32, container=container, device="cpu")
+    options = {"data": data, "batch_size": 16, "shuffle": False, "device": "cpu"}
+    cached = trained(tmp_path, "cached", Net(8, dropout=0.3), cache=tmp_path / "cache", **options)
+    assert cached.same_as(trained(tmp_path, "live", Net(8, dropout=0.3), live_teacher=teacher, **options))
 
 
 @pytest.mark.parametrize("tokens", [True, False])

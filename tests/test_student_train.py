@@ -19,7 +19,10 @@ from kdcache.cache.spec import FeatureSpec
 from kdcache.errors import DataError, IdentityMismatch, NotBuilt, UsageError
 from kdcache.models import load_weights
 from kdcache.student import metrics
+from kdcache.student.loader import Loader
+from kdcache.student.loop import Loop
 from kdcache.student.optim import Schedule, make_optimizer, trainable
+from kdcache.student.settings import Settings
 from kdcache.student.train import train_student
 
 BODY = FeatureSpec(name="body", module="body", recipe="raw", dtype="float32", shape=(32,))
@@ -233,7 +236,7 @@ def test_a_wider_student_is_cut_to_the_teachers_classes_and_a_narrower_refused(t
     ({"optimizer": "adamwx"}, UsageError, "optimizer 'adamwx' is unknown .did you mean 'adamw'"),
     ({"precision": "float8"}, UsageError, "precision 'float8' is unknown"),
     ({"best_by": "accuracy"}, UsageError, "best_by 'accuracy' is unknown .did you mean 'eval_accuracy'"),
-    ({"best_by": "eval_perplexity", "eval_data": Points(8)}, UsageError, r"best_by is eval_perplexity, but .*eval_loss"),
+    ({"best_by": "eval_perplexity", "eval_data": Points(8)}, UsageError, r"best_by is eval_perplexity, but .*_loss"),
     ({"lr": -1.0}, UsageError, "lr is -1.0"),
     ({"eval_every": 0}, UsageError, "eval_every is 0"),
     ({"seed": -1}, UsageError, "seed is -1"),
@@ -356,3 +359,28 @@ def test_frozen_and_tied_parameters() -> None:
     assert [name for name, _ in trainable(("", net))] == ["head.weight", "head.bias"]
     with pytest.raises(UsageError, match="nothing to train"):
         trainable(("", net.requires_grad_(False)))
+
+
+def test_float16_scales_its_gradients(tmp_path: Path) -> None:
+    # The command refuses it on the CPU, where it is slow; the arithmetic can be run there all the same.
+    data = Points(32)
+    cache = write_cache(tmp_path / "cache", data, Net(32, seed=7))
+    loader = Loader(cache, data, batch_size=8, epochs=1)
+    student, losses = Net(8), []
+    settings = Settings(
+        temperature=None, k=None, alpha=0.5, ce_weight=None, kd_weight=None, divergence="forward_kl", tail="bucket",
+        match=(), engine="auto", epochs=1, max_steps=None, batch_size=8, micro_batch_size=None, optimizer="sgd", lr=0.1,
+        weight_decay=None, warmup=0, clip=1.0, precision="float16", compile=False, device="cuda", seed=0, shuffle=True,
+        deterministic=False, eval_every=None, save_every=None, best_by="eval_loss", accept=())
+    named = trainable(("", student))
+    loop = Loop(student, loader, settings, optimizer=make_optimizer("sgd", named, lr=0.1), parameters=named,
+                schedule=Schedule(0.1, 4))
+    for step in loader.steps():
+        losses.append(loop.run_step(step).loss.item())
+    exact = run(tmp_path / "f32", Net(8), cache=cache, data=data, epochs=1, batch_size=8, optimizer="sgd", lr=0.1,
+                clip=1.0)
+    # float16 has 11 bits: logits of order 1 are off by up to 2^-11 in each layer.
+    assert losses == pytest.approx([line["loss"] for line in exact], abs=2**-8)
+    assert [line["grad_norm"] for line in loop.drain()] == pytest.approx([x["grad_norm"] for x in exact], rel=0.02)
+    assert losses != [line["loss"] for line in exact] and loop.scaler is not None
+    assert json.loads(json.dumps(loop.scaler.state_dict()))["scale"] == 2.0**16

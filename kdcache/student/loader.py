@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -131,20 +132,23 @@ class Loader:
     def total_steps(self) -> int:
         return -(-self.total // self.batch_size)
 
-    def __iter__(self) -> Iterator[LoaderBatch]:
-        for step in self.steps():
-            for micro in step.micros:
-                yield self.place(micro)
+    def __iter__(self) -> Generator[LoaderBatch, None, None]:
+        with closing(self.steps()) as steps:
+            for step in steps:
+                for micro in step.micros:
+                    yield self.place(micro)
 
     def steps(self) -> Generator[Step, None, None]:
         """One `Step` for each optimizer step from `start` on; closing the iterator stops its background work."""
         at, micros = self.start, list[Micro]()
-        for micro in self._micros():
-            micros.append(micro)
-            if micro.piece.ends_step:
-                counts = sum(m.counts[0] for m in micros), sum(m.counts[1] for m in micros)
-                yield Step(at // self.batch_size, int(micros[0].piece.epochs[0]), at, micro.piece.stop, micros, counts)
-                at, micros = micro.piece.stop, []
+        with closing(self._micros()) as source:
+            for micro in source:
+                micros.append(micro)
+                stop = micro.piece.stop
+                if micro.piece.ends_step:
+                    counts = sum(m.counts[0] for m in micros), sum(m.counts[1] for m in micros)
+                    yield Step(at // self.batch_size, int(micros[0].piece.epochs[0]), at, stop, micros, counts)
+                    at, micros = stop, []
 
     def place(self, micro: Micro) -> LoaderBatch:
         """A micro-batch on the device, with its targets unpacked there, or made by the live teacher."""
@@ -191,7 +195,7 @@ class Loader:
         assert collated is not None                 # _check_sources: there are tokens, or there is data
         return self._finish(piece, collated, batch)
 
-    def _micros(self) -> Iterator[Micro]:
+    def _micros(self) -> Generator[Micro, None, None]:
         data = None if self.samples is None else data_batches(self.samples, self._pairs, self.workers)
         cached = None if self.cache is None else Prefetch(self._cached(self.cache))
         try:
