@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_contenders_run_in_turns_and_the_first_turn_changes() -> None:
     calls: list[str] = []
-    seconds = race.race({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4, warmups=1)
+    seconds = race.race({name: partial(calls.append, name) for name in "abc"}, rounds=4, warmups=1)
     assert "".join(calls) == "cab" + "abc" + "bca" + "cab" + "abc"
     assert {name: len(s) for name, s in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
