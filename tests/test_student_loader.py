@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"dataset points, sample 2\d cannot be read: IndexError") as caught:
         list(Loader(cache, data, batch_size=8, workers=2))
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_only_the_columns_of_the_tier_are_read() -> None:

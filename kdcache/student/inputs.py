@@ -79,10 +79,17 @@ def _by_workers(fetch: Fetch, plan: Callable[[], Iterable[Pairs]], workers: int)
         # Python 3.12 and later: forking a process that has threads; torch's own threads are idle here.
         warnings.simplefilter("ignore", DeprecationWarning)
         batches = iter(loader)
+    error = None
     for batch in batches:
         if isinstance(batch, KDCacheError):
-            raise batch
+            error = batch
+            break
         yield batch
+    # Its workers stop when it goes. Raised with it still in this frame, the error would keep it for the garbage
+    # collector, under which torch waits 5 seconds for each worker.
+    del batches
+    if error is not None:
+        raise error
 
 
 def _as_it_is(batch: Any) -> Any:
