@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest, commit_name
-from kdcache.cache.rawmap import Facts, column_names
+from kdcache.cache.rawmap import Facts, layout
 from kdcache.cache.shard import Shard
 from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory
 from kdcache.errors import KDCacheError
@@ -67,7 +67,7 @@ def _check_shard(directory: Directory, header: Header, manifest: Manifest | None
 def _check_bytes(directory: Directory, header: Header, promised: Facts) -> Iterator[str]:
     opened = Shard(directory, header, promised)
     bad = False
-    for name in column_names(header.spec):
+    for name in layout(header.spec).names:
         try:
             opened.get([name])
         except (KDCacheError, OSError) as e:

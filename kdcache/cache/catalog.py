@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
-from kdcache.cache.rawmap import Extent, Facts, check_extents, column_names
+from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
 from kdcache.cache.spec import CacheSpec
 from kdcache.canonical import digest, dumps, seal, unseal
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
@@ -65,7 +65,7 @@ def header_bytes(spec: CacheSpec, identity: Identity, container: str, recorded: 
     """The bytes of header.json. UsageError for a container or a number of shards that cannot be."""
     if container not in SUFFIXES:
         raise UsageError(f"container {container!r} is unknown{near(container, SUFFIXES)}")
-    line = 60 + 60 * len(column_names(spec)) + 300                  # bytes of one shard in a manifest, at most
+    line = 60 + 60 * len(layout(spec).names) + 300                  # bytes of one shard in a manifest, at most
     if spec.num_shards * line > MAX_MANIFEST or spec.num_shards > MAX_SHARDS:
         raise UsageError(f"records_per_shard {spec.records_per_shard} makes {spec.num_shards} shards; a manifest holds "
                          f"{MAX_MANIFEST // line}: take larger shards")
@@ -143,8 +143,8 @@ def parse_commit(data: bytes, where: str, header: Header, shard: int) -> Facts:
     _keys(doc, COMMIT, where)
     _ours(doc, header, where)
     columns = doc["columns"]
-    _keys(columns, dict.fromkeys(column_names(header.spec), _is_extent), f"{where}: columns")
-    _keys(doc["rows"], dict.fromkeys([level.name for level in header.spec.levels()], _is_count), f"{where}: rows")
+    _keys(columns, dict.fromkeys(layout(header.spec).names, _is_extent), f"{where}: columns")
+    _keys(doc["rows"], dict.fromkeys(layout(header.spec).levels, _is_count), f"{where}: rows")
     _require(doc["shard"] == shard, where, "shard", f"{shard}, by the name of the file")
     facts = Facts(shard=shard, file=doc["file"], size=doc["size"], file_digest=doc["file_digest"],
                   rest_digest=doc["rest_digest"], records=doc["records"], rows=doc["rows"], measured=doc["measured"],
@@ -180,7 +180,7 @@ def keys_digest(sample_key_digests: Iterable[str]) -> str:
 
 def manifest_body(header: Header, shards: Sequence[Facts]) -> Document:
     """Everything in a manifest but its place in the chain: a pure function of the commit records."""
-    names, levels = column_names(header.spec), [level.name for level in header.spec.levels()]
+    names, levels = layout(header.spec).names, layout(header.spec).levels
     columns: dict[str, dict[str, Any]] = {
         name: {"offset": [f.columns[name].offset for f in shards],
                "length": [f.columns[name].length for f in shards],
@@ -258,12 +258,13 @@ def parse_manifest(data: bytes, where: str, header: Header, generation: int, par
     _keys(doc, MANIFEST, where)
     _ours(doc, header, where)
     _keys(doc["shards"], {**lists, "rows": _is_object}, f"{where}: shards")
-    _keys(doc["shards"]["rows"], dict.fromkeys([level.name for level in header.spec.levels()], _list(int, count)),
-          f"{where}: rows")
-    _keys(doc["columns"], dict.fromkeys(column_names(header.spec), _is_object), f"{where}: columns")
+    _keys(doc["shards"]["rows"], dict.fromkeys(layout(header.spec).levels, _list(int, count)), f"{where}: rows")
+    _keys(doc["columns"], dict.fromkeys(layout(header.spec).names, _is_object), f"{where}: columns")
     extent = {"offset": _list(int, count), "length": _list(int, count), "digest": _list(HEX32, count)}
     for name, column in doc["columns"].items():
         _keys(column, extent, f"{where}: column {name}")
+    view = [facts_records(header.spec, i) for i in range(header.spec.shards_per_view)]
+    _require(doc["shards"]["records"] == view * header.spec.num_views, where, "records", "what the header gives")
     _require(doc["generation"] == generation, where, "generation", f"{generation}, by the name of the file")
     _require(doc["parent"] == parent, where, "parent", f"{parent}, the digest of the manifest before it")
     del doc["generation"], doc["parent"]
@@ -300,11 +301,14 @@ def _is_measured(value: Any) -> bool:
 def _list(item: type | re.Pattern[str], count: int) -> Callable[[Any], bool]:
     """A check for lists of `count` strings, digests or counts."""
     if isinstance(item, re.Pattern):
-        return lambda v: isinstance(v, list) and len(v) == count and all(
-            type(x) is str and item.fullmatch(x) for x in v)
+        return lambda v: _of(v, str, count) and all(map(item.fullmatch, v))
     if item is int:
-        return lambda v: isinstance(v, list) and len(v) == count and all(type(x) is int and x >= 0 for x in v)
-    return lambda v: isinstance(v, list) and len(v) == count and all(type(x) is item for x in v)
+        return lambda v: _of(v, int, count) and min(v) >= 0
+    return lambda v: _of(v, item, count)
+
+
+def _of(value: Any, item: type, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and set(map(type, value)) == {item}
 
 
 COMMIT |= {

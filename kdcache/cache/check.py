@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns, check_offsets
-from kdcache.cache.rawmap import column_names, level_rows
+from kdcache.cache.rawmap import layout, level_rows
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.values import unpack_high
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
@@ -32,7 +32,8 @@ def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tupl
     UsageError naming the column for a missing or unknown one, another dtype or shape, or 2^31 elements and more;
     DataError for offsets that do not run from 0 to the number of rows.
     """
-    names = column_names(spec)
+    known = layout(spec)
+    names = known.names
     for name in (*columns, *names):
         if name not in columns:
             raise UsageError(f"column {name} is missing; this spec needs {', '.join(names)}")
@@ -40,7 +41,7 @@ def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tupl
             raise UsageError(f"column {name} is not of this spec{near(name, names)}")
     rows = {}
     counts = {"record": records}
-    for level in spec.levels():
+    for level in known.levels.values():
         above = counts[level.parent]
         if level.count is not None:
             counts[level.name] = above * level.count
@@ -52,8 +53,8 @@ def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tupl
                 raise DataError(str(e)) from e
             counts[level.name] = int(offsets[-1])
         rows[level.name] = counts[level.name]
-    out = {level.offsets: np.ascontiguousarray(columns[level.offsets]) for level in spec.levels() if level.ragged}
-    for column in spec.columns():
+    out = {key: np.ascontiguousarray(columns[key]) for key in known.offsets}
+    for column in known.columns.values():
         array = _typed(column.name, columns[column.name], column.storage, (counts[column.level], *column.shape))
         if array.size >= MAX_ELEMENTS:
             raise UsageError(f"column {column.name} has {array.size} elements; a shard holds fewer than 2^31: "
@@ -72,14 +73,14 @@ def _typed(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]
 def problem(spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, get: Get) -> str | None:
     """What is wrong with column `name`, None if nothing is. `get` gives it, and others of its shard it is judged by."""
     counts = level_rows(spec, records, rows)
-    for level in spec.levels():
-        if name == level.offsets:
-            try:
-                check_offsets(get(name), counts[level.parent], counts[level.name], f"column {name}")
-            except CacheCorrupt as e:
-                return str(e)
-            return None
-    column = next(c for c in spec.columns() if c.name == name)
+    level = layout(spec).offsets.get(name)
+    if level is not None:
+        try:
+            check_offsets(get(name), counts[level.parent], counts[level.name], f"column {name}")
+        except CacheCorrupt as e:
+            return str(e)
+        return None
+    column = layout(spec).columns[name]
     if not counts[column.level]:
         return None
     if name.startswith("ids_") and column.level == "row":

@@ -12,12 +12,13 @@ import stat
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
-from kdcache.cache.columns import ROOT, Array, Columns, Level
+from kdcache.cache.columns import ROOT, Array, Column, Columns, Level
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CacheCorrupt
 
@@ -63,26 +64,35 @@ class Facts:
     commit: str = ""
 
 
-def column_names(spec: CacheSpec) -> list[str]:
-    """The keys of a `Columns` mapping of this spec: offsets of ragged levels, then columns in the order of the spec."""
-    return [level.offsets for level in spec.levels() if level.ragged] + [c.name for c in spec.columns()]
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Columns, levels and offsets of a spec by name, in the order of the spec, worked out once."""
+
+    columns: dict[str, Column]
+    levels: dict[str, Level]
+    offsets: dict[str, Level]           # key of the offsets buffer -> its ragged level
+    names: list[str]                    # the keys of a `Columns` mapping: offsets, then columns
+
+
+@lru_cache(maxsize=256)
+def layout(spec: CacheSpec) -> Layout:
+    """The layout of a spec; the same object every time, not to be changed."""
+    columns = {c.name: c for c in spec.columns()}
+    levels = {level.name: level for level in spec.levels()}
+    offsets = {level.offsets: level for level in levels.values() if level.ragged}
+    return Layout(columns, levels, offsets, [*offsets, *columns])
 
 
 def level_rows(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:
     """Rows of `record` and of every level below it."""
-    return {ROOT: records, **{level.name: rows[level.name] for level in spec.levels()}}
-
-
-def parents(level: Level, rows: Mapping[str, int]) -> int:
-    """Rows of the level above."""
-    return rows[level.parent]
+    return {ROOT: records, **{name: rows[name] for name in layout(spec).levels}}
 
 
 def expected_lengths(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:
     """Bytes of every column of a shard with these numbers of rows."""
-    counts = level_rows(spec, records, rows)
-    out = {level.offsets: (parents(level, counts) + 1) * OFFSET_BYTES for level in spec.levels() if level.ragged}
-    return out | {c.name: counts[c.level] * c.row_bytes for c in spec.columns()}
+    counts, known = level_rows(spec, records, rows), layout(spec)
+    out = {key: (counts[level.parent] + 1) * OFFSET_BYTES for key, level in known.offsets.items()}
+    return out | {c.name: counts[c.level] * c.row_bytes for c in known.columns.values()}
 
 
 def check_extents(spec: CacheSpec, facts: Facts, where: str) -> None:
@@ -91,10 +101,10 @@ def check_extents(spec: CacheSpec, facts: Facts, where: str) -> None:
         raise CacheCorrupt(f"{where}: shard {facts.shard} has {facts.records} records; "
                            f"the header gives it {facts_records(spec, facts.shard)}")
     counts = level_rows(spec, facts.records, facts.rows)
-    for level in spec.levels():
-        if level.count is not None and counts[level.name] != parents(level, counts) * level.count:
+    for level in layout(spec).levels.values():
+        if level.count is not None and counts[level.name] != counts[level.parent] * level.count:
             raise CacheCorrupt(f"{where}: {counts[level.name]} rows of level {level.name!r}; expected {level.count} "
-                               f"for each of {parents(level, counts)}")
+                               f"for each of {counts[level.parent]}")
     end, last = 0, "the start of the file"
     lengths = expected_lengths(spec, facts.records, facts.rows)
     for name, extent in sorted(facts.columns.items(), key=lambda item: (item[1].offset, item[1].length)):

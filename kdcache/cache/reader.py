@@ -19,7 +19,7 @@ from kdcache.cache.catalog import HEADER, Header, Manifest
 from kdcache.cache.columns import ROOT, Array, Column, Columns
 from kdcache.cache.gather import Group, gather, gather_rows, groups, ragged_rows
 from kdcache.cache.identity import Identity, require_same
-from kdcache.cache.rawmap import Facts
+from kdcache.cache.rawmap import Facts, layout
 from kdcache.cache.shard import Shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Directory, explain
@@ -86,7 +86,8 @@ class Cache:
         self.num_records: int = header.spec.num_records
         self.accepted = accepted
         self._directory, self._header, self._manifest = directory, header, manifest
-        self._columns = {c.name: c for c in header.spec.columns()}
+        self._layout = layout(header.spec)
+        self._columns = self._layout.columns
         self._shards: dict[int, Shard] | None = {}
         self._lock, self._pid = threading.Lock(), os.getpid()
 
@@ -172,10 +173,10 @@ class Cache:
         except IndexError as e:
             raise UsageError(f"{self.path}: {e}") from e
         parts = groups(shard_B, index_B)
-        levels = {level.name: level for level in self.spec.levels()}
+        levels = self._layout.levels
         with explain(self.path, "reading"):
             used = {self._columns[name].level for name in names}
-            offsets = [level.offsets for level in levels.values() if level.ragged and level.name in used]
+            offsets = [key for key, level in self._layout.offsets.items() if level.name in used]
             found = [self._shard(part.shard).get([*offsets, *names]) for part in parts]
         out: Columns = {}
         starts: Columns = {}
@@ -199,9 +200,8 @@ class Cache:
 
     def shard_columns(self, shard: int) -> Columns:
         """Every column of one shard as read-only views of the mapped file, and the offsets of its ragged levels."""
-        names = [level.offsets for level in self.spec.levels() if level.ragged] + list(self._columns)
         with explain(self.path, "reading"):
-            return self._shard(shard).get(names)
+            return self._shard(shard).get(self._layout.names)
 
     def shard_measured(self, shard: int) -> dict[str, float]:
         """What the writer measured of one shard."""

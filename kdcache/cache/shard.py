@@ -10,8 +10,8 @@ import numpy as np
 
 from kdcache.cache import check, repair
 from kdcache.cache.catalog import Header, commit_name
-from kdcache.cache.columns import Array, Column, Columns
-from kdcache.cache.rawmap import Facts, digest, level_rows, map_file, rest_digest, view
+from kdcache.cache.columns import Array, Columns
+from kdcache.cache.rawmap import Facts, digest, layout, level_rows, map_file, rest_digest, view
 from kdcache.cache.store import Directory
 from kdcache.errors import CacheCorrupt
 
@@ -35,12 +35,6 @@ class Shard:
     @cached_property
     def rows(self) -> dict[str, int]:
         return level_rows(self._header.spec, self.facts.records, self.facts.rows)
-
-    @cached_property
-    def _columns(self) -> dict[str, Column | None]:
-        spec = self._header.spec
-        return {**{level.offsets: None for level in spec.levels() if level.ragged},
-                **{c.name: c for c in spec.columns()}}
 
     def get(self, names: Sequence[str]) -> Columns:
         """Columns by name, [rows of the level, *shape], and int64 offsets."""
@@ -68,7 +62,7 @@ class Shard:
         if name not in self._intact:
             data = self._open()
             extent = self.facts.columns[name]
-            column = self._columns[name]
+            column = layout(self._header.spec).columns.get(name)
             found = digest(data[extent.offset:extent.offset + extent.length])
             if found != extent.digest:
                 raise CacheCorrupt(f"{self.path}: column {name}: its digest is {found}, expected {extent.digest}")

@@ -93,13 +93,16 @@ class Directory:
             fd = os.open(self.full(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        with open(fd, "rb") as file:
+        try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 raise CacheCorrupt(f"{self.full(name)}: not a plain file")
             if found.st_size > limit:
                 raise CacheCorrupt(f"{self.full(name)}: file has {found.st_size} bytes, the most allowed is {limit}")
-            return file.read(limit + 1)
+            with open(fd, "rb", closefd=False) as file:
+                return file.read(limit + 1)
+        finally:
+            os.close(fd)
 
     # ---- writing ----------------------------------------------------------------------------------------------
 
