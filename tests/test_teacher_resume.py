@@ -66,7 +66,7 @@ def test_a_finished_cache_says_so_and_is_left_alone(tmp_path: Path) -> None:
     first = dump(tmp_path / "c")
     before, said = files(tmp_path / "c"), list[str]()
     again = dump(tmp_path / "c", say=said.append)
-    assert again.already_complete and again.complete and again.shards_written == 0
+    assert again.already_complete and again.complete and again.shards_written == again.shards_left == 0
     assert again.content_id == first.content_id and files(tmp_path / "c") == before
     assert any("nothing to do" in line for line in said)
 
@@ -146,7 +146,9 @@ def test_another_batch_size_is_allowed_on_resume(tmp_path: Path) -> None:
     with pytest.raises(Sudden):
         dump(tmp_path / "c", progress=stop)
     dump(tmp_path / "whole")
-    assert dump(tmp_path / "c", batch_size=10).complete
+    said: list[str] = []
+    assert dump(tmp_path / "c", batch_size=10, say=said.append).complete
+    assert "begun with other compute: batch_size 4, now 10; allowed" in "\n".join(said)
     columns = [kdcache.open(tmp_path / name).read(np.arange(50)).columns for name in ("c", "whole")]
     np.testing.assert_array_equal(columns[0]["sample_key"], columns[1]["sample_key"])
     np.testing.assert_array_equal(columns[0]["ids_4"], columns[1]["ids_4"])

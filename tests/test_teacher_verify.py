@@ -91,9 +91,9 @@ def test_without_a_teacher_every_byte_is_read_and_quickly_only_sizes(tmp_path: P
     assert not report.ok and victim.name in report.problems[0]
     victim.write_bytes(data[:-8])
     report = verify(tmp_path / "c", quick=True)
-    assert not report.ok and f"expected {len(data)} bytes" in report.problems[0]
+    assert not report.ok and f"expected {len(data)}" in report.problems[0]
     victim.unlink()
-    assert "missing" in verify(tmp_path / "c", quick=True).problems[0]
+    assert victim.name in verify(tmp_path / "c", quick=True).problems[0]
 
 
 def test_a_damaged_header_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:

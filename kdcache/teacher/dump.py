@@ -122,9 +122,11 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                 missing = writer.missing()
                 if not missing:
                     tell(f"{out} is complete; there is nothing to do")
-                    return dataclasses.replace(report, complete=True, already_complete=True, content_id=writer.seal())
+                    return dataclasses.replace(report, complete=True, already_complete=True, shards_left=0,
+                                               content_id=writer.seal())
                 _check_disk(writer, plan, missing)
                 _say_start(plan, missing, rank, tell)
+                _say_compute(writer, compute, model, missing, tell)
                 signals.defer()
                 start = monotonic()
                 totals = run_teacher(model.module, samples, writer, rank.share(missing), compute, signals, progress)
@@ -170,8 +172,8 @@ def _introduce(report: DumpReport, tell: Callable[[str], None]) -> None:
             "topk": f"top {', '.join(map(str, report.tiers))} of {report.num_classes}, tails at temperature "
                     f"{', '.join(report.temperatures)}"}[report.kind]
     tell(f"teacher {report.teacher}, on {report.device}")
-    tell(f"data {report.data}: {report.num_records} records in {report.num_shards} shards, about "
-         f"{readable_bytes(report.predicted_bytes)}")
+    tell(f"data {report.data}: {report.num_records} records in {report.num_shards} "
+         f"{'shard' if report.num_shards == 1 else 'shards'}, about {readable_bytes(report.predicted_bytes)}")
     tell(f"keeping {kept}" + (f" as {report.values}" if report.kind != "none" else "")
          + (f"; features {', '.join(report.features)}" if report.features else ""))
     if report.defaults:
@@ -210,6 +212,18 @@ def _say_start(plan: Plan, missing: list[int], rank: Rank, tell: Callable[[str],
         tell(f"{done} of {plan.spec.num_shards} shards are there; going on with the others")
     if rank.world > 1:
         tell(f"{rank.world} processes share the shards")
+
+
+def _say_compute(writer: Writer, compute: Compute, model: Model, missing: list[int],
+                 tell: Callable[[str], None]) -> None:
+    """Say what the shards that are there were computed with, where it was something else."""
+    if len(missing) == writer.spec.num_shards:
+        return
+    with open_cache(writer.path, allow_partial=True) as cache:
+        before, now = cache.recorded, _recorded(compute, model)
+    other = [f"{name} {before.get(name, '?')}, now {value}" for name, value in now.items() if before.get(name) != value]
+    if other:
+        tell(f"begun with other compute: {'; '.join(other)}; allowed, but the bytes may differ from those of one run")
 
 
 def _measured(report: DumpReport, totals: Totals, seconds: float) -> DumpReport:

@@ -60,7 +60,7 @@ def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data:
     With `teacher` and `data` (SPECs or objects): compare their identity, and run the teacher again on up to `samples`
     evenly spaced records, in the dtype of the cache's teacher unless `dtype` is given. A difference is a problem when
     it exceeds the codec's own rounding by more than 4 times what two live runs in other batches differ by.
-    UsageError for a teacher without data; what is wrong with the cache is listed, not raised.
+    UsageError for a teacher without data, CacheIncomplete if the dump has not ended; damage is listed, not raised.
     """
     if (teacher is None) != (data is None):
         raise UsageError("verify runs the teacher on the data: give --teacher and --data, or neither")
@@ -68,28 +68,16 @@ def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data:
         raise UsageError(f"--samples is {samples}; expected at least 1")
     try:
         with open_cache(cache) as opened:
-            lines = _sizes(opened) if quick else opened.check_all(progress)
-            notes = tuple(line for line in lines if line.startswith("note:"))
-            problems = [line for line in lines if line not in notes]
-            report = VerifyReport(cache=str(cache), ok=not problems, quick=quick, problems=tuple(problems), notes=notes,
-                                  content_id=opened.content_id, shards=opened.spec.num_shards)
+            problems = opened.check_all(progress, quick=quick)
+            report = VerifyReport(cache=str(cache), ok=not problems, quick=quick, problems=tuple(problems),
+                                  notes=tuple(opened.notes()), content_id=opened.content_id,
+                                  shards=opened.spec.num_shards)
             if teacher is None or problems:
                 return report
             return _ask_teacher(opened, report, teacher, data, samples, dtype, device,
                                 dict(args=teacher_args, weights=teacher_weights), data_args)
     except CacheCorrupt as e:
         return VerifyReport(cache=str(cache), ok=False, quick=quick, problems=(str(e),), content_id=None, shards=0)
-
-
-def _sizes(cache: Cache) -> list[str]:
-    """Shard files that are missing or not of the promised size."""
-    found = []
-    for facts in cache.shards:
-        path = cache.path / "data" / facts.file
-        size = path.stat().st_size if path.is_file() else None
-        if size != facts.size:
-            found.append(f"{path}: {'missing' if size is None else f'has {size} bytes'}; expected {facts.size} bytes")
-    return found
 
 
 def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, count: int, dtype: str | None,
