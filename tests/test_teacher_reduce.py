@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -128,7 +130,17 @@ def test_full_keeps_every_logit_in_id_order_as_it_is() -> None:
     torch.testing.assert_close(kept.std, wide.std(1, correction=0).float(), rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize("classes", [33, 4001])
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Four threads of torch: enough to split one long row."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("classes", [33, 40_001])
+@pytest.mark.usefixtures("threads")
 def test_a_row_has_the_same_bits_in_every_chunk_and_selection(classes: int) -> None:
     logits_NV = normal(37, classes)
     labels_NJ = torch.arange(37)[:, None] % 33
