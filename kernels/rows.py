@@ -1,0 +1,252 @@
+"""Device functions of the row kernels: sums and gradients of one row of logits at two temperatures.
+
+Units. With T = P / Q in small integers and c = log2(e) / P, the base of a logit x is u = 2^(x c - ref), where `ref` is
+a running maximum of x c. Then exp(x - m) = u^P and exp((x - m) / T) = u^Q: one exponential serves both temperatures. P
+is 0 where temperature 1 is not wanted, Q is 0 where T is not, and TWO says that T is not on the list, so that c2 =
+log2(e) / T has a reference and an exponential of its own. x c - ref is one fused multiply-add: a large common offset of
+the logits costs no digits.
+
+`ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf.
+"""
+
+# mypy: ignore-errors
+# Device code: its arguments are pointers and blocks, which have no types of their own.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-1e38)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def power(u, N: tl.constexpr):
+    """u ** N, N in 1..4."""
+    if N == 1:
+        return u
+    elif N == 2:
+        return u * u
+    elif N == 3:
+        return u * u * u
+    else:
+        square = u * u
+        return square * square
+
+
+@triton.jit
+def add_tile(x, ref, ref2, one, soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+    """Adds a tile x [R, C] to the running state [C] of its lanes; the R rows of a lane lie in one thread."""
+    top = tl.max(x, axis=0)
+    new = tl.maximum(ref, top * c)
+    keep = tl.exp2(ref - new)
+    u = tl.exp2(tl.fma(x, c, -new[None, :]))
+    if P > 0:
+        one = tl.fma(one, power(keep, P), tl.sum(power(u, P), axis=0))
+    if TWO:
+        new2 = tl.maximum(ref2, top * c2)
+        soft = tl.fma(soft, tl.exp2(ref2 - new2), tl.sum(tl.exp2(tl.fma(x, c2, -new2[None, :])), axis=0))
+        ref2 = new2
+    elif Q > 0 and Q != P:
+        soft = tl.fma(soft, power(keep, Q), tl.sum(power(u, Q), axis=0))
+    return new, ref2, one, soft
+
+
+@triton.jit
+def sum_pair(a, b):
+    """Both sums by one reduction across the program: what costs there is the barriers."""
+    return tl.split(tl.sum(tl.join(a, b), axis=0))
+
+
+@triton.jit
+def merge(ref, ref2, one, soft, edge, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
+          EDGES: tl.constexpr):
+    """The state of all lanes and of the edge elements as four scalars: the only reductions across the program."""
+    at = tl.max(ref, axis=0)
+    at2 = at
+    if EDGES:
+        at = tl.maximum(at, tl.max(edge, axis=0) * c)
+    scale = tl.exp2(ref - at)
+    sum_one = 0.0
+    sum_soft = 0.0
+    if TWO:
+        at2 = tl.max(ref2, axis=0)
+        if EDGES:
+            at2 = tl.maximum(at2, tl.max(edge, axis=0) * c2)
+        sum_one, sum_soft = sum_pair(one * power(scale, P), soft * tl.exp2(ref2 - at2))
+    elif P > 0 and Q > 0 and P != Q:
+        sum_one, sum_soft = sum_pair(one * power(scale, P), soft * power(scale, Q))
+    elif P > 0:
+        sum_one = tl.sum(one * power(scale, P), axis=0)
+    else:
+        sum_soft = tl.sum(soft * power(scale, Q), axis=0)
+    if EDGES:
+        u = tl.exp2(tl.fma(edge, c, -at))
+        if P > 0:
+            sum_one += tl.sum(power(u, P), axis=0)
+        if TWO:
+            sum_soft += tl.sum(tl.exp2(tl.fma(edge, c2, -at2)), axis=0)
+        elif Q > 0 and Q != P:
+            sum_soft += tl.sum(power(u, Q), axis=0)
+    if Q == P and not TWO:
+        sum_soft = sum_one
+    return at, at2, sum_one, sum_soft
+
+
+@triton.jit
+def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+    """a_one u^P + a_soft u^Q: the gradient of every class that is neither kept nor a label."""
+    u = tl.exp2(tl.fma(x, c, -ref))
+    if TWO:
+        return tl.fma(a_one, u, a_soft * tl.exp2(tl.fma(x, c2, -ref2)))
+    elif Q == 0:
+        return a_one * power(u, P)
+    elif P == 0:
+        return a_soft * power(u, Q)
+    elif P == Q:
+        return (a_one + a_soft) * power(u, P)
+    elif P > Q:
+        return power(u, Q) * tl.fma(a_one, power(u, P - Q), a_soft)
+    else:
+        return power(u, P) * tl.fma(a_soft, power(u, Q - P), a_one)
+
+
+@triton.jit
+def row_start(pointer, n, stride, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where row n starts; with ALIGNED in a form in which the compiler sees a multiple of 16 bytes."""
+    if ALIGNED:
+        return pointer + n * (stride // VEC * VEC)
+    else:
+        return pointer + n * stride
+
+
+@triton.jit
+def span(row, num_classes, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the 16-byte vectors of a row start and how many elements they hold; at most VEC - 1 lie at either end.
+
+    The hint lets the compiler use 128-bit accesses on rows of odd length, which start anywhere. It has to stand on an
+    operation of its own: on an argument it is lost.
+    """
+    if ALIGNED:
+        return row, 0, num_classes // VEC * VEC
+    else:
+        width: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+        past = ((row.to(tl.int64) // width) % VEC).to(tl.int32)
+        lead = tl.minimum((VEC - past) % VEC, num_classes)
+        return tl.multiple_of(row + lead, 16), lead, (num_classes - lead) // VEC * VEC
+
+
+@triton.jit
+def span_beside(row, lead, ALIGNED: tl.constexpr):
+    """The vectors of another row that starts at the same place within 16 bytes."""
+    if ALIGNED:
+        return row
+    else:
+        return tl.multiple_of(row + lead, 16)
+
+
+@triton.jit
+def edge_columns(lead, body, num_classes, VEC: tl.constexpr):
+    """Columns before and after the vectors, and which of the 2 VEC slots hold one."""
+    slot = tl.arange(0, 2 * VEC)
+    first = slot < VEC
+    column = tl.where(first, slot, lead + body + slot - VEC)
+    return column, tl.where(first, slot < lead, column < num_classes)
+
+
+@triton.jit
+def tile_offsets(R: tl.constexpr, C: tl.constexpr):
+    return tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, R: tl.constexpr,
+               C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr):
+    """Both sums of exponentials of a row, relative to its maximum: (ref, ref2, sum_one, sum_soft)."""
+    start, lead, body = span(row, num_classes, VEC, ALIGNED)
+    ref = tl.full([C], FLOOR, tl.float32)
+    ref2 = tl.full([C], FLOOR, tl.float32)
+    one = tl.zeros([C], tl.float32)
+    soft = tl.zeros([C], tl.float32)
+    offsets = tile_offsets(R, C)
+    whole = body // (R * C) * (R * C)
+    for at in tl.range(0, whole, R * C):
+        x = tl.load(start + at + offsets, eviction_policy=EVICT).to(tl.float32)
+        ref, ref2, one, soft = add_tile(x, ref, ref2, one, soft, c, c2, P, Q, TWO)
+    inside = whole + offsets < body
+    x = tl.load(start + whole + offsets, mask=inside, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
+    ref, ref2, one, soft = add_tile(x, ref, ref2, one, soft, c, c2, P, Q, TWO)
+    edge = tl.full([2 * VEC], -float("inf"), tl.float32)
+    if not ALIGNED:
+        column, held = edge_columns(lead, body, num_classes, VEC)
+        edge = tl.load(row + column, mask=held, other=-float("inf")).to(tl.float32)
+    return merge(ref, ref2, one, soft, edge, c, c2, P, Q, TWO, not ALIGNED)
+
+
+@triton.jit
+def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr,
+                   TWO: tl.constexpr, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
+                   REVERSE: tl.constexpr):
+    """Writes the dense gradient of a row to `out`, which may be the row itself."""
+    start, lead, body = span(row, num_classes, VEC, ALIGNED)
+    to = span_beside(out, lead, ALIGNED)
+    offsets = tile_offsets(R, C)
+    tiles = body // (R * C)
+    for i in tl.range(0, tiles):
+        at = (tiles - 1 - i if REVERSE else i) * (R * C)
+        x = tl.load(start + at + offsets, eviction_policy="evict_first").to(tl.float32)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+        tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy="evict_first")
+    whole = tiles * (R * C)
+    inside = whole + offsets < body
+    x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+    tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    if not ALIGNED:
+        column, held = edge_columns(lead, body, num_classes, VEC)
+        x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+        tl.store(out + column, g.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def fill_zeros(out, num_classes, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Zeros over a row of `out`."""
+    start, lead, body = span(out, num_classes, VEC, ALIGNED)
+    offsets = tile_offsets(R, C)
+    zeros = tl.zeros([R, C], out.dtype.element_ty)
+    for at in tl.range(0, body, R * C):
+        tl.store(start + at + offsets, zeros, mask=at + offsets < body, eviction_policy="evict_first")
+    if not ALIGNED:
+        column, held = edge_columns(lead, body, num_classes, VEC)
+        tl.store(out + column, tl.zeros([2 * VEC], out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def log_sum_exp2(a, b):
+    """log(e^a + e^b), -inf where both are."""
+    top = tl.maximum(a, b)
+    return tl.where(top == -float("inf"), top, top + tl.log(tl.exp(a - top) + tl.exp(b - top)))
+
+
+@triton.jit
+def outcome(log_q, log_p, p, total_q, beta, DIVERGENCE: tl.constexpr):
+    """Of each outcome: its part of D(q || p), and dD/dp as far as it is not common to all (forward KL: its slope).
+
+    The slope over scores whose softmax is p is p_i (c_i - sum p c); for forward KL that is (sum q) p_i - q_i.
+    """
+    q = tl.exp(log_q)
+    if DIVERGENCE == "forward_kl":
+        return tl.where(q > 0, q * (log_q - log_p), 0.0), total_q * p - q
+    elif DIVERGENCE == "reverse_kl":
+        c = tl.where(p > 0, log_p - log_q, 0.0)
+        return p * c, c
+    elif DIVERGENCE == "jsd":
+        log_m = log_sum_exp2(log_q + tl.log(beta), log_p + tl.log(1.0 - beta))
+        c = tl.where(p > 0, log_p - log_m, 0.0)
+        from_q = tl.where(q > 0, q * (log_q - log_m), 0.0)
+        return beta * from_q + (1.0 - beta) * p * c, (1.0 - beta) * c
+    else:
+        tl.static_assert(DIVERGENCE == "tv")
+        c = tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
+        return c * (p - q), c

@@ -1,0 +1,244 @@
+"""Rows of logits, teachers and labels for the kernel tests, and the plain arithmetic they are held against.
+
+`define` gives the value and, by autograd, the gradient of a problem in any floating dtype: in float64 it is the truth,
+in float32 "plain torch". It takes each row's outcomes one by one, from the formulas; nothing is shared with a kernel.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "temperature": (2.0, 1.0, 0.5, 1.5, 3.0, 4.0, 1.37),
+    "kept": (8, 64, 1, 100),
+    "num_classes": (123, 1271, 7, 1272, 32000),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "labels": ("out", "in", "some", "two", "twice", "none", "ignored"),
+    "tail_mass": (None, 0.0, 1e-9, 0.5, 1.0),
+    "logits": ("normal", "apart", "constant", "minus_inf", "offset"),
+    "layout": ("plain", "strided", "padded", "odd"),
+    "rows": (3, 1, 0),
+    "grad_output": ("one", "half", "each"),
+    "inplace": (False, True),
+    "weights": (None, "some"),
+    "tail": ("bucket", "renormalise", "conditional", "sampled"),
+    "divergence": ("forward_kl", "reverse_kl", "jsd", "tv"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination of FACTORS; the defaults are the usual."""
+
+    temperature: float = 2.0
+    kept: int = 8
+    num_classes: int = 123
+    dtype: torch.dtype = torch.float32
+    labels: str = "out"
+    tail_mass: float | None = None
+    logits: str = "normal"
+    layout: str = "plain"
+    rows: int = 3
+    grad_output: str = "one"
+    inplace: bool = False
+    weights: str | None = None
+    tail: str = "bucket"
+    divergence: str = "forward_kl"
+
+    def __str__(self) -> str:
+        usual = Case()
+        return "-".join(f"{getattr(self, name)}" for name in FACTORS if getattr(self, name) != getattr(usual, name))
+
+    @property
+    def sensible(self) -> bool:
+        """Whether the float64 definition has a finite value and gradient."""
+        if self.divergence == "reverse_kl":
+            return self.tail in ("bucket", "conditional") and self.tail_mass not in (0.0, 1.0)
+        # All mass in the tail leaves nothing to renormalise; weights of any sum are no distribution to compare.
+        return not (self.tail_mass == 1.0 and self.tail != "bucket") and not (
+            self.tail == "sampled" and self.divergence != "forward_kl")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case made concrete; `logits` [N, V'] is a leaf of its own, never the tensor a kernel may write."""
+
+    case: Case
+    logits: Tensor
+    keywords: dict[str, Any] = field(default_factory=dict)
+    factor: Tensor = field(default_factory=lambda: torch.ones(0))
+
+
+def covering(seed: int = 0) -> list[Case]:
+    """Few cases in which every pair of values of two factors occurs somewhere (where it is sensible)."""
+    chance = random.Random(seed)
+    wanted = {((a, x), (b, y)) for a, b in combinations(FACTORS, 2) for x in FACTORS[a] for y in FACTORS[b]}
+    cases: list[Case] = []
+    while wanted:
+        best, gain = None, 0
+        for _ in range(60):
+            case = Case(**{name: chance.choice(values) for name, values in FACTORS.items()})
+            found = len(_pairs(case) & wanted) if case.sensible else 0
+            if found > gain:
+                best, gain = case, found
+        if best is None or gain < 8:            # what is left is covered one pair at a time, or cannot be
+            break
+        cases.append(best)
+        wanted -= _pairs(best)
+    for pair in sorted(wanted, key=str):
+        if pair in wanted and (case := replace(Case(), **dict(pair))).sensible:
+            cases.append(case)
+            wanted -= _pairs(case)
+    return cases
+
+
+def _pairs(case: Case) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    return {((a, getattr(case, a)), (b, getattr(case, b))) for a, b in combinations(FACTORS, 2)}
+
+
+def problem(case: Case, seed: int = 0) -> Problem:
+    """Random logits and targets of a case, the same for the same seed."""
+    torch.manual_seed(seed)
+    rows, classes = case.rows, case.num_classes
+    kept = min(case.kept, classes)
+    ids = torch.stack([torch.randperm(classes)[:kept] for _ in range(rows)]) if rows else torch.zeros(0, kept).long()
+    logits = _logits(case, ids).to(case.dtype)
+    ids_NK = torch.full((rows, case.kept), -1)
+    ids_NK[:, :kept] = ids
+    if rows and kept > 1:
+        ids_NK[0, kept - 1] = -1                # padding within the support too
+    log_probs, log_tail = _teacher(case, ids_NK)
+    labels, label_weight = _labels(case, ids_NK)
+    weight = None if case.weights is None else torch.tensor([0.5, 0.0, 2.0])[:rows]
+    keywords = {"num_classes": classes, "labels": labels, "label_weight": label_weight, "ids": ids_NK,
+                "log_probs": log_probs, "log_tail": log_tail if case.tail == "bucket" else None, "row_weight": weight,
+                "temperature": case.temperature, "divergence": case.divergence, "tail": case.tail,
+                "ce_scale": torch.tensor(0.7), "kd_scale": torch.tensor(1.3)}
+    factor = {"one": torch.ones(rows), "half": torch.full((rows,), 0.5), "each": torch.rand(rows) + 0.25}
+    return Problem(case, logits, keywords, factor[case.grad_output])
+
+
+def _logits(case: Case, ids: Tensor) -> Tensor:
+    x = torch.randn(case.rows, case.num_classes) * 3
+    if case.logits == "apart":
+        x = torch.where(x > 2, 80.0, -80.0) + torch.randn_like(x)
+        x.scatter_(1, ids, 80.0)
+    elif case.logits == "constant":
+        x = torch.full_like(x, 1.5)
+    elif case.logits == "offset":
+        x += 1000
+    elif case.logits == "minus_inf":
+        free = torch.ones_like(x).scatter_(1, ids, 0.0)
+        x[:, 0] = torch.where(free[:, 0] > 0, -torch.inf, x[:, 0])
+    return x
+
+
+def _teacher(case: Case, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the kept ids, NaN where an id is padding, and of the tail."""
+    rows, kept = ids_NK.shape
+    free = (ids_NK >= 0).sum(1) < case.num_classes
+    mass = torch.rand(rows) * 0.9 + 0.05 if case.tail_mass is None else torch.full((rows,), case.tail_mass)
+    mass = torch.where(free, mass, 0).double()
+    scores = torch.where(ids_NK >= 0, torch.randn(rows, kept).double(), -torch.inf)
+    log_probs = torch.log_softmax(scores, -1) + torch.log1p(-mass)[:, None]
+    return torch.where(ids_NK >= 0, log_probs, torch.nan).float(), mass.log().float()
+
+
+def _labels(case: Case, ids_NK: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if case.labels == "none":
+        return None, None
+    rows, last = case.rows, case.num_classes - 1
+    y = torch.randint(1, last + 1, (rows,))
+    if case.labels == "in":
+        y = ids_NK[:, 0]
+    if case.labels == "ignored":
+        y = torch.full((rows,), -100)
+    if case.labels == "some" and rows:
+        y[0] = -100
+    if case.labels in ("two", "twice"):
+        other = y if case.labels == "twice" else ids_NK[:, 0]
+        return torch.stack([y, other], 1), torch.tensor([[0.3, 0.7], [0.0, 0.0], [1.0, 0.25]])[:rows]
+    return y, None
+
+
+def divergence_of(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
+    """D(q || p) over outcomes, 0 log 0 = 0."""
+    q, p = log_q.exp(), log_p.exp()
+    if name == "forward_kl":
+        return torch.where(q > 0, q * (log_q - log_p), 0).sum()
+    if name == "reverse_kl":
+        return torch.where(p > 0, p * (log_p - log_q), 0).sum()
+    if name == "tv":
+        return (p - q).abs().sum() / 2
+    log_m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0, dtype=log_q.dtype))
+    live_q, live_p = q > 0, p > 0
+    return 0.5 * ((q * (log_q - log_m))[live_q].sum() + (p * (log_p - log_m))[live_p].sum())
+
+
+def define(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, CE, D) of each row and the gradient of sum(factor * loss), in `dtype`."""
+    x = problem.logits.to(dtype).requires_grad_()
+    k = problem.keywords
+    ce, kd = [x.new_zeros(())] * problem.case.rows, [x.new_zeros(())] * problem.case.rows
+    for n in range(problem.case.rows):
+        row = x[n, : k["num_classes"]]
+        if k["labels"] is not None:
+            ce[n] = _cross_entropy(row, k["labels"][n].reshape(-1),
+                                   None if k["label_weight"] is None else k["label_weight"][n])
+        weight = 1.0 if k["row_weight"] is None else float(k["row_weight"][n])
+        if weight:
+            kd[n] = weight * _distillation(row, problem, n)
+    ce_N, kd_N = (torch.stack(t) if t else x.new_zeros(0) for t in (ce, kd))
+    loss = k["ce_scale"].to(dtype) * ce_N + k["kd_scale"].to(dtype) * kd_N
+    if not loss.requires_grad:
+        return loss, ce_N, kd_N, torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad((problem.factor.to(dtype) * loss).sum(), x)
+    return loss.detach(), ce_N.detach(), kd_N.detach(), gradient
+
+
+def _cross_entropy(row: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+    log_p = torch.log_softmax(row, -1)
+    total = row.new_zeros(())
+    for j, y in enumerate(labels.tolist()):
+        w = 1.0 if weight is None else float(weight[j])
+        if y >= 0 and w:
+            total = total - w * log_p[y]
+    return total
+
+
+def _distillation(row: Tensor, problem: Problem, n: int) -> Tensor:
+    k, case = problem.keywords, problem.case
+    ids = k["ids"][n]
+    valid = ids >= 0
+    ids, log_q = ids[valid], k["log_probs"][n][valid].to(row.dtype)
+    score = row / case.temperature
+    free = torch.ones_like(row, dtype=torch.bool)
+    free[ids] = False
+    if case.tail == "conditional":
+        return divergence_of(case.divergence, torch.log_softmax(log_q, -1), torch.log_softmax(score[ids], -1))
+    scores = score[ids]
+    log_tail = k["log_tail"][n].to(row.dtype) if case.tail == "bucket" else row.new_tensor(-torch.inf)
+    if case.tail == "renormalise":
+        log_q = torch.log_softmax(log_q, -1)
+    if bool(free.any()):
+        scores = torch.cat([scores, torch.logsumexp(score[free], 0)[None]])
+        log_q = torch.cat([log_q, log_tail[None]])
+    return divergence_of(case.divergence, log_q, torch.log_softmax(scores, -1))
+
+
+def laid_out(problem: Problem, device: str) -> tuple[Tensor, Tensor]:
+    """(buffer, logits within it) on a device: rows as the case's layout wants them, everything around them NaN."""
+    case, width = problem.case, problem.case.num_classes
+    stride = {"plain": width, "strided": width + 13, "padded": (width + 15) // 8 * 8, "odd": width}[case.layout]
+    columns = width + 5 if case.layout == "padded" else width
+    offset = 3 if case.layout == "odd" else 64
+    buffer = torch.full((offset + case.rows * stride + 64,), torch.nan, dtype=case.dtype, device=device)
+    view = buffer.as_strided((case.rows, columns), (stride, 1), offset)
+    view[:, :width] = problem.logits.to(device)
+    return buffer, view

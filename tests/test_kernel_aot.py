@@ -1,0 +1,146 @@
+"""The kernels compiled ahead of time for sm_80, sm_90 and sm_100, without a device, within written budgets.
+
+A budget is per kernel: registers (they set how many programs share a multiprocessor), no spills, 128-bit accesses
+alone in the loops over the row, no barrier in them, and instructions and exponentials per element. Budgets were written
+from triton 3.7.1; another version may need others, which is then a change to look at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aot
+import pytest
+import torch
+import triton
+
+from kdcache.kernels import kd_loss
+
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel as a call would have it compiled, and what it may cost: instructions per element of both sweeps."""
+
+    name: str
+    num_classes: int
+    instructions: tuple[float, float]
+    dtype: str = "bf16"
+    temperature: float = 2.0
+    kept: int = 64
+    labels: int = 1
+    tail: str = "bucket"
+    divergence: str = "forward_kl"
+    aligned: bool = True
+    inplace: bool = True
+    tiles: kd_loss.Tiles | None = None
+    said: bool = True           # whether the compiler is told that pointers are multiples of 16 bytes
+
+    @property
+    def shape(self) -> kd_loss.Tiles:
+        return self.tiles or kd_loss.Tiles.of(self.num_classes, ELEMENT[self.dtype])
+
+    def exponentials(self) -> tuple[float, float]:
+        """Per element: one, or two for a temperature off the list; in sweep 1 as many more per lane and tile."""
+        both = self.labels > 0 and self.kept > 0
+        each = 2 if both and kd_loss.powers(self.temperature) is None else 1
+        return each * (1 + 1 / self.shape.rows), each
+
+
+BUILDS = [
+    Build("kd-128k-T2", 128_256, (9.3, 7.4)),
+    Build("kd-128k-T1", 128_256, (7.8, 6.4), temperature=1.0),
+    Build("kd-128k-T1.37", 128_256, (12.3, 9.4), temperature=1.37),
+    Build("kd-128k-T3/2-mixup", 128_256, (11.4, 8.4), temperature=1.5, labels=2),
+    Build("ce-128k", 128_256, (7.7, 6.4), kept=0),
+    Build("kd-128k-T2-beside", 128_256, (9.3, 7.5), inplace=False),
+    Build("kd-50257-T2", 50_257, (9.3, 7.8), aligned=False),
+    Build("kd-32k-T2", 32_000, (11.4, 7.9)),
+    Build("kd-256k-T2", 262_144, (9.3, 7.6)),
+    Build("kd-32k-T2-fp32", 32_000, (9.0, 8.0), dtype="fp32"),
+    Build("kd-1000-jsd-fp16", 1_000, (12.5, 8.6), dtype="fp16", divergence="jsd", temperature=4.0, labels=0),
+]
+ARCHES = (80, 90, 100)
+
+
+def request(build: Build, arch: int) -> dict[str, Any]:
+    """The call of a build, turned into what the compiler is asked; the constants come from the launcher itself."""
+    def some(width: int) -> torch.Tensor | None:
+        return torch.empty(1, width) if width else None
+
+    call = kd_loss.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
+                        build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace)
+    size = ELEMENT[build.dtype]
+    constants = kd_loss.kernel_constants(call, size, True, build.inplace, build.aligned)
+    if build.tiles:
+        constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
+    absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["LABELS", "CE_SCALE"] * (not build.labels)
+    absent += ["IDS", "LOG_Q", "LOG_TAIL", "KD_SCALE"] * (not build.kept)
+    constants |= dict.fromkeys(absent)
+    signature = dict.fromkeys(("X", "G"), f"*{build.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
+    signature |= dict.fromkeys(("LOSS", "CE", "KD", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT", "CE_SCALE",
+                                "KD_SCALE"), "*fp32")
+    signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "id_stride", "q_stride",
+                                "num_classes", "width", "kept", "num_labels"), "i32")
+    signature |= dict.fromkeys(("c", "c2", "temperature", "beta"), "fp32")
+    sizes = ["x_stride", "g_stride", "num_classes", "width"] if build.aligned and build.num_classes % 16 == 0 else []
+    return {"name": build.name, "kernel": "kdcache.kernels.kd_rows:kd_rows", "arch": arch, "signature": signature,
+            "constants": constants, "aligned": ["X", "G", *sizes] if build.said else [], "warps": build.shape.warps,
+            "maxnreg": build.shape.registers}
+
+
+def complaints(build: Build, report: aot.Report) -> list[str]:
+    """Where a report is over its build's budget; nothing if it is not."""
+    vector = 16 // ELEMENT[build.dtype]
+    sums = [loop for loop in report.loops if loop.exponentials and not loop.vector_stores and loop.vector_loads]
+    gradients = [loop for loop in report.loops if loop.exponentials and loop.vector_stores and loop.vector_loads]
+    found = [] if len(sums) == len(gradients) == 1 else [f"loops: {report.loops}"]
+    if report.registers > build.shape.registers or report.spills or report.stack:
+        found.append(f"{report.registers} registers, {report.spills} spills, {report.stack} bytes of stack")
+    if report.shared > 1024:
+        found.append(f"{report.shared} bytes of shared memory")
+    for loop, most, exponentials in zip(sums + gradients, build.instructions, build.exponentials(), strict=False):
+        elements = loop.vector_loads * vector
+        if loop.instructions > most * elements or loop.exponentials > exponentials * elements:
+            found.append(f"{loop.instructions / elements:.2f} instructions and {loop.exponentials / elements:.2f} "
+                         f"exponentials per element; budget {most} and {exponentials}")
+        if loop.scalar_loads or loop.scalar_stores or loop.barriers:
+            found.append(f"narrow accesses or barriers in a loop: {loop}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], aot.Report]:
+    """Every build for sm_90, the three that differ most for the others, and the mutants."""
+    wanted = [request(build, arch) for build in BUILDS for arch in ARCHES
+              if arch == 90 or build.name in ("kd-128k-T2", "kd-50257-T2", "kd-32k-T2")]
+    wanted += [request(mutant, 90) for mutant in MUTANTS.values()]
+    found = aot.reports(wanted, cache=tmp_path_factory.mktemp("triton"))
+    return {(report.name, report.arch): report for report in found}
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str, int], aot.Report]) -> None:
+    if triton.__version__ != "3.7.1":
+        pytest.skip(f"budgets are triton 3.7.1's; this is {triton.__version__}")
+    reports = [report for (name, _), report in compiled.items() if name == build.name]
+    assert reports and {report.arch: found for report in reports if (found := complaints(build, report))} == {}
+
+
+USUAL = BUILDS[0]
+MUTANTS = {
+    "registers": replace(USUAL, name="tiles-too-tall", tiles=kd_loss.Tiles(16, 16)),
+    "exponentials": replace(USUAL, name="one-row-per-tile", tiles=kd_loss.Tiles(1, 16)),
+    "narrow": replace(USUAL, name="alignment-not-said", said=False),
+}
+
+
+def test_budgets_can_be_broken(compiled: dict[tuple[str, int], aot.Report]) -> None:
+    """Too tall a tile spills, one row per tile pays two exponentials per element, hidden alignment narrows accesses."""
+    found = {why: complaints(USUAL, compiled[mutant.name, 90]) for why, mutant in MUTANTS.items()}
+    assert any("spills" in text for text in found["registers"])
+    assert any("exponentials per element" in text for text in found["exponentials"])
+    assert any("scalar_loads=32" in text for text in found["narrow"])
+    assert complaints(USUAL, compiled[USUAL.name, 90]) == []
