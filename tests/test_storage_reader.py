@@ -57,17 +57,20 @@ def test_any_order(name: str, path: Path) -> None:
 @given(shards=st.lists(st.integers(0, 4), max_size=30), data=st.data())
 def test_groups_cover_a_batch_exactly_once(shards: list[int], data: st.DataObject) -> None:
     index = data.draw(st.lists(st.integers(0, 9), min_size=len(shards), max_size=len(shards)))
-    found: dict[int, tuple[int, int]] = {}
-    for group in groups(np.array(shards, np.int64), np.array(index, np.int64)):
-        source, target = (np.arange(100)[x] for x in (group.source, group.target))
-        for s, t in zip(source.tolist(), target.tolist(), strict=True):
-            assert t not in found
-            found[t] = (group.shard, s)
-    assert found == dict(enumerate(zip(shards, index, strict=True)))
+    parts, back = groups(np.array(shards, np.int64), np.array(index, np.int64))
+    assert [part.shard for part in parts] == sorted(set(shards))
+    found = []
+    for part in parts:
+        assert part.target.start == len(found)
+        found += [(part.shard, s) for s in np.arange(100)[part.source].tolist()]
+        assert part.target.stop == len(found)
+    way = range(len(found)) if back is None else back.tolist()
+    assert [found[i] for i in way] == list(zip(shards, index, strict=True))
 
 
 def test_consecutive_rows_are_copied_as_one_piece() -> None:
-    assert groups(np.array([0, 0, 1, 1]), np.array([3, 4, 0, 2]))[0] == Group(0, slice(3, 5), slice(0, 2))
+    parts, back = groups(np.array([0, 0, 1, 1]), np.array([3, 4, 0, 2]))
+    assert parts[0] == Group(0, slice(3, 5), slice(0, 2)) and back is None
     assert run(np.array([7])) == slice(7, 8)
     assert isinstance(run(np.array([1, 3, 2, 4])), np.ndarray)
 

@@ -13,7 +13,6 @@ import numpy as np
 from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns, check_offsets
 from kdcache.cache.rawmap import layout, level_rows
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.values import unpack_high
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
 
 CHUNK_ELEMENTS = 2**19          # ids looked at together: a few MiB of temporaries
@@ -88,13 +87,17 @@ def problem(spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, g
     return _bad_values(spec, column, get(name))
 
 
+def judged_with(spec: CacheSpec, name: str) -> list[str]:
+    """The columns that `problem` of column `name` clears: itself, and of ids all those of its tier and smaller ones."""
+    return id_columns(spec, tier_of(name)) if name.startswith("ids_") else [name]
+
+
 def tier_of(name: str) -> int:
     """The k of a column `ids_<k>` or `ids_<k>_high`."""
     return int(name.split("_")[1])
 
 
 def id_columns(spec: CacheSpec, k: int) -> list[str]:
-    """The id columns of tier `k` and of all smaller ones: they are judged together."""
     return [name for tier in spec.tiers if tier <= k
             for name in (f"ids_{tier}", *([f"ids_{tier}_high"] if spec.high_bits else []))]
 
@@ -156,5 +159,17 @@ def _assemble(spec: CacheSpec, parts: list[Array], k: int) -> Array:
     for tier, low, high in zip(spec.tiers, parts[::2], parts[1::2], strict=False):
         start, stop = spec.tier_range(tier)
         out[:, start:stop] = low
-        out[:, start:stop] |= unpack_high(high, spec.high_bits, stop - start).astype(np.uint32) << np.uint32(16)
+        _add_high(out[:, start:stop], high, spec.high_bits)
     return out
+
+
+def _add_high(ids: Array, plane: Array, bits: int) -> None:
+    """Put the high bits of a plane (docs/format.md 7.2) into ids uint32 [n, count], without wide temporaries."""
+    if bits == 16:
+        ids |= np.ascontiguousarray(plane).view("<u2").astype(np.uint32) << np.uint32(16)
+        return
+    per_byte = 8 // bits
+    for j in range(min(per_byte, ids.shape[1])):
+        part = ids[:, j::per_byte]
+        byte = plane[:, :part.shape[1]] >> np.uint8(j * bits) & np.uint8((1 << bits) - 1)
+        part |= byte.astype(np.uint32) << np.uint32(16)

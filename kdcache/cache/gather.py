@@ -1,4 +1,8 @@
-"""Records of a batch, sorted out by shard, and their rows copied once from mapped columns into arrays of our own."""
+"""Records of a batch, sorted out by shard, and their rows copied from mapped columns into arrays of our own.
+
+Batches in the order of the shards are copied once. Others are gathered in that order and then put in their own: two
+`np.take` of rows are 3 to 8 times faster than one indexed assignment (4,096 rows of 2 to 100 bytes).
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcache.cache.columns import Array, Column, Columns
+from kdcache.cache.columns import Array
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The rows that one shard gives: row `source[i]` of the shard goes to row `target[i]` of the batch.
-
-    A slice stands where the rows are consecutive: then it is a plain copy, or a gather without a scatter.
-    """
+    """What one shard gives: its rows `source`, in that order, to rows `target` of the sorted batch."""
 
     shard: int
     source: Array | slice
-    target: Array | slice
+    target: slice
 
 
-def groups(shard_B: Array, index_B: Array) -> list[Group]:
-    """One group for each shard that a batch touches."""
+def groups(shard_B: Array, index_B: Array) -> tuple[list[Group], Array | None]:
+    """One group for each shard of a batch, in the order of the shards, and the way back to the batch's own order.
+
+    The latter is int64 [B], the place of each record in the sorted batch; None if the batch is sorted already.
+    """
     if not len(shard_B):
-        return []
-    sorted_already = bool((shard_B[1:] >= shard_B[:-1]).all())
-    order = np.arange(len(shard_B)) if sorted_already else np.argsort(shard_B, kind="stable")
-    shards, index = shard_B[order], index_B[order]
-    cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(shards)]
-    return [Group(int(shards[a]), run(index[a:b]), slice(a, b) if sorted_already else run(order[a:b]))
-            for a, b in itertools.pairwise(cuts)]
+        return [], None
+    back = None
+    if not bool((shard_B[1:] >= shard_B[:-1]).all()):
+        order = np.argsort(shard_B, kind="stable")
+        shard_B, index_B = shard_B[order], index_B[order]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+    cuts = [0, *(np.flatnonzero(shard_B[1:] != shard_B[:-1]) + 1).tolist(), len(shard_B)]
+    return [Group(int(shard_B[a]), run(index_B[a:b]), slice(a, b)) for a, b in itertools.pairwise(cuts)], back
 
 
 def run(index: Array) -> Array | slice:
@@ -43,24 +49,26 @@ def run(index: Array) -> Array | slice:
     return index
 
 
-def gather(values: Array, group: Group, out: Array) -> None:
-    """Copy the rows of one group from a shard's column [rows, ...] to the batch's [rows, ...]."""
-    if isinstance(group.source, slice) or not isinstance(group.target, slice):
-        out[group.target] = values[group.source]
-    else:               # clip: no bounds are checked again, and numpy takes no buffer between
-        np.take(values, group.source, axis=0, out=out[group.target], mode="clip")
+def gather(values: Sequence[Array], parts: Sequence[Group], out: Array, back: Array | None) -> Array:
+    """Rows of one column of several shards in the batch's order; `out` [rows, ...] takes them in the shards' order."""
+    for column, part in zip(values, parts, strict=True):
+        if isinstance(part.source, slice):
+            out[part.target] = column[part.source]
+        else:           # clip: no bounds are checked again, and numpy takes no buffer between
+            np.take(column, part.source, axis=0, out=out[part.target], mode="clip")
+    return out if back is None else np.take(out, back, axis=0, mode="clip")
 
 
-def ragged_rows(parts: Sequence[Group], offsets: Sequence[Array], records: int) -> tuple[list[Group], Array]:
-    """Groups of rows for groups of records, by the offsets of each group's shard; and the batch's offsets [B + 1]."""
+def ragged_rows(parts: Sequence[Group], offsets: Sequence[Array], back: Array | None,
+                records: int) -> tuple[list[Group], Array | None, Array]:
+    """Groups and way back of rows, for those of records, by the offsets of each shard; the batch's offsets [B + 1]."""
     lengths = np.empty(records, np.int64)
     for part, at in zip(parts, offsets, strict=True):
         if isinstance(part.source, slice):
             lengths[part.target] = np.diff(at[part.source.start:part.source.stop + 1])
         else:
             lengths[part.target] = at[part.source + 1] - at[part.source]
-    starts = np.zeros(records + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
+    starts = _starts(lengths)
     plan = []
     for part, at in zip(parts, offsets, strict=True):
         source: Array | slice
@@ -68,12 +76,17 @@ def ragged_rows(parts: Sequence[Group], offsets: Sequence[Array], records: int) 
             source = slice(int(at[part.source.start]), int(at[part.source.stop]))
         else:
             source = _spread(at[part.source], lengths[part.target])
-        if isinstance(part.target, slice):
-            target: Array | slice = slice(int(starts[part.target.start]), int(starts[part.target.stop]))
-        else:
-            target = _spread(starts[part.target], lengths[part.target])
-        plan.append(Group(part.shard, source, target))
-    return plan, starts
+        plan.append(Group(part.shard, source, slice(int(starts[part.target.start]), int(starts[part.target.stop]))))
+    if back is None:
+        return plan, None, starts
+    lengths = lengths[back]
+    return plan, _spread(starts[back], lengths), _starts(lengths)
+
+
+def _starts(lengths: Array) -> Array:
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
 
 
 def _spread(first: Array, lengths: Array) -> Array:
@@ -81,12 +94,4 @@ def _spread(first: Array, lengths: Array) -> Array:
     before = np.cumsum(lengths) - lengths
     out: Array = np.repeat(first - before, lengths)
     out += np.arange(len(out))
-    return out
-
-
-def gather_rows(column: Column, plan: Sequence[Group], found: Sequence[Columns], rows: int) -> Array:
-    """A column of a ragged level for the whole batch, [rows, *shape]."""
-    out = np.empty((rows, *column.shape), column.storage)
-    for group, columns in zip(plan, found, strict=True):
-        gather(columns[column.name], group, out)
     return out

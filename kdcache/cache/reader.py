@@ -16,8 +16,8 @@ import numpy as np
 
 from kdcache.cache import audit, catalog, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest
-from kdcache.cache.columns import ROOT, Array, Column, Columns
-from kdcache.cache.gather import Group, gather, gather_rows, groups, ragged_rows
+from kdcache.cache.columns import ROOT, Array, Columns
+from kdcache.cache.gather import gather, groups, ragged_rows
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.rawmap import Facts, layout
 from kdcache.cache.shard import Shard
@@ -172,7 +172,7 @@ class Cache:
             shard_B, index_B = self.spec.locate(wanted)
         except IndexError as e:
             raise UsageError(f"{self.path}: {e}") from e
-        parts = groups(shard_B, index_B)
+        parts, back = groups(shard_B, index_B)
         levels = self._layout.levels
         with explain(self.path, "reading"):
             used = {self._columns[name].level for name in names}
@@ -185,18 +185,16 @@ class Cache:
             if not members:
                 continue
             count = 1 if level == ROOT else levels[level].count
+            rows, plan, way = len(wanted), parts, back
             if count is None:
-                starts[level] = self._ragged(members, levels[level].offsets, parts, found, len(wanted), out)
-            else:
-                _fixed(members, count, parts, found, len(wanted), out)
+                given = [columns[levels[level].offsets] for columns in found]
+                plan, way, starts[level] = ragged_rows(parts, given, back, len(wanted))
+                rows = int(starts[level][-1])
+            for column in members:
+                inner = column.shape if count in (None, 1) else (count, *column.shape)
+                given = [columns[column.name].reshape(-1, *inner) for columns in found]
+                out[column.name] = gather(given, plan, np.empty((rows, *inner), column.storage), way)
         return Batch(self.spec, wanted, {name: out[name] for name in names}, starts)
-
-    def _ragged(self, members: list[Column], key: str, parts: list[Group], found: list[Columns], records: int,
-                out: Columns) -> Array:
-        plan, starts = ragged_rows(parts, [columns[key] for columns in found], records)
-        for column in members:
-            out[column.name] = gather_rows(column, plan, found, int(starts[-1]))
-        return starts
 
     def shard_columns(self, shard: int) -> Columns:
         """Every column of one shard as read-only views of the mapped file, and the offsets of its ragged levels."""
@@ -231,16 +229,6 @@ class Cache:
     def notes(self) -> list[str]:
         """What stands in the folder and is no damage: temporaries of a running dump, files in quarantine."""
         return audit.notes(self._directory)
-
-
-def _fixed(members: list[Column], count: int, parts: list[Group], found: list[Columns], records: int,
-           out: Columns) -> None:
-    for column in members:
-        inner = column.shape if count == 1 else (count, *column.shape)
-        result = np.empty((records, *inner), column.storage)
-        for part, columns in zip(parts, found, strict=True):
-            gather(columns[column.name].reshape(-1, *inner), part, result)
-        out[column.name] = result
 
 
 def _reopen(path: str, content_id: str) -> Cache:

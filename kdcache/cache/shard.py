@@ -51,10 +51,7 @@ class Shard:
         wrong = check.problem(self._header.spec, self.facts.records, self.facts.rows, name, self._bytes_of)
         if wrong is not None:
             raise CacheCorrupt(f"{self.path}: {wrong}")
-        covered = [name]
-        if name.startswith("ids_"):
-            covered += check.id_columns(self._header.spec, check.tier_of(name))
-        for each in covered:
+        for each in check.judged_with(self._header.spec, name):
             self._good[each] = self._bytes_of(each)
 
     def _bytes_of(self, name: str) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header
-from kdcache.cache.check import prepare, problem
+from kdcache.cache.check import judged_with, prepare, problem
 from kdcache.cache.columns import Array
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.rawmap import Facts, digest, facts_records, map_file, rest_digest, survey
@@ -152,10 +152,14 @@ class Writer:
             raise UsageError(f"shard {shard}: the cache has 0 to {self.spec.num_shards - 1}")
         records = facts_records(self.spec, shard)
         ready, rows = prepare(self.spec, records, columns)
-        for name in ready:
+        unjudged = dict.fromkeys(reversed(ready))               # the largest tier first: it clears the smaller ones
+        while unjudged:
+            name = next(iter(unjudged))
             wrong = problem(self.spec, records, rows, name, ready.__getitem__)
             if wrong is not None:
                 raise DataError(f"shard {shard}: {wrong}")
+            for each in judged_with(self.spec, name):
+                unjudged.pop(each, None)
         texts = {name: catalog.number_text(value) for name, value in (measured or {}).items()}
         with self._lock, explain(self.path, f"writing shard {shard}", self._standing):
             facts, created = self._store(shard, records, rows, ready, texts)
