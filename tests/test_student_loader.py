@@ -16,8 +16,10 @@ from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, wri
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
+from kdcache.student import loader as loader_module
 from kdcache.student.batches import needed_columns
 from kdcache.student.loader import Loader
+from kdcache.student.order import Order
 from kdcache.student.prefetch import Prefetch
 
 
@@ -242,7 +244,7 @@ def test_leaving_a_loop_early_stops_the_threads(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache", data, Net(8, seed=7))
     batches = iter(Loader(cache, data, batch_size=2))
     next(batches)
-    assert prefetch_threads() == 2
+    assert prefetch_threads() == 1
     batches.close()
     assert prefetch_threads() == 0
 
@@ -272,3 +274,15 @@ def test_prefetch_is_bounded_ordered_and_raises_in_turn() -> None:
     assert made == list(range(10)) and prefetch_threads() == 0
 
 
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 1000])
+@pytest.mark.parametrize("start", [0, 5, 33])
+def test_the_order_is_the_same_however_many_positions_are_asked_at_once(monkeypatch: pytest.MonkeyPatch, block: int,
+                                                                        start: int) -> None:
+    monkeypatch.setattr(loader_module, "ORDER_BLOCK", block)
+    loader = Loader(None, Points(21), batch_size=8, micro_batch_size=3, epochs=3, start=start)
+    pieces = list(loader.pieces())
+    epochs, samples = Order(21, 0).sample(np.arange(start, 63))
+    assert np.array_equal(np.concatenate([piece.epochs for piece in pieces]), epochs)
+    assert np.array_equal(np.concatenate([piece.sample_ids for piece in pieces]), samples)

@@ -37,6 +37,12 @@ class ArrayData:
             return {key: tensor[i] for key, tensor in self.tensors.items()}
         return self.tensors["x"][i], self.tensors["y"][i] if "y" in self.tensors else None
 
+    def take(self, sample_ids: npt.NDArray[np.int64]) -> Any:
+        """The items of `sample_ids` as one, each field stacked."""
+        at = torch.from_numpy(sample_ids)
+        fields = {key: tensor.index_select(0, at) for key, tensor in self.tensors.items()}
+        return fields if "x" not in fields else (fields["x"], fields.get("y"))
+
 
 def content_hash(arrays: Arrays) -> str:
     """`sha256:` and 32 hexadecimal digits over named arrays, laid out as for a sample key (data/keys.py)."""

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
+from kdcache.data.arrays import ArrayData
 from kdcache.data.keys import arrays_of
-from kdcache.data.samples import Inputs, Item, extras, input_tensors, label_of, labels_tensor, model_fields
+from kdcache.data.samples import Inputs, Item, Samples, extras, input_tensors, label_of, labels_tensor, model_fields
 from kdcache.errors import DataError
 
 IGNORED = -100                  # PyTorch's and Hugging Face's label of a position that does not count
@@ -54,6 +55,21 @@ class Collated:
         if self.lengths is None or padded_BL is None:
             return []
         return [row[:length] for row, length in zip(padded_BL.cpu().numpy(), self.lengths.tolist(), strict=True)]
+
+
+def read_batch(samples: Samples, pairs: Sequence[tuple[int, int]]) -> Collated:
+    """The batch of some (sample_id, view) pairs: what both stages read. Arrays in memory give it whole."""
+    if not isinstance(samples.dataset, ArrayData):
+        return collate([samples.item(sample_id, view) for sample_id, view in pairs], samples.dataset)
+    sample_ids = np.array([sample_id for sample_id, _ in pairs], np.int64)
+    keys = samples.keys_in_memory(sample_ids)           # first: it reads, and so checks, every item once
+    raw = samples.dataset.take(sample_ids)
+    fields = arrays_of(raw)
+    inputs, (weight, start) = input_tensors(raw, model_fields(fields)), extras(fields)
+    lengths = None
+    if isinstance(inputs, dict) and "input_ids" in inputs and inputs["input_ids"].ndim == 2:
+        lengths = np.full(len(pairs), inputs["input_ids"].shape[1], np.int64)
+    return Collated(inputs, labels_tensor(label_of(fields)), weight, start, keys, None, lengths)
 
 
 def collate(items: Sequence[Item], dataset: Any = None) -> Collated:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kdcache.data.keys import arrays_of, given_key, sample_key
@@ -64,6 +65,7 @@ class Samples:
         self.window = int(getattr(dataset, "window", None) or 0)
         self._own_key, self._own_view = (callable(getattr(dataset, name, None)) for name in ("key", "view"))
         self.has_view_keys = self._own_key or self._own_view
+        self._keys: npt.NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -91,6 +93,16 @@ class Samples:
         if self._own_key or self._own_view:
             return self._key(sample_id, None)
         return self.item(sample_id, view).sample_key
+
+    def keys_in_memory(self, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """The sample_keys of arrays in memory, which nothing changes: each is hashed once, when it is first used."""
+        if self._keys is None:
+            self._keys, self._hashed = np.zeros(len(self), np.uint64), np.zeros(len(self), np.bool_)
+        for sample_id in sample_ids[~self._hashed[sample_ids]].tolist():
+            self._keys[sample_id] = self.item(sample_id).sample_key
+            self._hashed[sample_id] = True
+        out: npt.NDArray[np.uint64] = self._keys[sample_ids]
+        return out
 
     def _key(self, sample_id: int, own: int | None) -> int:
         """`own` when the record's own item gives the key; else the dataset's key(i), else that of the plain item."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from kdcache.data.collate import Collated, collate
+from kdcache.data.collate import Collated, collate, read_batch
 from kdcache.data.samples import Item, Samples
 from kdcache.errors import DataError, KDCacheError
 from kdcache.student.prefetch import Prefetch
@@ -28,7 +28,7 @@ class Fetch:
         self.samples = samples
 
     def __call__(self, pairs: Pairs) -> Collated:
-        return collate([self.samples.item(sample_id, view) for sample_id, view in pairs], self.samples.dataset)
+        return read_batch(self.samples, pairs)
 
     def __getitems__(self, pairs: Pairs) -> Collated | KDCacheError:
         """Our errors as values: a DataLoader would wrap their one clear line in a worker's traceback."""

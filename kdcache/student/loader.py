@@ -28,7 +28,7 @@ from kdcache.student.batches import (
     needed_columns,
     student_rows,
 )
-from kdcache.student.inputs import Fetch, Pairs, data_batches, token_batch
+from kdcache.student.inputs import Fetch, Pairs, data_batches, prefetchable, token_batch
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
 from kdcache.student.prefetch import Prefetch
@@ -36,6 +36,8 @@ from kdcache.student.targets import SoftTargets, soft_targets, targets_from_logi
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache
+
+ORDER_BLOCK = 4096          # positions at a time: a call of the order costs 1.0 ms for 64 of them, 2.9 ms for 4,096
 
 
 class LoaderBatch(TypedDict):
@@ -173,11 +175,15 @@ class Loader:
     def pieces(self, start: int | None = None) -> Iterator[Piece]:
         """What stands where: the records of every forward pass, from position `start` on. Nothing is read."""
         views = (0, 0) if self.spec is None else (self.spec.views[0], self.spec.num_views)
-        at = self.start if start is None else start
+        at = known = base = self.start if start is None else start
+        block = self.order.sample(np.zeros(0, np.int64))
         while at < self.total:
             # Steps lie at multiples of the batch size, also when a run continues inside one under another size.
             end = min(at - at % self.batch_size + self.batch_size, self.total)
-            epochs, samples = self.order.sample(np.arange(at, end, dtype=np.int64))
+            if end > known:
+                base, known = at, min(max(end, at + ORDER_BLOCK), self.total)
+                block = self.order.sample(np.arange(base, known, dtype=np.int64))
+            epochs, samples = block[0][at - base:end - base], block[1][at - base:end - base]
             shown = epochs if not views[1] else views[0] + epochs % views[1]
             for a in range(0, end - at, self.micro):
                 b = min(a + self.micro, end - at)
@@ -196,17 +202,20 @@ class Loader:
         return self._finish(piece, collated, batch)
 
     def _micros(self) -> Generator[Micro, None, None]:
-        data = None if self.samples is None else data_batches(self.samples, self._pairs, self.workers)
-        cached = None if self.cache is None else Prefetch(self._cached(self.cache))
+        """One thread reads ahead: the cached rows, and the inputs where a thread may build them."""
+        samples, data, fetch = self.samples, None, None
+        if samples is not None and (self.workers or not prefetchable(samples.dataset)):
+            data = data_batches(samples, self._pairs, self.workers)
+        elif samples is not None:
+            fetch = Fetch(samples)
+        ahead = Prefetch(self._reads(fetch))
         try:
-            for piece in self.pieces():
-                batch, collated = (None, None) if cached is None else next(cached)
+            for piece, batch, collated in ahead:
                 collated = collated if data is None else next(data)
                 assert collated is not None
                 yield self._finish(piece, collated, batch)
         finally:
-            if cached is not None:
-                cached.close()
+            ahead.close()
             if data is not None:
                 data.close()
 
@@ -216,8 +225,10 @@ class Loader:
         return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None, kind=self.kind,
                         targets=self.reads_targets or self.teacher is not None, num_classes=self.num_classes)
 
-    def _cached(self, cache: Cache) -> Iterator[tuple[Batch, Collated | None]]:
-        return (self._read(cache, piece) for piece in self.pieces())
+    def _reads(self, fetch: Fetch | None) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
+        for piece in self.pieces():
+            batch, collated = (None, None) if self.cache is None else self._read(self.cache, piece)
+            yield piece, batch, collated if fetch is None else fetch(piece.pairs)
 
     def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
         spec = cache.spec

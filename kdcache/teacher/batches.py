@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcache.cache.spec import CacheSpec
-from kdcache.data.collate import IGNORED, Collated, collate
+from kdcache.data.collate import IGNORED, Collated, read_batch
 from kdcache.data.rows import select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, KDCacheError
@@ -64,7 +64,7 @@ def spans(spec: CacheSpec, shards: Sequence[int], batch_size: int) -> list[Span]
 
 def read(samples: Samples, view: int, ids: Sequence[int]) -> Collated:
     """One batch of some samples of a view."""
-    return collate([samples.item(sample_id, view) for sample_id in ids], samples.dataset)
+    return read_batch(samples, [(sample_id, view) for sample_id in ids])
 
 
 class SpanData(Dataset[Any]):
