@@ -80,9 +80,9 @@ class FeatureSpec:
 
 
 class ShardRange(NamedTuple):
-    """Samples [start, stop) of one view: what shard `index` holds, fixed before the first forward pass."""
+    """Samples [start, stop) of one view: what a shard holds, fixed before the first forward pass."""
 
-    index: int
+    shard: int
     view: int
     start: int
     stop: int

@@ -1,0 +1,210 @@
+"""Both stages on real data that needs no download: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels.
+
+A convolutional teacher is trained, dumped once, and students of three sizes are trained from that one cache and, for
+comparison, from the hard labels alone: the same path, batches and steps, several seeds each. Whatever comes out is
+reported. The models are SPECs for the command line too: `kdcache.demo:convnet`, `kdcache.demo:mlp`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SIZE, CLASSES = 8, 10
+TEMPERATURE, ALPHA = 2.0, 0.9
+TEACHER: dict[str, Any] = {"student": "kdcache.demo:convnet", "student_args": {"width": 32}, "epochs": 30, "lr": 3e-3}
+TRAINING: dict[str, Any] = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 1e-2, "warmup": 50}
+TRAIN_DATA: dict[str, Any] = {"data": "digits", "data_args": {"split": "train"}}
+EVAL_DATA: dict[str, Any] = {"eval_data": "digits", "eval_data_args": {"split": "test"}}
+MODES: dict[str, dict[str, Any]] = {"hard": {"alpha": 0.0}, "distilled": {"alpha": ALPHA, "temperature": TEMPERATURE}}
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """One size of student, and how long it is trained."""
+
+    name: str
+    spec: str
+    args: dict[str, int]
+    epochs: int
+    lr: float
+
+
+STUDENTS = (
+    Student("mlp-16", "kdcache.demo:mlp", {"hidden": 16}, 100, 1e-2),
+    Student("conv-4", "kdcache.demo:convnet", {"width": 4}, 60, 1e-2),
+    Student("conv-8", "kdcache.demo:convnet", {"width": 8}, 30, 1e-2),
+)
+
+
+def convnet(width: int = 8) -> nn.Module:
+    """Convolutions of `width`, 2 width and 2 width channels, mean pooling, a linear head: (B, 1, 8, 8) -> (B, 10)."""
+    from torch import nn
+
+    def block(channels: int, out: int, stride: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False),
+                             nn.BatchNorm2d(out), nn.ReLU())
+
+    return nn.Sequential(block(1, width, 1), block(width, 2 * width, 2), block(2 * width, 2 * width, 2),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, CLASSES))
+
+
+def mlp(hidden: int = 16) -> nn.Module:
+    """One hidden layer: (B, 1, 8, 8) -> (B, 10)."""
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
+
+
+def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
+         say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Train and dump a teacher, train every student with and without it, write OUT/demo.json and OUT/demo.png.
+
+    seeds: students of each kind. shorten: divides the epochs (for tests; the accuracies then mean little). A second
+    call continues: finished runs are not run again. Returns what demo.json holds. Raises UsageError without
+    scikit-learn or matplotlib.
+    """
+    _require("sklearn", "matplotlib")
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}; expected at least 1")
+    from kdcache.teacher.dump import dump_teacher
+
+    folder, start = Path(out), time.perf_counter()
+    tell = say or (lambda text: None)
+    tell("1/4 training the teacher, a convnet of width 32, on 1,437 digits")
+    teacher = _train(out=folder / "teacher", alpha=0.0, **_shortened(TEACHER, shorten))
+    tell("2/4 running it once over the data: dump-teacher")
+    cache = folder / "cache"
+    dumped = dump_teacher(teacher=TEACHER["student"], teacher_args=TEACHER["student_args"], **TRAIN_DATA,
+                          teacher_weights=folder / "teacher" / "best" / "model.safetensors", out=cache)
+    tell(f"3/4 training {len(STUDENTS)} sizes x {len(MODES)} ways x {seeds} seeds from that one cache")
+    students = [_students(student, mode, folder, seeds, shorten, tell) for student in STUDENTS for mode in MODES]
+    tell("4/4 timing an epoch without teacher, with the cache and with the live teacher, in turns")
+    result = {"teacher_accuracy": _accuracy(teacher), "cache_bytes": sum(f.stat().st_size for f in cache.rglob("*")
+                                                                         if f.is_file()),
+              "records": dumped.num_records, "seeds": seeds, "students": students,
+              "epoch_seconds": epoch_seconds(folder), "seconds": round(time.perf_counter() - start, 1)}
+    (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    _plot(result, folder / "demo.png")
+    return {**result, "plot": str(folder / "demo.png")}
+
+
+def epoch_seconds(folder: Path) -> dict[str, float]:
+    """Median seconds of an epoch of the conv-4 student without a teacher, from the cache, and with the live teacher.
+
+    In turns in one run; set-up is not counted; evaluation and checkpoints are outside the epoch that is timed.
+    """
+    from kdcache.models import load_model
+
+    live = load_model(str(TEACHER["student"]), args=TEACHER["student_args"],
+                      weights=folder / "teacher" / "best" / "model.safetensors").module
+    contenders: dict[str, dict[str, Any]] = {"no teacher": {"alpha": 0.0}, "cached": MODES["distilled"],
+                  "live teacher": {**MODES["distilled"], "live_teacher": live}}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, options in contenders.items():
+            seconds[name].append(_one_epoch(folder / "cache", options))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The table of a demo, for people."""
+    rows = [f"{'student':<10}{'trained on':<12}{'accuracy':>9}{'± std':>8}   accuracy of each seed"]
+    for s in result["students"]:
+        each = " ".join(f"{100 * a:.1f}" for a in s["accuracies"])
+        rows.append(f"{s['student']:<10}{s['mode']:<12}{100 * s['mean']:>8.2f}%{100 * s['std']:>8.2f}   {each}")
+    epoch = result["epoch_seconds"]
+    cached, size = epoch["cached"], result["cache_bytes"]
+    times = " · ".join(f"{name} {1000 * s:.0f} ms ({s / cached:.2f}x)" for name, s in epoch.items())
+    return "\n".join([*rows, "",
+                      f"teacher    {100 * result['teacher_accuracy']:.2f}% on 360 digits that no model was trained on",
+                      f"cache      {size:,} bytes, {size / result['records']:.0f} a record",
+                      f"epoch      {times}", f"plot       {result['plot']}", f"all of it  {result['seconds']:.0f} s"])
+
+
+def _students(student: Student, mode: str, folder: Path, seeds: int, shorten: int,
+              tell: Callable[[str], None]) -> dict[str, Any]:
+    options = _shortened({"student": student.spec, "student_args": student.args, "epochs": student.epochs,
+                          "lr": student.lr}, shorten)
+    reports = [_train(cache=folder / "cache", out=folder / "runs" / f"{student.name}-{mode}-{seed}", seed=seed,
+                      **options, **MODES[mode]) for seed in range(seeds)]
+    accuracies = [_accuracy(report) for report in reports]
+    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies) if seeds > 1 else 0.0
+    tell(f"    {student.name:<7} {mode:<10} {100 * mean:6.2f} % ± {100 * std:.2f}")
+    return {"student": student.name, "mode": mode, "mean": mean, "std": std, "accuracies": accuracies}
+
+
+def _train(**options: Any) -> Any:
+    from kdcache.student.train import train_student
+
+    return train_student(**{**TRAINING, **TRAIN_DATA, **EVAL_DATA, **options})
+
+
+def _accuracy(report: Any) -> float:
+    """Of the last weights: the best of many evaluations on the same data would flatter them."""
+    return float(report.evaluation["accuracy"])
+
+
+def _one_epoch(cache: Path, options: dict[str, Any]) -> float:
+    """Seconds of the second epoch of two: the first one warms up."""
+    from kdcache.student.train import train_student
+
+    ends: list[float] = []
+    conv = STUDENTS[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        train_student(cache=cache, student=conv.spec, student_args=conv.args, out=Path(scratch) / "run", **TRAIN_DATA,
+                      **{**TRAINING, "warmup": 0}, epochs=2, eval_every=10**6, save_every=10**6,
+                      on_step=lambda *_: ends.append(time.perf_counter()), **options)
+    half = len(ends) // 2
+    return (ends[-1] - ends[half - 1]) * half / (len(ends) - half)
+
+
+def _shortened(options: dict[str, Any], by: int) -> dict[str, Any]:
+    return {**options, "epochs": max(1, options["epochs"] // by)}
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=[2, 1], layout="constrained")
+    colors = {"hard": "#9aa5b1", "distilled": "#2f6f9f"}
+    names = [s.name for s in STUDENTS]
+    for s in result["students"]:
+        at = names.index(s["student"]) + (-0.2 if s["mode"] == "hard" else 0.2)
+        label = {"hard": "hard labels", "distilled": "from the cache"}[s["mode"]]
+        left.bar(at, 100 * s["mean"], 0.36, yerr=100 * s["std"], color=colors[s["mode"]], capsize=3,
+                 label=label if s["student"] == names[0] else None)
+        left.plot([at] * len(s["accuracies"]), [100 * a for a in s["accuracies"]], ".", color="black", markersize=4)
+    left.axhline(100 * result["teacher_accuracy"], color="#b5523b", linestyle="--", linewidth=1, label="teacher")
+    low = min(100 * a for s in result["students"] for a in s["accuracies"])
+    left.set(xticks=range(len(names)), xticklabels=names, ylabel="test accuracy, %", ylim=(max(0.0, low - 2), 100),
+             title=f"digits: mean, std and each of {result['seeds']} seeds")
+    left.legend(loc="upper left", frameon=False)
+    epoch = result["epoch_seconds"]
+    right.bar(list(epoch), [1000 * s for s in epoch.values()], 0.6, color=["#9aa5b1", "#2f6f9f", "#b5523b"])
+    right.set(ylabel="ms", title="an epoch of conv-4")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _require(*modules: str) -> None:
+    import importlib.util
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"the demo needs {' and '.join(missing)}: pip install 'kdcache[demo]'")
