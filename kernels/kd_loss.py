@@ -25,9 +25,6 @@ been measured.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -35,63 +32,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdcache.kernels.kd_rows import kd_rows, scale_rows
+from kdcache.kernels.kd_launch import Call, addressable, gradient_like, launch, scale_gradient
+from kdcache.kernels.kd_ops import compiled_rows
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv")
 TAILS = ("bucket", "renormalise", "conditional", "sampled")
+INTERPRETED = bool(triton.knobs.runtime.interpret)      # settled when triton was imported
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How one program walks a row: tiles of `rows` times one 16-byte vector per thread."""
-
-    rows: int
-    warps: int
-    registers: int = 128
-    reverse: bool = False
-
-    @staticmethod
-    def of(num_classes: int, itemsize: int) -> Tiles:
-        """By the bytes of a row. Rows in flight on 132 multiprocessors should stay near half of a 50 MB L2.
-
-        Registers a thread set the programs per multiprocessor, of 65,536: 3 at 2 x 8 warps, 2 at 4 x 8, 1 at 4 x 16.
-        Rows that do not fit are swept backwards the second time: what was read last is read first.
-        """
-        row = num_classes * itemsize
-        if row <= 4096:
-            return Tiles(2, 1 if row <= 1024 else 2 if row <= 2048 else 4)
-        if row <= 80_000:
-            return Tiles(2, 8, registers=80)
-        if row <= 140_000:
-            return Tiles(4, 8)
-        return Tiles(4, 16, reverse=row > 320_000)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call, checked: what the kernel needs besides the logits."""
-
-    num_classes: int
-    labels_NJ: Tensor | None
-    label_weight_NJ: Tensor | None
-    ids_NK: Tensor | None
-    log_probs_NK: Tensor | None
-    log_tail_N: Tensor | None
-    row_weight_N: Tensor | None
-    temperature: float
-    divergence: str
-    tail: str
-    beta: float
-    ce_scale: Tensor | None
-    kd_scale: Tensor | None
-    inplace: bool
-
-
-def powers(temperature: float) -> tuple[int, int] | None:
-    """(P, Q) with T = P / Q, both at most 4, or None: then each temperature takes an exponential of its own."""
-    ratio = Fraction(temperature).limit_denominator(4)
-    return (ratio.numerator, ratio.denominator) if float(ratio) == temperature and ratio.numerator <= 4 else None
 
 
 def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tensor | None = None,
@@ -113,7 +60,8 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
     beta          of jsd: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
     *_scale       factor of a part in the loss: a number, or a float tensor of no dimension on the logits' device, read
                   there; None: the part is reported and is not in the loss. T^2 and 1 / N belong here
-    inplace       write the gradient over the logits when one is wanted; the loss can be differentiated once then
+    inplace       write the gradient over the logits when one is wanted; the loss can be differentiated once then. In a
+                  graph that torch.compile captures it is allowed and not done
 
     A row without label and teacher gives 0 and a zero gradient, whatever it holds. Nothing waits for the device.
     ValueError for shapes, dtypes and options that do not fit.
@@ -122,9 +70,12 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
     ids_NK = _matrix("ids", ids, logits)
     call = Call(logits.shape[-1] if num_classes is None else num_classes, labels_NJ,
                 None if labels is None else _matrix("label_weight", label_weight, logits), ids_NK,
-                _matrix("log_probs", log_probs, logits), log_tail, row_weight, float(temperature), divergence, tail,
-                float(beta), _scale(ce_scale, logits), _scale(kd_scale, logits), inplace)
+                _matrix("log_probs", log_probs, logits), _column(log_tail), _column(row_weight),
+                float(temperature), divergence, tail, float(beta), _scale(ce_scale, logits), _scale(kd_scale, logits),
+                inplace)
     _check(logits, call)
+    if torch.compiler.is_compiling():
+        return compiled_rows(logits, call)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     out: tuple[Tensor, Tensor, Tensor] = _Rows.apply(logits, call, wants_gradient)  # type: ignore[no-untyped-call]
     return out
@@ -133,12 +84,12 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: Call, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        x_NV = _addressable(logits.detach())
+        x_NV = addressable(logits.detach())
         gradient = None
         if wants_gradient:
-            gradient = x_NV if call.inplace else _gradient_like(x_NV)
+            gradient = x_NV if call.inplace else gradient_like(x_NV)
         loss_N, ce_N, kd_N = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device).unbind()
-        _launch(x_NV, gradient, (loss_N, ce_N, kd_N), call)
+        launch(x_NV, gradient, (loss_N, ce_N, kd_N), call)
         if gradient is x_NV:        # an operation that kept these logits for its own backward must notice
             torch.autograd.graph.increment_version(x_NV)
         ctx.inplace, ctx.used = call.inplace, False
@@ -156,67 +107,9 @@ class _Rows(torch.autograd.Function):
         ctx.used = ctx.inplace
         # A graph that is kept may be asked again, for another factor.
         keep = not ctx.inplace and torch._C._autograd._get_current_graph_task_keep_graph()
-        out = _gradient_like(gradient) if keep else gradient
+        out = gradient_like(gradient) if keep else gradient
         scale_gradient(gradient, grad_outputs[0], out)
         return out, None, None
-
-
-def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> None:
-    """out = gradient times a factor per row; where out is the gradient, rows of factor 1 are not touched."""
-    rows, width = gradient_NV.shape
-    if rows == 0:
-        return
-    vec = 16 // gradient_NV.element_size()
-    tiles = Tiles.of(width, gradient_NV.element_size())
-    with _device_of(gradient_NV):
-        scale_rows[(rows,)](gradient_NV, out_NV, factor_N, gradient_NV.stride(0), out_NV.stride(0), factor_N.stride(0),
-                            width, tiles.rows, vec * 32 * tiles.warps, vec, _aligned(gradient_NV, width),
-                            out_NV is gradient_NV, num_warps=tiles.warps, num_stages=1,
-                            maxnreg=tiles.registers)
-
-
-def _launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call) -> None:
-    if len(x_NV) == 0:
-        return
-    constants = kernel_constants(call, x_NV.element_size(), gradient is not None, gradient is x_NV,
-                                 _aligned(x_NV, call.num_classes))
-    c, c2 = exponents(call)
-    tiles = Tiles.of(call.num_classes, x_NV.element_size())
-    to = x_NV if gradient is None else gradient
-    with _device_of(x_NV):
-        kd_rows[(len(x_NV),)](
-            x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
-            call.log_tail_N if call.tail == "bucket" else None, call.row_weight_N, call.ce_scale, call.kd_scale,
-            x_NV.stride(0), to.stride(0), *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK,
-                                                                 call.log_probs_NK)),
-            call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
-            0 if call.labels_NJ is None else call.labels_NJ.shape[1], c, c2, call.temperature, call.beta,
-            **constants, num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
-
-
-def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool) -> dict[str, Any]:
-    """What a compiled kernel is made for; neither the number of rows nor the strides are among it."""
-    ratio = powers(call.temperature)
-    ce, kd = call.labels_NJ is not None, call.ids_NK is not None and call.tail != "conditional"
-    two = ce and kd and ratio is None
-    p, q = ratio if ce and kd and ratio is not None else (int(ce), int(kd))
-    tiles = Tiles.of(call.num_classes, itemsize)
-    vec = 16 // itemsize
-    return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
-            "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
-            "TAIL": call.tail, "DIVERGENCE": call.divergence, "P": p, "Q": q, "TWO": two, "GRADIENT": gradient,
-            "INPLACE": inplace, "R": tiles.rows, "C": vec * 32 * tiles.warps, "VEC": vec, "ALIGNED": aligned,
-            "REVERSE": tiles.reverse}
-
-
-def exponents(call: Call) -> tuple[float, float]:
-    """log2(e) / P, or over T where temperature 1 is not wanted; and log2(e) / T."""
-    log2e = 1 / math.log(2)
-    soft = log2e / call.temperature
-    if call.labels_NJ is None:
-        return soft, soft
-    ratio = powers(call.temperature) if call.ids_NK is not None and call.tail != "conditional" else None
-    return log2e / (1 if ratio is None else ratio[0]), soft
 
 
 def _check(logits: Tensor, call: Call) -> None:
@@ -225,14 +118,14 @@ def _check(logits: Tensor, call: Call) -> None:
     if logits.dim() != 2 or logits.dtype not in DTYPES:
         raise ValueError(f"logits are {list(logits.shape)} of {logits.dtype}; expected [N, V] of "
                          f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")
-    if not logits.is_cuda and not triton.knobs.runtime.interpret:
+    if not logits.is_cuda and not INTERPRETED:
         wrong.append(f"logits are on {logits.device}; the kernels need a CUDA device, or TRITON_INTERPRET=1 set before "
                      f"triton is imported")
     if not 1 <= call.num_classes <= logits.shape[1] or logits.shape[1] >= 2**31 - 2**16:
         wrong.append(f"num_classes is {call.num_classes}, the logits have {logits.shape[1]} columns")
     if call.divergence not in DIVERGENCES or call.tail not in TAILS:
         wrong.append(f"divergence {call.divergence!r}, tail {call.tail!r}; known: {DIVERGENCES} and {TAILS}")
-    if not (math.isfinite(call.temperature) and call.temperature > 0 and 0 < call.beta < 1):
+    if not (0 < call.temperature < math.inf and 0 < call.beta < 1):
         wrong.append(f"temperature is {call.temperature}, beta {call.beta}; expected above 0, and between 0 and 1")
     if call.labels_NJ is None and call.ids_NK is None:
         wrong.append("neither labels nor ids are given")
@@ -264,38 +157,13 @@ def _matrix(name: str, tensor: Tensor | None, logits: Tensor) -> Tensor | None:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
+def _column(tensor_N: Tensor | None) -> Tensor | None:
+    if tensor_N is not None and tensor_N.dim() != 1:
+        raise ValueError(f"log_tail or row_weight is {list(tensor_N.shape)}; expected [N]")
+    return None if tensor_N is None else tensor_N.contiguous()
+
+
 def _scale(scale: Tensor | float | None, logits: Tensor) -> Tensor | None:
     if scale is None or isinstance(scale, Tensor):
         return scale
     return torch.full((), scale, dtype=torch.float32, device=logits.device)
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; the tensors may be on another."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
-
-
-def _addressable(logits_NV: Tensor) -> Tensor:
-    """Rows that do not overlap, columns next to each other; a copy only where they are not so."""
-    rows, width = logits_NV.shape
-    fits = (width <= 1 or logits_NV.stride(1) == 1) and (rows <= 1 or logits_NV.stride(0) >= width)
-    return logits_NV if fits else logits_NV.contiguous()
-
-
-def _gradient_like(x_NV: Tensor) -> Tensor:
-    """Rows of the logits' length, each starting where its row of logits does within 16 bytes: both take vectors."""
-    rows, width = x_NV.shape
-    vec = 16 // x_NV.element_size()
-    stride = width + (x_NV.stride(0) - width) % vec if rows > 1 else width
-    phase = x_NV.data_ptr() // x_NV.element_size() % vec
-    return x_NV.new_empty(rows * stride + phase).as_strided((rows, width), (stride, 1), phase)
-
-
-def _aligned(x_NV: Tensor, num_classes: int) -> bool:
-    """Every row starts at 16 bytes and is whole vectors long."""
-    vec = 16 // x_NV.element_size()
-    return num_classes % vec == 0 and x_NV.data_ptr() % 16 == 0 and (len(x_NV) == 1 or x_NV.stride(0) % vec == 0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from kdcache.kernels import kd_loss
+from kdcache.kernels import kd_launch
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -35,17 +35,17 @@ class Build:
     divergence: str = "forward_kl"
     aligned: bool = True
     inplace: bool = True
-    tiles: kd_loss.Tiles | None = None
+    tiles: kd_launch.Tiles | None = None
     said: bool = True           # whether the compiler is told that pointers are multiples of 16 bytes
 
     @property
-    def shape(self) -> kd_loss.Tiles:
-        return self.tiles or kd_loss.Tiles.of(self.num_classes, ELEMENT[self.dtype])
+    def shape(self) -> kd_launch.Tiles:
+        return self.tiles or kd_launch.Tiles.of(self.num_classes, ELEMENT[self.dtype])
 
     def exponentials(self) -> tuple[float, float]:
         """Per element: one, or two for a temperature off the list; in sweep 1 as many more per lane and tile."""
         both = self.labels > 0 and self.kept > 0
-        each = 2 if both and kd_loss.powers(self.temperature) is None else 1
+        each = 2 if both and kd_launch.powers(self.temperature) is None else 1
         return each * (1 + 1 / self.shape.rows), each
 
 
@@ -70,10 +70,10 @@ def request(build: Build, arch: int) -> dict[str, Any]:
     def some(width: int) -> torch.Tensor | None:
         return torch.empty(1, width) if width else None
 
-    call = kd_loss.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
+    call = kd_launch.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
                         build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace)
     size = ELEMENT[build.dtype]
-    constants = kd_loss.kernel_constants(call, size, True, build.inplace, build.aligned)
+    constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned)
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
     absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["LABELS", "CE_SCALE"] * (not build.labels)
@@ -131,8 +131,8 @@ def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str,
 
 USUAL = BUILDS[0]
 MUTANTS = {
-    "registers": replace(USUAL, name="tiles-too-tall", tiles=kd_loss.Tiles(16, 16)),
-    "exponentials": replace(USUAL, name="one-row-per-tile", tiles=kd_loss.Tiles(1, 16)),
+    "registers": replace(USUAL, name="tiles-too-tall", tiles=kd_launch.Tiles(16, 16)),
+    "exponentials": replace(USUAL, name="one-row-per-tile", tiles=kd_launch.Tiles(1, 16)),
     "narrow": replace(USUAL, name="alignment-not-said", said=False),
 }
 

@@ -294,3 +294,49 @@ def test_rows_beyond_two_to_the_31_elements(device: str) -> None:
     out = kd_loss_rows(logits, **keywords, inplace=True)
     (gradient,) = torch.autograd.grad(out[0].sum(), logits)
     assert bool((out[0] == out[0][0]).all()) and torch.equal(gradient[0], gradient[-1])
+
+
+@pytest.mark.parametrize("layout", ["plain", "strided", "padded"])
+def test_one_graph_under_torch_compile(layout: str, device: str) -> None:
+    """No graph break, the same bits as eager, and one graph for all batch sizes."""
+    problem = usual(layout=layout, dtype=torch.bfloat16)
+    expected, gradient, *_ = run(problem, device)
+    keywords = on(device, problem.keywords)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def loss(logits: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        return kd_loss_rows(logits, **keywords)
+
+    def step(rows: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        _, view = world.laid_out(problem, device)
+        logits = torch.empty_strided((rows, view.shape[1]), view.stride(), dtype=view.dtype, device=device)
+        logits.copy_(view[:rows]).requires_grad_()
+        out = loss(logits, {k: v[:rows].clone() if isinstance(v, Tensor) and v.dim() else v
+                            for k, v in keywords.items()})
+        return out, torch.autograd.grad(out[0].sum(), logits)[0]
+
+    for rows in (3, 2):
+        out, found = step(rows)
+        assert all(torch.equal(a.detach().cpu(), b[:rows]) for a, b in zip(out, expected, strict=True))
+        assert torch.equal(found, gradient[:rows])
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_the_operators_keep_their_promises_to_torch(device: str) -> None:
+    from kdcache.kernels.kd_ops import kd_rows_op, scale_rows_op
+
+    problem = usual(num_classes=1272)
+    k = on(device, problem.keywords)
+    logits = problem.logits.to(device).requires_grad_()
+    inputs = (logits, k["labels"][:, None], None, k["ids"], k["log_probs"], k["log_tail"], None, k["ce_scale"],
+              k["kd_scale"], 1272, 2.0, "forward_kl", "bucket", 0.5)
+    torch.use_deterministic_algorithms(False)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)
+    torch.library.opcheck(scale_rows_op, (logits.detach(), torch.rand(3, device=device)), test_utils=tests)

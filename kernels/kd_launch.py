@@ -1,0 +1,160 @@
+"""How the kernels of `kd_loss` are launched: tiles by the bytes of a row, compile-time constants, gradient buffers."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kdcache.kernels.kd_rows import kd_rows, scale_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one program walks a row: tiles of `rows` times one 16-byte vector per thread."""
+
+    rows: int
+    warps: int
+    registers: int = 128
+    reverse: bool = False
+
+    @staticmethod
+    def of(num_classes: int, itemsize: int) -> Tiles:
+        """By the bytes of a row. Rows in flight on 132 multiprocessors should stay near half of a 50 MB L2.
+
+        Registers a thread set the programs per multiprocessor, of 65,536: 3 at 2 x 8 warps, 2 at 4 x 8, 1 at 4 x 16.
+        Rows that do not fit are swept backwards the second time: what was read last is read first.
+        """
+        row = num_classes * itemsize
+        if row <= 4096:
+            return Tiles(2, 1 if row <= 1024 else 2 if row <= 2048 else 4)
+        if row <= 80_000:
+            return Tiles(2, 8, registers=80)
+        if row <= 140_000:
+            return Tiles(4, 8)
+        return Tiles(4, 16, reverse=row > 320_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call, checked: what the kernel needs besides the logits."""
+
+    num_classes: int
+    labels_NJ: Tensor | None
+    label_weight_NJ: Tensor | None
+    ids_NK: Tensor | None
+    log_probs_NK: Tensor | None
+    log_tail_N: Tensor | None
+    row_weight_N: Tensor | None
+    temperature: float
+    divergence: str
+    tail: str
+    beta: float
+    ce_scale: Tensor | None
+    kd_scale: Tensor | None
+    inplace: bool
+
+
+def powers(temperature: float) -> tuple[int, int] | None:
+    """(P, Q) with T = P / Q, both at most 4, or None: then each temperature takes an exponential of its own."""
+    ratio = Fraction(temperature).limit_denominator(4)
+    return (ratio.numerator, ratio.denominator) if float(ratio) == temperature and ratio.numerator <= 4 else None
+
+
+def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> None:
+    """out = gradient times a factor per row; where out is the gradient, rows of factor 1 are not touched."""
+    rows, width = gradient_NV.shape
+    if rows == 0:
+        return
+    vec = 16 // gradient_NV.element_size()
+    tiles = Tiles.of(width, gradient_NV.element_size())
+    with _device_of(gradient_NV):
+        scale_rows[(rows,)](gradient_NV, out_NV, factor_N, gradient_NV.stride(0), out_NV.stride(0), factor_N.stride(0),
+                            width, tiles.rows, vec * 32 * tiles.warps, vec, _aligned(gradient_NV, width),
+                            out_NV is gradient_NV, num_warps=tiles.warps, num_stages=1,
+                            maxnreg=tiles.registers)
+
+
+def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call) -> None:
+    if len(x_NV) == 0:
+        return
+    constants = kernel_constants(call, x_NV.element_size(), gradient is not None, gradient is x_NV,
+                                 _aligned(x_NV, call.num_classes))
+    c, c2 = exponents(call)
+    tiles = Tiles.of(call.num_classes, x_NV.element_size())
+    to = x_NV if gradient is None else gradient
+    with _device_of(x_NV):
+        kd_rows[(len(x_NV),)](
+            x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
+            call.log_tail_N if call.tail == "bucket" else None, call.row_weight_N, call.ce_scale, call.kd_scale,
+            x_NV.stride(0), to.stride(0), *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK,
+                                                                 call.log_probs_NK)),
+            call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
+            0 if call.labels_NJ is None else call.labels_NJ.shape[1], c, c2, call.temperature, call.beta,
+            **constants, num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
+
+
+def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool) -> dict[str, Any]:
+    """What a compiled kernel is made for; neither the number of rows nor the strides are among it."""
+    ratio = powers(call.temperature)
+    ce, kd = call.labels_NJ is not None, call.ids_NK is not None and call.tail != "conditional"
+    two = ce and kd and ratio is None
+    p, q = ratio if ce and kd and ratio is not None else (int(ce), int(kd))
+    tiles = Tiles.of(call.num_classes, itemsize)
+    vec = 16 // itemsize
+    return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
+            "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
+            "TAIL": call.tail, "DIVERGENCE": call.divergence, "P": p, "Q": q, "TWO": two, "GRADIENT": gradient,
+            "INPLACE": inplace, "R": tiles.rows, "C": vec * 32 * tiles.warps, "VEC": vec, "ALIGNED": aligned,
+            "REVERSE": tiles.reverse}
+
+
+def exponents(call: Call) -> tuple[float, float]:
+    """log2(e) / P, or over T where temperature 1 is not wanted; and log2(e) / T."""
+    log2e = 1 / math.log(2)
+    soft = log2e / call.temperature
+    if call.labels_NJ is None:
+        return soft, soft
+    ratio = powers(call.temperature) if call.ids_NK is not None and call.tail != "conditional" else None
+    return log2e / (1 if ratio is None else ratio[0]), soft
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device; the tensors may be on another."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def addressable(logits_NV: Tensor) -> Tensor:
+    """Rows that do not overlap, columns next to each other; a copy only where they are not so."""
+    rows, width = logits_NV.shape
+    fits = (width <= 1 or logits_NV.stride(1) == 1) and (rows <= 1 or logits_NV.stride(0) >= width)
+    return logits_NV if fits else logits_NV.contiguous()
+
+
+def gradient_stride(x_NV: Tensor) -> int:
+    """The least row stride with which rows of a new buffer lie within 16 bytes as those of x do."""
+    rows, width = x_NV.shape
+    return width + (x_NV.stride(0) - width) % (16 // x_NV.element_size()) if rows > 1 else width
+
+
+def gradient_like(x_NV: Tensor) -> Tensor:
+    """Rows of the logits' length, each starting where its row of logits does within 16 bytes: both take vectors."""
+    stride = gradient_stride(x_NV)
+    phase = x_NV.data_ptr() // x_NV.element_size() % (16 // x_NV.element_size())
+    return x_NV.new_empty(len(x_NV) * stride + phase).as_strided(x_NV.shape, (stride, 1), phase)
+
+
+def _aligned(x_NV: Tensor, num_classes: int) -> bool:
+    """Every row starts at 16 bytes and is whole vectors long."""
+    vec = 16 // x_NV.element_size()
+    return num_classes % vec == 0 and x_NV.data_ptr() % 16 == 0 and (len(x_NV) == 1 or x_NV.stride(0) % vec == 0)
