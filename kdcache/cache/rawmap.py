@@ -177,8 +177,8 @@ def rest_digest(data: Array, extents: Iterable[Extent]) -> str:
     return hasher.hexdigest()
 
 
-def survey(data: Array, columns: Columns, offsets: Mapping[str, int], where: str) -> dict[str, Extent]:
-    """Extents of freshly written columns, after comparing every byte in the file with what was to be written."""
+def survey(data: Array, columns: Columns, offsets: Mapping[str, int]) -> dict[str, Extent]:
+    """Extents of freshly written columns; ValueError unless every byte in the file is what was to be written."""
     out = {}
     for name, array in columns.items():
         wanted = array.reshape(-1).view(np.uint8)
@@ -188,6 +188,6 @@ def survey(data: Array, columns: Columns, offsets: Mapping[str, int], where: str
         offset = offsets[name]
         found = data[offset:offset + len(wanted)]
         if offset % ALIGNMENT or not np.array_equal(found, wanted):
-            raise CacheCorrupt(f"{where}: column {name} read back from byte {offset} is not what was written")
+            raise ValueError(f"column {name} at byte {offset}")
         out[name] = Extent(offset, len(wanted), digest(found))
     return out

@@ -207,8 +207,11 @@ class Writer:
         with self._directory.temporary("data") as temporary:
             module.write(temporary, self.spec, columns, records)
             data = map_file(temporary.path, temporary.tell())
-            offsets = module.locate(temporary.path, data, self.spec, records)
-            extents = survey(data, columns, offsets, temporary.path)
+            try:
+                extents = survey(data, columns, module.locate(temporary.path, data, self.spec, records))
+            except Exception as e:          # whatever a library thinks of bytes that it did not write
+                raise KDCacheError(f"{self.path}: shard {shard} read back is not what was written ({e}); the disk "
+                                   f"loses data, write to another{self._standing()}") from e
             file_digest = digest(data)
             facts = Facts(shard=shard, file=catalog.data_name(self._header, shard, file_digest), size=len(data),
                           file_digest=file_digest, rest_digest=rest_digest(data, extents.values()), records=records,

@@ -1,0 +1,137 @@
+"""Lies with valid digests: refused by what they mean, naming file and column, before memory is taken by it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forge import Document, Forge
+from strategies import CONTAINERS, full_seed, image_spec, write_cache
+from test_storage_corruption import TINY, read_all
+
+import kdcache
+from kdcache.cache.spec import CacheSpec
+from kdcache.errors import CacheCorrupt, KDCacheError
+
+
+@pytest.fixture(scope="module", params=CONTAINERS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / request.param
+    write_cache(path, TINY, request.param, seed=full_seed(TINY))
+    return path
+
+
+LIES = [
+    ("ids_3", "<u2", 0xFFFF, "outside 0 to"), ("row.offsets", "<i8", 2**40, "offsets"),
+    ("row.offsets", "<i8", -1, "offsets"), ("token.offsets", "<i8", 0, "offsets"),
+    ("max", "<f4", np.nan, "NaN"), ("max", "<f4", -np.inf, "-inf"),
+    ("step", "<f4", np.inf, "inf"), ("step", "<f4", -1, "negative"), ("tail_lse", "<f4", np.nan, "NaN"),
+    ("tail_lse", "<f4", np.inf, "inf"), ("label", "<i4", 100_000, "label outside"),
+    ("label", "<i4", -2, "label outside"),
+    ("label_logit", "<f4", np.nan, "NaN"), ("token", "<u4", 100_000, "token outside"), ("pos", "<i4", -1, "negative"),
+]
+
+
+@pytest.mark.parametrize("column,dtype,value,said", LIES)
+def test_a_lie_with_valid_digests_is_refused(column: str, dtype: str, value: float, said: str, whole: Path,
+                                             tmp_path: Path) -> None:
+    """What only the meaning gives away: the second line of defence, and the last before a kernel."""
+    forge = Forge(whole)
+
+    def change(values: np.ndarray) -> None:
+        values[-1] = value
+
+    if column == "ids_3":
+        forge.patch(0, "ids_3_high", lambda high: high.fill(3), "u1")
+    forge.patch(0, column, change, dtype)
+    with kdcache.open(forge.write(tmp_path / "c")) as cache:
+        names = [c.name for c in TINY.columns()]
+        with pytest.raises(CacheCorrupt, match=f"column {column}.*{said}") as caught:
+            cache.read(np.arange(3), names)
+        assert forge.commits[0]["file"] in str(caught.value)
+        found = cache.check_all()
+        assert any(f"column {column}" in line and forge.commits[0]["file"] in line for line in found)
+
+
+EXTENTS = [
+    ("offset", lambda c: c["max"].update(offset=c["max"]["offset"] + 4), "not a multiple of 8"),
+    ("overlap", lambda c: c["max"].update(offset=c["step"]["offset"]), "behind column"),
+    ("past the end", lambda c: c["max"].update(offset=2**40), "ends at byte"),
+    ("length", lambda c: c["max"].update(length=c["max"]["length"] + 4), "its rows need"),
+    ("huge", lambda c: c["max"].update(length=2**50), "its rows need"),
+]
+
+
+@pytest.mark.parametrize("change,said", [e[1:] for e in EXTENTS], ids=[e[0] for e in EXTENTS])
+def test_a_raw_map_that_cannot_be_is_refused(change: Callable[[Document], None], said: str, whole: Path,
+                                             tmp_path: Path) -> None:
+    forge = Forge(whole)
+    change(forge.commits[0]["columns"])
+    for name, extent in forge.commits[0]["columns"].items():
+        for key, value in extent.items():
+            forge.manifest["columns"][name][key][0] = value
+    with pytest.raises(CacheCorrupt, match=f"00000001.json: shard 0: column .*{said}"):
+        read_all(forge.write(tmp_path / "c"))
+    (tmp_path / "c/manifest/00000001.json").unlink()
+    with pytest.raises(CacheCorrupt, match=f"commit/00000000.json: column .*{said}"), \
+            kdcache.open(tmp_path / "c", allow_partial=True) as cache:
+        cache.read(np.array([0]))
+
+
+@pytest.mark.parametrize("key,value", [("records", 3), ("rows", 10**9), ("size", 10**9), ("file", "../../etc/passwd")])
+def test_counts_and_names_that_cannot_be_are_refused(key: str, value: object, whole: Path, tmp_path: Path) -> None:
+    forge = Forge(whole)
+    commit, shards = forge.commits[1], forge.manifest["shards"]
+    if key == "rows":
+        commit["rows"]["row"] = shards["rows"]["row"][1] = value
+    else:
+        commit[key] = shards[key][1] = value
+    path = forge.write(tmp_path / "c")
+    with pytest.raises(CacheCorrupt):
+        read_all(path)
+    (path / "manifest/00000001.json").unlink()
+    with pytest.raises(CacheCorrupt), kdcache.open(path, allow_partial=True) as cache:
+        cache.read(np.array([2]))
+
+
+def test_a_forged_row_count_of_a_constant_level_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", image_spec())
+    forge = Forge(tmp_path / "c")
+    forge.commits[0]["rows"]["row"] = forge.manifest["shards"]["rows"]["row"][0] = 4
+    with pytest.raises(CacheCorrupt, match="4 rows of level 'row'; expected 1 for each of 3"):
+        read_all(forge.write(tmp_path / "d"))
+
+
+def test_an_id_twice_is_refused_when_its_tier_is_asked_for(whole: Path, tmp_path: Path) -> None:
+    forge = Forge(whole)
+    first = np.frombuffer(forge.data[0], "<u2", offset=forge.commits[0]["columns"]["ids_1"]["offset"], count=1)[0]
+    forge.patch(0, "ids_3", lambda ids: ids.__setitem__(0, first), "<u2")
+    high = forge.data[0][forge.commits[0]["columns"]["ids_1_high"]["offset"]]
+    forge.patch(0, "ids_3_high", lambda bits: bits.__setitem__(0, (bits[0] & 2) | (high & 1)), "u1")
+    with kdcache.open(forge.write(tmp_path / "c")) as cache:
+        cache.read(np.arange(3), ["ids_1", "ids_1_high", "values_1"])
+        for name in ("ids_3", "ids_3_high"):
+            with pytest.raises(CacheCorrupt, match="ids_3: row 0 has an id twice"):
+                cache.read(np.arange(3), [name])
+
+
+def absurd(spec: CacheSpec) -> Iterator[CacheSpec]:
+    yield image_spec(samples=(0, 2**48), records_per_shard=2**31 - 1)
+    yield image_spec(samples=(0, 2**31), records_per_shard=2**31 - 1, num_classes=2**31 - 1)
+    yield image_spec(samples=(0, 2**40), records_per_shard=2**20)
+
+
+def test_absurd_sizes_take_no_memory(whole: Path, tmp_path: Path) -> None:
+    for spec in absurd(TINY):
+        write_cache(tmp_path / "small", image_spec(), "arrow")
+        forge = Forge(tmp_path / "small")
+        forge.header |= {"spec": spec.to_json(), "columns": [c.to_json() for c in spec.columns()]}
+        forge.write(tmp_path / "c")
+        with pytest.raises(CacheCorrupt), kdcache.open(tmp_path / "c") as cache:
+            cache.read(np.array([0, cache.num_records - 1]))
+        with pytest.raises(KDCacheError), kdcache.open(tmp_path / "c", allow_partial=True) as cache:
+            cache.read(np.array([0]))
+        shutil.rmtree(tmp_path / "small")
