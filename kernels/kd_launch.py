@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kdcache.kernels.kd_full import kd_full
 from kdcache.kernels.kd_rows import kd_rows, scale_rows
 
 
@@ -84,6 +85,8 @@ def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> Non
 def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call) -> None:
     if len(x_NV) == 0:
         return
+    if call.ids_NK is None and call.log_probs_NK is not None:
+        return _launch_full(x_NV, gradient, out, call, call.log_probs_NK)
     constants = kernel_constants(call, x_NV.element_size(), gradient is not None, gradient is x_NV,
                                  _aligned(x_NV, call.num_classes))
     c, c2 = exponents(call)
@@ -98,6 +101,28 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Ten
             call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
             0 if call.labels_NJ is None else call.labels_NJ.shape[1], c, c2, call.temperature, call.beta,
             **constants, num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
+
+
+def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call,
+                 log_probs_NV: Tensor) -> None:
+    to = x_NV if gradient is None else gradient
+    block = max(triton.next_power_of_2(call.num_classes), 32)
+    aligned = all(_aligned(t, call.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV))
+    with _device_of(x_NV):
+        kd_full[(len(x_NV),)](
+            x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, log_probs_NV, call.row_weight_N, call.ce_scale,
+            call.kd_scale, x_NV.stride(0), to.stride(0), _stride(call.labels_NJ), _stride(call.label_weight_NJ),
+            log_probs_NV.stride(0), call.num_classes, x_NV.shape[1],
+            0 if call.labels_NJ is None else call.labels_NJ.shape[1], 1 / (math.log(2) * call.temperature),
+            call.temperature, call.beta, **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
+            num_warps=min(16, max(1, block // 512)), num_stages=1)
+
+
+def full_constants(call: Call, itemsize: int, gradient: bool, aligned: bool) -> dict[str, Any]:
+    """What the kernel for a teacher over all classes is made for."""
+    return {"BJ": 1 if call.labels_NJ is None else call.labels_NJ.shape[1], "DIVERGENCE": call.divergence,
+            "GRADIENT": gradient, "BLOCK": max(triton.next_power_of_2(call.num_classes), 32), "VEC": 16 // itemsize,
+            "ALIGNED": aligned}
 
 
 def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool) -> dict[str, Any]:
@@ -154,7 +179,7 @@ def gradient_like(x_NV: Tensor) -> Tensor:
     return x_NV.new_empty(len(x_NV) * stride + phase).as_strided(x_NV.shape, (stride, 1), phase)
 
 
-def _aligned(x_NV: Tensor, num_classes: int) -> bool:
+def _aligned(x_NV: Tensor, num_classes: int, vec: int = 0) -> bool:
     """Every row starts at 16 bytes and is whole vectors long."""
-    vec = 16 // x_NV.element_size()
+    vec = vec or 16 // x_NV.element_size()
     return num_classes % vec == 0 and x_NV.data_ptr() % 16 == 0 and (len(x_NV) == 1 or x_NV.stride(0) % vec == 0)

@@ -38,6 +38,7 @@ from kdcache.kernels.kd_ops import compiled_rows
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv")
 TAILS = ("bucket", "renormalise", "conditional", "sampled")
 INTERPRETED = bool(triton.knobs.runtime.interpret)      # settled when triton was imported
+MOST_FULL = 16384               # classes of a teacher without ids: its rows are held in registers
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -53,7 +54,8 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                   Columns from V = num_classes on are padding: unread, zero gradient
     labels        integer [N] or [N, J]; below 0 or above V - 1 is no label; label_weight [N, J] weighs them
     ids           int32 or int64 [N, K], distinct within a row; below 0 or above V - 1 is padding
-    log_probs     [N, K] teacher at `temperature`; log_tail [N] of all ids not kept, for tail "bucket" only
+    log_probs     [N, K] teacher at `temperature`; log_tail [N] of all ids not kept, for tail "bucket" only.
+                  Without ids: [N, V] in id order, V up to 16,384, and nothing is left out
     row_weight    [N] factor of D; 0 is a row without a teacher, whose ids and probabilities may hold anything
     tail          bucket: all ids not kept are one outcome. renormalise: the teacher is renormalised over the kept.
                   conditional: both are. sampled: exp(log_probs) are weights, of any sum s: the slope is s p - w
@@ -127,11 +129,14 @@ def _check(logits: Tensor, call: Call) -> None:
         wrong.append(f"divergence {call.divergence!r}, tail {call.tail!r}; known: {DIVERGENCES} and {TAILS}")
     if not (0 < call.temperature < math.inf and 0 < call.beta < 1):
         wrong.append(f"temperature is {call.temperature}, beta {call.beta}; expected above 0, and between 0 and 1")
-    if call.labels_NJ is None and call.ids_NK is None:
-        wrong.append("neither labels nor ids are given")
-    if (call.ids_NK is None) != (call.log_probs_NK is None) or (
-            call.ids_NK is not None and call.tail == "bucket" and call.log_tail_N is None):
+    if call.labels_NJ is None and call.log_probs_NK is None:
+        wrong.append("neither labels nor log_probs are given")
+    if call.ids_NK is not None and (call.log_probs_NK is None or (call.tail == "bucket" and call.log_tail_N is None)):
         wrong.append("ids, log_probs and, for tail 'bucket', log_tail belong together")
+    if call.ids_NK is None and call.log_probs_NK is not None and (
+            call.log_probs_NK.shape[1] != call.num_classes or call.num_classes > MOST_FULL):
+        wrong.append(f"log_probs without ids are {list(call.log_probs_NK.shape)}; expected [N, {call.num_classes}], "
+                     f"and at most {MOST_FULL} classes")
     if call.divergence == "reverse_kl" and call.tail in ("renormalise", "sampled"):
         wrong.append(f"reverse_kl with tail {call.tail!r} is infinite: the teacher gives the tail nothing")
     same = ((call.labels_NJ, call.label_weight_NJ), (call.ids_NK, call.log_probs_NK))

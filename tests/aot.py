@@ -21,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Loop:
-    """A main loop in SASS: one that reads global memory. Counts are per thread and pass; elements: 128-bit vectors."""
+    """A main loop in SASS, or a whole kernel. Counts are per thread and pass; an element is one of a 128-bit load."""
 
     instructions: int
     exponentials: int
@@ -41,7 +41,7 @@ class Report:
     spills: int
     shared: int
     loops: list[Loop]
-    entry_barriers: int
+    whole: Loop
 
 
 def compile_kernel(request: dict[str, Any]) -> Report:
@@ -73,7 +73,7 @@ def read_cubin(name: str, arch: int, cubin: bytes, shared: int) -> Report:
     lines = sass_lines(sass)
     code = [line for _, line in lines]
     return Report(name, arch, int(found[1]), int(found[2]), sum(_is(line, "LDL", "STL") for line in code), shared,
-                  main_loops(lines), sum(_is(line, "BAR") for line in code))
+                  main_loops(lines), _loop(code))
 
 
 def sass_lines(sass: str) -> list[tuple[str, str]]:
@@ -131,7 +131,8 @@ def reports(requests: list[dict[str, Any]], *, cache: Path) -> list[Report]:
                           env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     out = [json.loads(line) for line in done.stdout.splitlines()]
-    return [Report(**{**report, "loops": [Loop(**loop) for loop in report["loops"]]}) for report in out]
+    return [Report(**{**report, "loops": [Loop(**loop) for loop in report["loops"]], "whole": Loop(**report["whole"])})
+            for report in out]
 
 
 if __name__ == "__main__":

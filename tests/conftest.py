@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,3 +14,45 @@ def pytest_configure(config: pytest.Config) -> None:
     """`-m gpu` runs the kernels as they are compiled; without it they run in triton's interpreter, on the CPU."""
     if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two operations that the interpreter rounds more often than a device does."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        """One rounding; the interpreter rounds the product too."""
+        return interpreter.TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32),
+                                        z.dtype.scalar)
+
+    def tree_sum(self: Any, x: Any) -> Any:
+        """Halves added to halves; numpy adds one after the other along any axis but the last."""
+        data, axis = x.handle.data, 0 if self.axis is None else self.axis
+        while data.shape[axis] > 1:
+            low, high = np.split(data, 2, axis)
+            data = low + high
+        return self.to_tensor(data if self.keep_dims else data.squeeze(axis), x.dtype)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+    monkeypatch.setattr(interpreter.ReduceOps, "sum", tree_sum)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the kernels run. Memory that torch leaves as it finds it is filled with NaN: what is unwritten shows."""
+    import numpy as np
+    import torch
+    import triton
+
+    interprets = triton.knobs.runtime.interpret
+    if request.param == "interpreter" and not interprets:
+        pytest.skip("triton compiles in this process (-m gpu)")
+    if request.param == "cuda" and (interprets or not torch.cuda.is_available()):
+        pytest.skip("no CUDA device, or triton interprets in this process: run pytest -m gpu")
+    if interprets:
+        as_on_a_device(monkeypatch)
+    torch.use_deterministic_algorithms(True)
+    with np.errstate(all="ignore"):
+        yield "cpu" if interprets else "cuda"
+    torch.use_deterministic_algorithms(False)

@@ -154,7 +154,7 @@ def _labels(case: Case, ids_NK: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if case.labels == "none":
         return None, None
     rows, last = case.rows, case.num_classes - 1
-    y = torch.randint(1, last + 1, (rows,))
+    y = torch.randint(min(1, last), last + 1, (rows,))
     if case.labels == "in":
         y = ids_NK[:, 0]
     if case.labels == "ignored":

@@ -91,6 +91,20 @@ def request(build: Build, arch: int) -> dict[str, Any]:
             "maxnreg": build.shape.registers}
 
 
+def full_request(arch: int) -> dict[str, Any]:
+    """A teacher over 1000 classes, bfloat16 logits, one label, in place."""
+    call = kd_launch.Call(1000, torch.empty(1, 1), None, None, torch.empty(1, 1000), None, None, 4.0, "forward_kl",
+                          "bucket", 0.5, None, None, True)
+    constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(("LABEL_WEIGHT", "ROW_WEIGHT"))
+    signature = {"X": "*bf16", "G": "*bf16", "LABELS": "*i64"} | dict.fromkeys(
+        ("LOSS", "CE", "KD", "LABEL_WEIGHT", "LOG_Q", "ROW_WEIGHT", "CE_SCALE", "KD_SCALE"), "*fp32")
+    signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "q_stride",
+                                "num_classes", "width", "num_labels"), "i32")
+    signature |= dict.fromkeys(("c", "temperature", "beta"), "fp32")
+    return {"name": "full", "kernel": "kdcache.kernels.kd_full:kd_full", "arch": arch, "signature": signature,
+            "constants": constants, "aligned": ["X", "G", "LOG_Q"], "warps": 2}
+
+
 def complaints(build: Build, report: aot.Report) -> list[str]:
     """Where a report is over its build's budget; nothing if it is not."""
     vector = 16 // ELEMENT[build.dtype]
@@ -116,6 +130,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     """Every build for sm_90, the three that differ most for the others, and the mutants."""
     wanted = [request(build, arch) for build in BUILDS for arch in ARCHES
               if arch == 90 or build.name in ("kd-128k-T2", "kd-50257-T2", "kd-32k-T2")]
+    wanted += [full_request(arch) for arch in ARCHES]
     wanted += [request(mutant, 90) for mutant in MUTANTS.values()]
     found = aot.reports(wanted, cache=tmp_path_factory.mktemp("triton"))
     return {(report.name, report.arch): report for report in found}
@@ -127,6 +142,15 @@ def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str,
         pytest.skip(f"budgets are triton 3.7.1's; this is {triton.__version__}")
     reports = [report for (name, _), report in compiled.items() if name == build.name]
     assert reports and {report.arch: found for report in reports if (found := complaints(build, report))} == {}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_row_of_all_classes_stays_in_registers(arch: int, compiled: dict[tuple[str, int], aot.Report]) -> None:
+    """1000 classes over 64 threads: two vectors of logits and four of the teacher a thread, each read once."""
+    report = compiled["full", arch]
+    assert (report.spills, report.stack) == (0, 0) and report.registers <= 128
+    assert (report.whole.vector_loads, report.whole.vector_stores) == (6, 2)
+    assert report.whole.exponentials <= 3 * 16 + 8
 
 
 USUAL = BUILDS[0]

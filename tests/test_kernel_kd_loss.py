@@ -6,7 +6,8 @@ On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import kernel_world as world
@@ -19,45 +20,6 @@ from torch import Tensor
 from kdcache.kernels.kd_loss import kd_loss_rows
 
 CASES = world.covering()
-
-
-def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two operations that the interpreter rounds more often than a device does."""
-    from triton.runtime import interpreter
-
-    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        """One rounding; the interpreter rounds the product too."""
-        return interpreter.TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32),
-                                        z.dtype.scalar)
-
-    def tree_sum(self: Any, x: Any) -> Any:
-        """Halves added to halves; numpy adds one after the other along any axis but the last."""
-        data, axis = x.handle.data, 0 if self.axis is None else self.axis
-        while data.shape[axis] > 1:
-            low, high = np.split(data, 2, axis)
-            data = low + high
-        return self.to_tensor(data if self.keep_dims else data.squeeze(axis), x.dtype)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
-    monkeypatch.setattr(interpreter.ReduceOps, "sum", tree_sum)
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the kernels run. Memory that torch leaves as it finds it is filled with NaN: what is unwritten shows."""
-    import triton
-
-    interprets = triton.knobs.runtime.interpret
-    if request.param == "interpreter" and not interprets:
-        pytest.skip("triton compiles in this process (-m gpu)")
-    if request.param == "cuda" and (interprets or not torch.cuda.is_available()):
-        pytest.skip("no CUDA device, or triton interprets in this process: run pytest -m gpu")
-    if interprets:
-        as_on_a_device(monkeypatch)
-    torch.use_deterministic_algorithms(True)
-    with np.errstate(all="ignore"):
-        yield "cpu" if interprets else "cuda"
-    torch.use_deterministic_algorithms(False)
 
 
 def on(device: str, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +50,11 @@ def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]:
     return [error(f, t, least) for f, t, least in zip(found, truth, (1.0, 1.0, 1.0, 0.0), strict=True)]
 
 
-def plain_errors(case: Case) -> list[float]:
+def plain_errors(case: Case, draw: Callable[[int], Problem] | None = None) -> list[float]:
     """What plain float32 torch misses the truth by, at most, in some draws: one of three rows may be right by luck."""
     draws = []
     for seed in range(6):
-        problem = world.problem(case, seed)
+        problem = world.problem(case, seed) if draw is None else draw(seed)
         *values, gradient = world.define(problem, torch.float32)
         draws.append(errors((*values, gradient.to(case.dtype)), world.define(problem, torch.float64)))
     return [max(each) for each in zip(*draws, strict=True)]
@@ -127,6 +89,38 @@ def test_the_cases_cover_every_pair() -> None:
                         assert ((first, a), (second, b)) in pairs
 
 
+FULL = [
+    Case(num_classes=123), Case(num_classes=1000, dtype=torch.bfloat16, inplace=True, labels="two", weights="some"),
+    Case(num_classes=7, labels="none", divergence="jsd", temperature=0.5, layout="strided", grad_output="each"),
+    Case(num_classes=5000, labels="twice", divergence="reverse_kl", temperature=4.0, layout="padded"),
+    Case(num_classes=1272, labels="some", divergence="tv", layout="odd", dtype=torch.float16, inplace=True),
+    Case(num_classes=10, labels="ignored", logits="apart", temperature=1.37, weights="some"),
+    Case(num_classes=10, logits="offset", rows=1, temperature=1.0), Case(num_classes=1, rows=3), Case(rows=0),
+]
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_a_teacher_over_all_classes(case: Case, device: str) -> None:
+    """The same rows, given in id order, are the K = V of the definition."""
+    def draw(seed: int) -> Problem:
+        problem = world.problem(replace(case, kept=case.num_classes), seed)
+        log_q = torch.log_softmax(torch.randn(case.rows, case.num_classes), -1)
+        ids = torch.arange(case.num_classes).expand(case.rows, -1)
+        return replace(problem, keywords=problem.keywords | {"ids": ids, "log_probs": log_q,
+                                                             "log_tail": torch.full((case.rows,), -torch.inf)})
+
+    problem = draw(0)
+    out, gradient, buffer, logits = run(problem, device, ids=None, log_tail=None)
+    found = errors((*out, gradient[:, : case.num_classes].cpu()), world.define(problem, torch.float64))
+    single, own = (torch.finfo(t).eps for t in (torch.float32, case.dtype))
+    for one, plain, unit in zip(found, plain_errors(case, draw), (single, single, single, own), strict=True):
+        assert one <= 2 * plain + unit
+    assert bool((gradient[:, case.num_classes :] == 0).all())
+    kept = buffer.clone()
+    kept.as_strided(logits.shape, logits.stride(), logits.storage_offset())[:] = torch.nan
+    assert bool(kept.isnan().all()), "written outside the rows"
+
+
 def usual(**changed: Any) -> Problem:
     return world.problem(Case(**changed))
 
@@ -145,11 +139,15 @@ def test_a_bad_logit_spoils_its_own_row_and_no_other(value: float, device: str) 
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_row_that_does_not_count_may_hold_anything(inplace: bool, device: str) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_a_row_that_does_not_count_may_hold_anything(full: bool, inplace: bool, device: str) -> None:
     problem = usual(labels="some", weights="some", inplace=inplace)
     problem.keywords["row_weight"][:] = torch.tensor([0.0, 1.0, 1.0])
     problem.logits[0] = torch.nan
     problem.keywords["ids"][0] = 10**9
+    if full:
+        problem.keywords.update(ids=None, log_tail=None, log_probs=torch.log_softmax(torch.randn(3, 123), -1))
+        problem.keywords["log_probs"][0] = torch.nan
     out, gradient, *_ = run(problem, device)
     assert [float(t[0]) for t in out] == [0, 0, 0] and bool((gradient[0] == 0).all())
     assert bool(torch.cat(out).isfinite().all()) and bool(gradient.isfinite().all())
@@ -268,9 +266,10 @@ def test_rows_that_no_program_can_own_are_copied(change: str, device: str) -> No
 @pytest.mark.parametrize(("changed", "message"), [
     ({"temperature": 0.0}, "temperature is 0.0"), ({"divergence": "forward"}, "divergence 'forward'"),
     ({"tail": "drop"}, "tail 'drop'"), ({"num_classes": 124}, "num_classes is 124"),
-    ({"labels": None, "label_weight": None, "ids": None, "log_probs": None}, "neither labels nor ids"),
+    ({"labels": None, "label_weight": None, "ids": None, "log_probs": None}, "neither labels nor log_probs"),
     ({"log_tail": None}, "log_tail belong together"), ({"log_probs": torch.zeros(3, 7)}, "must be alike"),
     ({"labels": torch.zeros(2, dtype=torch.long)}, "labels is"), ({"ids": torch.zeros(3, 8)}, "ids is"),
+    ({"ids": None, "log_tail": None}, "expected .N, 123."),
     ({"divergence": "reverse_kl", "tail": "sampled"}, "is infinite"), ({"row_weight": torch.ones(2)}, "does not go"),
 ])
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, device: str) -> None:

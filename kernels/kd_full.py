@@ -1,0 +1,84 @@
+"""The kernel of `kd_loss` for a teacher that gives every class its probability, over rows that fit in registers.
+
+One program per row, one read of logits and teacher, one write: 2 N V + 4 N V bytes read, 2 N V written (bf16). Caches
+of few classes hold such rows; for many classes a sparse teacher is the point, and longer rows are refused.
+"""
+
+# mypy: ignore-errors
+# Device code: its arguments are pointers and blocks, which have no types of their own.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdcache.kernels.rows import LN2, outcome, row_start, sum_pair
+
+
+@triton.jit
+def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes):
+    """(id, weight) of the j-th label of a row, weight 0 where there is none."""
+    y = tl.load(LABELS + n * label_stride + j, mask=j < num_labels, other=-1)
+    known = (y >= 0) & (y < num_classes)
+    weight = tl.where(known, 1.0, 0.0)
+    if LABEL_WEIGHT is not None:
+        weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=known, other=0.0).to(tl.float32)
+    return tl.where(known, y, 0).to(tl.int32), weight
+
+
+@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"])
+def kd_full(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, x_stride, g_stride,
+            label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, c, temperature, beta,
+            BJ: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+            ALIGNED: tl.constexpr):
+    """One row in one block; c = log2(e) / T. Every output is written, whatever the row is."""
+    n = tl.program_id(0).to(tl.int64)
+    row = row_start(X, n, x_stride, VEC, ALIGNED)
+    out = row_start(G, n, g_stride, VEC, ALIGNED)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < (num_classes // VEC * VEC if ALIGNED else num_classes)
+    row_weight = 1.0
+    if ROW_WEIGHT is not None:
+        row_weight = tl.load(ROW_WEIGHT + n).to(tl.float32)
+    x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
+    log_q = tl.load(row_start(LOG_Q, n, q_stride, VEC, ALIGNED) + columns, mask=inside,
+                    other=-float("inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    one = tl.exp2((x - top) * (1.0 / LN2))
+    soft = tl.exp2((x - top) * c)
+    z_one, z = sum_pair(one, soft)
+    ce = 0.0
+    taken = tl.zeros([BLOCK], tl.float32)
+    weights = 0.0
+    if LABELS is not None:
+        for j in tl.static_range(BJ):
+            y, weight = label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes)
+            x_y = tl.load(row + y).to(tl.float32)
+            ce += tl.where(weight != 0, weight * (tl.log(z_one) - (x_y - top)), 0.0)
+            taken += tl.where(columns == y, weight, 0.0)
+            weights += weight
+    p = soft / z
+    log_p = tl.where(inside, LN2 * c * (x - top) - tl.log(z), -float("inf"))
+    q_sum = tl.sum(tl.exp(log_q), axis=0)
+    value, slope = outcome(log_q, log_p, p, q_sum, beta, DIVERGENCE)
+    kd, mean = sum_pair(value, p * slope)
+    if DIVERGENCE != "forward_kl":
+        slope = p * (slope - mean)
+    kd = tl.where(row_weight != 0, row_weight * kd, 0.0)
+    loss = 0.0
+    g = tl.zeros([BLOCK], tl.float32)
+    if LABELS is not None and CE_SCALE is not None:
+        ce_scale = tl.load(CE_SCALE).to(tl.float32)
+        loss += ce_scale * ce
+        g = tl.where(weights != 0, ce_scale * (weights * (one / z_one) - taken), 0.0)
+    if KD_SCALE is not None:
+        kd_scale = tl.load(KD_SCALE).to(tl.float32)
+        loss += kd_scale * kd
+        g += tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope, 0.0)
+    if GRADIENT:
+        tl.debug_barrier()                  # every warp has read the logits of the labels
+        tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)
+        for at in tl.range(num_classes, width, BLOCK):
+            tl.store(out + at + columns, tl.zeros([BLOCK], out.dtype.element_ty), mask=at + columns < width)
+    tl.store(LOSS + n, loss)
+    tl.store(CE + n, ce)
+    tl.store(KD + n, kd)
