@@ -60,6 +60,7 @@ class Call:
     ce_scale: Tensor | None
     kd_scale: Tensor | None
     inplace: bool
+    parts: int | None = None        # programs that share a row; None: more than one only where rows are few
 
 
 def powers(temperature: float) -> tuple[int, int] | None:
@@ -87,20 +88,36 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Ten
         return
     if call.ids_NK is None and call.log_probs_NK is not None:
         return _launch_full(x_NV, gradient, out, call, call.log_probs_NK)
-    constants = kernel_constants(call, x_NV.element_size(), gradient is not None, gradient is x_NV,
-                                 _aligned(x_NV, call.num_classes))
-    c, c2 = exponents(call)
-    tiles = Tiles.of(call.num_classes, x_NV.element_size())
+    rows, itemsize = len(x_NV), x_NV.element_size()
+    part = part_length(rows, call.num_classes) if call.parts is None else -(-call.num_classes // call.parts // 64) * 64
+    parts = -(-call.num_classes // part)
+    aligned = _aligned(x_NV, call.num_classes)
+    constants = kernel_constants(call, itemsize, gradient is not None, gradient is x_NV, aligned, part)
+    split = parts > 1 and constants["P"] + constants["Q"] > 0
+    scratch: tuple[Tensor | None, ...] = (None, None, None)
+    if split:
+        scratch = (x_NV.new_empty((rows, parts, 4), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
+                   x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32))
+    tiles = Tiles.of(min(part, call.num_classes), itemsize)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
-        kd_rows[(len(x_NV),)](
-            x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
-            call.log_tail_N if call.tail == "bucket" else None, call.row_weight_N, call.ce_scale, call.kd_scale,
-            x_NV.stride(0), to.stride(0), *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK,
-                                                                 call.log_probs_NK)),
-            call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
-            0 if call.labels_NJ is None else call.labels_NJ.shape[1], c, c2, call.temperature, call.beta,
-            **constants, num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
+        for stage in (1, 2) if split else (0,):
+            kd_rows[(rows, parts if split else 1)](
+                x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
+                call.log_tail_N if call.tail == "bucket" else None, call.row_weight_N, call.ce_scale, call.kd_scale,
+                x_NV.stride(0), to.stride(0), *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK,
+                                                                     call.log_probs_NK)),
+                call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
+                0 if call.labels_NJ is None else call.labels_NJ.shape[1], *exponents(call), call.temperature,
+                call.beta, *scratch, part, parts, **constants, STAGE=stage, num_warps=tiles.warps, num_stages=1,
+                maxnreg=tiles.registers)
+
+
+def part_length(rows: int, num_classes: int) -> int:
+    """Columns of a program: all of them, unless there are too few rows to occupy 132 multiprocessors twice."""
+    parts = min(64, -(-264 // rows)) if rows < 132 else 1
+    length = max(-(-num_classes // parts), 8192)
+    return -(-length // 2048) * 2048
 
 
 def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call,
@@ -125,13 +142,14 @@ def full_constants(call: Call, itemsize: int, gradient: bool, aligned: bool) -> 
             "ALIGNED": aligned}
 
 
-def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool) -> dict[str, Any]:
+def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool,
+                     part: int) -> dict[str, Any]:
     """What a compiled kernel is made for; neither the number of rows nor the strides are among it."""
     ratio = powers(call.temperature)
     ce, kd = call.labels_NJ is not None, call.ids_NK is not None and call.tail != "conditional"
     two = ce and kd and ratio is None
     p, q = ratio if ce and kd and ratio is not None else (int(ce), int(kd))
-    tiles = Tiles.of(call.num_classes, itemsize)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize)
     vec = 16 // itemsize
     return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
             "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),

@@ -9,6 +9,11 @@ exponential, over the logits (or beside them); the K + J other entries are compu
 the gradient does not take their place, the row's own bits are put back at the knocked-out ids: while the kernel runs,
 and only then, those K entries of the logits read -inf.
 
+Where there are fewer rows than multiprocessors, several programs share a row in two launches: the sums of each part,
+then the gradient of each part; what the second launch reads fits in L2. A teacher over all classes (no ids) has its own
+kernel, `kd_full`: one read, one write. The scales are in the gradient that forward leaves, so that a backward of
+factor 1 moves nothing: each program reads its row's factor on the device and stops.
+
 Bytes moved, at least (bf16, V classes, N rows): 2 N V read, 2 N V written, and N (K (size of an id + 4) + 24) of the
 rest. Sweep 2 reads the row again, from L2 while (rows in flight) * 2 V bytes stay there; else 6 N V in all.
 Exponentials per element: 1 + 1 / R in sweep 1, 1 in sweep 2; twice that for a T that is not on the list of `powers`.
@@ -47,7 +52,7 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                  log_tail: Tensor | None = None, row_weight: Tensor | None = None, temperature: float = 1.0,
                  divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
                  ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
-                 inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+                 inplace: bool = False, parts: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, CE, D) of each row, float32 [N]: loss = ce_scale * CE + kd_scale * D; only the loss carries a gradient.
 
     logits        [N, V' >= V], float16, bfloat16 or float32; rows may be strided (a slice of a padded vocabulary).
@@ -65,6 +70,8 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
     inplace       write the gradient over the logits when one is wanted; the loss can be differentiated once then. In a
                   graph that torch.compile captures it is allowed and not done
 
+    parts         programs that share a row, 1 to 64; None: several only where there are fewer rows than multiprocessors
+
     A row without label and teacher gives 0 and a zero gradient, whatever it holds. Nothing waits for the device.
     ValueError for shapes, dtypes and options that do not fit.
     """
@@ -74,7 +81,7 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                 None if labels is None else _matrix("label_weight", label_weight, logits), ids_NK,
                 _matrix("log_probs", log_probs, logits), _column(log_tail), _column(row_weight),
                 float(temperature), divergence, tail, float(beta), _scale(ce_scale, logits), _scale(kd_scale, logits),
-                inplace)
+                inplace, parts)
     _check(logits, call)
     if torch.compiler.is_compiling():
         return compiled_rows(logits, call)
@@ -129,6 +136,8 @@ def _check(logits: Tensor, call: Call) -> None:
         wrong.append(f"divergence {call.divergence!r}, tail {call.tail!r}; known: {DIVERGENCES} and {TAILS}")
     if not (0 < call.temperature < math.inf and 0 < call.beta < 1):
         wrong.append(f"temperature is {call.temperature}, beta {call.beta}; expected above 0, and between 0 and 1")
+    if call.parts is not None and not 1 <= call.parts <= 64:
+        wrong.append(f"parts is {call.parts}; expected 1 to 64")
     if call.labels_NJ is None and call.log_probs_NK is None:
         wrong.append("neither labels nor log_probs are given")
     if call.ids_NK is not None and (call.log_probs_NK is None or (call.tail == "bucket" and call.log_tail_N is None)):

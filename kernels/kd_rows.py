@@ -55,6 +55,27 @@ def teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL: tl.constexpr, BK: tl.co
 
 
 @triton.jit
+def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+    """The sums of a row from those of its parts, at most 64."""
+    slot = tl.arange(0, 64)
+    held = slot < parts
+    ref_S = tl.load(STATE + slot * 4, mask=held, other=FLOOR)
+    ref2_S = tl.load(STATE + slot * 4 + 1, mask=held, other=FLOOR)
+    one_S = tl.load(STATE + slot * 4 + 2, mask=held, other=0.0)
+    soft_S = tl.load(STATE + slot * 4 + 3, mask=held, other=0.0)
+    ref = tl.max(ref_S, axis=0)
+    ref2 = tl.max(ref2_S, axis=0)
+    if P > 0:
+        one_S *= power(tl.exp2(ref_S - ref), P)
+    if TWO:
+        soft_S *= tl.exp2(ref2_S - ref2)
+    elif Q > 0:
+        soft_S *= power(tl.exp2(ref_S - ref), Q)
+    one, soft = sum_pair(one_S, soft_S)
+    return ref, ref2, one, soft
+
+
+@triton.jit
 def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, beta, valid_K, TAIL: tl.constexpr,
                       DIVERGENCE: tl.constexpr):
     """D, its slopes over the scores of the kept ids [BK], and of the tail over the sum `soft` of its exponentials."""
@@ -86,15 +107,73 @@ def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, beta, vali
     return value, slope_K, slope_tail
 
 
-@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels"])
+@triton.jit
+def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, LOG_Q, LOG_TAIL,
+                      CE_SCALE, KD_SCALE, n, q_stride, c, c2, temperature, beta, BK: tl.constexpr, TAIL: tl.constexpr,
+                      DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+    """(loss, CE, D) of a row, the two factors of its dense gradient, its gradient at the kept ids, and ce_scale."""
+    loss = 0.0
+    ce = 0.0
+    kd = 0.0
+    top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
+    u_K = tl.exp2(tl.fma(x_K, c, -top))
+    lift = tl.exp2(ref - top)
+    a_one = 0.0
+    a_soft = 0.0
+    g_K = tl.zeros([BK], tl.float32)
+    ce_scale = 0.0
+    if P > 0:
+        z = one * power(lift, P) + tl.sum(power(u_K, P), axis=0)
+        ce_J = weight_J * (tl.log(z) - P * LN2 * tl.fma(x_J, c, -top))
+        ce = tl.sum(tl.where(weight_J != 0, ce_J, 0.0), axis=0)
+        if CE_SCALE is not None:
+            ce_scale = tl.load(CE_SCALE).to(tl.float32)
+            loss += ce_scale * ce
+            a_one = ce_scale * tl.sum(weight_J, axis=0) / z
+            taken_K = tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
+            g_K += a_one * power(u_K, P) - ce_scale * taken_K
+            a_one *= power(lift, P)
+    if LOG_Q is not None:
+        log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+        if TAIL == "conditional":
+            score_tail = 0.0
+            score_K = tl.fma(x_K, c2, -tl.max(x_K, axis=0) * c2)
+        elif TWO:
+            top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
+            score_tail = ref2 - top2
+            score_K = tl.fma(x_K, c2, -top2)
+        else:
+            score_tail = Q * (ref - top)
+            score_K = Q * tl.fma(x_K, c, -top)
+        value, slope_K, slope_tail = divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, beta,
+                                                       valid_K, TAIL, DIVERGENCE)
+        kd = tl.where(row_weight != 0, row_weight * value, 0.0)
+        if KD_SCALE is not None:
+            kd_scale = tl.load(KD_SCALE).to(tl.float32)
+            loss += kd_scale * kd
+            g_K += kd_scale * row_weight / temperature * slope_K
+            a_soft = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0)
+    return loss, ce, kd, a_one, a_soft, g_K, ce_scale
+
+
+@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
+                               "parts"])
 def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
             x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width, kept,
-            num_labels, c, c2, temperature, beta, BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr,
-            DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, GRADIENT: tl.constexpr,
-            INPLACE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-            REVERSE: tl.constexpr):
-    """One row: see the module's docstring. Every output is written, whatever the row is."""
+            num_labels, c, c2, temperature, beta, STATE, KEPT, LABELLED, part, parts, BK: tl.constexpr,
+            BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+            TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+            VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, STAGE: tl.constexpr):
+    """One row, or one part of one row. Every output is written, whatever the row is.
+
+    STAGE 0: a program has the whole row. Where rows are few, `parts` programs share one, in two launches: stage 1
+    leaves the sums of each part in STATE [N, parts, 4], and the logits of kept ids and of labels in KEPT and LABELLED;
+    stage 2 merges the parts (each program for itself) and goes on with its own columns.
+    """
     n = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1) if STAGE > 0 else 0
+    begin = s * part
+    count = tl.minimum(part, num_classes - begin) if STAGE > 0 else num_classes
     row = row_start(X, n, x_stride, VEC, ALIGNED)
     out = row_start(G, n, g_stride, VEC, ALIGNED)
     label_J, weight_J = known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels,
@@ -115,85 +194,68 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
             entry_K = tl.load(IDS + n * id_stride + k, mask=k < tl.where(row_weight != 0, kept, 0), other=-1)
             valid_K = (entry_K >= 0) & (entry_K < num_classes)
             id_K = tl.where(valid_K, entry_K, -1).to(tl.int32)
-        raw_K = tl.load(row + id_K, mask=valid_K, other=0.0)
+        own_K = valid_K & (id_K // part == s) if STAGE > 0 else valid_K
+        own_J = (weight_J != 0) & (label_J // part == s) if STAGE > 0 else weight_J != 0
+        if STAGE == 2:
+            raw_K = tl.load(KEPT + n * BK + k, mask=valid_K, other=0.0)
+            x_J = tl.load(LABELLED + n * BJ + tl.arange(0, BJ), mask=weight_J != 0, other=0.0)
+        else:
+            raw_K = tl.load(row + id_K, mask=own_K, other=0.0)
+            x_J = tl.load(row + label_J, mask=own_J, other=0.0).to(tl.float32)
         x_K = tl.where(valid_K, raw_K.to(tl.float32), -float("inf"))
-        x_J = tl.load(row + label_J, mask=weight_J != 0, other=0.0).to(tl.float32)
         ref = FLOOR
         ref2 = FLOOR
         one = 0.0
         soft = 0.0
-        if P + Q > 0:
+        if STAGE == 2:
+            ref, ref2, one, soft = merge_parts(STATE + n * parts * 4, parts, P, Q, TWO)
+        elif P + Q > 0:
             if IDS is not None:
                 tl.debug_barrier()          # every warp has its copy of the kept logits
-                tl.store(row + id_K, tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty), mask=valid_K)
+                tl.store(row + id_K, tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty), mask=own_K)
                 tl.debug_barrier()
-            ref, ref2, one, soft = sweep_sums(row, num_classes, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
+            ref, ref2, one, soft = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
                                               "evict_last" if GRADIENT else "evict_first")
-        top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
-        u_K = tl.exp2(tl.fma(x_K, c, -top))
-        lift = tl.exp2(ref - top)
-        a_one = 0.0
-        a_soft = 0.0
-        g_K = tl.zeros([BK], tl.float32)
-        ce_scale = 0.0
-        if P > 0:
-            z = one * power(lift, P) + tl.sum(power(u_K, P), axis=0)
-            ce_J = weight_J * (tl.log(z) - P * LN2 * tl.fma(x_J, c, -top))
-            ce = tl.sum(tl.where(weight_J != 0, ce_J, 0.0), axis=0)
-            if CE_SCALE is not None:
-                ce_scale = tl.load(CE_SCALE).to(tl.float32)
-                loss += ce_scale * ce
-                a_one = ce_scale * tl.sum(weight_J, axis=0) / z
-                taken_K = tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
-                g_K += a_one * power(u_K, P) - ce_scale * taken_K
-                a_one *= power(lift, P)
-        if IDS is not None:
-            log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
-            if TAIL == "conditional":
-                score_tail = 0.0
-                score_K = tl.fma(x_K, c2, -tl.max(x_K, axis=0) * c2)
-            elif TWO:
-                top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
-                score_tail = ref2 - top2
-                score_K = tl.fma(x_K, c2, -top2)
-            else:
-                score_tail = Q * (ref - top)
-                score_K = Q * tl.fma(x_K, c, -top)
-            value, slope_K, slope_tail = divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, beta,
-                                                           valid_K, TAIL, DIVERGENCE)
-            kd = tl.where(row_weight != 0, row_weight * value, 0.0)
-            if KD_SCALE is not None:
-                kd_scale = tl.load(KD_SCALE).to(tl.float32)
-                loss += kd_scale * kd
-                g_K += kd_scale * row_weight / temperature * slope_K
-                a_soft = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0)
-        if GRADIENT:
-            if P + Q > 0:
-                sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
-                               REVERSE)
-            else:
-                fill_zeros(out, num_classes, R, C, VEC, ALIGNED)
-            tl.debug_barrier()              # the entries below were written by other warps
-            tl.store(out + id_K, g_K.to(out.dtype.element_ty), mask=valid_K)
-            if CE_SCALE is not None:
-                kept_J = tl.max((label_J[:, None] == id_K[None, :]).to(tl.int32), axis=1)
-                taken_J = tl.sum(tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0), axis=1)
-                g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) - ce_scale * taken_J
-                tl.store(out + label_J, g_J.to(out.dtype.element_ty), mask=(weight_J != 0) & (kept_J == 0))
+        if STAGE == 1:
+            at = STATE + (n * parts + s) * 4
+            tl.store(at, ref)
+            tl.store(at + 1, ref2)
+            tl.store(at + 2, one)
+            tl.store(at + 3, soft)
+            tl.store(KEPT + n * BK + k, raw_K, mask=own_K)
+            tl.store(LABELLED + n * BJ + tl.arange(0, BJ), x_J, mask=own_J)
         else:
-            tl.debug_barrier()
-        if IDS is not None and not (GRADIENT and INPLACE):
-            if P + Q > 0:
-                tl.store(row + id_K, raw_K, mask=valid_K)
-    elif GRADIENT:
-        fill_zeros(out, num_classes, R, C, VEC, ALIGNED)
-    if GRADIENT:
-        for at in tl.range(num_classes, width, C):
-            column = at + tl.arange(0, C)
-            tl.store(out + column, tl.zeros([C], out.dtype.element_ty), mask=column < width)
-    tl.store(LOSS + n, loss)
-    tl.store(CE + n, ce)
-    tl.store(KD + n, kd)
+            loss, ce, kd, a_one, a_soft, g_K, ce_scale = values_and_slopes(
+                x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, LOG_Q, LOG_TAIL, CE_SCALE,
+                KD_SCALE, n, q_stride, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P, Q, TWO)
+            if GRADIENT:
+                if P + Q > 0:
+                    sweep_gradient(row + begin, out + begin, count, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C,
+                                   VEC, ALIGNED, REVERSE)
+                else:
+                    fill_zeros(out + begin, count, R, C, VEC, ALIGNED)
+                tl.debug_barrier()              # the entries below were written by other warps
+                tl.store(out + id_K, g_K.to(out.dtype.element_ty), mask=own_K)
+                if CE_SCALE is not None:
+                    kept_J = tl.max((label_J[:, None] == id_K[None, :]).to(tl.int32), axis=1)
+                    taken_J = tl.sum(tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0), axis=1)
+                    g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) - ce_scale * taken_J
+                    tl.store(out + label_J, g_J.to(out.dtype.element_ty), mask=own_J & (kept_J == 0))
+            else:
+                tl.debug_barrier()
+            if IDS is not None and not (GRADIENT and INPLACE):
+                if P + Q > 0:
+                    tl.store(row + id_K, raw_K, mask=own_K)
+    elif GRADIENT and STAGE != 1:
+        fill_zeros(out + begin, count, R, C, VEC, ALIGNED)
+    if STAGE != 1 and s == 0:
+        if GRADIENT:
+            for at in tl.range(num_classes, width, C):
+                column = at + tl.arange(0, C)
+                tl.store(out + column, tl.zeros([C], out.dtype.element_ty), mask=column < width)
+        tl.store(LOSS + n, loss)
+        tl.store(CE + n, ce)
+        tl.store(KD + n, kd)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.kernels.kd_loss import kd_loss_rows
+
 FACTORS: dict[str, tuple[Any, ...]] = {
     "temperature": (2.0, 1.0, 0.5, 1.5, 3.0, 4.0, 1.37),
     "kept": (8, 64, 1, 100),
@@ -242,3 +244,35 @@ def laid_out(problem: Problem, device: str) -> tuple[Tensor, Tensor]:
     view = buffer.as_strided((case.rows, columns), (stride, 1), offset)
     view[:, :width] = problem.logits.to(device)
     return buffer, view
+
+
+def on(device: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
+
+
+def run(problem: Problem, device: str, **changed: Any) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    """((loss, CE, D), gradient, buffer, logits) of the kernel."""
+    buffer, logits = laid_out(problem, device)
+    logits = logits.detach().requires_grad_()
+    keywords = on(device, problem.keywords | {"inplace": problem.case.inplace, "parts": 1} | changed)
+    out = kd_loss_rows(logits, **keywords)
+    (gradient,) = torch.autograd.grad(out[0], logits, problem.factor.to(device))
+    return tuple(t.detach().cpu() for t in out), gradient, buffer, logits.detach()
+
+
+def error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
+    """Largest error relative to the largest entry of its row, but to no less than `least`."""
+    if not truth.numel():
+        return 0.0
+    found, truth = found.double().reshape(len(truth), -1), truth.reshape(len(truth), -1)
+    size = truth.abs().amax(1).clamp(min=max(least, 1e-30))
+    return float((torch.where(found == truth, 0, (found - truth).abs()).amax(1) / size).max())
+
+
+def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]:
+    """Of loss, CE, D and gradient. A divergence is a sum of terms of about 1 nat that cancel: its unit is that of 1."""
+    return [error(f, t, least) for f, t, least in zip(found, truth, (1.0, 1.0, 1.0, 0.0), strict=True)]
+
+
+def usual(**changed: Any) -> Problem:
+    return problem(Case(**changed))

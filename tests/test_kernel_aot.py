@@ -73,7 +73,8 @@ def request(build: Build, arch: int) -> dict[str, Any]:
     call = kd_launch.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
                         build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace)
     size = ELEMENT[build.dtype]
-    constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned)
+    constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned, build.num_classes)
+    constants |= {"STAGE": 0, "STATE": None, "KEPT": None, "LABELLED": None}
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
     absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["LABELS", "CE_SCALE"] * (not build.labels)
@@ -81,9 +82,9 @@ def request(build: Build, arch: int) -> dict[str, Any]:
     constants |= dict.fromkeys(absent)
     signature = dict.fromkeys(("X", "G"), f"*{build.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
     signature |= dict.fromkeys(("LOSS", "CE", "KD", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT", "CE_SCALE",
-                                "KD_SCALE"), "*fp32")
+                                "KD_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
     signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "id_stride", "q_stride",
-                                "num_classes", "width", "kept", "num_labels"), "i32")
+                                "num_classes", "width", "kept", "num_labels", "part", "parts"), "i32")
     signature |= dict.fromkeys(("c", "c2", "temperature", "beta"), "fp32")
     sizes = ["x_stride", "g_stride", "num_classes", "width"] if build.aligned and build.num_classes % 16 == 0 else []
     return {"name": build.name, "kernel": "kdcache.kernels.kd_rows:kd_rows", "arch": arch, "signature": signature,
@@ -103,6 +104,14 @@ def full_request(arch: int) -> dict[str, Any]:
     signature |= dict.fromkeys(("c", "temperature", "beta"), "fp32")
     return {"name": "full", "kernel": "kdcache.kernels.kd_full:kd_full", "arch": arch, "signature": signature,
             "constants": constants, "aligned": ["X", "G", "LOG_Q"], "warps": 2}
+
+
+def staged(stage: int) -> dict[str, Any]:
+    """A part of 32,000 columns of a longer row."""
+    asked = request(replace(BUILDS[7], name=f"stage-{stage}"), 90)
+    asked["signature"]["KEPT"] = "*bf16"
+    constants = {k: v for k, v in asked["constants"].items() if k not in ("STATE", "KEPT", "LABELLED")}
+    return asked | {"constants": constants | {"STAGE": stage}, "aligned": [*asked["aligned"], "part"]}
 
 
 def complaints(build: Build, report: aot.Report) -> list[str]:
@@ -130,6 +139,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     """Every build for sm_90, the three that differ most for the others, and the mutants."""
     wanted = [request(build, arch) for build in BUILDS for arch in ARCHES
               if arch == 90 or build.name in ("kd-128k-T2", "kd-50257-T2", "kd-32k-T2")]
+    wanted += [staged(stage) for stage in (1, 2)]
     wanted += [full_request(arch) for arch in ARCHES]
     wanted += [request(mutant, 90) for mutant in MUTANTS.values()]
     found = aot.reports(wanted, cache=tmp_path_factory.mktemp("triton"))
@@ -142,6 +152,15 @@ def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str,
         pytest.skip(f"budgets are triton 3.7.1's; this is {triton.__version__}")
     reports = [report for (name, _), report in compiled.items() if name == build.name]
     assert reports and {report.arch: found for report in reports if (found := complaints(build, report))} == {}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_part_of_a_row_costs_what_a_row_does(stage: int, compiled: dict[tuple[str, int], aot.Report]) -> None:
+    report = compiled[f"stage-{stage}", 90]
+    (loop,) = (loop for loop in report.loops if loop.exponentials)
+    assert (report.spills, report.stack, loop.scalar_loads, loop.scalar_stores, loop.barriers) == (0, 0, 0, 0, 0)
+    assert bool(loop.vector_stores) == (stage == 2) and report.registers <= 80
+    assert loop.instructions <= (11.4, 7.9)[stage - 1] * 8 * loop.vector_loads
 
 
 @pytest.mark.parametrize("arch", ARCHES)

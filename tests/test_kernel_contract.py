@@ -1,0 +1,162 @@
+"""What the fused loss promises besides its numbers: gradients asked for again, buffers, refusals, torch.compile, parts.
+
+On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on the device: the same tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kernel_world as world
+import pytest
+import torch
+from kernel_world import Case, on, run, usual
+from torch import Tensor
+
+from kdcache.kernels.kd_launch import part_length
+from kdcache.kernels.kd_loss import kd_loss_rows
+
+
+def test_a_part_without_a_scale_is_reported_and_not_in_the_loss(device: str) -> None:
+    for name, value, other in (("ce_scale", 1, 2), ("kd_scale", 2, 1)):
+        out, gradient, *_ = run(usual(), device, **{name: None})
+        expected, zero, *_ = run(usual(), device, **{name: 0.0})
+        assert torch.equal(out[value], expected[value]) and bool((out[value] > 0).all())
+        assert torch.equal(out[0], expected[0]) and torch.equal(gradient, zero)
+        assert float(usual().keywords[("ce_scale", "kd_scale")[other - 1]]) * float(out[other][0]) == pytest.approx(
+            float(out[0][0]))
+
+
+def test_without_a_gradient_only_the_values_are_computed(device: str) -> None:
+    problem = usual(inplace=True)
+    expected, *_ = run(problem, device)
+    _, logits = world.laid_out(problem, device)
+    with torch.no_grad():
+        out = kd_loss_rows(logits.requires_grad_(), **on(device, problem.keywords), inplace=True)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, out, strict=True))
+    assert torch.equal(logits.detach().cpu(), problem.logits) and not out[0].requires_grad
+
+
+def test_a_kept_graph_can_be_differentiated_again_by_another_factor(device: str) -> None:
+    problem = usual(dtype=torch.bfloat16)
+    logits = problem.logits.to(device).requires_grad_()
+    loss = kd_loss_rows(logits, **on(device, problem.keywords))[0].sum()
+    (first,) = torch.autograd.grad(loss * 0.5, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss * 2, logits, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(first * 4, second) and torch.equal(second, third * 2)
+
+
+def test_inplace_is_used_up_and_noticed(device: str) -> None:
+    problem = usual()
+    leaf = problem.logits.to(device).requires_grad_()
+    logits = leaf * 1
+    loss = kd_loss_rows(logits, **on(device, problem.keywords), inplace=True)[0].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=False"):
+        loss.backward()
+    logits = leaf * 1
+    square = (logits**2).sum()
+    kd_loss_rows(logits, **on(device, problem.keywords), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@pytest.mark.parametrize("change", ["transposed", "expanded"])
+def test_rows_that_no_program_can_own_are_copied(change: str, device: str) -> None:
+    problem = usual()
+    if change == "expanded":
+        problem.logits[:] = problem.logits[:1].clone()
+    expected, gradient, *_ = run(problem, device)
+    x = problem.logits.to(device)
+    logits = (x.t().contiguous().t() if change == "transposed" else x[:1].expand(3, -1)).requires_grad_()
+    assert logits.stride() != x.stride()
+    out = kd_loss_rows(logits, **on(device, problem.keywords), inplace=True)
+    (found,) = torch.autograd.grad(out[0].sum(), logits)
+    assert torch.equal(out[0].detach().cpu(), expected[0]) and torch.equal(found, gradient)
+    assert torch.equal(logits.detach().cpu(), problem.logits)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"temperature": 0.0}, "temperature is 0.0"), ({"divergence": "forward"}, "divergence 'forward'"),
+    ({"tail": "drop"}, "tail 'drop'"), ({"num_classes": 124}, "num_classes is 124"),
+    ({"labels": None, "label_weight": None, "ids": None, "log_probs": None}, "neither labels nor log_probs"),
+    ({"log_tail": None}, "log_tail belong together"), ({"log_probs": torch.zeros(3, 7)}, "must be alike"),
+    ({"labels": torch.zeros(2, dtype=torch.long)}, "labels is"), ({"ids": torch.zeros(3, 8)}, "ids is"),
+    ({"parts": 65}, "parts is 65"), ({"ids": None, "log_tail": None}, "expected .N, 123."),
+    ({"divergence": "reverse_kl", "tail": "sampled"}, "is infinite"), ({"row_weight": torch.ones(2)}, "does not go"),
+])
+def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, device: str) -> None:
+    problem = usual()
+    with pytest.raises(ValueError, match=message):
+        kd_loss_rows(problem.logits.to(device), **on(device, problem.keywords | changed))
+    with pytest.raises(ValueError, match="float64"):
+        kd_loss_rows(problem.logits.double().to(device), **on(device, problem.keywords))
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_to_the_31_elements(device: str) -> None:
+    rows, classes = 17_000, 128_256
+    if device != "cuda" or torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs a CUDA device with 12 GB free")
+    case = Case(rows=1, num_classes=classes, dtype=torch.bfloat16, kept=64)
+    problem = world.problem(case)
+    logits = problem.logits.to(device).expand(rows, -1).contiguous().requires_grad_()
+    keywords = {k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v
+                for k, v in on(device, problem.keywords).items()}
+    out = kd_loss_rows(logits, **keywords, inplace=True)
+    (gradient,) = torch.autograd.grad(out[0].sum(), logits)
+    assert bool((out[0] == out[0][0]).all()) and torch.equal(gradient[0], gradient[-1])
+
+
+@pytest.mark.parametrize("layout", ["plain", "strided", "padded"])
+def test_one_graph_under_torch_compile(layout: str, device: str) -> None:
+    """No graph break, the same bits as eager, and one graph for all batch sizes."""
+    problem = usual(layout=layout, dtype=torch.bfloat16)
+    expected, gradient, *_ = run(problem, device)
+    keywords = on(device, problem.keywords)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def loss(logits: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        return kd_loss_rows(logits, **keywords)
+
+    def step(rows: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        _, view = world.laid_out(problem, device)
+        logits = torch.empty_strided((rows, view.shape[1]), view.stride(), dtype=view.dtype, device=device)
+        logits.copy_(view[:rows]).requires_grad_()
+        out = loss(logits, {k: v[:rows].clone() if isinstance(v, Tensor) and v.dim() else v
+                            for k, v in keywords.items()})
+        return out, torch.autograd.grad(out[0].sum(), logits)[0]
+
+    for rows in (3, 2):
+        out, found = step(rows)
+        assert all(torch.equal(a.detach().cpu(), b[:rows]) for a, b in zip(out, expected, strict=True))
+        assert torch.equal(found, gradient[:rows])
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_the_operators_keep_their_promises_to_torch(device: str) -> None:
+    from kdcache.kernels.kd_ops import kd_rows_op, scale_rows_op
+
+    problem = usual(num_classes=1272)
+    k = on(device, problem.keywords)
+    logits = problem.logits.to(device).requires_grad_()
+    inputs = (logits, k["labels"][:, None], None, k["ids"], k["log_probs"], k["log_tail"], None, k["ce_scale"],
+              k["kd_scale"], 1272, 2.0, "forward_kl", "bucket", 0.5)
+    torch.use_deterministic_algorithms(False)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)
+    torch.library.opcheck(scale_rows_op, (logits.detach(), torch.rand(3, device=device)), test_utils=tests)
+
+
+def test_rows_are_split_only_where_they_are_few() -> None:
+    assert [part_length(rows, 128_256) >= 128_256 for rows in (1, 16, 131, 132, 8192)] == [False] * 3 + [True] * 2
+    assert part_length(1, 32_000) == 8192 and part_length(1, 1_000) == 8192         # 8192: too short gains nothing
+    for rows in (1, 2, 7, 64, 131):
+        assert -(-262_144 // part_length(rows, 262_144)) <= 64
