@@ -100,7 +100,8 @@ def test_other_items_are_refused(item):
         arrays_of(item)
 
 
-@pytest.mark.parametrize("value", [object(), [1, [2, 3]], 1j, 2**70, ["a"], np.array([1], "M8[s]")], ids=repr)
+@pytest.mark.parametrize("value", [object(), [1, [2, 3]], 1j, 2**70, ["a"], np.array([1], "M8[s]")],
+                         ids=["object", "ragged", "complex", "beyond int64", "text", "time"])
 def test_values_without_bytes_are_refused_by_name(value):
     with pytest.raises(DataError, match="'field' is a"):
         sample_key({"field": value})
