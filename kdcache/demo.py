@@ -8,11 +8,14 @@ reported. The models are SPECs for the command line too: `kdcache.demo:convnet`,
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
 SIZE, CLASSES = 8, 10
 TEMPERATURE, ALPHA = 2.0, 0.9
 TEACHER: dict[str, Any] = {"student": "kdcache.demo:convnet", "student_args": {"width": 32}, "epochs": 30, "lr": 3e-3}
-TRAINING: dict[str, Any] = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 1e-2, "warmup": 50}
+NEVER = 10**6               # steps: the last weights alone are evaluated and kept
+TRAINING: dict[str, Any] = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 1e-2, "warmup": 0.05,
+                            "device": "cpu", "eval_every": NEVER, "save_every": NEVER}
 TRAIN_DATA: dict[str, Any] = {"data": "digits", "data_args": {"split": "train"}}
 EVAL_DATA: dict[str, Any] = {"eval_data": "digits", "eval_data_args": {"split": "test"}}
 MODES: dict[str, dict[str, Any]] = {"hard": {"alpha": 0.0}, "distilled": {"alpha": ALPHA, "temperature": TEMPERATURE}}
@@ -84,17 +89,18 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
     folder, start = Path(out), time.perf_counter()
     tell = say or (lambda text: None)
     tell("1/4 training the teacher, a convnet of width 32, on 1,437 digits")
-    teacher = _train(out=folder / "teacher", alpha=0.0, **_shortened(TEACHER, shorten))
+    teacher_accuracy = _train(out=folder / "teacher", alpha=0.0,
+                              **{**TEACHER, "epochs": max(1, TEACHER["epochs"] // shorten)})
     tell("2/4 running it once over the data: dump-teacher")
     cache = folder / "cache"
     dumped = dump_teacher(teacher=TEACHER["student"], teacher_args=TEACHER["student_args"], **TRAIN_DATA,
                           teacher_weights=folder / "teacher" / "best" / "model.safetensors", out=cache)
     tell(f"3/4 training {len(STUDENTS)} sizes x {len(MODES)} ways x {seeds} seeds from that one cache")
-    students = [_students(student, mode, folder, seeds, shorten, tell) for student in STUDENTS for mode in MODES]
+    students = _students(folder, seeds, shorten, tell)
     tell("4/4 timing an epoch without teacher, with the cache and with the live teacher, in turns")
-    result = {"teacher_accuracy": _accuracy(teacher), "cache_bytes": sum(f.stat().st_size for f in cache.rglob("*")
-                                                                         if f.is_file()),
-              "records": dumped.num_records, "seeds": seeds, "students": students,
+    result = {"teacher_accuracy": teacher_accuracy, "records": dumped.num_records,
+              "cache_bytes": sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()),
+              "seeds": seeds, "students": students,
               "epoch_seconds": epoch_seconds(folder), "seconds": round(time.perf_counter() - start, 1)}
     (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     _plot(result, folder / "demo.png")
@@ -134,26 +140,32 @@ def render(result: dict[str, Any]) -> str:
                       f"epoch      {times}", f"plot       {result['plot']}", f"all of it  {result['seconds']:.0f} s"])
 
 
-def _students(student: Student, mode: str, folder: Path, seeds: int, shorten: int,
-              tell: Callable[[str], None]) -> dict[str, Any]:
-    options = _shortened({"student": student.spec, "student_args": student.args, "epochs": student.epochs,
-                          "lr": student.lr}, shorten)
-    reports = [_train(cache=folder / "cache", out=folder / "runs" / f"{student.name}-{mode}-{seed}", seed=seed,
-                      **options, **MODES[mode]) for seed in range(seeds)]
-    accuracies = [_accuracy(report) for report in reports]
-    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies) if seeds > 1 else 0.0
-    tell(f"    {student.name:<7} {mode:<10} {100 * mean:6.2f} % ± {100 * std:.2f}")
-    return {"student": student.name, "mode": mode, "mean": mean, "std": std, "accuracies": accuracies}
+def _students(folder: Path, seeds: int, shorten: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Every student of every seed: one process a core, one thread each, all reading the same cache."""
+    import torch
+
+    out = []
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        def start(student: Student, mode: str, seed: int) -> Future[float]:
+            return pool.submit(_train, cache=folder / "cache", out=folder / "runs" / f"{student.name}-{mode}-{seed}",
+                               seed=seed, student=student.spec, student_args=student.args, lr=student.lr,
+                               epochs=max(1, student.epochs // shorten), **MODES[mode])
+
+        runs = [(student, mode, [start(student, mode, seed) for seed in range(seeds)])
+                for student in STUDENTS for mode in MODES]
+        for student, mode, trained in runs:
+            accuracies = [run.result() for run in trained]
+            mean, std = statistics.mean(accuracies), statistics.stdev(accuracies) if seeds > 1 else 0.0
+            tell(f"    {student.name:<7} {mode:<10} {100 * mean:6.2f} % ± {100 * std:.2f}")
+            out.append({"student": student.name, "mode": mode, "mean": mean, "std": std, "accuracies": accuracies})
+    return out
 
 
-def _train(**options: Any) -> Any:
+def _train(**options: Any) -> float:
+    """Train on the digits; the test accuracy of the last weights."""
     from kdcache.student.train import train_student
 
-    return train_student(**{**TRAINING, **TRAIN_DATA, **EVAL_DATA, **options})
-
-
-def _accuracy(report: Any) -> float:
-    """Of the last weights: the best of many evaluations on the same data would flatter them."""
+    report = train_student(**{**TRAINING, **TRAIN_DATA, **EVAL_DATA, **options})
     return float(report.evaluation["accuracy"])
 
 
@@ -165,14 +177,9 @@ def _one_epoch(cache: Path, options: dict[str, Any]) -> float:
     conv = STUDENTS[1]
     with tempfile.TemporaryDirectory() as scratch:
         train_student(cache=cache, student=conv.spec, student_args=conv.args, out=Path(scratch) / "run", **TRAIN_DATA,
-                      **{**TRAINING, "warmup": 0}, epochs=2, eval_every=10**6, save_every=10**6,
-                      on_step=lambda *_: ends.append(time.perf_counter()), **options)
+                      **TRAINING, epochs=2, on_step=lambda *_: ends.append(time.perf_counter()), **options)
     half = len(ends) // 2
     return (ends[-1] - ends[half - 1]) * half / (len(ends) - half)
-
-
-def _shortened(options: dict[str, Any], by: int) -> dict[str, Any]:
-    return {**options, "epochs": max(1, options["epochs"] // by)}
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

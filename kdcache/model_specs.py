@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,7 +141,7 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
     loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
-    with wanted.seeded():
+    with wanted.seeded(), _no_progress_bars():
         module, info = loader.from_pretrained(
             path, dtype=wanted.dtype or "auto", use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **({"num_labels": wanted.num_classes} if resized else {}), **where)
@@ -182,9 +182,24 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
     return Built(module, loaded, width, task, partial(_save_hf, module, path))
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every checkpoint and every load: standard error is for our own progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _save_hf(module: Any, source: str, folder: Path) -> None:
     """Model and config by `save_pretrained`, and the tokenizer's files as they came."""
-    module.save_pretrained(folder)
+    with _no_progress_bars():
+        module.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         file = Path(source) / name
         if not Path(source).exists():           # a hub id: its files lie in the hub's own cache
