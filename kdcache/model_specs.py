@@ -185,7 +185,9 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """transformers draws a bar for every checkpoint and every load: standard error is for our own progress."""
-    from transformers.utils import logging
+    from transformers.utils import logging as module
+
+    logging: Any = module
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -97,7 +97,7 @@ def test_shards_hold_every_record_once(spec):
     seen = []
     for i in range(spec.num_shards):
         at = spec.shard(i)
-        assert at.index == i and 0 < at.stop - at.start <= spec.records_per_shard
+        assert at.shard == i and 0 < at.stop - at.start <= spec.records_per_shard
         records = [spec.record(at.view, s) for s in range(at.start, at.stop)]
         shard, index = spec.locate(np.array(records))
         assert (shard == i).all() and index.tolist() == list(range(len(records)))
