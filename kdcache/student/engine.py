@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.student.targets import SoftTargets
-from kdcache.topk import row_chunk, row_logsumexp
+from kdcache.topk import row_chunk
 
-# Elements of one temporary of a chunk; about six live at once.
+# Elements of one temporary of a chunk; about four live at once.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
@@ -100,86 +100,140 @@ class _TorchRows(torch.autograd.Function):
         return out, None, None
 
 
+# Softmax [R, V] at temperature 1, maximum [R, 1], log sum exp(x - maximum) [R, 1]
+Softmax = tuple[Tensor, Tensor, Tensor]
+
+
 def _chunk(x_RV: Tensor, rows: RowLoss, chunk: slice, out: tuple[Tensor, Tensor, Tensor], wants: bool) -> Tensor | None:
     """Fills (loss, CE, D) of a chunk of rows; returns the gradient of its loss, None if it is zero or not wanted."""
     loss_R, ce_R, kd_R = out
+    slope: _Slope | None = None
+    softmax: Softmax | None = None
     dense_RV: Tensor | None = None
+    targets = None if rows.targets is None else rows.targets[chunk]
+    weight_R = None if targets is None or targets.weight_N is None else targets.weight_N.to(x_RV.dtype)
+    if targets is not None:
+        divergence, wants_slope = DIVERGENCES[rows.divergence], wants and rows.kd_scale is not None
+        if targets.ids_NK is None or targets.log_tail_N is None:
+            value_R, slope = _over_all(x_RV, targets, divergence, wants_slope)
+        else:
+            value_R, slope, softmax = _over_support(x_RV, targets, rows.tail, divergence, wants_slope)
+        kd_R.copy_(value_R if weight_R is None else torch.where(weight_R == 0, 0, weight_R * value_R))
+        if rows.kd_scale is not None:
+            loss_R += rows.kd_scale * kd_R
     if rows.labels_NJ is not None:
         weight_RJ = None if rows.label_weight_NJ is None else rows.label_weight_NJ[chunk]
-        value_R, slope_RV = _cross_entropy(x_RV, rows.labels_NJ[chunk], weight_RJ, wants and rows.ce_scale is not None)
+        value_R, dense_RV = _cross_entropy(x_RV, softmax or _softmax(x_RV), rows.labels_NJ[chunk], weight_RJ,
+                                           rows.ce_scale if wants else None)
         ce_R.copy_(value_R)
         if rows.ce_scale is not None:
             loss_R += rows.ce_scale * value_R
-            dense_RV = None if slope_RV is None else slope_RV.mul_(rows.ce_scale)
-    if rows.targets is not None:
-        value_R, slope_RV = _divergence(x_RV, rows.targets[chunk], rows, wants and rows.kd_scale is not None)
-        kd_R.copy_(value_R)
-        if rows.kd_scale is not None:
-            loss_R += rows.kd_scale * value_R
-            if slope_RV is not None:
-                slope_RV.mul_(rows.kd_scale)
-                dense_RV = slope_RV if dense_RV is None else dense_RV.add_(slope_RV)
-    return dense_RV
+    if slope is None or targets is None or rows.kd_scale is None:
+        return dense_RV
+    if dense_RV is None and slope.dense_RV is None:
+        dense_RV = torch.zeros_like(x_RV)
+    return slope.added_to(dense_RV, rows.kd_scale / targets.temperature, weight_R)
 
 
-def _cross_entropy(x_RV: Tensor, labels_RJ: Tensor, weight_RJ: Tensor | None,
-                   wants: bool) -> tuple[Tensor, Tensor | None]:
-    """sum_j w_j * -log p(y_j) at temperature 1, and its gradient sum_j w_j (p - [y_j])."""
-    log_p_RV = torch.log_softmax(x_RV, -1)
+def _cross_entropy(x_RV: Tensor, softmax: Softmax, labels_RJ: Tensor, weight_RJ: Tensor | None,
+                   scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """sum_j w_j * -log p(y_j), and `scale` times its gradient sum_j w_j (p - [y_j]); the softmax is used up."""
+    p_RV, max_R1, log_sum_R1 = softmax
     known_RJ = labels_RJ >= 0
     weight_RJ = known_RJ.to(x_RV.dtype) if weight_RJ is None else torch.where(known_RJ, weight_RJ.to(x_RV.dtype), 0)
     at_RJ = labels_RJ.clamp(min=0)
-    value_R = torch.where(weight_RJ == 0, 0, -weight_RJ * log_p_RV.gather(1, at_RJ)).sum(-1)
-    if not wants:
+    log_p_RJ = x_RV.gather(1, at_RJ) - max_R1 - log_sum_R1
+    value_R = torch.where(weight_RJ == 0, 0, -weight_RJ * log_p_RJ).sum(-1)
+    if scale is None:
         return value_R, None
     total_R1 = weight_RJ.sum(-1, keepdim=True)
-    slope_RV = log_p_RV.exp_().mul_(total_R1)
-    for j in range(labels_RJ.shape[1]):         # one label after the other: two may name the same class
-        at_R1 = at_RJ[:, j : j + 1]
-        slope_RV.scatter_(1, at_R1, slope_RV.gather(1, at_R1) - weight_RJ[:, j : j + 1])
-    ignored_R1 = (weight_RJ == 0).all(-1, keepdim=True)         # such a row may hold anything, NaN too
-    return value_R, slope_RV.masked_fill_(ignored_R1, 0)
+    slope_RJ = p_RV.gather(1, at_RJ).mul_(total_R1)         # p - 1 before the scale: the difference is exact
+    for j in range(labels_RJ.shape[1]):                     # two labels may name the same class
+        slope_RJ.sub_(weight_RJ[:, j : j + 1] * (at_RJ == at_RJ[:, j : j + 1]))
+    p_RV.mul_(total_R1 * scale).scatter_(1, at_RJ, slope_RJ.mul_(scale))
+    return value_R, _zero_rows(p_RV, (weight_RJ == 0).all(-1))      # such a row may hold anything, NaN too
 
 
-def _divergence(x_RV: Tensor, targets: SoftTargets, rows: RowLoss, wants: bool) -> tuple[Tensor, Tensor | None]:
-    """w * D(q || p) at the targets' temperature, and its gradient with respect to the logits."""
-    log_q, working = targets.log_probs_NK.to(x_RV.dtype), x_RV.dtype
-    divergence = DIVERGENCES[rows.divergence]
-    if targets.ids_NK is None or targets.log_tail_N is None:
-        value_R, slope_RV = divergence(log_q, torch.log_softmax(x_RV / targets.temperature, -1), wants)
-    else:
-        value_R, slope_RV = _over_support(x_RV, targets.ids_NK, log_q, targets.log_tail_N.to(working),
-                                          targets.temperature, rows.tail, divergence, wants)
-    if slope_RV is not None:
-        slope_RV.div_(targets.temperature)
-    if targets.weight_N is None:
-        return value_R, slope_RV
-    weight_R = targets.weight_N.to(working)
-    absent_R = weight_R == 0
-    if slope_RV is not None:
-        slope_RV.mul_(weight_R[:, None]).masked_fill_(absent_R[:, None], 0)
-    return torch.where(absent_R, 0, weight_R * value_R), slope_RV
+@dataclass(frozen=True, slots=True)
+class _Slope:
+    """The gradient of D in x / T: factor_R1 * dense_RV, which is 0 at ids_RK, plus at_RK there; None for nothing."""
+
+    dense_RV: Tensor | None
+    factor_R1: Tensor | None = None
+    ids_RK: Tensor | None = None
+    at_RK: Tensor | None = None
+
+    def added_to(self, sum_RV: Tensor | None, scale: Tensor, weight_R: Tensor | None) -> Tensor | None:
+        """sum + scale * weight * this; a row of weight 0 counts for nothing, whatever it holds. Tensors are used up."""
+        scale_R1 = scale if weight_R is None else (scale * weight_R)[:, None]
+        dense_RV, factor_R1, at_RK = self.dense_RV, scale_R1, None if self.at_RK is None else self.at_RK * scale_R1
+        if self.factor_R1 is not None:
+            factor_R1 = self.factor_R1 * scale_R1
+        if weight_R is not None:
+            absent_R = weight_R == 0
+            factor_R1 = factor_R1.masked_fill(absent_R[:, None], 0)
+            dense_RV = None if dense_RV is None else _zero_rows(dense_RV, absent_R)
+            at_RK = None if at_RK is None else at_RK.masked_fill_(absent_R[:, None], 0)
+        if dense_RV is not None:
+            sum_RV = dense_RV.mul_(factor_R1) if sum_RV is None else sum_RV.addcmul_(dense_RV, factor_R1)
+        if self.ids_RK is None or at_RK is None or sum_RV is None:
+            return sum_RV
+        return sum_RV.scatter_(1, self.ids_RK, sum_RV.gather(1, self.ids_RK).add_(at_RK))
 
 
-def _over_support(x_RV: Tensor, ids_RK: Tensor, log_q_RK: Tensor, log_tail_R: Tensor, temperature: float, tail: str,
-                  divergence: Divergence, wants: bool) -> tuple[Tensor, Tensor | None]:
-    """The divergence over the kept classes, and over the tail where its treatment has one; gradient in x / T."""
+def _over_all(x_RV: Tensor, targets: SoftTargets, divergence: Divergence, wants: bool) -> tuple[Tensor, _Slope | None]:
+    """The divergence over all V classes."""
+    score_RV = x_RV if targets.temperature == 1 else x_RV / targets.temperature
+    value_R, slope_RV = divergence(targets.log_probs_NK.to(x_RV.dtype), torch.log_softmax(score_RV, -1), wants)
+    return value_R, None if slope_RV is None else _Slope(slope_RV)
+
+
+def _over_support(x_RV: Tensor, targets: SoftTargets, tail: str, divergence: Divergence,
+                  wants: bool) -> tuple[Tensor, _Slope | None, Softmax | None]:
+    """The divergence over the kept classes, and over the tail where its treatment has one.
+
+    At T = 1 the softmax of the tail, times the probability of the tail, is that of the row: given for cross-entropy.
+    """
+    assert targets.ids_NK is not None and targets.log_tail_N is not None
+    ids_RK, working = targets.ids_NK, x_RV.dtype
+    log_q_RK, log_tail_R = targets.log_probs_NK.to(working), targets.log_tail_N.to(working)
     # Relative to the row's maximum before the division: a large common offset costs no digits.
-    score_RV = (x_RV - x_RV.amax(-1, keepdim=True)) / temperature
-    score_RK = score_RV.gather(1, ids_RK)
+    max_R1 = x_RV.amax(-1, keepdim=True)
+    score_RK = (x_RV.gather(1, ids_RK) - max_R1).div_(targets.temperature)
     if tail == "conditional":
         value_R, slope_RK = divergence(torch.log_softmax(log_q_RK, -1), torch.log_softmax(score_RK, -1), wants)
-        return value_R, None if slope_RK is None else torch.zeros_like(score_RV).scatter_(1, ids_RK, slope_RK)
+        return value_R, None if slope_RK is None else _Slope(None, None, ids_RK, slope_RK), None
     if tail == "renormalise":
         log_q_RK, log_tail_R = torch.log_softmax(log_q_RK, -1), torch.full_like(log_tail_R, -torch.inf)
-    rest_RV = score_RV.scatter_(1, ids_RK, -torch.inf)
-    outcome = torch.cat([score_RK, row_logsumexp(rest_RV)[:, None]], 1)
-    value_R, slope = divergence(torch.cat([log_q_RK, log_tail_R[:, None]], 1), torch.log_softmax(outcome, -1), wants)
+    rest_RV = x_RV - max_R1
+    if targets.temperature != 1:
+        rest_RV.div_(targets.temperature)
+    tail_RV, tail_max_R1, log_sum_R1 = _softmax(rest_RV.scatter_(1, ids_RK, -torch.inf))
+    empty_R1 = tail_max_R1 == -torch.inf        # a tail without a finite score takes no part: its softmax is 0, not NaN
+    outcome = torch.cat([score_RK, torch.where(empty_R1, -torch.inf, tail_max_R1 + log_sum_R1)], 1)
+    log_p = torch.log_softmax(outcome, -1)
+    value_R, slope = divergence(torch.cat([log_q_RK, log_tail_R[:, None]], 1), log_p, wants)
     if slope is None:
-        return value_R, None
-    # A tail without a finite score takes no part: its softmax is 0, not NaN.
-    within_tail_RV = torch.softmax(rest_RV, -1).masked_fill_(outcome[:, -1:] == -torch.inf, 0)
-    return value_R, within_tail_RV.mul_(slope[:, -1:]).scatter_(1, ids_RK, slope[:, :-1])
+        return value_R, None, None
+    tail_RV, softmax = _zero_rows(tail_RV, empty_R1[:, 0]), None
+    if targets.temperature == 1:
+        p = log_p.exp()
+        p_RV = torch.mul(tail_RV, p[:, -1:], out=rest_RV).scatter_(1, ids_RK, p[:, :-1])
+        softmax = p_RV, max_R1, outcome.amax(-1, keepdim=True) - log_p.amax(-1, keepdim=True)
+    return value_R, _Slope(tail_RV, slope[:, -1:], ids_RK, slope[:, :-1]), softmax
+
+
+def _softmax(x_RV: Tensor) -> Softmax:
+    """The softmax at the maximum is one over the sum. On the CPU exp(log_softmax(x)) would take twice as long."""
+    p_RV = torch.softmax(x_RV, -1)
+    return p_RV, x_RV.amax(-1, keepdim=True), -p_RV.amax(-1, keepdim=True).log_()
+
+
+def _zero_rows(x_RV: Tensor, rows_R: Tensor) -> Tensor:
+    """x with 0 in these rows, in place. On the CPU, where it is known at once, nothing is written if there are none."""
+    if x_RV.device.type == "cpu" and not bool(rows_R.any()):
+        return x_RV
+    return x_RV.masked_fill_(rows_R[:, None], 0)
 
 
 # (log q, log p, gradient wanted) over outcomes [R, M] -> (D_R, gradient with respect to the scores whose softmax is p)
