@@ -22,6 +22,7 @@ from torch import nn
 import kdcache.models
 from kdcache.cache.spec import FeatureSpec
 from kdcache.errors import CacheCorrupt, CacheExists, KDCacheError, SpecMismatch
+from kdcache.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
 from kdcache.student.loop import StepInfo
@@ -171,6 +172,35 @@ def test_a_killed_process_is_continued(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert equal_weights(here.train("killed"), here.train("whole"))
     assert here.lines("killed") == here.lines("whole")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_it_came_in_and_says_how_to_go_on(tmp_path: Path, signum: int, code: int) -> None:
+    here, before = points_world(tmp_path), signal.getsignal(signum)
+    whole = here.train("whole")
+    options = {**here.options, "student": here.make(), "out": tmp_path / "run"}
+    with pytest.raises(Interrupted, match=r"step 5 of 8 is saved in .*last; give the same command again") as caught:
+        train_student(**options, on_step=lambda info: os.kill(os.getpid(), signum) if info.step == 4 else None)
+    assert caught.value.exit_code == code and signal.getsignal(signum) == before
+    assert json.loads((tmp_path / "run" / "last" / "state.json").read_text())["step"] == 5
+    assert equal_weights(here.train("run"), whole)
+    assert here.lines("run") == here.lines("whole")
+
+
+def test_a_second_signal_ends_a_run_at_once_and_one_in_the_last_step_is_too_late(tmp_path: Path) -> None:
+    here = points_world(tmp_path)
+
+    def twice(info: StepInfo) -> None:
+        if info.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=r"since the last checkpoint in .*run are lost; give the same command again"):
+        train_student(**here.options, student=here.make(), out=tmp_path / "run", on_step=twice)
+    assert json.loads((tmp_path / "run" / "last" / "state.json").read_text())["step"] == 3
+    report = train_student(**here.options, student=here.make(), out=tmp_path / "run",
+                           on_step=lambda info: os.kill(os.getpid(), signal.SIGTERM) if info.step == 7 else None)
+    assert report.finished and report.steps == 8
 
 
 def test_a_finished_run_says_so_and_trains_no_more(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from teacher_world import Noisy, Points, Sentences, Speaker, files, mlp
 import kdcache
 from kdcache.cache.writer import Writer
 from kdcache.errors import DataError, KDCacheError
+from kdcache.signals import Interrupted, Signals
 from kdcache.teacher.dump import DumpReport, dump_teacher
-from kdcache.teacher.signals import Interrupted, Signals
 from kdcache.teacher.sources import Rank
 
 TESTS = Path(__file__).parent

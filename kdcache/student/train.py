@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kdcache.signals import Signals
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import pick_device
 from kdcache.student.loop import StepInfo
@@ -23,6 +24,8 @@ from kdcache.student.training import Training, TrainReport
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+
+NOTHING_YET = "no step was trained yet; give the same command again"
 
 
 def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
@@ -67,7 +70,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                    for people
 
     IdentityMismatch for data or a tokenizer that the teacher did not see; DataError where keys, labels or rows are not
-    the cache's; UsageError for options that cannot be used; KDCacheError naming the step if the loss is not finite.
+    the cache's; UsageError for options that cannot be used; KDCacheError naming the step if the loss is not finite;
+    Interrupted on SIGINT or SIGTERM, once the step is done and saved.
     """
     refuse_ranks()
     picked = pick_device(device)
@@ -93,10 +97,11 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     folder = RunFolder(out, options, sources.recorded)
     if folder.summary is not None:
         return _finished(folder, say)
-    with _own_generators(), deterministic_mode(settings.deterministic):
+    with Signals(NOTHING_YET) as signals, _own_generators(), deterministic_mode(settings.deterministic):
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         model.module.to(picked)
-        training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say)
+        training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say,
+                            signals=signals)
         with closing(training):
             return training.report(dry_run=True) if dry_run else training.run(texts(report_to), on_step, on_metrics)
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kdcache.models import Model
+from kdcache.signals import Signals
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import Loader
@@ -28,6 +29,8 @@ from kdcache.student.run import BEST, LAST, RunFolder
 from kdcache.student.settings import BEST_BY, Settings
 
 SAY_EVERY = 60.0            # seconds between lines of progress
+SAVED = "step {} of {} is saved in {}; give the same command again to go on"
+LOST = "the steps since the last checkpoint in {} are lost; give the same command again to go on from it"
 OPTIMIZER, PROJECTIONS = "optimizer/", "projections/"       # in state.safetensors
 
 
@@ -70,8 +73,8 @@ class Training:
     """One call's part of a run: the loop, when to evaluate and to save, and the state that a checkpoint holds."""
 
     def __init__(self, settings: Settings, sources: Sources, model: Model, folder: RunFolder, *, workers: int,
-                 live_teacher: nn.Module | None, say: Callable[[str], object] | None) -> None:
-        self.settings, self.sources, self.model, self.folder = settings, sources, model, folder
+                 live_teacher: nn.Module | None, say: Callable[[str], object] | None, signals: Signals) -> None:
+        self.settings, self.sources, self.model, self.folder, self.signals = settings, sources, model, folder, signals
         self.say = say or (lambda _: None)
         self.device = torch.device(settings.device)
         self.workers = workers
@@ -101,7 +104,8 @@ class Training:
 
     def run(self, report_to: Sequence[str], on_step: Callable[[StepInfo], object] | None,
             on_metrics: OnMetrics | None) -> TrainReport:
-        """Train to the end, from the last checkpoint if there is one."""
+        """Train to the end, from the last checkpoint if there is one. Interrupted, after saving, at the end of a step
+        in which a signal came."""
         _seed(self.settings.seed)
         self.folder.create({"loaded": self.model.loaded, "accepted": [*self.sources.accepted, *self._view_key()],
                             "num-classes": self.loader.num_classes, "versions": versions(), **self._resolved()})
@@ -113,6 +117,8 @@ class Training:
                           on_metrics=on_metrics)
         self.since = self.said = time.perf_counter()
         self.loop.rest_clock()
+        self.signals.message = LOST.format(self.folder.path)
+        self.signals.defer()
         with closing(metrics):
             self._steps(metrics, on_step)
         report = self.report(finished=True)
@@ -150,7 +156,8 @@ class Training:
     def _after_step(self, metrics: Metrics) -> None:
         last = self.position == self.loader.total
         evaluate = self.sources.eval_samples is not None and (last or self.step % self.eval_every == 0)
-        save = last or self.step % self.save_every == 0
+        stopping = bool(self.signals.pending) and not last
+        save = last or stopping or self.step % self.save_every == 0
         if evaluate or save or self.loop.pending >= LOG_EVERY:
             lines = self.loop.drain()
             for line in lines:
@@ -168,6 +175,9 @@ class Training:
             self.said = time.perf_counter()
             self.say(f"step {self.step}/{self.loader.total_steps}" + _shown({**self.training, **{
                 f"eval_{key}": value for key, value in (self.evaluation if evaluate else {}).items()}}))
+        if stopping:
+            self.signals.message = SAVED.format(self.step, self.loader.total_steps, self.folder.path / LAST)
+            self.signals.check()
 
     def _evaluate(self, metrics: Metrics) -> None:
         samples = self.sources.eval_samples

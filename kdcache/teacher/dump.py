@@ -18,11 +18,11 @@ from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create
 from kdcache.errors import KDCacheError, NotBuilt, UsageError, near
 from kdcache.models import Model
+from kdcache.signals import Signals
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, Plan, Wanted, make_plan, temperature_names
 from kdcache.teacher.progress import Progress, readable_bytes
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
-from kdcache.teacher.signals import Signals
 from kdcache.teacher.sink import Totals
 from kdcache.teacher.sources import Rank, pick_device, pick_samples, pick_teacher, this_rank
 

@@ -17,11 +17,11 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.models import forward
+from kdcache.signals import Signals
 from kdcache.teacher.batches import BatchRows, Span, batches, check_labels, row_namer, rows_of, spans
 from kdcache.teacher.features import Taps, check_shapes, requests_of
 from kdcache.teacher.progress import Progress
 from kdcache.teacher.reduce import reduce_rows
-from kdcache.teacher.signals import Signals
 from kdcache.teacher.sink import HostBatch, Sink, Totals
 
 
