@@ -11,6 +11,7 @@ from faults import SPEC, dump, forked
 from strategies import CONTAINERS, IDENTITY, image_spec, make_columns, token_spec, tree, write_cache
 
 import kdcache
+from kdcache.cache import repair
 from kdcache.cache.identity import Identity
 from kdcache.cache.store import TEMPORARY
 from kdcache.cache.writer import create
@@ -79,6 +80,24 @@ def test_damage_to_a_sealed_cache_is_repaired_in_place(name: str, tmp_path: Path
         assert any("quarantine" in note for note in cache.notes())
 
 
+def test_processes_share_the_proving_of_a_continued_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads the files of its own part; damage anywhere is found by the rank whose part it is in."""
+    spec, path, read = image_spec(samples=(0, 40), records_per_shard=5), tmp_path / "c", []
+    write_cache(path, spec)
+    files = sorted(p.name for p in (path / "data").iterdir())
+    real = repair.map_file
+    monkeypatch.setattr(repair, "map_file", lambda name, *size: (read.append(Path(name).name), real(name, *size))[1])
+    ranks = [create(path, spec, IDENTITY, share=(rank, 3)) for rank in range(3)]
+    assert read == [f for rank in range(3) for f in files[rank::3]] and [w.missing() for w in ranks] == [[], [], []]
+    flip(path / "data" / files[4], 700)                                 # for rank 1 alone to see
+    os.truncate(path / "data" / files[5], 100)                          # for all of them
+    assert create(path, spec, IDENTITY, share=(0, 3)).missing() == [5]
+    assert create(path, spec, IDENTITY, share=(1, 3)).missing() == [4, 5]
+    write_cache(path, spec)
+    with kdcache.open(path) as cache:
+        assert cache.check_all() == []
+
+
 def test_a_repair_with_other_numbers_is_a_new_generation(tmp_path: Path) -> None:
     path = tmp_path / "c"
     dump(path, "arrow")
@@ -127,6 +146,8 @@ def test_create_refuses_other_caches_and_other_things(tmp_path: Path) -> None:
     with pytest.raises(IdentityMismatch) as caught:
         create(path, SPEC, other)
     assert [d.field for d in caught.value.fields] == ["data.revision", "teacher.dtype"]
+    with pytest.raises(SpecMismatch, match=r"spec.samples: .*\n  data.revision: .*\n  teacher.dtype: "):
+        create(path, token_spec(samples=(0, 6)), other)
     create(path, SPEC, IDENTITY, recorded={"numpy": "another version"}).close()
     assert tree(path) == before
     (tmp_path / "d").mkdir()

@@ -270,8 +270,10 @@ def test_conversion_continues_and_refuses(path: Path, tmp_path: Path) -> None:
         convert(path, tmp_path / "full")
     with create(tmp_path / "liar", SPEC, IDENTITY) as writer:
         writer.write(0, make_columns(SPEC, 0, seed=5))
-    with pytest.raises(CacheCorrupt, match="content id"):
-        convert(path, tmp_path / "liar")
+    before = tree(tmp_path / "liar")
+    with pytest.raises(CacheExists, match=r"liar: its shard 0 has another column .* remove the folder, or choose"):
+        convert(path, tmp_path / "liar", "arrow")
+    assert tree(tmp_path / "liar") == before
 
 
 def test_conversion_does_not_spread_damage(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import os
 from kdcache.cache import reader
 from kdcache.cache.catalog import SUFFIXES
 from kdcache.cache.writer import create
-from kdcache.errors import CacheCorrupt, UsageError, near
+from kdcache.errors import CacheExists, UsageError, near
 
 
 def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], container: str | None = None) -> str:
     """Write the sealed cache `src` to `dst` in `container` (None: the one it is not in), and return the content id.
 
-    Continues an interrupted conversion. UsageError for an unknown container, and the errors of `open` and `create`.
+    Continues an interrupted conversion. UsageError for an unknown container, CacheExists before anything is written if
+    `dst` holds shards of other content, and the errors of `open` and `create`.
     """
     with reader.open(src) as cache:
         target = container or next(name for name in SUFFIXES if name != cache.container)
@@ -22,10 +23,18 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], container:
         if os.path.realpath(src) == os.path.realpath(dst):
             raise UsageError(f"{dst}: a cache cannot be converted into itself")
         with create(dst, cache.spec, cache.identity, container=target, recorded=cache.recorded) as writer:
+            _refuse_other_content(cache, dst)
             for shard in writer.missing():
                 writer.write(shard, cache.shard_columns(shard), cache.shard_measured(shard))
-            content_id = writer.seal()
-        if content_id != cache.content_id:
-            raise CacheCorrupt(f"{dst}: content id is {content_id}, {src} has {cache.content_id}; "
-                               f"the target held shards of other content: remove it and convert again")
-        return content_id
+            return writer.seal()
+
+
+def _refuse_other_content(cache: reader.Cache, dst: str | os.PathLike[str]) -> None:
+    """CacheExists unless every shard that stands at `dst` has the columns that it has in `cache`."""
+    with reader.open(dst, allow_partial=True) as there:
+        for facts in there.shards:
+            wanted = cache.facts(facts.shard).columns
+            other = [name for name, extent in facts.columns.items() if extent.digest != wanted[name].digest]
+            if other:
+                raise CacheExists(f"{dst}: its shard {facts.shard} has another column {other[0]} than that of "
+                                  f"{cache.path}; remove the folder, or choose another place")

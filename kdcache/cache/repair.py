@@ -71,15 +71,31 @@ def remove_bad_file(directory: Directory, name: str) -> None:
     directory.quarantine(f"data/{name}", bad)
 
 
-def sweep(directory: Directory, header: Header) -> None:
-    """Make a cache fit to be continued: dead temporaries deleted, whatever is torn or not understood in quarantine."""
+def in_place(directory: Directory, header: Header, shard: int) -> Facts | None:
+    """The facts of a committed shard whose file has its size, without reading the file; None if it is not so."""
+    try:
+        facts = read_commit(directory, header, shard)
+    except CacheCorrupt:
+        return None
+    return facts if facts is not None and directory.size(f"data/{facts.file}") == facts.size else None
+
+
+def sweep(directory: Directory, header: Header, share: tuple[int, int] = (0, 1)) -> None:
+    """Make a cache fit to be continued: dead temporaries deleted, whatever is torn or not understood in quarantine.
+
+    Committed files are read and proven where shard % world == rank, for `share` = (rank, world); of the others, which
+    another rank proves at the same time, only the size is looked at.
+    """
+    rank, world = share
     for folder in ("", *FOLDERS):
         directory.drop_dead_temporaries(folder)
     for name in directory.names("commit"):
         match = NUMBERED.fullmatch(name)
         if match and int(match[1]) < header.spec.num_shards:
-            if proven(directory, header, int(match[1])) is None:
-                remove_bad_commit(directory, header, int(match[1]))
+            shard = int(match[1])
+            good = proven(directory, header, shard) if shard % world == rank else in_place(directory, header, shard)
+            if not good:
+                remove_bad_commit(directory, header, shard)
         elif not name.startswith(TEMPORARY):
             directory.quarantine(f"commit/{name}", lambda: True)
     for name in directory.names("data"):

@@ -16,7 +16,7 @@ from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header
 from kdcache.cache.check import judged_with, prepare, problem
 from kdcache.cache.columns import Array
-from kdcache.cache.identity import Identity, require_same
+from kdcache.cache.identity import Identity, difference, require_same
 from kdcache.cache.rawmap import Facts, digest, facts_records, map_file, rest_digest, survey
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, explain
@@ -34,10 +34,13 @@ ATTEMPTS = 5                    # at a name whose file is bad, with others repai
 
 
 def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *, container: str = "arrow",
-           recorded: dict[str, str] | None = None) -> Writer:
+           recorded: dict[str, str] | None = None, share: tuple[int, int] = (0, 1)) -> Writer:
     """A writer of the cache at `path`: a new one, or one of the same spec, identity and container, continued.
 
-    `recorded` (library versions and the like) is kept in a new cache's header and compared by nobody.
+    `recorded` (library versions and the like) is kept in a new cache's header and compared by nobody. A cache that is
+    continued, finished ones too, is repaired: every byte that is committed is read, what is damaged goes to quarantine
+    and is missing again. Of several processes each can do its part: with `share` = (rank, world) this one reads the
+    shards whose number % world is rank, and of the others looks at the sizes; `missing` is then exact for its part.
     CacheExists if something else stands there, SpecMismatch or IdentityMismatch listing the fields that differ,
     UsageError for an unknown container, KDCacheError if the folder cannot be written.
     """
@@ -48,7 +51,7 @@ def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *,
     directory = Directory(path)
     with explain(path, "creating the cache"):
         header = _claim(directory, header_bytes, spec, identity, container)
-        repair.sweep(directory, header)
+        repair.sweep(directory, header, share)
         return Writer(directory, header)
 
 
@@ -84,7 +87,9 @@ def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identit
     different = spec_difference(header.spec, spec)
     if header.container != container or different:
         lines = [f"container: cache has {header.container!r}, given is {container!r}"]
-        lines = (lines if header.container != container else []) + [str(d) for d in different]
+        # Other data or another tokenizer often gives another number of samples: say what it comes from, too.
+        lines = ((lines if header.container != container else []) + [str(d) for d in different]
+                 + [str(d) for d in difference(header.identity, identity)])
         raise SpecMismatch(f"{directory.path}: a cache of another spec stands there; fields that differ:\n  "
                            + "\n  ".join(lines) + "\n  choose another place, or give the options it was made with")
     require_same(header.identity, identity, where=str(directory.path))
@@ -118,6 +123,7 @@ class Writer:
         self._directory = directory
         self._header = header
         self._closed = False
+        self._sealed: str | None = None             # the content id, once this writer has sealed
         self._lock = threading.Lock()
 
     def __enter__(self) -> Writer:
@@ -125,7 +131,7 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if kind is None and not self._closed and not self.missing():
+        if kind is None and not self._closed and self._sealed is None and not self.missing():
             self.seal()
         self.close()
 
@@ -183,6 +189,7 @@ class Writer:
                 shards.append(facts)
             content_id = self._publish(shards)
             self._quarantine_orphans({facts.file for facts in shards})
+            self._sealed = content_id
             return content_id
 
     def _publish(self, shards: list[Facts]) -> str:

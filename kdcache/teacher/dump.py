@@ -118,7 +118,8 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             if dry_run:
                 return report
             identity = _accepted(Path(out), plan.identity, accept, tell)
-            with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model)) as writer:
+            with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model),
+                        share=(rank.rank, max(rank.world, 1))) as writer:
                 missing = writer.missing()
                 if not missing:
                     tell(f"{out} is complete; there is nothing to do")
