@@ -114,14 +114,17 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--engine", metavar="NAME", help="auto or torch.  [default: auto]")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the data.")
 @click.option("--max-steps", type=COUNT, help="Optimizer steps, instead of epochs.")
-@click.option("--batch-size", type=COUNT, help="Records per optimizer step, over all ranks.")
+@click.option("--batch-size", type=COUNT, help="Records per optimizer step, over all ranks.  [default: 128]")
 @click.option("--micro-batch-size", type=COUNT, help="Records per forward pass.  [default: all of the step]")
-@click.option("--optimizer", metavar="NAME", help="adamw or sgd.  [default: adamw]")
-@click.option("--lr", type=click.FloatRange(min=0), help="Peak learning rate.")
-@click.option("--weight-decay", type=click.FloatRange(min=0))
-@click.option("--warmup", type=click.FloatRange(min=0), help="Steps, or a part of all steps below 1.")
-@click.option("--clip", type=click.FloatRange(min=0), metavar="NORM", help="Largest norm of the gradient; 0 for none.")
-@click.option("--precision", metavar="NAME", help="float32 or bfloat16 (autocast).")
+@click.option("--optimizer", metavar="NAME", help="adamw, adam or sgd.  [default: adamw]")
+@click.option("--lr", type=click.FloatRange(min=0), help="Peak learning rate.  [default: 0.001]")
+@click.option("--weight-decay", type=click.FloatRange(min=0), help="None on biases and norms.  [default: 0.01 for "
+              "adamw, else 0]")
+@click.option("--warmup", type=click.FloatRange(min=0), help="Steps, or a part of all steps below 1.  [default: 0]")
+@click.option("--clip", type=click.FloatRange(min=0), metavar="NORM", help="Largest norm of the gradient.  "
+              "[default: 0, none]")
+@click.option("--precision", metavar="NAME", help="float32, bfloat16 or float16 (autocast; float16 on a GPU only).  "
+              "[default: float32]")
 @click.option("--compile", is_flag=True, help="torch.compile the student.")
 @run_options
 @click.option("--seed", type=click.IntRange(min=0), help="Decides initial weights and order.  [default: 0]")
@@ -129,7 +132,7 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--shuffle/--no-shuffle", default=None, help="[default: shuffle]")
 @click.option("--eval-every", type=COUNT, metavar="STEPS", help="[default: once an epoch]")
 @click.option("--save-every", type=COUNT, metavar="STEPS", help="[default: once an epoch]")
-@click.option("--best-by", metavar="METRIC", help="What decides the best checkpoint.")
+@click.option("--best-by", metavar="METRIC", help="What decides the best checkpoint.  [default: eval_loss]")
 @click.option("--report-to", multiple=True, metavar="NAME", help="tensorboard or wandb. Repeatable.")
 @click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check everything, train nothing.")

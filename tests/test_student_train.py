@@ -165,6 +165,23 @@ def test_evaluation_data_of_other_classes_or_tokens_is_refused(tmp_path: Path) -
         run(tmp_path / "run", TinyLM(), data=Windows(8), eval_data=words, alpha=0.0, epochs=1)
 
 
+def test_evaluation_data_without_labels_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    class Unlabelled(Points):
+        def __getitem__(self, i: int) -> Any:
+            return self.x[i], None
+
+    with pytest.raises(DataError, match="evaluation data points has no labels"):
+        run(tmp_path / "run", Net(8), data=Points(20), eval_data=Unlabelled(20), alpha=0.0, epochs=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_cannot_take_the_inputs_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"student \(Linear\) cannot be run on inputs \[8, 5\] of float32: RuntimeErr") as e:
+        run(tmp_path / "run", nn.Linear(3, CLASSES), data=Points(20), alpha=0.0, epochs=1)
+    assert "\n" not in str(e.value) and isinstance(e.value.__cause__, RuntimeError)
+    assert not (tmp_path / "run").exists()
+
+
 class Recurrent(nn.Module):
     """One row per record from tokens."""
 

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from kdcache.cache.identity import Identity, require_same
+from kdcache.data.collate import read_batch
 from kdcache.data.identify import identify
-from kdcache.data.samples import Samples
-from kdcache.errors import DataError, NotBuilt, UsageError
+from kdcache.data.samples import Inputs, Samples
+from kdcache.errors import DataError, KDCacheError, NotBuilt, UsageError
+from kdcache.loading import describe
 from kdcache.models import Model, forward, load_model
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
@@ -109,7 +111,7 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     """One forward pass over a few records in eval mode; the projections of --match are built from it.
 
     UsageError for a student with fewer classes than the teacher, for no labels under a hard loss, and for a metric that
-    there is not; DataError where the student's rows are not the teacher's.
+    there is not; DataError for inputs that the student cannot take, and where its rows are not the teacher's.
     """
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
@@ -118,8 +120,14 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     batch, outputs = loader.place(micro), []
 
     def run() -> None:
-        with autocast(loader.device, settings.precision):
-            outputs.append(forward(model.module, batch["inputs"]))
+        try:
+            with autocast(loader.device, settings.precision):
+                outputs.append(forward(model.module, batch["inputs"]))
+        except KDCacheError:
+            raise
+        except Exception as e:                              # of the user's model: anything
+            raise DataError(f"the student ({type(model.module).__name__}) cannot be run on {_shapes(batch['inputs'])}: "
+                            f"{describe(e)}") from e
 
     training = model.module.training
     model.module.eval()
@@ -142,6 +150,11 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     return matches
 
 
+def _shapes(inputs: Inputs) -> str:
+    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+    return ", ".join(f"{name} {list(x.shape)} of {str(x.dtype).removeprefix('torch.')}" for name, x in named.items())
+
+
 def refuse_ranks() -> None:
     """NotBuilt under torchrun with several processes."""
     ranks = os.environ.get("WORLD_SIZE", "1")
@@ -161,9 +174,12 @@ def versions() -> dict[str, str]:
 
 
 def _check_eval(cache: Cache | None, samples: Samples | None, evaluation: Samples | None) -> None:
-    """DataError where classes or tokenizer of the evaluation data are not those of training."""
+    """DataError for evaluation data without labels, or whose classes or tokenizer are not those of training."""
     if evaluation is None:
         return
+    first = read_batch(evaluation, [(0, 0)])
+    if first.labels is None and first.lengths is None:
+        raise DataError(f"evaluation data {evaluation.name} has no labels; there is nothing to evaluate on")
     names = samples.class_names if samples is not None else [] if cache is None else cache.identity.data["class_names"]
     if names and evaluation.class_names and names != evaluation.class_names:
         raise DataError(f"evaluation data {evaluation.name} has the classes {evaluation.class_names[:8]}, training has "
