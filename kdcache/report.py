@@ -14,6 +14,7 @@ from kdcache.errors import DataError, UsageError, near
 
 TABLE = "train-student"
 NOT_A_SETTING = ("seed", "out", "device", "workers", "report-to", "dry-run")    # they do not tell two settings apart
+COUNTS = ("eval_n", "eval_tokens")      # how much an evaluation saw, not how good it was
 ABSENT = "-"
 
 
@@ -187,7 +188,8 @@ def render(result: Mapping[str, Any]) -> str:
 
 def shown_metrics(result: Mapping[str, Any]) -> list[str]:
     """The metrics of the table: the sorted one first, then those of the evaluation (all, where there was none)."""
-    chosen = [name for name in result["metrics"] if name.startswith("eval_") and name != "eval_n"] or result["metrics"]
+    evaluated = [name for name in result["metrics"] if name.startswith("eval_") and name not in COUNTS]
+    chosen = evaluated or result["metrics"]
     first = [result["sort"]] if result["sort"] else []
     return first + [name for name in chosen if name not in first]
 
