@@ -81,7 +81,8 @@ def test_by_an_option_says_what_it_mixes(tmp_path: Path) -> None:
 
 
 def test_a_seed_that_counts_twice_is_said(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, str(i), {"eval_loss": 1.0, "eval_n": 5, "eval_tokens": 9, "steps": 3}, seed=i % 2) for i in range(3)]
+    metrics = {"eval_loss": 1.0, "eval_n": 5, "eval_tokens": 9, "steps": 3}
+    runs = [make_run(tmp_path, str(i), metrics, seed=i % 2) for i in range(3)]
     lines = render(report(runs)).splitlines()
     assert lines[0].split() == ["n", "eval_loss"]
     assert lines[-1] == "line 1 counts a seed more than once (seeds 0, 0, 1): the spread is too small"
