@@ -11,7 +11,6 @@ import kdcache
 
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "h5py", "xxhash", "safetensors", "click", "transformers",
             "tokenizers", "timm", "torchvision", "scikit-learn", "matplotlib")
-ENGINE = "torch"                # the one engine of this version, on every device
 
 
 def env() -> dict[str, Any]:
@@ -21,6 +20,8 @@ def env() -> dict[str, Any]:
     (version torch was built for, or None), engine (what `--engine auto` runs), device (where).
     """
     import torch
+
+    from kdcache.student.loss import check_engine
 
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
@@ -33,7 +34,7 @@ def env() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
-        "engine": ENGINE,
+        "engine": check_engine("auto", torch.device("cuda" if cuda else "cpu")),
         "device": "cuda" if cuda else "cpu",
     }
 

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
+from student_world import Net, Points, write_cache
 from torch import Tensor
 
+from kdcache.errors import UsageError
 from kdcache.kernels.kd_launch import powers
-from kdcache.kernels.kd_loss import kd_loss_rows
 from kdcache.student.engine import RowLoss, torch_engine
+from kdcache.student.fused import fused_engine
+from kdcache.student.loss import check_engine, kd_loss
 from kdcache.student.targets import SoftTargets, targets_from_logits
-
-
-def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """An `Engine`: RowLoss in the words of the kernels."""
-    given: dict[str, Any] = {}
-    if rows.targets is not None:
-        t = rows.targets
-        given = {"ids": t.ids_NK, "log_probs": t.log_probs_NK, "log_tail": t.log_tail_N, "row_weight": t.weight_N,
-                 "temperature": t.temperature, "divergence": rows.divergence, "tail": rows.tail}
-    return kd_loss_rows(logits, num_classes=rows.num_classes, labels=rows.labels_NJ, label_weight=rows.label_weight_NJ,
-                        ce_scale=rows.ce_scale, kd_scale=rows.kd_scale, inplace=rows.inplace, **given)
 
 
 def asked() -> Iterator[tuple[str, int, RowLoss]]:
@@ -78,3 +70,56 @@ def test_which_temperatures_share_an_exponential(temperature: float, expected: t
     assert powers(temperature) == expected
     if expected is not None:
         assert float(Fraction(*expected)) == temperature
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kd_loss_is_the_same_on_both_engines(reduction: str, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(2)
+    x = (torch.randn(6, 40) * 2).to(dtype).to(device)
+    labels = torch.tensor([3, -100, 39, 0, -1, 7], device=device)
+    targets = targets_from_logits(torch.randn(6, 40, device=device) * 2, temperature=2.0, k=8)
+    answers = []
+    for engine in ("torch", "triton"):
+        leaf = x.clone().requires_grad_()
+        parts = kd_loss(leaf, labels, targets, alpha=0.7, reduction=reduction, engine=engine, return_parts=True)
+        parts.loss.sum().backward()
+        answers.append([parts.loss.detach(), parts.ce, parts.kd, parts.ce_count, parts.kd_count, leaf.grad])
+    for expected, found in zip(*answers, strict=True):
+        unit = torch.finfo(expected.dtype).eps
+        torch.testing.assert_close(found, expected, rtol=8 * unit, atol=8 * unit * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "classes", "k", "said"), [
+    (torch.float64, 40, 8, "the logits are torch.float64"),
+    (torch.float32, 20_000, None, "a teacher over all of 20000 classes"),
+])
+def test_what_the_kernels_cannot_take_is_refused_and_not_computed_otherwise(dtype: torch.dtype, classes: int,
+                                                                            k: int | None, said: str) -> None:
+    x = torch.zeros(2, classes, dtype=dtype)
+    targets = targets_from_logits(torch.zeros(2, classes), temperature=1.0, k=k)
+    with pytest.raises(UsageError, match=f"engine 'triton': {said}.*use engine 'torch'"):
+        kd_loss(x, None, targets, alpha=1.0, engine="triton")
+
+
+def test_without_a_device_the_kernels_are_refused_before_anything_is_written(tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdcache.student.train import train_student
+
+    monkeypatch.setattr("kdcache.kernels.kd_loss.INTERPRETED", False)
+    assert check_engine("auto", torch.device("cpu")) == "torch"
+    cache = write_cache(tmp_path / "cache", Points(16), Net(8))
+    with pytest.raises(UsageError, match="need a CUDA device, and this is cpu; use engine 'torch'"):
+        train_student(student=Net(4), cache=cache, data=Points(16), out=tmp_path / "run", epochs=1, engine="triton",
+                      device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_the_kernels_is_the_run_on_torch(tmp_path: Path, device: str) -> None:
+    from kdcache.student.train import train_student
+
+    cache = write_cache(tmp_path / "cache", Points(32), Net(8, seed=1))
+    losses = {engine: train_student(student=Net(4), cache=cache, data=Points(32), out=tmp_path / engine, epochs=2,
+                                    batch_size=16, engine=engine, device=device).training["loss"]
+              for engine in ("torch", "triton")}
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)

@@ -423,7 +423,6 @@ def test_later_divergences_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"tail": "uniform"}, NotBuilt, "tail 'uniform' is not built yet"),
     ({"tail": "sampled"}, NotBuilt, "tail 'sampled' is not built yet"),
-    ({"engine": "triton"}, NotBuilt, "fused kernels"),
     ({"engine": "tritn"}, UsageError, "did you mean 'triton'"),
     ({"tail": "buckets"}, UsageError, "did you mean 'bucket'"),
     ({"divergence": "kl"}, UsageError, "divergence 'kl' is unknown"),

@@ -262,7 +262,7 @@ def test_a_wider_student_is_cut_to_the_teachers_classes_and_a_narrower_refused(t
     ({"kind": "none"}, UsageError, "kind 'none'"),
     ({"divergence": "jsd"}, NotBuilt, "jsd"),
     ({"tail": "buckets"}, UsageError, "did you mean 'bucket'"),
-    ({"engine": "triton"}, NotBuilt, "triton"),
+    ({"engine": "cuda"}, UsageError, "engine 'cuda' is unknown"),
     ({"match": ["body=bdy:mse"]}, UsageError, "no feature 'bdy'"),
     ({"match": ["bdy=body:mse"]}, UsageError, "no module 'bdy'"),
     ({"cache": ["a", "b"]}, NotBuilt, "ensemble"),

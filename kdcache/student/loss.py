@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.student.engine import DIVERGENCES, Engine, RowLoss, torch_engine
+from kdcache.student.engine import DIVERGENCES, RowLoss, torch_engine
+from kdcache.student.fused import check_fits, fused_engine, refusal
 from kdcache.student.targets import SoftTargets
 
 TAILS = ("bucket", "renormalise", "conditional")
 TAILS_LATER = ("uniform", "sampled")
 DIVERGENCES_LATER = ("reverse_kl", "jsd", "tv")
 REDUCTIONS = ("mean", "sum", "none")
+ENGINES = ("auto", "torch", "triton")
+AUTO = "torch"              # on every device, until the kernels have passed `make gpu` on one
 Count = float | Tensor
 
 
@@ -78,7 +81,7 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     UsageError (a ValueError) for shapes, labels (checked on the CPU) or options that do not fit; NotBuilt for a
     divergence, tail or engine that the design names and this version lacks.
     """
-    run = _engine(engine)
+    _check_engine(engine)
     _check_names(divergence, tail, reduction, normalizer)
     ce_weight, kd_weight = _weights(alpha, ce_weight, kd_weight)
     num_classes = _check_rows(logits, labels, targets, temperature)
@@ -93,9 +96,14 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     scale_2 = torch.tensor([ce_weight, kd_weight * square], dtype=working).to(logits.device)
     if reduction == "mean":
         scale_2 = _over(scale_2, count_2)
+    run = torch_engine
+    if engine == "triton":
+        check_fits(logits, targets)
+        run = fused_engine
     # The larger scale is a factor of the whole: a gradient kept in float16 stays of order 1 until backward multiplies,
-    # where 1 / N would sink it below the smallest float16.
-    factor = scale_2.max()
+    # where 1 / N would sink it below the smallest float16. The kernels have a wider dtype's scales in the gradient
+    # already, and skip a backward of factor 1.
+    factor = scale_2.max() if run is torch_engine or logits.dtype == torch.float16 else torch.ones_like(scale_2[0])
     ce_scale, kd_scale = _over(scale_2, factor).unbind()
     rows = RowLoss(num_classes, labels_NJ, label_weight_NJ, targets, divergence, tail, ce_scale if ce_weight else None,
                    kd_scale if kd_weight else None, inplace)
@@ -127,16 +135,21 @@ def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_ind
 def check_loss_names(divergence: str, tail: str, engine: str) -> None:
     """UsageError or NotBuilt for a name that `kd_loss` refuses, before anything is trained or written."""
     _check_names(divergence, tail, "mean", None)
-    _engine(engine)
+    _check_engine(engine)
 
 
-def _engine(name: str) -> Engine:
-    """The one place that knows which engine runs."""
-    if name == "triton":
-        raise NotBuilt("engine 'triton' is not built yet: this version has no fused kernels; use 'auto' or 'torch'")
-    if name not in ("auto", "torch"):
-        raise UsageError(f"engine {name!r} is unknown{near(name, ('auto', 'torch', 'triton'))}")
-    return torch_engine
+def check_engine(engine: str, device: torch.device) -> str:
+    """The engine that runs for `engine` on a device. UsageError for an unknown one, or one that cannot run there."""
+    _check_engine(engine)
+    why = refusal(device) if engine == "triton" else ""
+    if why:
+        raise UsageError(f"engine 'triton': {why}; use engine 'torch'")
+    return AUTO if engine == "auto" else engine
+
+
+def _check_engine(name: str) -> None:
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r} is unknown{near(name, ENGINES)}")
 
 
 def _check_names(divergence: str, tail: str, reduction: str, normalizer: tuple[Count, Count] | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdcache.errors import UsageError, near
-from kdcache.student.loss import check_loss_names
+from kdcache.student.loss import check_engine, check_loss_names
 from kdcache.student.match import Match, parse_match
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +57,7 @@ class Settings:
         _named("precision", self.precision, PRECISIONS)
         _named("best_by", self.best_by, BEST_BY)
         check_loss_names(self.divergence, self.tail, self.engine)
+        check_engine(self.engine, torch.device(self.device))
         if self.precision == "float16" and torch.device(self.device).type == "cpu":
             raise UsageError("precision float16 is not available on the CPU; use bfloat16 or float32")
         for name in ("lr", "weight_decay", "warmup", "clip"):

@@ -22,6 +22,7 @@ from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import Loader
 from kdcache.student.loop import LOG_EVERY, Loop, StepInfo
+from kdcache.student.loss import check_engine
 from kdcache.student.metrics import Metrics, OnMetrics
 from kdcache.student.optim import Schedule, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from kdcache.student.prepare import VIEW_KEY, Sources, check_student, versions
@@ -250,7 +251,8 @@ class Training:
         yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} at T = "
                f"{loader.temperature:g}" + "".join(f" + {match.weight:g} {match}" for match in settings.matches))
         yield (f"{loader.total_steps} steps of {settings.batch_size} records, {settings.optimizer}, "
-               f"lr {settings.lr:g}, {settings.precision} on {self.device}, engine {settings.engine}")
+               f"lr {settings.lr:g}, {settings.precision} on {self.device}, "
+               f"engine {check_engine(settings.engine, self.device)}")
         yield from (f"default: {line}" for line in self._defaults())
         yield from (f"accepted: {name} differs" for name in self.sources.accepted)
         if self.continued_from:
