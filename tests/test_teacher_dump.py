@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from teacher_world import CLASSES, Broken, Noisy, Points, Sentences, Speaker, files, mlp
+from teacher_world import CLASSES, WIDTH, Broken, Noisy, Points, Sentences, Speaker, files, mlp
 from torch import nn
 
 import kdcache
 from kdcache.cache.codec import decode_rows
+from kdcache.data.samples import Samples
 from kdcache.errors import DataError, IdentityMismatch, KDCacheError, NotBuilt, SpecMismatch, UsageError
 from kdcache.teacher.dump import LABELS_DISAGREE, DumpReport, dump_teacher
 from kdcache.teacher.progress import Progress
@@ -331,7 +332,7 @@ def test_a_bad_logit_names_the_record_and_the_cache_can_be_continued(
     data, net = Points(), mlp()
     net.register_buffer("x", data.x[27])                    # so that the weights have one digest in both runs
     broken = Broken(net, data.x[27], value)
-    with pytest.raises(DataError, match=f"sample 27, view 0: the teacher returned {said}.*--dtype") as caught:
+    with pytest.raises(DataError, match=f"sample 27, view 0: the teacher returned {said}.*at this sample") as caught:
         dump(teacher=broken, data=data, records_per_shard=10, batch_size=4)
     assert "\n" not in str(caught.value)
     broken.value = 0.5
@@ -344,6 +345,40 @@ def test_labels_of_another_order_are_a_named_warning(dump: Dump, caplog: pytest.
         report = dump(data=Points(shift=1))
     assert [code for code, _ in report.warnings] == [LABELS_DISAGREE] == ["labels-disagree"]
     assert "labels and teacher disagree" in caplog.text and report.accuracy == 0.0
+
+
+def test_views_that_are_all_the_same_are_a_named_warning(dump: Dump) -> None:
+    said: list[str] = []
+    report = dump(views=2, dry_run=True, say=said.append)
+    assert [code for code, _ in report.warnings] == ["views-equal"] and "leave out --views" in said[-1]
+
+    class Global(Points):               # random without view(): from the generators that are seeded for it
+        def __getitem__(self, i: int) -> Any:
+            return self.x[i] + torch.randn(WIDTH), self.y[i]
+
+    for data in (Noisy(), Global()):
+        assert dump(data=data, views=2, dry_run=True).warnings == ()
+    report = dump(data=Points(shift=1), views=2)
+    assert [code for code, _ in report.warnings] == ["views-equal", LABELS_DISAGREE]
+
+
+def test_what_is_asked_for_and_cannot_be_is_refused(dump: Dump, tmp_path: Path) -> None:
+    class Bare(Points):
+        def __getitem__(self, i: int) -> Any:
+            return self.x[i], None
+
+    with pytest.raises(UsageError, match="--labels: the data has none"):
+        dump(data=Bare(), labels=True)
+    with pytest.raises(UsageError, match="--labels is foreign to kind none"):
+        dump(kind="none", features=["0"], labels=True)
+    with pytest.raises(UsageError, match=r"--accept data\.nmae: no such field .*did you mean 'data\.name'"):
+        dump(accept=["data.nmae"])
+    with pytest.raises(UsageError, match="views with seed 4; the seed here is 0"):
+        dump(data=Samples(Points(), seed=4))
+    assert not (tmp_path / "c").exists()
+    dump(data=Bare())
+    with kdcache.open(tmp_path / "c") as cache:
+        assert cache.spec.labels == 0
 
 
 def test_few_labels_of_many_classes_are_no_warning(dump: Dump) -> None:

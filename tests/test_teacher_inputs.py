@@ -51,7 +51,8 @@ def test_many_classes_keep_the_64_largest(tmp_path: Path) -> None:
     assert report.kind == "full"
 
 
-@pytest.mark.parametrize(("rank", "world", "said"), [("two", "2", "RANK='two'"), ("2", "2", "RANK=2, WORLD_SIZE=2")])
+@pytest.mark.parametrize(("rank", "world", "said"), [
+    ("two", "2", "RANK='two'"), ("2", "2", "RANK=2, WORLD_SIZE=2"), ("0", "0", "RANK=0, WORLD_SIZE=0")])
 def test_ranks_that_cannot_be(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, world: str, said: str) -> None:
     monkeypatch.setenv("RANK", rank)

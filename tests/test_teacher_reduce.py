@@ -177,3 +177,10 @@ def test_a_row_without_any_finite_logit_is_refused() -> None:
     logits_NV[2] = MINUS_INFINITY
     with pytest.raises(DataError, match="row 2: the teacher returned no finite logit"):
         reduce_rows(logits_NV, None, spec_of(50, labels=0))
+
+
+def test_a_float16_teacher_is_told_of_a_wider_dtype() -> None:
+    logits_NV = normal(3, 8).to(torch.float16)
+    logits_NV[1, 2] = 70_000
+    with pytest.raises(DataError, match=r"row 1: the teacher returned \+inf .*above 65504: try --dtype float32"):
+        reduce_rows(logits_NV, None, spec_of(8, labels=0))

@@ -117,6 +117,17 @@ def test_other_data_is_named_before_the_teacher_speaks(tmp_path: Path) -> None:
     assert any("the data has 10 samples" in p for p in shorter.problems)
 
 
+def test_other_views_of_the_same_samples_are_named_as_such(tmp_path: Path) -> None:
+    class Louder(Noisy):
+        def view(self, sample_id: int, view: int, rng: np.random.Generator) -> Any:
+            x, y = super().view(sample_id, view, rng)
+            return (x if sample_id != 17 else 2 * x), y
+
+    dump_teacher(teacher=mlp(), data=Noisy(20), out=tmp_path / "c", device="cpu", views=2)
+    report = check(tmp_path / "c", mlp(), Louder(20), samples=40)
+    assert len(report.problems) == 1 and "sample 17: view_key in the cache" in report.problems[0]
+
+
 def test_a_teacher_that_changes_from_run_to_run_is_allowed_its_own_noise(tmp_path: Path) -> None:
     class Wobbly(nn.Module):
         def __init__(self) -> None:

@@ -83,7 +83,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                  tiers: Sequence[int] | None = None, temperatures: Sequence[float | str] | None = None,
                  features: Sequence[str] = (), views: int = 1, container: str = "arrow", values: str = "float16",
                  batch_size: int = 32, dtype: str | None = None, device: str = "auto", workers: int = 0, seed: int = 0,
-                 shard_size: int = DEFAULT_SHARD_SIZE, records_per_shard: int | None = None, labels: bool = True,
+                 shard_size: int = DEFAULT_SHARD_SIZE, records_per_shard: int | None = None, labels: bool | None = None,
                  moments: bool = False, teacher_args: Mapping[str, Any] | None = None,
                  teacher_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
                  accept: Sequence[str] = (), like: str | Path | None = None, limit_samples: int | None = None,
@@ -94,8 +94,9 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     teacher, data: SPECs, or a torch.nn.Module (moved to `device`) and a map-style dataset. kind: "full" for up to 1024
     classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
     (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. labels: store
-    those of the data, if it has any. shard_size: wanted bytes of a shard, unless `records_per_shard` is given. progress
-    is called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the shards.
+    those of the data; None: if it has any. shard_size: wanted bytes of a shard, unless `records_per_shard` is given.
+    progress is called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the
+    shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache,
     DataError naming a sample, Interrupted on SIGINT or SIGTERM, KDCacheError for a full disk.
@@ -119,7 +120,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                 return report
             identity = _accepted(Path(out), plan.identity, accept, tell)
             with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model),
-                        share=(rank.rank, max(rank.world, 1))) as writer:
+                        share=(rank.rank, rank.world)) as writer:
                 missing = writer.missing()
                 if not missing:
                     tell(f"{out} is complete; there is nothing to do")
@@ -165,7 +166,7 @@ def _planned(plan: Plan, model: Model, data: str, out: Path, container: str, com
                       temperatures=spec.temperatures, values=spec.values, features=tuple(f.name for f in spec.features),
                       num_records=spec.num_records, num_shards=spec.num_shards,
                       records_per_shard=spec.records_per_shard, predicted_bytes=plan.predicted_bytes,
-                      defaults=plan.defaults, dry_run=dry_run, shards_left=spec.num_shards)
+                      defaults=plan.defaults, dry_run=dry_run, shards_left=spec.num_shards, warnings=plan.warnings)
 
 
 def _introduce(report: DumpReport, tell: Callable[[str], None]) -> None:
@@ -179,10 +180,14 @@ def _introduce(report: DumpReport, tell: Callable[[str], None]) -> None:
          + (f"; features {', '.join(report.features)}" if report.features else ""))
     if report.defaults:
         tell(f"not given, so: {'; '.join(report.defaults)}")
+    for _, text in report.warnings:
+        tell(f"warning: {text}")
 
 
 def _accepted(out: Path, identity: Identity, accept: Sequence[str], tell: Callable[[str], None]) -> Identity:
     """The identity to continue with: the cache's own where `accept` names all that differs from it."""
+    if not (out / "header.json").exists():
+        require_same(identity, identity, accept=accept)         # refuses a name that no field has
     if not accept or not (out / "header.json").exists():
         return identity
     with open_cache(out, allow_partial=True) as cache:
@@ -229,7 +234,7 @@ def _say_compute(writer: Writer, compute: Compute, model: Model, missing: list[i
 
 def _measured(report: DumpReport, totals: Totals, seconds: float) -> DumpReport:
     """The report with what was counted, and with the warnings that follow from it."""
-    warnings = []
+    warnings = list(report.warnings)
     chance = totals.labelled / max(report.num_classes, 1)
     # Two standard deviations of a Poisson count: few labels of many classes are often all missed by chance alone.
     if totals.accuracy is not None and totals.correct + 2 * (totals.correct + 1) ** 0.5 < chance:
@@ -244,8 +249,9 @@ def _measured(report: DumpReport, totals: Totals, seconds: float) -> DumpReport:
 
 def _finish(report: DumpReport, writer: Writer, rank: Rank, tell: Callable[[str], None]) -> DumpReport:
     """Seal if nothing is missing any more: whichever rank ends last does."""
-    for _, text in report.warnings:
-        log.warning("warning: %s", text)
+    for code, text in report.warnings:
+        if code == LABELS_DISAGREE:
+            log.warning("warning: %s", text)
     left = writer.missing()
     if left:
         tell(f"this process has written its {report.shards_written} shards; {len(left)} of other ranks are still "

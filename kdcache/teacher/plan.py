@@ -28,6 +28,7 @@ DEFAULT_K = 64
 DEFAULT_TEMPERATURES = {"one": ("1", "2", "4"), "ragged": ("1", "2")}
 DEFAULT_SHARD_SIZE = 256 * 2**20
 PROBE_RECORDS = 8               # a number of its own: the batch size is compute, and must not decide a cache's content
+VIEWS_EQUAL = "views-equal"
 LONGER_THAN_PROBED = 4          # how many times more rows a record may have than any of the probe, if no window says
 
 
@@ -45,20 +46,21 @@ class Wanted:
     seed: int = 0
     shard_size: int = DEFAULT_SHARD_SIZE
     records_per_shard: int | None = None
-    labels: bool = True
+    labels: bool | None = None
     moments: bool = False
     limit_samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The spec and identity of the cache, the defaults that were taken (sentences), and its predicted size."""
+    """The spec and identity of the cache, the defaults that were taken (sentences), its predicted size, and what is
+    odd about it: (code, text)."""
 
     spec: CacheSpec
     identity: Identity
     defaults: tuple[str, ...]
     record_bytes: int
-    rows_per_record: float
+    warnings: tuple[tuple[str, str], ...]
 
     @property
     def predicted_bytes(self) -> int:
@@ -106,14 +108,28 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
         raise UsageError(f"--records-per-shard is {chosen}; at most {most} keep every column below 2^31 elements")
     spec = dataclasses.replace(spec, records_per_shard=min(chosen, count))
     return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes,
-                probed.rows.count / len(probed.batch))
+                _warn_of_equal_views(samples, count) if wanted.views > 1 else ())
+
+
+def _probe_ids(count: int) -> list[int]:
+    number = min(PROBE_RECORDS, count)
+    return sorted({i * (count - 1) // max(number - 1, 1) for i in range(number)})
+
+
+def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str], ...]:
+    ids = _probe_ids(count)
+    for sample_id in ids:
+        first, second = (samples.item(sample_id, view) for view in (0, 1))
+        if (first.sample_key, first.view_key) != (second.sample_key, second.view_key):
+            return ()
+    return ((VIEWS_EQUAL, f"views 0 and 1 of all {len(ids)} samples looked at are equal: more views of {samples.name} "
+             "only repeat the same answers; give it random views (imagefolder: --data-arg augment=true, your own "
+             "dataset: view(sample_id, view, rng)) or leave out --views"),)
 
 
 def _probe(model: Model, samples: Samples, requests: tuple[FeatureRequest, ...], count: int,
            device: torch.device) -> Probe:
-    number = min(PROBE_RECORDS, count)
-    ids = sorted({i * (count - 1) // max(number - 1, 1) for i in range(number)})
-    batch = read(samples, 0, ids)
+    batch = read(samples, 0, _probe_ids(count))
     inputs = to_device(batch.inputs, device)
     with Taps(model.module, requests) as taps, torch.inference_mode():
         taps.start(inputs)
@@ -142,7 +158,9 @@ def _kept(wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], tuple[str, ...
         kept["temperatures"] = wanted.temperatures or DEFAULT_TEMPERATURES[rows]
         if not wanted.temperatures:
             defaults.append(f"temperatures {', '.join(DEFAULT_TEMPERATURES[rows])}")
-    if wanted.labels and probed.rows.labels is not None:
+    if wanted.labels and probed.rows.labels is None:
+        raise UsageError("--labels: the data has none; leave it out")
+    if wanted.labels is not False and probed.rows.labels is not None:
         kept["labels"] = probed.rows.labels.shape[1]
         kept["label_weights"] = probed.rows.label_weight is not None
     return kept, tuple(defaults)
@@ -164,7 +182,7 @@ def _refuse_foreign(wanted: Wanted, kind: str, classes: int) -> None:
     given = {"--k": wanted.k, "--tier": wanted.tiers, "--temperature": wanted.temperatures}
     why = f"keeps all {classes} logits and takes any temperature later; drop it, or give --kind topk"
     if kind == "none":
-        given |= {"--moments": wanted.moments, "--values": wanted.values != "float16"}
+        given |= {"--labels": wanted.labels, "--moments": wanted.moments, "--values": wanted.values != "float16"}
         why = "keeps features and no rows; drop it"
     for flag, value in given.items():
         if value:

@@ -74,9 +74,10 @@ def _refuse_bad(logits_NV: Tensor, first: int, name_row: Callable[[int], str]) -
     row = int(bad_N.to(torch.int8).argmax())
     worst = float(max_N[row])
     what = "NaN" if worst != worst else "+inf" if worst > 0 else "no finite logit"
+    advice = "float16 overflows above 65504: try --dtype float32" if logits_NV.dtype == torch.float16 else \
+        "look at this sample and at the teacher's weights"
     raise DataError(f"{name_row(first + row)}: the teacher returned {what} ({int(bad_N.sum())} such rows in this part "
-                    "of the batch); float16 overflows above 65504: try --dtype float32 or bfloat16, and look at this "
-                    "sample. Nothing of its shard was kept; the same command goes on from there")
+                    f"of the batch); {advice}. Nothing of its shard was kept; the same command goes on from there")
 
 
 def _reduce_chunk(logits_NV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec) -> Reduced:

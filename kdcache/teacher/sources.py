@@ -42,7 +42,7 @@ def this_rank() -> Rank:
         if not text.isdigit():
             raise UsageError(f"the environment has {name}={text!r}; expected a number, as torchrun sets it")
         found.append(int(text))
-    if found[0] >= max(found[1], 1):
+    if found[0] >= found[1]:
         raise UsageError(f"the environment has RANK={found[0]}, WORLD_SIZE={found[1]}; expected RANK below WORLD_SIZE")
     return Rank(*found)
 
@@ -86,11 +86,13 @@ def _cast(module: nn.Module, dtype: str | None) -> nn.Module:
 
 
 def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int) -> Samples:
-    """The samples of a SPEC, or of a dataset given."""
-    if isinstance(data, Samples):
-        return data
+    """The samples of a SPEC, or of a dataset given; UsageError for `Samples` of another seed."""
     if isinstance(data, str):
         return Samples(load_data(data, args or {}), seed=seed)
     if args:
         raise UsageError("data_args go with a data SPEC; a dataset was given")
-    return Samples(data, seed=seed)
+    if not isinstance(data, Samples):
+        return Samples(data, seed=seed)
+    if data.seed != seed:
+        raise UsageError(f"the samples given make their views with seed {data.seed}; the seed here is {seed}")
+    return data

@@ -142,6 +142,9 @@ def _check_key(cache: Cache, samples: Samples, record: int) -> None:
         raise DataError(f"record {record} is of sample {sample}; the data has {len(samples)} samples")
     stored = cache.read(np.array([record]), ["sample_key"]).columns["sample_key"]
     check_same_key(stored, np.array([samples.sample_key(sample, where.view)], np.uint64), np.array([sample]))
+    if cache.spec.view_keys and (view_key := samples.item(sample, where.view).view_key) is not None:
+        stored = cache.read(np.array([record]), ["view_key"]).columns["view_key"]
+        check_same_key(stored, np.array([view_key], np.uint64), np.array([sample]), what="view_key")
 
 
 def _worst(said: dict[int, Saying], live: dict[int, Saying], allowed: dict[str, float]) -> tuple[int, float, float]:
