@@ -111,7 +111,7 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--tail", metavar="NAME", help="bucket, renormalise or conditional.  [default: bucket]")
 @click.option("--match", multiple=True, metavar="STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]", help="Pull this activation of "
               "the student towards a cached feature. Repeatable.")
-@click.option("--engine", metavar="NAME", help="auto (torch, so far), torch or triton (fused kernels).  [default: auto]")
+@click.option("--engine", metavar="NAME", help="auto (torch so far), torch or triton (fused kernels). [default: auto]")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the data.")
 @click.option("--max-steps", type=COUNT, help="Optimizer steps, instead of epochs.")
 @click.option("--batch-size", type=COUNT, help="Records per optimizer step, over all ranks.  [default: 128]")
