@@ -6,14 +6,18 @@ Nothing heavy is imported before a command needs it. Exit codes: 0; 1 an error o
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from kdcache import __version__
+from kdcache.bench.races import RACES, Race
 from kdcache.commands import dump_teacher, evaluate, train_student, verify
-from kdcache.errors import KDCacheError, NotBuilt
+from kdcache.errors import KDCacheError, NotBuilt, UsageError
 from kdcache.options import PATH, answer, config_and_json, given, lines, quiet_stdout, tell
 
 CACHE = click.argument("cache", type=PATH)
@@ -137,44 +141,45 @@ def bench() -> None:
     """Races against bare alternatives, each ending in one JSON line."""
 
 
-def _bench_options(function: Any) -> Any:
-    function = click.option("--json", "as_json", is_flag=True, help="The JSON line alone.")(function)
-    function = click.option("--results", type=PATH, metavar="FOLDER", help="Keep the JSON line there, dated.")(function)
-    function = click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.")(function)
-    return click.option("--quick", is_flag=True, help="Tiny sizes: shows that it works, measures nothing.")(function)
+RACE_OPTIONS = {
+    "folder": click.option("--folder", type=PATH, help="Where the caches are written.  [default: a temporary folder]"),
+    "device": click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+    "plot": click.option("--plot", type=PATH, metavar="FILE", help="Also draw rates over the classes, with the roof."),
+}
 
 
-@bench.command("shard-io")
-@_bench_options
-@click.option("--folder", type=PATH, help="Where the caches are written.  [default: a temporary folder]")
-def shard_io(as_json: bool, **options: Any) -> None:
-    """Write and read shards of both containers, against a bare gather from memory."""
-    from kdcache.bench import shard_io as module
+def _race_command(race: Race) -> click.Command:
+    """A benchmark as a command."""
 
-    _race(module, module.shard_io, as_json, options)
+    def run(as_json: bool, results: Path | None, plot: Path | None = None, **options: Any) -> None:
+        from kdcache.bench.race import json_line, save
+
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("--plot needs matplotlib: pip install 'kdcache[plot]'")
+        module = importlib.import_module(f"kdcache.bench.{race.module}")
+        with quiet_stdout():
+            result = getattr(module, race.module)(**given(options))
+        if results is not None:
+            tell(f"kept in {save(result, results)}")
+        if not as_json:
+            click.echo(module.render(result))
+        click.echo(json_line(result))
+        if plot is not None:
+            module.draw(result, plot)
+        if result.get("errors"):
+            raise KDCacheError("; ".join(result["errors"]))
+
+    for option in reversed(race.options):
+        run = RACE_OPTIONS[option](run)
+    run = click.option("--json", "as_json", is_flag=True, help="The JSON line alone.")(run)
+    run = click.option("--results", type=PATH, metavar="FOLDER", help="Keep the JSON line there, dated.")(run)
+    run = click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.")(run)
+    run = click.option("--quick", is_flag=True, help="Tiny sizes: shows that it works, measures nothing.")(run)
+    return click.command(race.name, help=race.help)(run)
 
 
-@bench.command("end-to-end")
-@_bench_options
-@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
-def end_to_end(as_json: bool, **options: Any) -> None:
-    """Time of a student's step: no teacher, the cached teacher, the live teacher."""
-    from kdcache.bench import end_to_end as module
-
-    _race(module, module.end_to_end, as_json, options)
-
-
-def _race(module: Any, function: Any, as_json: bool, options: dict[str, Any]) -> None:
-    from kdcache.bench.race import json_line, save
-
-    results = options.pop("results")
-    with quiet_stdout():
-        result = function(**given(options))
-    if results is not None:
-        tell(f"kept in {save(result, results)}")
-    if not as_json:
-        click.echo(module.render(result))
-    click.echo(json_line(result))
+for one_race in RACES:
+    bench.add_command(_race_command(one_race))
 
 
 UNKNOWN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
@@ -185,14 +190,6 @@ UNKNOWN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 def estimate(rest: tuple[str, ...]) -> NoReturn:
     """Not built yet: dump-teacher --dry-run predicts the bytes of a cache."""
     raise NotBuilt("estimate is not built yet; dump-teacher --dry-run predicts the bytes of a cache")
-
-
-@bench.command("loss", context_settings=UNKNOWN)
-@click.argument("rest", nargs=-1, type=click.UNPROCESSED)
-def bench_loss(rest: tuple[str, ...]) -> NoReturn:
-    """Not built yet: it comes with the fused kernels."""
-    raise NotBuilt("bench loss is not built yet: it races the fused kernels, which this version lacks; "
-                   "built are: shard-io, end-to-end")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ OPTIONS = {
     "env": ["config", "json"],
     "bench shard-io": ["quick", "rounds", "results", "json", "folder"],
     "bench end-to-end": ["quick", "rounds", "results", "json", "device"],
-    "bench loss": [],
+    "bench loss": ["quick", "rounds", "results", "json", "device", "plot"],
     "estimate": [],
 }
 REPEATABLE = {"teacher-arg", "student-arg", "data-arg", "eval-data-arg", "tier", "feature", "accept", "match", "by"}
@@ -102,7 +102,7 @@ def test_version() -> None:
     (["inspect"], "Missing argument 'CACHE'"),
     (["report"], "Missing argument"),
     (["estimate", "--teacher", "x"], "estimate is not built yet"),
-    (["bench", "loss", "--quick"], "bench loss is not built yet"),
+    (["bench", "loss", "--quick", "--device", "tpu"], "device"),
 ])
 def test_wrong_use_ends_in_exit_code_2(args: list[str], said: str) -> None:
     result = run(*args)

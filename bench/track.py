@@ -1,0 +1,126 @@
+"""Where kernels are raced: one device, cold caches, a copy in the same turns as the roof, memory and failures noted.
+
+On CUDA a run is timed by events around it. Before each run what the last one destroyed is put back and a buffer larger
+than the caches is written; then the device waits for about a millisecond while the run's launches queue up behind, so
+that what is timed is the device and not the launching, unless a contender itself waits for the device. On a CPU the
+wall clock is taken, after the same preparations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdcache.bench.race import Contender, median_ratio, race, spread, wall_clock
+from kdcache.errors import UsageError
+
+WAIT_CYCLES = 2_000_000             # about 1 ms at 2 GHz: time to queue some hundred launches
+
+
+def nothing() -> None:
+    """What is prepared where nothing was destroyed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """Something to time. `prepare` comes before every run and is not timed. `own`: a failure of it is an error."""
+
+    run: Contender
+    prepare: Contender = nothing
+    own: bool = False
+
+
+def choose_device(asked: str | None) -> torch.device:
+    """The device asked for, by default cuda if there is one; UsageError where it is not there."""
+    device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {asked!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {asked!r}, but torch {torch.__version__} sees no CUDA device here")
+    return device
+
+
+class Track:
+    """A device with two buffers of `copy_bytes`, whose copy is the roof, and `flush_bytes` that empty the caches.
+
+    A copy of B bytes moves 2 B: read and written.
+    """
+
+    def __init__(self, device: torch.device, copy_bytes: int = 2**31, flush_bytes: int = 2**29) -> None:
+        self.device = device
+        self.source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
+        self.dirt = torch.zeros(flush_bytes, dtype=torch.uint8, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    def race(self, entrants: Mapping[str, Entrant], rounds: int, model_bytes: int,
+             warmups: int = 2) -> dict[str, Any]:
+        """Race `entrants` and the copy; those that fail once beforehand are left out and the reason is kept.
+
+        Returns {"copy_bytes_per_second", "contenders": {name: {"seconds", "bytes_per_second", "share_of_copy",
+        "peak_bytes"} or {"failed"}}, "errors": failures of entrants of our own}. Rates count `model_bytes`, the least
+        that the task moves, whatever a contender really moves; the share is taken within rounds. `peak_bytes`: above
+        what was held before the run; None on a CPU.
+        """
+        found: dict[str, dict[str, Any]] = {name: self.rehearse(entrant) for name, entrant in entrants.items()}
+        able = {name: entrant for name, entrant in entrants.items() if "failed" not in found[name]}
+
+        def clock(name: str, run: Contender) -> float:
+            return self.seconds(run, able[name].prepare if name in able else nothing)
+
+        seconds = race({"copy": self.copy, **{name: e.run for name, e in able.items()}}, rounds, warmups, clock)
+        moved = 2 * self.source.numel()
+        for name in able:
+            found[name] |= {"seconds": spread(seconds[name]),
+                            "bytes_per_second": model_bytes / spread(seconds[name])["median"],
+                            "share_of_copy": median_ratio(seconds["copy"], seconds[name]) * model_bytes / moved}
+        return {"copy_bytes_per_second": moved / spread(seconds["copy"])["median"], "contenders": found,
+                "errors": [f"{name}: {found[name]['failed']}" for name, entrant in entrants.items()
+                           if entrant.own and name not in able]}
+
+    def copy(self) -> None:
+        self.target.copy_(self.source)
+
+    def rehearse(self, entrant: Entrant) -> dict[str, Any]:
+        """One run: the memory it takes on top, or why it cannot run. Compiling and tuning happen here."""
+        try:
+            for _ in range(2):              # the first may compile, with memory of its own
+                entrant.prepare()
+                before = self._memory(reset=True)
+                entrant.run()
+                peak = self._memory()
+        except Exception as e:              # a rival that cannot run here is a result too
+            text = str(e).strip().splitlines()
+            failed = f"{type(e).__name__}: {text[0] if text else ''}"[:200]
+        else:
+            return {"peak_bytes": None if before is None or peak is None else peak - before}
+        if self.device.type == "cuda":      # only here, where the exception no longer holds what was allocated
+            torch.cuda.empty_cache()
+        return {"failed": failed}
+
+    def _memory(self, reset: bool = False) -> int | None:
+        """The most bytes that tensors held since the last reset."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def seconds(self, run: Contender, prepare: Contender = nothing) -> float:
+        """One run, timed, cold."""
+        prepare()
+        self.dirt.zero_()
+        if self.device.type != "cuda":
+            return wall_clock("", run)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(WAIT_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1000
