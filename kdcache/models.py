@@ -88,6 +88,22 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
     return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save)
 
 
+def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -> torch.device:
+    """The device asked for; None and "auto" are this rank's GPU if there is one, else the CPU.
+
+    UsageError for a device that cannot be used here.
+    """
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device or "cpu")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:    # torch built without CUDA asserts
+        line = (str(e).strip().splitlines() or [""])[0]
+        raise UsageError(f"--device {device} cannot be used here ({line[:120]})") from e
+    return found
+
+
 def forward(module: nn.Module, inputs: Inputs) -> Output:
     """`module(x)` or `module(**named)` -> its logits. Floating inputs are given in the dtype of the weights.
 

@@ -266,7 +266,7 @@ def test_a_wider_student_is_cut_to_the_teachers_classes_and_a_narrower_refused(t
     ({"match": ["body=bdy:mse"]}, UsageError, "no feature 'bdy'"),
     ({"match": ["bdy=body:mse"]}, UsageError, "no module 'bdy'"),
     ({"cache": ["a", "b"]}, NotBuilt, "ensemble"),
-    ({"device": "cuda:99"}, UsageError, "device 'cuda:99' cannot be used"),
+    ({"device": "cuda:99"}, UsageError, "--device cuda:99 cannot be used"),
     ({"student": 3}, UsageError, "the student is a int"),
     ({"student_args": {"a": 1}}, UsageError, "the student is an object"),
     ({"data_args": {"a": 1}}, UsageError, "the data is an object"),

@@ -14,7 +14,7 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.models import Model, Output, forward, load_model
+from kdcache.models import Model, Output, forward, load_model, pick_device
 from kdcache.student import checkpoint
 from kdcache.student.inputs import Pairs, data_batches
 from kdcache.student.loader import as_samples
@@ -72,18 +72,6 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
         batches.close()
         module.train(training)
     return _metrics(sums.tolist(), samples, language, wide)
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; by default the GPU if there is one. UsageError for one that is not there."""
-    if device in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device or "cpu")
-        torch.empty(0, device=picked)
-    except (RuntimeError, AssertionError) as e:         # torch built without CUDA asserts
-        raise UsageError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0][:200]}") from e
-    return picked
 
 
 def _rows(output: Output, collated: Collated) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kdcache.models import pick_device
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
-from kdcache.student.evaluate import pick_device
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters

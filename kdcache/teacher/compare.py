@@ -24,7 +24,6 @@ from kdcache.topk import tail_lse
 
 HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}      # of a value's size, when rounded to nearest
 LEAST_FLOAT16 = 2.0**-25        # half the smallest float16
-DROPPED_BELOW = {"float32": -np.inf, "bfloat16": -3e38, "float16": -65000.0, "uint8": -119.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,14 @@ from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create
 from kdcache.errors import KDCacheError, NotBuilt, UsageError, near
-from kdcache.models import Model
+from kdcache.models import Model, pick_device
 from kdcache.signals import Signals
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, Plan, Wanted, make_plan, temperature_names
 from kdcache.teacher.progress import Progress, readable_bytes
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
-from kdcache.teacher.sources import Rank, pick_device, pick_samples, pick_teacher, this_rank
+from kdcache.teacher.sources import Rank, pick_samples, pick_teacher, this_rank
 
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")
@@ -107,7 +107,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
                     features=parse_features(features), views=views, values=values, seed=seed, shard_size=shard_size,
                     records_per_shard=records_per_shard, labels=labels, moments=moments, limit_samples=limit_samples)
-    compute = Compute(batch_size=batch_size, device=pick_device(device, rank), workers=workers)
+    compute = Compute(batch_size=batch_size, device=pick_device(device, rank.local), workers=workers)
     with Signals(GO_ON) as signals:
         model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
         samples = pick_samples(data, data_args, seed)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from kdcache.data.samples import Samples
@@ -45,19 +44,6 @@ def this_rank() -> Rank:
     if found[0] >= found[1]:
         raise UsageError(f"the environment has RANK={found[0]}, WORLD_SIZE={found[1]}; expected RANK below WORLD_SIZE")
     return Rank(*found)
-
-
-def pick_device(device: str, rank: Rank) -> torch.device:
-    """`auto`: this rank's GPU if there is one, else the CPU. UsageError for a device that is not there."""
-    try:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = torch.device("cuda", rank.local) if device == "cuda" else torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        line = (str(e).strip().splitlines() or [""])[0]
-        raise UsageError(f"--device {device} cannot be used here ({line[:120]})") from e
-    return found
 
 
 def pick_teacher(teacher: Any, *, args: Mapping[str, Any] | None, weights: str | Path | None, seed: int,

@@ -16,10 +16,10 @@ from kdcache.cache.reader import open as open_cache
 from kdcache.data.identify import check_same_key, identify
 from kdcache.data.samples import Samples
 from kdcache.errors import CacheCorrupt, DataError, FieldDifference, UsageError
-from kdcache.models import DTYPES, Model
+from kdcache.models import DTYPES, Model, pick_device
 from kdcache.teacher.compare import Saying, cached_saying, gaps, live_sayings, noise
 from kdcache.teacher.run import evaluating
-from kdcache.teacher.sources import pick_device, pick_samples, pick_teacher, this_rank
+from kdcache.teacher.sources import pick_samples, pick_teacher, this_rank
 
 NOISE_FACTOR = 4.0              # room above what running the teacher in two groupings of the same records differs by
 GROUPS = (32, 1)                # records per forward pass of the two live runs, where the cache does not say
@@ -82,7 +82,7 @@ def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data:
 
 def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, count: int, dtype: str | None,
                  device: str, teacher_from: dict[str, Any], data_args: Mapping[str, Any] | None) -> VerifyReport:
-    found = pick_device(device, this_rank())
+    found = pick_device(device, this_rank().local)
     recorded = cache.identity.teacher.get("dtype")
     if dtype is None and recorded in DTYPES:
         dtype = recorded
