@@ -308,3 +308,11 @@ def test_torn_metrics_lose_only_the_torn_line(tmp_path: Path) -> None:
     metrics.truncate(path, 2)
     assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1}]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_by_default_an_epoch_is_evaluated_once_wherever_its_steps_end(tmp_path: Path) -> None:
+    """50 records in steps of 16: epochs end within steps 4, 7, 10 and 13."""
+    lines: list[dict[str, Any]] = []
+    train_student(student=Net(8), out=tmp_path / "run", data=Points(50), eval_data=Points(8), alpha=0.0, epochs=4,
+                  batch_size=16, on_metrics=lines.append)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 7, 10, 13]

@@ -306,8 +306,10 @@ def test_dry_run_checks_everything_and_writes_nothing(tmp_path: Path) -> None:
     data = Points(40)
     cache = write_cache(tmp_path / "cache", data, Net(32, seed=7))
     student = Net(8, norm=True)
+    said: list[str] = []
     report = train_student(student=student, out=tmp_path / "run", cache=cache, data=data, epochs=2.5, batch_size=16,
-                           dry_run=True)
+                           dry_run=True, say=said.append)
+    assert said[0].startswith("student: Net as given") and any("7 steps of 16 records" in line for line in said)
     assert report.dry_run and report.steps == 7 and report.epochs == 2.5 and not report.finished
     assert json.loads(json.dumps(report.to_json()))["steps"] == 7
     assert not (tmp_path / "run").exists() and equal_weights(student, Net(8, norm=True))

@@ -103,7 +103,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say,
                             signals=signals)
         with closing(training):
-            return training.report(dry_run=True) if dry_run else training.run(texts(report_to), on_step, on_metrics)
+            return training.rehearse() if dry_run else training.run(texts(report_to), on_step, on_metrics)
 
 
 def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainReport:

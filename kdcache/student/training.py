@@ -95,8 +95,6 @@ class Training:
         schedule = Schedule(settings.lr, self.loader.total_steps, settings.warmup)
         self.loop = Loop(model.module, self.loader, settings, optimizer=self.optimizer, parameters=self.parameters,
                          schedule=schedule, matches=self.matches)
-        epoch = max(1, round(self.loader.num_samples / settings.batch_size))
-        self.eval_every, self.save_every = settings.eval_every or epoch, settings.save_every or epoch
         self.step = self.position = self.continued_from = 0
         self.training: dict[str, float] = {}
         self.evaluation: dict[str, Any] = {}
@@ -128,12 +126,18 @@ class Training:
                  + _shown({f"eval_{key}": value for key, value in self.evaluation.items()}))
         return report
 
+    def rehearse(self) -> TrainReport:
+        """Say what would run, and report it; nothing is trained or written."""
+        for line in self._start_block():
+            self.say(line)
+        return self.report(dry_run=True)
+
     def _steps(self, metrics: Metrics, on_step: Callable[[StepInfo], object] | None) -> None:
         with closing(self.loader.steps()) as steps:
             for step in steps:
                 info = self.loop.run_step(step)
                 self.step, self.position = info.step, info.position
-                self._after_step(metrics)
+                self._after_step(metrics, step.start)
                 if on_step is not None:
                     on_step(info)
 
@@ -154,11 +158,11 @@ class Training:
             seconds=done, samples_per_second=self.position / done if done and self.position else 0.0,
             accepted=(*self.sources.accepted, *self._view_key()), defaults=tuple(self._defaults()), **flags)
 
-    def _after_step(self, metrics: Metrics) -> None:
+    def _after_step(self, metrics: Metrics, start: int) -> None:
         last = self.position == self.loader.total
-        evaluate = self.sources.eval_samples is not None and (last or self.step % self.eval_every == 0)
+        evaluate = self.sources.eval_samples is not None and (last or self._due(self.settings.eval_every, start))
         stopping = bool(self.signals.pending) and not last
-        save = last or stopping or self.step % self.save_every == 0
+        save = last or stopping or self._due(self.settings.save_every, start)
         if evaluate or save or self.loop.pending >= LOG_EVERY:
             lines = self.loop.drain()
             for line in lines:
@@ -179,6 +183,12 @@ class Training:
         if stopping:
             self.signals.message = SAVED.format(self.step, self.loader.total_steps, self.folder.path / LAST)
             self.signals.check()
+
+    def _due(self, every: int | None, start: int) -> bool:
+        """Whether `every` steps are over; by default, whether an epoch ended in the step that began at `start`."""
+        if every is not None:
+            return self.step % every == 0
+        return self.position // self.loader.num_samples > start // self.loader.num_samples
 
     def _evaluate(self, metrics: Metrics) -> None:
         samples = self.sources.eval_samples
