@@ -371,6 +371,20 @@ def test_vectors_are_not_decayed(name: str, decay: float) -> None:
     assert make_optimizer(name, named, lr=0.1, weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
 
 
+def test_clip_is_the_largest_norm_of_a_gradient_and_the_norm_before_it_is_reported(tmp_path: Path) -> None:
+    """The first step of SGD moves the weights by lr times the gradient."""
+    data, moved = Points(32), {}
+    for clip in (0.0, 0.01, 1e6):
+        student = Net(8)
+        before = nn.utils.parameters_to_vector(student.parameters()).detach().clone()
+        (line,) = run(tmp_path / f"{clip}", student, data=data, alpha=0.0, max_steps=1, batch_size=32, optimizer="sgd",
+                      lr=0.5, clip=clip)
+        step = nn.utils.parameters_to_vector(student.parameters()).detach() - before
+        moved[clip] = float(step.norm()) / 0.5, line["grad_norm"]
+    assert moved[0.0][0] == pytest.approx(moved[0.0][1], rel=1e-4) and moved[1e6] == pytest.approx(moved[0.0])
+    assert moved[0.01] == pytest.approx((0.01, moved[0.0][1]), rel=1e-3)
+
+
 def test_frozen_and_tied_parameters() -> None:
     net = Net(8)
     net.body.requires_grad_(False)
