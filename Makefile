@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OUT ?= bench/results
+WHEELS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint bench gpu clean
@@ -22,13 +23,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/kdcache bench shard-io
 	$(BIN)/kdcache bench end-to-end
+	$(BIN)/kdcache bench loss
 
-# On a machine with a CUDA torch of its own: no dependency is touched; dated JSON results appear under $(OUT).
+# On a machine with a CUDA torch of its own: no dependency is touched. The tests marked gpu, then every benchmark; dated
+# JSON results appear under $(OUT). WHEELS=FOLDER: wheels of modules that the machine lacks, installed without theirs.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider || test $$? -eq 5
-	$(PYTHON) -m kdcache bench shard-io --results $(OUT)
-	$(PYTHON) -m kdcache bench end-to-end --device cuda --results $(OUT)
+	$(PYTHON) -m kdcache.bench.gpu --out "$(OUT)" --wheels "$(WHEELS)"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -8,6 +8,8 @@ wall clock is taken, after the same preparations.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +36,14 @@ class Entrant:
 
 
 def choose_device(asked: str | None) -> torch.device:
-    """The device asked for, by default cuda if there is one; UsageError where it is not there."""
-    device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda"):
+    """The device asked for, by default cuda if there is one; UsageError where it is not there, or would not be timed."""
+    if asked is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
         raise UsageError(f"device is {asked!r}; expected cpu, cuda or cuda:N")
+    device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device is {asked!r}, but torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError("TRITON_INTERPRET=1 is set, so the interpreter would be timed and not the kernels; unset it")
     return device
 
 
