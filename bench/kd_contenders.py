@@ -70,9 +70,9 @@ def define(problem: Problem, loss: Callable[..., Tensor] = sparse_loss) -> Tenso
     return torch.autograd.grad(value, problem.logits_NV)[0]
 
 
-def engine(problem: Problem, inplace: bool = False) -> Tensor:
-    """`kdcache.kd_loss` with the torch engine."""
-    value = public.kd_loss(problem.logits_NV, problem.labels_N, problem.targets, alpha=ALPHA, engine="torch",
+def engine(problem: Problem, inplace: bool = False, name: str = "torch") -> Tensor:
+    """`kdcache.kd_loss` with the torch engine, or with another."""
+    value = public.kd_loss(problem.logits_NV, problem.labels_N, problem.targets, alpha=ALPHA, engine=name,
                            inplace=inplace)
     return torch.autograd.grad(value, problem.logits_NV)[0]
 
@@ -134,7 +134,8 @@ def contenders(problem: Problem, compiled: bool, q_NV: Tensor | None) -> dict[st
     rivals: dict[str, Callable[[], Tensor]] = {"definition": partial(define, problem)}
     if problem.logits_NV.is_cuda:
         fused = Fused.of(problem)
-        own = {"kernel, in place": partial(fused, True), "kernel": partial(fused, False)}
+        own = {"kernel, in place": partial(fused, True), "kernel": partial(fused, False),
+               "kd_loss, engine auto, in place": partial(engine, problem, True, "auto")}
         if compiled:
             torch.compiler.reset()          # every shape is compiled for itself
             rivals["definition, compiled"] = partial(define, problem, torch.compile(sparse_loss, dynamic=False))

@@ -36,7 +36,7 @@ class Entrant:
 
 
 def choose_device(asked: str | None) -> torch.device:
-    """The device asked for, by default cuda if there is one; UsageError where it is not there, or would not be timed."""
+    """The device asked for, by default cuda if there is one; UsageError where it is not there or not timed."""
     if asked is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
         raise UsageError(f"device is {asked!r}; expected cpu, cuda or cuda:N")
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
