@@ -202,22 +202,22 @@ class Loader:
         return self._finish(piece, collated, batch)
 
     def _micros(self) -> Generator[Micro, None, None]:
-        """One thread reads ahead: the cached rows, and the inputs where a thread may build them."""
-        samples, data, fetch = self.samples, None, None
-        if samples is not None and (self.workers or not prefetchable(samples.dataset)):
-            data = data_batches(samples, self._pairs, self.workers)
-        elif samples is not None:
-            fetch = Fetch(samples)
-        ahead = Prefetch(self._reads(fetch))
-        try:
-            for piece, batch, collated in ahead:
-                collated = collated if data is None else next(data)
-                assert collated is not None
-                yield self._finish(piece, collated, batch)
-        finally:
-            ahead.close()
-            if data is not None:
-                data.close()
+        """A thread reads ahead and assembles; inputs that it may not build join their cached rows here."""
+        samples = self.samples
+        if samples is None or (not self.workers and prefetchable(samples.dataset)):
+            with Prefetch(self._assembled(None if samples is None else Fetch(samples))) as ahead:
+                yield from ahead
+            return
+        data = data_batches(samples, self._pairs, self.workers)
+        with Prefetch(self._reads()) as reads, closing(data):
+            for piece, batch, _ in reads:
+                yield self._finish(piece, next(data), batch)
+
+    def _assembled(self, fetch: Fetch | None) -> Iterator[Micro]:
+        for piece, batch, collated in self._reads():
+            inputs = collated if fetch is None else fetch(piece.pairs)
+            assert inputs is not None               # _check_sources: there are tokens, or there is data
+            yield self._finish(piece, inputs, batch)
 
     def _finish(self, piece: Piece, collated: Collated, batch: Batch | None) -> Micro:
         if batch is not None and self.samples is not None:
@@ -225,10 +225,9 @@ class Loader:
         return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None, kind=self.kind,
                         targets=self.reads_targets or self.teacher is not None, num_classes=self.num_classes)
 
-    def _reads(self, fetch: Fetch | None) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
+    def _reads(self) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
         for piece in self.pieces():
-            batch, collated = (None, None) if self.cache is None else self._read(self.cache, piece)
-            yield piece, batch, collated if fetch is None else fetch(piece.pairs)
+            yield piece, *((None, None) if self.cache is None else self._read(self.cache, piece))
 
     def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
         spec = cache.spec
