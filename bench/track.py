@@ -44,7 +44,7 @@ def choose_device(asked: str | None) -> torch.device:
         raise UsageError(f"device is {asked!r}, but torch {torch.__version__} sees no CUDA device here")
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("TRITON_INTERPRET=1 is set, so the interpreter would be timed and not the kernels; unset it")
-    return device
+    return device if str(device) != "cuda" else torch.device("cuda", torch.cuda.current_device())
 
 
 class Track:
@@ -86,6 +86,11 @@ class Track:
                 "errors": [f"{name}: {found[name]['failed']}" for name, entrant in entrants.items()
                            if entrant.own and name not in able]}
 
+    def release(self) -> None:
+        """Give memory that torch keeps for later back to the device: the next shape needs blocks of other sizes."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def copy(self) -> None:
         self.target.copy_(self.source)
 
@@ -102,8 +107,7 @@ class Track:
             failed = f"{type(e).__name__}: {text[0] if text else ''}"[:200]
         else:
             return {"peak_bytes": None if before is None or peak is None else peak - before}
-        if self.device.type == "cuda":      # only here, where the exception no longer holds what was allocated
-            torch.cuda.empty_cache()
+        self.release()                      # only here, where the exception no longer holds what was allocated
         return {"failed": failed}
 
     def _memory(self, reset: bool = False) -> int | None:

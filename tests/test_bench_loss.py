@@ -78,6 +78,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UsageError, match="the interpreter would be timed"):
         track.choose_device("cuda:0")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert track.choose_device("cuda") == torch.device("cuda:1")        # set_device wants to know which
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch,
@@ -191,6 +194,14 @@ def test_a_wrong_gradient_of_ours_is_an_error_after_all_is_kept(monkeypatch: pyt
     assert len(list(tmp_path.glob("*.json"))) == 1
     assert json.loads(result.stdout.splitlines()[-1])["errors"] == [
         text for text in json.loads(next(tmp_path.glob("*.json")).read_text())["errors"] if "torch engine:" in text]
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kd_loss, "gradient_errors", lambda *_: {"max": 0.0, "tail": float("nan")})
+    found = kd_loss.kd_loss(quick=True, rounds=1, device="cpu")
+    assert len(found["errors"]) == 2 * 2 and found["cases"][0]["contenders"]["torch engine"]["gradient_error"] == {
+        "max": 0.0, "tail": None}
+    json.dumps(found, allow_nan=False)
 
 
 def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

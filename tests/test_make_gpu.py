@@ -35,7 +35,8 @@ def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tests_and_then_every_benchmark_with_cuda_into_one_folder(tmp_path: Path) -> None:
     steps = Steps()
     assert gpu.everything(tmp_path, run=steps) == []
-    install, tests, *races = steps.commands
+    install, device, tests, *races = steps.commands
+    assert "cuda.is_available" in device
     assert install == "-m pip install --quiet --no-deps --no-build-isolation --editable ."
     assert tests.startswith("-m pytest -m gpu ")
     assert len(races) == len(RACES)
@@ -47,11 +48,12 @@ def test_tests_and_then_every_benchmark_with_cuda_into_one_folder(tmp_path: Path
 
 
 def test_a_step_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
-    steps = Steps("--editable", "pytest", "loss")
+    steps = Steps("--editable", "-c", "pytest", "loss")
     assert gpu.everything(tmp_path, run=steps) == [
         "install: pip could not install the checkout; the steps use it where it is",
+        "device: torch sees no CUDA device, so the tests marked gpu skip themselves",
         "tests: pytest -m gpu ended with exit code 3", "bench loss: exit code 3"]
-    assert len(steps.commands) == 2 + len(RACES)
+    assert len(steps.commands) == 3 + len(RACES)
 
 
 def test_wheels_are_installed_without_their_dependencies(tmp_path: Path) -> None:
