@@ -1,0 +1,292 @@
+"""What the teacher-side kernel keeps of a row: ids and values bit for bit, sums against float64, in the interpreter.
+
+With `-m gpu` the same tests run on the device. The last part compiles the kernel ahead of time within written budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aot
+import numpy as np
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from kdcache import topk
+from kdcache.kernels import topk_lse as module
+from kdcache.kernels.topk_lse import BAD_LABEL, EMPTY, INFINITE, NOT_A_NUMBER, TopK, topk_lse
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TEMPERATURES = (1.0, 2.0, 4.0, 0.5)
+
+
+def rows_of(rows: int, classes: int, dtype: torch.dtype = FP32, kind: str = "normal", seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, classes, generator=generator) * 4
+    if kind == "ties":
+        x = x.round()
+    elif kind == "equal":
+        x = torch.full_like(x, -2.5)
+    elif kind == "crowded":             # the greatest in one block of ids: few lanes hold them all
+        x[:, classes // 3 : classes // 3 + classes // 8] += 60
+    elif kind == "one lane":            # and at a distance that is a multiple of any number of lanes
+        x[:, 5::4096] += 60
+    elif kind == "far":                 # a tail of 1e-90 of the mass
+        x = torch.where(torch.arange(classes) % 9 == 4, x, x - 220)
+    elif kind == "minus_inf":
+        x[:, ::3] = -torch.inf
+        x[0, 3:] = -torch.inf
+    elif kind == "zeros":               # -0.0 and 0.0 among negatives
+        x = torch.where(x > 1, torch.where(torch.arange(classes) % 2 == 0, -0.0, 0.0), -x.abs() - 1)
+    elif kind == "offset":
+        x += 1000
+    return x.to(dtype)
+
+
+def laid_out(x: Tensor, layout: str, device: str) -> tuple[Tensor, Tensor]:
+    """(buffer, the logits within it): everything around them NaN."""
+    rows, classes = x.shape
+    stride, offset = {"plain": (classes, 64), "strided": (classes + 13, 64), "odd": (classes, 3),
+                      "padded": ((classes + 15) // 8 * 8, 64)}[layout]
+    buffer = torch.full((offset + rows * stride + 64,), torch.nan, dtype=x.dtype, device=device)
+    view = buffer.as_strided((rows, classes), (stride, 1), offset)
+    view.copy_(x)
+    return buffer, view
+
+
+def labels_for(x: Tensor, many: int) -> Tensor | None:
+    """In the head, out of it, unknown, and twice the same, over the rows."""
+    if not many:
+        return None
+    order = x.float().argsort(dim=-1, descending=True)
+    pairs = [(order[n, 0], order[n, -1]) if n % 3 == 0 else (order[n, -1], order[n, -1]) if n % 3 == 1
+             else (-1, order[n, x.shape[1] // 2]) for n in range(len(x))]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(len(x), 2)[:, -many:]
+
+
+def sums_of(x: Tensor, out: Tensor, max_N: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(lse, tail lse) in the dtype of x, plain torch: `out` [N, V] says what the tail leaves out."""
+    lse = torch.stack([torch.logsumexp(x / t, -1) for t in temperatures], 1)
+    rest = (x - max_N[:, None]).masked_fill(out, -torch.inf)
+    return lse, torch.stack([torch.logsumexp(rest / t, -1) for t in temperatures], 1)
+
+
+def worst(found: Tensor, truth: Tensor) -> float:
+    """Largest difference in units of the greater of 1 and the number; infinities must be the same."""
+    assert torch.equal(found.isinf(), truth.isinf()) and not bool(found.isnan().any())
+    return float((torch.where(truth.isinf(), 0, found.double() - truth).abs() / truth.abs().clamp(1, 1e300)).max())
+
+
+def check(x: Tensor, k: int, device: str, layout: str = "plain", many: int = 1, moments: bool = False,
+          temperatures: Sequence[float] = TEMPERATURES) -> TopK:
+    buffer, view = laid_out(x, layout, device)
+    before, labels = buffer.clone(), labels_for(x, many)
+    found = topk_lse(view, k, temperatures, None if labels is None else labels.to(device), moments)
+    assert torch.equal(buffer.view(torch.uint8), before.view(torch.uint8))
+    found = TopK(*(getattr(found, name) if getattr(found, name) is None else getattr(found, name).cpu()
+                   for name in TopK.__dataclass_fields__))
+    wide = x.double()
+    assert found.flag_N.tolist() == [0] * len(x)
+    ids = np.stack([np.lexsort((np.arange(len(row)), -row))[:k] for row in wide.numpy()])
+    assert np.array_equal(found.ids_NK.numpy(), ids)
+    exact_ids, exact_values = topk.exact_topk(x, k)
+    assert torch.equal(found.ids_NK, exact_ids)
+    assert torch.equal(found.values_NK.view(torch.int32), exact_values.view(torch.int32))
+    out = torch.zeros(x.shape, dtype=torch.bool).scatter_(1, exact_ids, True)
+    if labels is not None:
+        for n, row in enumerate(labels.tolist()):
+            out[n, [y for y in row if y >= 0]] = True
+        expected = torch.where(labels < 0, -torch.inf, x.float().gather(1, labels.clamp(min=0)))
+        assert found.label_logit_NJ is not None and torch.equal(found.label_logit_NJ, expected)
+    truth = sums_of(wide, out, wide.amax(-1), temperatures)
+    plain = sums_of(x.float(), out, x.float().amax(-1), temperatures)
+    ulp = torch.finfo(FP32).eps         # the least that plain is taken to err by: three rows can be lucky
+    for mine, theirs, true in zip((found.lse_NT, found.tail_lse_NT), plain, truth, strict=True):
+        assert worst(mine, true) <= 2 * max(worst(theirs, true), ulp) + ulp
+    if moments:
+        assert found.mean_N is not None and found.std_N is not None
+        for mean, std, row in zip(found.mean_N, found.std_N, wide, strict=True):
+            finite = row[row.isfinite()]
+            size = float(finite.abs().max())
+            assert float(mean) == pytest.approx(float(finite.mean()), rel=1e-6, abs=1e-6 * size)
+            assert float(std) == pytest.approx(float(finite.std(correction=0)), rel=3e-6, abs=1e-6 * size)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "crowded", "one lane", "far", "minus_inf", "zeros",
+                                  "offset"])
+@pytest.mark.parametrize(("classes", "k", "dtype", "layout"), [
+    (7, 7, FP16, "odd"), (123, 8, FP32, "strided"), (123, 123, BF16, "odd"),
+    (1272, 100, FP16, "padded"), (32_000, 64, BF16, "plain")])
+def test_a_row_is_kept_exactly(classes: int, k: int, dtype: torch.dtype, layout: str, kind: str, device: str) -> None:
+    rows = 1 if classes > 30_000 else 2 if classes > 200 else 3
+    check(rows_of(rows, classes, dtype, kind), k, device, layout, many=2, moments=True)
+
+
+@pytest.mark.parametrize(("classes", "k", "dtype", "many"), [
+    (1, 1, FP32, 1), (123, 1, BF16, 0), (1271, 256, BF16, 0), (32_000, 1, FP32, 1), (32_001, 100, BF16, 1),
+    (32_000, 256, FP16, 2), (50_257, 128, BF16, 1), (128_256, 64, BF16, 1)])
+def test_other_sizes(classes: int, k: int, dtype: torch.dtype, many: int, device: str) -> None:
+    check(rows_of(1 + (classes < 2000), classes, dtype), k, device, many=many, temperatures=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.37, 1.0), (4.0, 3.0, 2.0, 1.0, 0.5, 7.0)])
+def test_temperatures_in_any_number_and_order(temperatures: tuple[float, ...], device: str) -> None:
+    check(rows_of(1, 1271, BF16), 8, device, temperatures=temperatures)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_values_and_random_sizes(seed: int, device: str) -> None:
+    rng = np.random.default_rng(seed)
+    classes = int(rng.integers(1, 3000))
+    x = torch.from_numpy(rng.choice([0.0, -0.0, 1.0, -1.0, 2.5, -np.inf, 1.0078125], (2, classes)))
+    x[:, -1] = 1.0
+    layout = str(rng.choice(["plain", "strided", "odd", "padded"]))
+    check(x.to([BF16, FP16, FP32][seed % 3]), int(rng.integers(1, min(classes, 256) + 1)), device, layout, seed % 3)
+
+
+def test_finite_masks_are_logits_too(device: str) -> None:
+    x = rows_of(1, 1271, BF16)
+    x[:, 5:] = torch.finfo(BF16).min
+    found = check(x, 8, device, many=0, temperatures=(1.0, 2.0, 4.0))
+    assert bool((found.tail_lse_NT < -1e37).all())
+
+
+def test_no_rows(device: str) -> None:
+    found = topk_lse(torch.zeros(0, 50, device=device), 8, (1.0, 2.0), moments=True)
+    assert found.ids_NK.shape == (0, 8) and found.tail_lse_NT.shape == (0, 2) and found.flag_N.shape == (0,)
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(123, BF16), (1272, FP32), (32_000, BF16)])
+def test_bad_rows_are_flagged_and_spoil_no_other(classes: int, dtype: torch.dtype, device: str) -> None:
+    x = rows_of(7, classes, dtype)
+    x[1, classes - 1] = torch.nan
+    x[2, classes // 2] = torch.inf
+    x[3, 0], x[3, classes - 2] = torch.inf, torch.nan
+    x[4] = -torch.inf
+    x[6, 0] = -torch.nan
+    labels = torch.tensor([3, 3, 3, 3, 3, classes, -1], device=device)
+    found = topk_lse(x.to(device), 8, (1.0, 2.0), labels, moments=True)
+    assert found.flag_N.tolist() == [0, NOT_A_NUMBER, INFINITE, NOT_A_NUMBER, EMPTY, BAD_LABEL, NOT_A_NUMBER]
+    for n in (1, 2, 3, 4, 6):
+        assert found.ids_NK[n].tolist() == [-1] * 8
+        for values in (found.values_NK, found.lse_NT, found.tail_lse_NT, found.label_logit_NJ, found.mean_N):
+            assert values is not None and bool(values[n].isnan().all())
+    alone = topk_lse(x[[0, 5]].to(device), 8, (1.0, 2.0), torch.tensor([3, -1], device=device))
+    for name in ("ids_NK", "values_NK", "lse_NT", "tail_lse_NT", "label_logit_NJ"):
+        assert torch.equal(getattr(found, name)[[0, 5]], getattr(alone, name))
+
+
+def test_the_same_bits_every_time(device: str) -> None:
+    x = rows_of(2, 1271, BF16, "ties").to(device)
+    first, second = (topk_lse(x, 64, (1.0, 2.0), moments=True) for _ in range(2))
+    for name in ("ids_NK", "values_NK", "lse_NT", "tail_lse_NT", "mean_N", "std_N"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"k": 0}, "k is 0"), ({"k": 51}, "k is 51"), ({"temperatures": ()}, "at least one"),
+    ({"temperatures": (0.0,)}, "temperatures"), ({"labels": torch.zeros(2, dtype=torch.long)}, "labels are"),
+    ({"labels": torch.zeros(3)}, "labels are"), ({"labels": torch.zeros(3, 9, dtype=torch.long)}, "labels are"),
+    ({"logits": torch.zeros(50)}, "logits are"), ({"logits": torch.zeros(3, 50).double()}, "float64"),
+    ({"logits": torch.zeros(3, 50, device="meta")}, "CUDA device")])
+def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        topk_lse(**{"logits": torch.zeros(3, 50), "k": 8, "temperatures": (1.0,), **changed})
+
+
+@pytest.mark.parametrize("temperatures", [TEMPERATURES, (1.0,), (1.5, 1.0), (0.5, 2.0, 1.0)])
+def test_each_temperature_is_a_power_of_its_base(temperatures: tuple[float, ...]) -> None:
+    powers, groups, bases = module.plan(temperatures)
+    for t, power, group in zip(temperatures, powers, groups, strict=True):
+        assert power * bases[group] == pytest.approx(np.log2(np.e) / t) and power <= 4
+    assert len(bases) == {TEMPERATURES: 2, (1.5, 1.0): 2}.get(temperatures, 1)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel as a call would have it compiled; instructions per element of the sweep and of the second look."""
+
+    name: str
+    classes: int
+    instructions: tuple[float, float]
+    dtype: torch.dtype = BF16
+    k: int = 64
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    moments: bool = False
+    aligned: bool = True
+    spills: int = 0         # of 16 warps at 64 registers, none in a loop: what lives across the sweep, once a row
+    said: bool = True       # whether the compiler is told that pointers are multiples of 16 bytes
+    tall: int = 0           # rows of a tile, if not the launcher's
+
+
+BUILDS = [Build("128k", 128_256, (9.0, 32.0), spills=28),
+          Build("50257-T124", 50_257, (11.2, 34.0), temperatures=(1, 2, 4), aligned=False, spills=16),
+          Build("32k-fp32-moments", 32_000, (19.5, 52.0), dtype=FP32, moments=True, spills=8),
+          Build("1000", 1_000, (21.0, 80.0), k=32, temperatures=(1, 2, 4))]
+MUTANTS = [Build("tall", 128_256, (9.0, 31.0), tall=16), Build("unsaid", 128_256, (9.0, 31.0), said=False),
+           Build("T1.37", 128_256, (9.0, 31.0), temperatures=(1.37, 1.0))]
+
+
+def request(build: Build, arch: int) -> dict[str, Any]:
+    constants, warps, registers = module.build(build.classes, build.dtype, build.k, build.temperatures, 1,
+                                               build.moments, build.aligned)
+    constants |= {"MEAN": None, "STD": None} if not build.moments else {}
+    constants |= {"A": build.tall} if build.tall else {}
+    signature = {"X": "*fp32" if build.dtype == FP32 else "*bf16"} | dict.fromkeys(("IDS", "LABELS", "FOUND"), "*i64")
+    signature |= dict.fromkeys(("VALUES", "LSE", "TAIL", "LABEL_LOGIT", "MEAN", "STD"), "*fp32")
+    signature |= dict.fromkeys(("FLAG", "LANES"), "*i32")
+    signature |= dict.fromkeys(("x_stride", "label_stride", "num_classes", "k"), "i32")
+    sizes = ["x_stride", "num_classes"] if build.aligned and build.classes % 16 == 0 else []
+    return {"name": build.name, "kernel": "kdcache.kernels.topk_rows:topk_rows", "arch": arch, "signature": signature,
+            "constants": constants, "aligned": ["X", *sizes] if build.said else [], "warps": warps,
+            "maxnreg": registers}
+
+
+def complaints(build: Build, report: aot.Report) -> list[str]:
+    """Where a report is over its budget. Loops over the row in order: the sweep, the second look."""
+    constants, _, registers = module.build(build.classes, build.dtype, build.k, build.temperatures, 1, build.moments,
+                                           build.aligned)
+    vector, lane = 16 // build.dtype.itemsize, constants["A"] * constants["B"]
+    found = []
+    if report.registers > registers or report.spills > build.spills or report.shared > 4096:
+        found.append(f"{report.registers} registers, {report.spills} spills, {report.shared} bytes shared")
+    loops = [loop for loop in report.loops if loop.exponentials]
+    if len(loops) < 2:
+        return [*found, f"loops: {report.loops}"]
+    sweep, again = loops[:2]
+    elements = constants["A"] * vector
+    groups = len(constants["BASES"])
+    if sweep.scalar_loads or sweep.barriers or sweep.vector_loads != constants["A"] or sweep.scalar_stores:
+        found.append(f"narrow accesses or barriers in the sweep: {sweep}")
+    if sweep.exponentials > groups * elements * (1 + 1 / lane) or sweep.instructions > build.instructions[0] * elements:
+        found.append(f"sweep: {sweep.instructions / elements:.2f} instructions, {sweep.exponentials} exponentials")
+    if again.instructions > build.instructions[1] * vector:
+        found.append(f"second look: {again.instructions / vector:.2f} instructions an element")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], aot.Report]:
+    wanted = [request(build, 90) for build in BUILDS + MUTANTS]
+    wanted += [request(BUILDS[0], arch) for arch in (80, 100)]
+    return {(r.name, r.arch): r for r in aot.reports(wanted, cache=tmp_path_factory.mktemp("triton"))}
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str, int], aot.Report]) -> None:
+    if triton.__version__ != "3.7.1":
+        pytest.skip(f"budgets are triton 3.7.1's; this is {triton.__version__}")
+    reports = [report for (name, _), report in compiled.items() if name == build.name]
+    assert reports and {report.arch: found for report in reports if (found := complaints(build, report))} == {}
+
+
+def test_budgets_can_be_broken(compiled: dict[tuple[str, int], aot.Report]) -> None:
+    """Too tall a tile spills, hidden alignment narrows the loads, a temperature off the list costs exponentials."""
+    tall, unsaid, odd = (complaints(BUILDS[0], compiled[mutant.name, 90]) for mutant in MUTANTS)
+    assert any("spills" in text for text in tall) and any("narrow" in text for text in unsaid)
+    assert any("exponentials" in text for text in odd)
