@@ -41,6 +41,7 @@ OPTIONS = {
     "bench shard-io": ["quick", "rounds", "results", "json", "folder"],
     "bench end-to-end": ["quick", "rounds", "results", "json", "device"],
     "bench loss": ["quick", "rounds", "results", "json", "device", "plot"],
+    "bench topk-lse": ["quick", "rounds", "results", "json", "device"],
     "estimate": [],
 }
 REPEATABLE = {"teacher-arg", "student-arg", "data-arg", "eval-data-arg", "tier", "feature", "accept", "match", "by"}

@@ -227,8 +227,8 @@ class Build:
 BUILDS = [Build("128k", 128_256, (9.0, 32.0), spills=28),
           Build("50257-T124", 50_257, (11.2, 34.0), temperatures=(1, 2, 4), aligned=False, spills=16),
           Build("32k-fp32-moments", 32_000, (19.5, 52.0), dtype=FP32, moments=True, spills=8),
-          Build("1000", 1_000, (21.0, 80.0), k=32, temperatures=(1, 2, 4))]
-MUTANTS = [Build("tall", 128_256, (9.0, 31.0), tall=16), Build("unsaid", 128_256, (9.0, 31.0), said=False),
+          Build("1000", 1_000, (12.5, 27.0), k=32, temperatures=(1, 2, 4))]
+MUTANTS = [Build("tall", 128_256, (9.0, 31.0), tall=8), Build("unsaid", 128_256, (9.0, 31.0), said=False),
            Build("T1.37", 128_256, (9.0, 31.0), temperatures=(1.37, 1.0))]
 
 
