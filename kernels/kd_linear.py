@@ -1,0 +1,350 @@
+"""The distillation loss behind an LM head: hidden states in, their gradient and the head's out, logits never whole.
+
+    loss = sum over rows of ce_scale * CE + kd_scale * D        of logits = hidden @ weight.T + bias
+
+Rows go in chunks whose logits fit a budget, one buffer for all: a product fills it with logits in the inputs' dtype, a
+row function (`kd_loss_rows`) turns them into the gradient of the chunk in place, two products read it:
+
+    d hidden = gradient @ weight            d weight += gradient.T @ hidden, float32 within the product
+
+The gradients are complete when forward ends, and backward multiplies them by one number. They are taken of the loss in
+units of the larger scale, and that unit is part of the number: 1 / N is never in a float16.
+
+Floors: 6 N V H operations, 4 of a frozen head or trunk, 2 without gradients. Bytes a chunk of R rows, bf16: 6 V R of
+logits (written, read by both products) and 4 V R of the row function, 4 V H of the head, and 8 V H of the float32
+gradient: under about 800 rows that last alone takes longer than the products, hence the default budget. Held at most:
+the budget, 4 V H of the head's gradient, 2 N H of the other. No time has been measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdcache.kernels.kd_loss import kd_loss_rows
+
+RowFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]      # with the signature of kd_loss_rows
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+WHOLE = 128                     # rows of a chunk come in multiples of it, where that many fit: a tile of the products
+BLOCKS = 4                      # float32 copies of a chunk's gradient, on a CPU, have a quarter of its columns
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call, checked: all but hidden states and head."""
+
+    rows: RowFunction
+    given: dict[str, Tensor | None]         # per row: labels, label_weight, ids, log_probs, log_tail, row_weight
+    scales: dict[str, Tensor | None]
+    settings: dict[str, Any]                # num_classes, temperature, divergence, tail, beta
+    memory: int
+    skip: bool                              # leave out rows that do not count
+    counted: int | None
+    dtype: torch.dtype                      # of logits and products
+    wants: tuple[bool, ...]                 # gradients of hidden, weight, bias
+
+
+# loss, CE_N, D_N, and gradients of hidden [N, H] in the job's dtype, of weight and bias in float32; None: not wanted
+Done = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_classes: int | None = None,
+                   labels: Tensor | None = None, label_weight: Tensor | None = None, ids: Tensor | None = None,
+                   log_probs: Tensor | None = None, log_tail: Tensor | None = None, row_weight: Tensor | None = None,
+                   temperature: float = 1.0, divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
+                   ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
+                   memory: int | str = "512 MB", skip_ignored: bool = False, counted_rows: int | None = None,
+                   rows: RowFunction | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, CE_N, D_N): their scaled sum, a scalar, and each row's parts, float32 [N]; only the loss has a gradient.
+
+    hidden, weight, bias   [N, H], [V', H], [V'] of one dtype. Under autocast all three are taken in its dtype, and a
+                  float32 weight gets its gradient from the float32 sums, unrounded
+    labels to beta, *_scale    as of `kd_loss_rows`; T^2 and 1 / (count of rows), a tensor on the device, belong into
+                  the scales. There is no unreduced form: the head's gradient is a sum over rows
+    memory        bytes, or text as "512 MB", for the logits of a chunk. What holds no single row is a ValueError, what
+                  holds fewer than about 1000 is slow
+    skip_ignored  rows without label and teacher cost nothing and may hold anything. Their number must be known to the
+                  host: on CUDA this waits for the device, once a call
+    counted_rows  at most so many rows count, known to the caller: skip_ignored without the wait. Where rows would be
+                  lost that way the loss is NaN
+    rows          the row function; None: the fused kernels, on CUDA or in triton's interpreter. Inside torch.compile,
+                  where the whole is one operator, only those
+
+    Without skip_ignored, rows that do not count are computed, give 0, and their hidden states must be finite. All rows
+    ignored, or none given: 0, and zero gradients. Nothing waits for the device but as said. ValueError for what does
+    not fit.
+    """
+    given = {"labels": labels, "label_weight": label_weight, "ids": ids, "log_probs": log_probs, "log_tail": log_tail,
+             "row_weight": row_weight}
+    _check(hidden, weight, bias, given, counted_rows)
+    scales = {"ce_scale": _scale(ce_scale, hidden), "kd_scale": _scale(kd_scale, hidden)}
+    unit = _unit(list(scales.values()))
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+    graph = torch.is_grad_enabled()
+    scales = {name: None if scale is None else scale / unit for name, scale in scales.items()}
+    job = Job(kd_loss_rows if rows is None else rows, given, scales,
+              {"num_classes": len(weight) if num_classes is None else num_classes, "temperature": float(temperature),
+               "divergence": divergence, "tail": tail, "beta": float(beta)},
+              memory_bytes(memory) if isinstance(memory, str) else memory,
+              skip_ignored or counted_rows is not None, counted_rows, dtype,
+              tuple(graph and t is not None and t.requires_grad for t in (hidden, weight, bias)))
+    if not torch.compiler.is_compiling():
+        loss, ce_N, kd_N = _Linear.apply(hidden, weight, bias, job)         # type: ignore[no-untyped-call]
+    elif rows is None or rows is kd_loss_rows:
+        loss, ce_N, kd_N = _compiled(hidden, weight, bias, job)
+    else:
+        raise ValueError("torch.compile captures no other row function: leave it out, or use torch.compiler.disable")
+    return loss * unit, ce_N, kd_N
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+                job: Job) -> tuple[Tensor, Tensor, Tensor]:
+        loss, ce_N, kd_N, *gradients = run(hidden, weight, bias, job)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(ce_N, kd_N)
+        return loss, ce_N, kd_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()      # it may be asked again
+        out = (None if gradient is None else _times(gradient, grad_outputs[0], dtype, keep)
+               for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *out, None
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    """gradient * factor in `dtype`, in its own place if it may. With a factor that has a dimension the arithmetic is
+    float32: one without is first rounded to the gradient's dtype, and 2^16 of a loss scaler is no float16."""
+    own = gradient.dtype == dtype and not keep
+    out = gradient if own else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.reshape([1] * gradient.dim()), out=out)
+
+
+def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Done:
+    """The chunks: values and the gradients that are wanted."""
+    h_NH, w_VH = hidden.detach().to(job.dtype), weight.detach().to(job.dtype)
+    b_V = None if bias is None else bias.detach().to(job.dtype)
+    counts_N = _counts(len(hidden), job) if job.skip else None
+    index_M = None if counts_N is None else _rows_that_count(counts_N, job.counted)
+    given = job.given if index_M is None else {k: t if t is None else t[index_M] for k, t in job.given.items()}
+    total, width = len(h_NH) if index_M is None else len(index_M), len(w_VH)
+    step = chunk_rows(total, width, h_NH.element_size(), job.memory)
+    buffer = h_NH.new_empty((min(step, total), row_stride(width)))
+    dh_NH, dw_VH, db_V = _gradients(h_NH, w_VH, job, index_M is not None)
+    parts = []
+    for at in range(0, max(total, 1), step):            # without rows one chunk of none: all is checked and written
+        chunk = slice(at, min(at + step, total))
+        h_RH = h_NH[chunk] if index_M is None else h_NH[index_M[chunk]]
+        x_RV = buffer[: len(h_RH), :width]
+        torch.mm(h_RH, w_VH.t(), out=x_RV) if b_V is None else torch.addmm(b_V, h_RH, w_VH.t(), out=x_RV)
+        out, slope_RV = _chunk(x_RV, {k: t if t is None else t[chunk] for k, t in given.items()}, job)
+        parts.append(out)
+        if dh_NH is not None:
+            if index_M is None:
+                torch.mm(slope_RV, w_VH, out=dh_NH[chunk])
+            else:
+                dh_NH.index_copy_(0, index_M[chunk], slope_RV @ w_VH)
+        _add(dw_VH, db_V, slope_RV, h_RH, first=at == 0)
+    loss_M, ce_N, kd_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss = loss_M.sum()
+    if index_M is not None:
+        ce_N, kd_N = (t.new_zeros(len(hidden)).index_copy_(0, index_M, t) for t in (ce_N, kd_N))
+    if counts_N is not None and job.counted is not None:
+        loss = torch.where(counts_N.sum() > job.counted, torch.nan, loss)
+    return loss, ce_N, kd_N, dh_NH, dw_VH, db_V
+
+
+def _gradients(h_NH: Tensor, w_VH: Tensor, job: Job,
+               sparse: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Buffers of those that are wanted; the chunks fill them."""
+    wide = torch.promote_types(job.dtype, torch.float32)
+    return ((torch.zeros_like(h_NH) if sparse else torch.empty_like(h_NH, memory_format=torch.contiguous_format))
+            if job.wants[0] else None,
+            w_VH.new_empty(w_VH.shape, dtype=wide) if job.wants[1] else None,
+            w_VH.new_zeros(len(w_VH), dtype=wide) if job.wants[2] else None)
+
+
+def _chunk(x_RV: Tensor, given: dict[str, Tensor | None],
+           job: Job) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """(loss, CE, D) of these rows, and the gradient of their loss in place of the logits, if one is wanted."""
+    wants = any(job.wants)
+    with torch.set_grad_enabled(wants):
+        leaf_RV = x_RV.detach().requires_grad_(wants)
+        out = job.rows(leaf_RV, **given, **job.scales, **job.settings, inplace=wants)
+        slope_RV = torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
+    return (out[0].detach(), out[1].detach(), out[2].detach()), slope_RV
+
+
+def _add(dw_VH: Tensor | None, db_V: Tensor | None, slope_RV: Tensor, h_RH: Tensor, first: bool) -> None:
+    """Adds a chunk to the gradients of weight and bias; the first of the weight's is written, not added to zeros."""
+    wide = torch.promote_types(slope_RV.dtype, torch.float32)
+    if wide != slope_RV.dtype and not slope_RV.is_cuda:         # no product of a CPU has a dtype of its own for the sum
+        width, h_RH = max(-(-slope_RV.shape[1] // BLOCKS), 1), h_RH.to(wide)
+        for at in range(0, slope_RV.shape[1], width):
+            block = slice(at, at + width)
+            _add(None if dw_VH is None else dw_VH[block], None if db_V is None else db_V[block],
+                 slope_RV[:, block].to(wide), h_RH, first)
+        return
+    if dw_VH is not None:
+        if not len(h_RH):
+            dw_VH.zero_()
+        elif wide == slope_RV.dtype:
+            dw_VH.addmm_(slope_RV.t(), h_RH, beta=0 if first else 1)
+        elif first:
+            torch.mm(slope_RV.t(), h_RH, out_dtype=wide, out=dw_VH)
+        else:
+            torch.addmm(dw_VH, slope_RV.t(), h_RH, out_dtype=wide, out=dw_VH)
+    if db_V is not None:
+        db_V += slope_RV.sum(0, dtype=wide)
+
+
+def _counts(rows: int, job: Job) -> Tensor | None:
+    """[N] whether a row has a label or a teacher; None where all have one."""
+    labels, weight, teacher = job.given["labels"], job.given["label_weight"], job.given["row_weight"]
+    if job.given["log_probs"] is not None and teacher is None:
+        return None
+    counts_N = None if teacher is None or job.given["log_probs"] is None else teacher != 0
+    if labels is not None:
+        known = (labels >= 0) & (labels < job.settings["num_classes"])
+        known = known if weight is None else known & (weight != 0)
+        known_N = known.reshape(rows, -1).any(-1) if known.numel() else known.new_zeros(rows)
+        counts_N = known_N if counts_N is None else counts_N | known_N
+    return counts_N
+
+
+def _rows_that_count(counts_N: Tensor, counted: int | None) -> Tensor:
+    """Their indices in ascending order; with `counted` so many, the last of them maybe of rows that do not count."""
+    if counted is None:
+        return counts_N.nonzero()[:, 0]
+    return counts_N.to(torch.uint8).argsort(descending=True, stable=True)[:counted]
+
+
+@torch.compiler.assume_constant_result                  # type: ignore[untyped-decorator]
+def memory_bytes(memory: str) -> int:
+    """Bytes of "512", "512 MB" (10^6) or "512 MiB" (2^20)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+    if found is None or found[2].upper() not in UNITS:
+        raise ValueError(f'memory is {memory!r}; expected bytes, as 536870912, "512 MB" or "0.5 GiB"')
+    return round(float(found[1]) * UNITS[found[2].upper()])
+
+
+def row_stride(width: int) -> int:
+    """Elements from row to row of the buffer: every row starts at 128 bytes, whatever the number of classes."""
+    return -(-width // 64) * 64
+
+
+def chunk_rows(rows: int, width: int, itemsize: int, memory: int) -> int:
+    """Rows of a chunk, all chunks but the last alike; at least 1."""
+    row = row_stride(width) * itemsize
+    most = memory // row
+    if most < 1:
+        raise ValueError(f"memory is {memory} bytes, but the logits of a single row take {row}; give at least "
+                         f"{WHOLE} rows, {WHOLE * row} bytes (fast from about 1000 rows on)")
+    if most >= rows:
+        return max(rows, 1)
+    most = most // WHOLE * WHOLE or most
+    even = -(-rows // -(-rows // most))
+    return min(most, -(-even // WHOLE) * WHOLE) if most >= WHOLE else even
+
+
+def _scale(scale: Tensor | float | None, hidden: Tensor) -> Tensor | None:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if scale is None:
+        return None
+    return scale.detach().to(wide) if isinstance(scale, Tensor) else torch.full((), scale, dtype=wide,
+                                                                                device=hidden.device)
+
+
+def _unit(scales: list[Tensor | None]) -> Tensor | float:
+    """The larger scale, on the device; 1 where there is none above 0."""
+    sizes = [scale.abs() for scale in scales if scale is not None]
+    if not sizes:
+        return 1.0
+    unit = torch.stack(sizes).amax()
+    return torch.where(unit > 0, unit, 1.0)
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, given: dict[str, Tensor | None],
+           counted: int | None) -> None:
+    """ValueError for shapes and dtypes that do not go together; the row function checks the rest."""
+    wrong = []
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1:] != weight.shape[1:]:
+        wrong.append(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, H] and [V, H]")
+    elif bias is not None and bias.shape != weight.shape[:1]:
+        wrong.append(f"bias is {list(bias.shape)}; expected [{len(weight)}]")
+    head = [weight] if bias is None else [weight, bias]
+    if any(t.device != hidden.device for t in head):
+        wrong.append(f"hidden is on {hidden.device}, the head on {[str(t.device) for t in head]}")
+    if any(t.dtype != hidden.dtype for t in head) and not torch.is_autocast_enabled(hidden.device.type):
+        wrong.append(f"hidden is {hidden.dtype}, the head {[str(t.dtype) for t in head]}; expected one dtype, or "
+                     f"autocast")
+    wrong += [f"{name} is {list(t.shape)} for hidden of {list(hidden.shape)}; expected {len(hidden)} rows"
+              for name, t in given.items() if t is not None and (t.dim() < 1 or len(t) != len(hidden))]
+    if counted is not None and counted < 0:
+        wrong.append(f"counted_rows is {counted}; expected 0 or more")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+SCHEMA = ("(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? label_weight, Tensor? ids, "
+          "Tensor? log_probs, Tensor? log_tail, Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, "
+          "int num_classes, float temperature, str divergence, str tail, float beta, SymInt memory, bool skip, "
+          "SymInt? counted, ScalarType dtype, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+@torch.library.custom_op("kdcache_kernels::kd_linear", mutates_args=(), schema=SCHEMA)
+def kd_linear_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    """`run` as one operator that torch.compile does not look into; [0] in place of a gradient that is not wanted."""
+    *out, dh_NH, dw_VH, db_V = run(hidden, weight, bias, _unpack(*others))
+    return *out, *(hidden.new_empty(0) if t is None else t for t in (dh_NH, dw_VH, db_V))
+
+
+@kd_linear_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    job, wide = _unpack(*others), torch.promote_types(others[-2], torch.float32)
+    shapes = (hidden.shape, job.dtype), (weight.shape, wide), (weight.shape[:1], wide)
+    return (hidden.new_empty((), dtype=wide), *(hidden.new_empty(hidden.shape[:1], dtype=wide) for _ in range(2)),
+            *(hidden.new_empty(shape, dtype=dtype) if wants else hidden.new_empty(0)
+              for (shape, dtype), wants in zip(shapes, job.wants, strict=True)))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.wants, ctx.inputs = inputs[-1], len(inputs)
+
+
+def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    out = ((gradient * grad_outputs[0].reshape([1] * gradient.dim())).to(dtype) if wanted else None
+           for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True))
+    return *out, *(None for _ in range(ctx.inputs - 3))
+
+
+kd_linear_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _compiled(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor]:
+    packed = *job.given.values(), *job.scales.values(), *job.settings.values()
+    loss, ce_N, kd_N, *_ = kd_linear_op(hidden, weight, bias, *packed, job.memory, job.skip, job.counted, job.dtype,
+                                        list(job.wants))
+    return loss, ce_N.detach(), kd_N.detach()
+
+
+def _unpack(*others: Any) -> Job:
+    """The job that `_compiled` packed, in the order of the schema."""
+    given = dict(zip(("labels", "label_weight", "ids", "log_probs", "log_tail", "row_weight"), others, strict=False))
+    settings = dict(zip(("num_classes", "temperature", "divergence", "tail", "beta"), others[8:], strict=False))
+    memory, skip, counted, dtype, wants = others[13:]
+    return Job(kd_loss_rows, given, {"ce_scale": others[6], "kd_scale": others[7]}, settings, memory, skip, counted,
+               dtype, tuple(wants))
