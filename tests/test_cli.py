@@ -41,6 +41,7 @@ OPTIONS = {
     "bench shard-io": ["quick", "rounds", "results", "json", "folder"],
     "bench end-to-end": ["quick", "rounds", "results", "json", "device"],
     "bench loss": ["quick", "rounds", "results", "json", "device", "plot"],
+    "bench kd-linear": ["quick", "rounds", "results", "json", "device"],
     "bench topk-lse": ["quick", "rounds", "results", "json", "device"],
     "estimate": [],
 }
