@@ -27,7 +27,7 @@ RACES = (
          ("device",)),
     Race("loss", "kd_loss", "The distillation loss and its gradient: the fused kernel against the copy bandwidth and "
          "its rivals; on a CPU the torch engine against the definition.", ("device", "plot")),
-    Race("kd-linear", "kd_linear", "The loss behind an LM head whose logits never exist whole: against its bare products.",
+    Race("kd-linear", "kd_linear", "The loss behind an LM head, its logits never whole, against its bare products.",
          ("device",)),
     Race("topk-lse", "topk_lse", "What is kept of a teacher's logits: the kernel against the copy bandwidth and torch.",
          ("device",)),
