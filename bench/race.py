@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shlex
 import statistics
@@ -53,10 +54,11 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where it ran, as `kdcache env` says it, without the packages no benchmark uses."""
+    """Where it ran, as `kdcache env` says it, without the packages no benchmark uses and the build of the kernel."""
     found = env()
     used = ("torch", "triton", "numpy", "pyarrow", "h5py")
-    return {**found, "packages": {name: found["packages"][name] for name in used}}
+    return {**found, "platform": f"{platform.system()} {platform.machine()}",
+            "packages": {name: found["packages"][name] for name in used}}
 
 
 def command() -> str:

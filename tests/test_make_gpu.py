@@ -96,8 +96,8 @@ def test_the_exit_code_says_whether_anything_failed(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_the_target_hands_on_its_folders() -> None:
-    done = subprocess.run(["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=a b", "WHEELS=w"], cwd=ROOT, capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=a b", "WHEELS=w"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
     assert done.stdout == 'py -m kdcache.bench.gpu --out "a b" --wheels "w"\n'
 
 
