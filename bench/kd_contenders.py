@@ -135,7 +135,7 @@ def contenders(problem: Problem, compiled: bool, q_NV: Tensor | None) -> dict[st
     if problem.logits_NV.is_cuda:
         fused = Fused.of(problem)
         own = {"kernel, in place": partial(fused, True), "kernel": partial(fused, False),
-               "kd_loss, engine auto, in place": partial(engine, problem, True, "auto")}
+               "kd_loss, engine triton, in place": partial(engine, problem, True, "triton")}
         if compiled:
             torch.compiler.reset()          # every shape is compiled for itself
             rivals["definition, compiled"] = partial(define, problem, torch.compile(sparse_loss, dynamic=False))

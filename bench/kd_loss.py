@@ -7,8 +7,8 @@ count read and written. Every rate here is those least bytes over the time, what
 reads a row twice, the second time from the L2 cache while rows in flight stay in it; where none does, it moves 1.5
 times the floor and cannot pass 67 % of the copy.
 
-The kernel is called forward and backward; its backward finds factors of 1 and moves nothing. `kd_loss, engine auto` is
-the whole public call, with the engine that it chooses (`machine.engine` in the result) and whatever it adds.
+The kernel is called forward and backward; its backward finds factors of 1 and moves nothing. `kd_loss, engine
+triton` is the whole public call around it, and whatever that adds.
 torch.compile runs at K = 64 alone: its times hardly depend on K, and each shape takes it many seconds to compile. On a
 CPU the kernels cannot be timed: there the torch engine is raced against the definition.
 

@@ -25,7 +25,7 @@ of the second look, which 1 in 8 (V = 128256) or 1 in 4 elements take:
     V = 32000,   8 warps, 128 registers    T = 1, 2, 4: 10.9, 29
 
 128-bit loads alone and no barrier in the sweep. At 64 registers what lives across the sweep is spilled once a row
-(7 to 25 accesses a thread); the two loops are within their budgets of instructions, which tests/test_kernel_topk_lse.py
+(0 to 25 accesses a thread); the two loops are within their budgets of instructions, which tests/test_kernel_topk_lse.py
 holds. No time has been measured.
 """
 
