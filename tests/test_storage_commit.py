@@ -141,6 +141,21 @@ def test_a_real_limit_on_file_size(container: str, fast: Path) -> None:
         {n: c for n, c in tree(fast / "d").items() if "data/" in n}
 
 
+def test_a_file_that_its_owner_removes_meanwhile_needs_no_quarantine(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Directory(tmp_path)
+    directory.make("data")
+    directory.put("data/orphan", b"x")
+
+    def owner(name: str) -> None:
+        if name == "rename":
+            os.unlink(tmp_path / "data" / "orphan")
+
+    monkeypatch.setattr(Directory, "step", staticmethod(owner))
+    assert directory.quarantine("data/orphan", lambda: True) is False
+    assert list((tmp_path / "quarantine").iterdir()) == []
+
+
 def test_a_live_temporary_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "c"
     dump(path, "arrow")

@@ -179,7 +179,12 @@ class Directory:
             while os.path.lexists(target := self.full(f"{QUARANTINE}/{flat}" + (f".{copy}" if copy else ""))):
                 copy += 1
             self.step("rename")
-            os.rename(path, target)
+            try:
+                os.rename(path, target)
+            except FileNotFoundError:
+                if os.path.lexists(path):
+                    raise
+                return False                # its owner, who lost a race for the shard, removed it meanwhile
             self._sync_folder(Path(path).parent)
             return True
         finally:
