@@ -192,7 +192,9 @@ def test_the_module_is_the_command() -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command(signum: signal.Signals) -> None:
+    # A shell without job control starts its background jobs with SIGINT ignored, and children inherit that.
     code = ("import kdcache.env, time, os, signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"kdcache.env.env = lambda: (os.kill(os.getpid(), {int(signum)}), time.sleep(20))\n"
             "from kdcache.cli import main\nmain(['env'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
