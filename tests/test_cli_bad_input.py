@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-
-from kdcache.cli import main
+from cli_world import refused, run
+from click.testing import Result
 
 USER = '''
 import numpy as np
@@ -67,10 +66,6 @@ def user(tmp_path: Path) -> Path:
     return file
 
 
-def run(*args: Any) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
 def dump(user: Path, *args: Any, teacher: str = "Net", data: str = "Data", out: str = "cache") -> Result:
     return run("dump-teacher", "--teacher", f"{user}:{teacher}", "--data", f"{user}:{data}",
                "--out", user.parent / out, "--device", "cpu", *args)
@@ -78,17 +73,6 @@ def dump(user: Path, *args: Any, teacher: str = "Net", data: str = "Data", out: 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def refused(result: Result, code: int, *said: str) -> None:
-    """One error, with this code, that says this; no traceback, nothing on standard output."""
-    assert result.exit_code == code, (result.stderr, result.exception)
-    assert isinstance(result.exception, SystemExit) and "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1 and result.stdout == ""
-    after = result.stderr[result.stderr.index("Error: "):]
-    for words in said:
-        assert words in after
 
 
 @pytest.mark.parametrize(("args", "said"), [

@@ -10,25 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-
-from kdcache.cli import main
+from cli_world import refused, run
+from click.testing import Result
 
 N, CLASSES = 48, 4
-
-
-def run(*args: Any) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
-def refused(result: Result, code: int, *said: str) -> None:
-    assert result.exit_code == code, (result.stderr, result.exception)
-    assert isinstance(result.exception, SystemExit) and "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1 and result.stdout == ""
-    after = result.stderr[result.stderr.index("Error: "):]
-    for words in said:
-        assert words in after
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,8 +14,14 @@ from kdcache.student.targets import SoftTargets
 CAPABILITY = (8, 0)             # sm_80: the oldest that the kernels are compiled for in the tests
 
 
-def refusal(device: torch.device) -> str:
-    """Why the kernels cannot run on a device, '' if they can."""
+def check_device(device: torch.device) -> None:
+    """UsageError where the kernels cannot run on a device."""
+    why = _no_device(device)
+    if why:
+        _refuse(why)
+
+
+def _no_device(device: torch.device) -> str:
     try:
         from kdcache.kernels.kd_loss import INTERPRETED
     except ImportError as e:
@@ -33,13 +39,15 @@ def check_fits(logits: Tensor, targets: SoftTargets | None) -> None:
     """UsageError where the kernels cannot take these rows; nothing falls back to another engine."""
     from kdcache.kernels.kd_loss import DTYPES, MOST_FULL
 
-    why = refusal(logits.device)
-    if not why and logits.dtype not in DTYPES:
-        why = f"the logits are {logits.dtype}"
-    if not why and targets is not None and targets.ids_NK is None and targets.num_classes > MOST_FULL:
-        why = f"a teacher over all of {targets.num_classes} classes; the kernels hold at most {MOST_FULL} in registers"
-    if why:
-        raise UsageError(f"engine 'triton': {why}; use engine 'torch'")
+    check_device(logits.device)
+    if logits.dtype not in DTYPES:
+        _refuse(f"the logits are {logits.dtype}")
+    if targets is not None and targets.ids_NK is None and targets.num_classes > MOST_FULL:
+        _refuse(f"a teacher over all of {targets.num_classes} classes; the kernels hold at most {MOST_FULL}")
+
+
+def _refuse(why: str) -> NoReturn:
+    raise UsageError(f"engine 'triton': {why}; use engine 'torch'")
 
 
 def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdcache.errors import NotBuilt, UsageError, near
 from kdcache.student.engine import DIVERGENCES, RowLoss, torch_engine
-from kdcache.student.fused import check_fits, fused_engine, refusal
+from kdcache.student.fused import check_device, check_fits, fused_engine
 from kdcache.student.targets import SoftTargets
 
 TAILS = ("bucket", "renormalise", "conditional")
@@ -132,18 +132,16 @@ def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_ind
     return ce_count, float(len(targets)) if targets.weight_N is None else targets.weight_N.sum()
 
 
-def check_loss_names(divergence: str, tail: str, engine: str) -> None:
+def check_loss_names(divergence: str, tail: str) -> None:
     """UsageError or NotBuilt for a name that `kd_loss` refuses, before anything is trained or written."""
     _check_names(divergence, tail, "mean", None)
-    _check_engine(engine)
 
 
 def check_engine(engine: str, device: torch.device) -> str:
     """The engine that runs for `engine` on a device. UsageError for an unknown one, or one that cannot run there."""
     _check_engine(engine)
-    why = refusal(device) if engine == "triton" else ""
-    if why:
-        raise UsageError(f"engine 'triton': {why}; use engine 'torch'")
+    if engine == "triton":
+        check_device(device)
     return AUTO if engine == "auto" else engine
 
 

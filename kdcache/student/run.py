@@ -17,7 +17,7 @@ from kdcache.student import checkpoint
 OPTIONS, SUMMARY, LAST, BEST = "run.toml", "summary.json", "last", "best"
 TABLE, RECORDED = "train-student", "recorded"
 # Options that change no number of the run, only where things are found or how fast they come.
-FREE = ("out", "cache", "workers", "report-to", "dry-run")
+FREE = ("cache", "workers", "report-to")
 COMPARED = ("cache-content-id", "data", "student", "live-teacher")     # of what is recorded
 
 

@@ -56,7 +56,7 @@ class Settings:
             raise UsageError("give either epochs or max_steps: how long to train")
         _named("precision", self.precision, PRECISIONS)
         _named("best_by", self.best_by, BEST_BY)
-        check_loss_names(self.divergence, self.tail, self.engine)
+        check_loss_names(self.divergence, self.tail)
         check_engine(self.engine, torch.device(self.device))
         if self.precision == "float16" and torch.device(self.device).type == "cpu":
             raise UsageError("precision float16 is not available on the CPU; use bfloat16 or float32")
