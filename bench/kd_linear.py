@@ -28,7 +28,8 @@ from torch import Tensor
 from kdcache.bench.kd_contenders import ALPHA, CHECKED_ROWS, sparse_loss
 from kdcache.bench.race import command, finish, machine, table
 from kdcache.bench.track import Entrant, Track, choose_device
-from kdcache.kernels.kd_linear import RowFunction, chunk_rows, kd_linear_loss, memory_bytes
+from kdcache.kernels.kd_chunks import RowFunction, chunk_rows, memory_bytes
+from kdcache.kernels.kd_linear import kd_linear_loss
 from kdcache.kernels.kd_loss import kd_loss_rows
 from kdcache.student.engine import RowLoss, torch_engine
 from kdcache.student.targets import SoftTargets

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.bench.kd_linear import torch_rows as torch_rows
-from kdcache.kernels.kd_linear import kd_linear_loss, row_stride
+from kdcache.kernels.kd_chunks import row_stride
+from kdcache.kernels.kd_linear import kd_linear_loss
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from linear_world import Allocations, error, head, linear
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.kernels.kd_linear import chunk_rows, kd_linear_loss, kd_linear_op, memory_bytes, row_stride
+from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes, row_stride
+from kdcache.kernels.kd_linear import kd_linear_loss, kd_linear_op
 from kdcache.kernels.kd_loss import kd_loss_rows
 
 NAMES = ("loss", "ce", "kd", "hidden", "weight", "bias")
