@@ -105,6 +105,41 @@ def topk_lse(logits: Tensor, k: int, temperatures: Sequence[float], labels: Tens
     return out
 
 
+def tier_tails(topk: TopK, tiers: Sequence[int], temperatures: Sequence[float],
+               labels: Tensor | None = None) -> Tensor:
+    """Tails [N, len(tiers), T] float32 of heads of fewer entries, on the device, without another look at the logits.
+
+    Of a tier k': log of the sum over ids neither among the first k' nor among the labels of exp((z - max) / T); its
+    part beyond entry k is `tail_lse_NT` as it stands. `temperatures` and `labels` are those that `topk` was made with,
+    1 <= k' <= k. NaN for a flagged row. ValueError for what does not fit.
+    """
+    most = topk.ids_NK.shape[1]
+    if not tiers or not all(1 <= tier <= most for tier in tiers):
+        raise ValueError(f"tiers are {list(tiers)}; expected at least one, each 1 to {most}")
+    rows, many = topk.tail_lse_NT.shape
+    if len(temperatures) != many or not all(0 < t < math.inf for t in temperatures):
+        raise ValueError(f"temperatures are {list(temperatures)}; expected the {many} that the tails are for")
+    rest_NK = topk.values_NK - topk.values_NK[:, :1]
+    if labels is not None:
+        labels_NJ = labels[:, None] if labels.dim() == 1 else labels
+        if labels_NJ.dim() != 2 or len(labels_NJ) != rows:
+            raise ValueError(f"labels are {list(labels.shape)}; expected [{rows}] or [{rows}, J]")
+        rest_NK = rest_NK.masked_fill((topk.ids_NK[:, :, None] == labels_NJ[:, None, :]).any(-1), -torch.inf)
+    rest_NTK = torch.stack([rest_NK / t for t in temperatures], 1)
+    tail_NT = topk.tail_lse_NT
+    return torch.stack([tail_NT if tier == most else _log_sum_exp(torch.cat([rest_NTK[..., tier:], tail_NT[..., None]],
+                                                                            -1)) for tier in tiers], 1)
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """Over the last dimension, -inf of nothing but -inf; read off log_softmax, since the bits of a row must be its own.
+
+    `torch.logaddexp` on a CPU rounds by where in a vector a number stands.
+    """
+    top = x.amax(-1)
+    return torch.where(top == -torch.inf, top, top - torch.log_softmax(x, -1).amax(-1))
+
+
 def build(num_classes: int, dtype: torch.dtype, k: int, temperatures: Sequence[float], labels: int, moments: bool,
           aligned: bool) -> tuple[dict[str, Any], int, int]:
     """(compile-time constants, warps, registers a thread): neither the number of rows nor a stride is among them."""

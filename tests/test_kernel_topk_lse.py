@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdcache import topk
 from kdcache.kernels import topk_lse as module
-from kdcache.kernels.topk_lse import BAD_LABEL, EMPTY, INFINITE, NOT_A_NUMBER, TopK, topk_lse
+from kdcache.kernels.topk_lse import BAD_LABEL, EMPTY, INFINITE, NOT_A_NUMBER, TopK, tier_tails, topk_lse
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TEMPERATURES = (1.0, 2.0, 4.0, 0.5)
@@ -156,8 +156,46 @@ def test_finite_masks_are_logits_too(device: str) -> None:
     assert bool((found.tail_lse_NT < -1e37).all())
 
 
+@pytest.mark.parametrize(("kind", "many"), [("normal", 0), ("ties", 1), ("far", 2), ("minus_inf", 2), ("equal", 1)])
+def test_tails_of_smaller_tiers(kind: str, many: int, device: str) -> None:
+    """Against float64 over all classes; labels are in the first tier, between the tiers, beyond them, and unknown."""
+    x, tiers, temperatures = rows_of(4, 300, BF16, kind), (20, 1, 8, 64), (1.0, 4.0, 1.37)
+    ids_NK = topk.exact_topk(x, 64)[0]
+    labels = torch.stack([ids_NK[[0, 1, 2, 3], [0, 40, 63, 5]], torch.tensor([-1, 299, -1, int(ids_NK[3, 20])])], 1)
+    labels_NJ = labels[:, :many] if many else None
+    found = topk_lse(x.to(device), 64, temperatures, None if labels_NJ is None else labels_NJ.to(device))
+    tails = tier_tails(found, tiers, temperatures, None if labels_NJ is None else labels_NJ.to(device)).cpu()
+    assert tails.shape == (4, 4, 3) and tails.dtype == FP32 and torch.equal(tails[:, 3], found.tail_lse_NT.cpu())
+    for at, tier in enumerate(tiers):
+        excluded = ids_NK[:, :tier] if labels_NJ is None else torch.cat([ids_NK[:, :tier], labels_NJ], 1)
+        out = torch.zeros(4, 301, dtype=torch.bool).scatter_(1, excluded.where(excluded >= 0, 300), True)[:, :300]
+        truth = sums_of(x.double(), out, x.double().amax(-1), temperatures)[1]
+        plain = topk.tail_lse(x, excluded, x.float().amax(-1), temperatures)
+        ulp = torch.finfo(FP32).eps
+        assert worst(tails[:, at], truth) <= 2 * max(worst(plain, truth), ulp) + ulp
+    for n in range(4):
+        row = TopK(*(getattr(found, name)[n : n + 1] for name in ("ids_NK", "values_NK", "lse_NT", "tail_lse_NT",
+                                                                  "flag_N")))
+        alone = tier_tails(row, tiers, temperatures, None if labels_NJ is None else labels_NJ[n : n + 1].to(device))
+        assert torch.equal(alone.cpu(), tails[n : n + 1])
+
+
+def test_tails_of_smaller_tiers_of_bad_rows(device: str) -> None:
+    x = rows_of(3, 50)
+    x[0, 3], x[1] = torch.nan, -torch.inf
+    found = topk_lse(x.to(device), 8, (1.0,), torch.tensor([-1, 2, 50], device=device))
+    tails = tier_tails(found, (2, 8), (1.0,), torch.tensor([-1, 2, 50], device=device))
+    assert tails.isnan().all(-1).all(-1).tolist() == [True, True, False] and bool(tails[2].isfinite().all())
+    for tiers, temperatures, labels, message in (
+            ((9,), (1.0,), None, "1 to 8"), ((), (1.0,), None, "at least one"), ((0,), (1.0,), None, "tiers"),
+            ((2,), (1.0, 2.0), None, "expected the 1 that"), ((2,), (1.0,), torch.zeros(1, 2), "labels are")):
+        with pytest.raises(ValueError, match=message):
+            tier_tails(found, tiers, temperatures, labels)
+
+
 def test_no_rows(device: str) -> None:
     found = topk_lse(torch.zeros(0, 50, device=device), 8, (1.0, 2.0), moments=True)
+    assert tier_tails(found, (2, 8), (1.0, 2.0), torch.zeros(0)).shape == (0, 2, 2)
     assert found.ids_NK.shape == (0, 8) and found.tail_lse_NT.shape == (0, 2) and found.flag_N.shape == (0,)
 
 
