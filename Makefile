@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OUT ?= bench/results
 WHEELS ?=
+STEPS ?=
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint bench gpu clean
@@ -27,8 +28,9 @@ bench: $(STAMP)
 
 # On a machine with a CUDA torch of its own: no dependency is touched. The tests marked gpu, then every benchmark; dated
 # JSON results appear under $(OUT). WHEELS=FOLDER: wheels of modules that the machine lacks, installed without theirs.
+# STEPS=tests,loss,...: some of it.
 gpu:
-	$(PYTHON) -m kdcache.bench.gpu --out "$(OUT)" --wheels "$(WHEELS)"
+	$(PYTHON) -m kdcache.bench.gpu --out "$(OUT)" --wheels "$(WHEELS)" --steps "$(STEPS)"
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -1,11 +1,13 @@
 """All that a CUDA device is needed for, in one run: install, tests, every benchmark. `make gpu` calls it.
 
-    python -m kdcache.bench.gpu [--out FOLDER] [--wheels FOLDER]
+    python -m kdcache.bench.gpu [--out FOLDER] [--wheels FOLDER] [--steps tests,loss,...]
 
 The checkout is installed without dependencies: the machine's own torch stays. Wheels found in the folder `--wheels`
 are installed first, without theirs. Every step runs, whatever became of the others, each benchmark leaving its dated
-JSON line in `--out`; the exit code is 1 if any failed, and the last lines say which. Nothing but the standard library
-is imported here: what is missing is what this has to say.
+JSON line in `--out`; the exit code is 1 if any failed, and the last lines say which. The tests wait for the compiler
+more than for the device: they share it between processes where pytest-xdist is there. `--steps` runs some of it, where
+a machine is lent by the minute. Nothing but the standard library is imported here: what is missing is what this has to
+say.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -26,6 +29,8 @@ from kdcache.bench.races import RACES
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_NEED = ("pytest", "hypothesis")
+STEPS = ("tests", *(race.name for race in RACES))
+MOST_WORKERS = 8                # each holds a context of the device
 Run = Callable[[Sequence[str]], int]
 
 
@@ -84,17 +89,23 @@ def benchmark(name: str, module: str, options: Sequence[str], out: Path) -> list
     return command
 
 
-def everything(out: Path, wheels: Path | None = None, run: Run = run_command) -> list[str]:
-    """Runs all steps and returns what failed, one line each."""
+def gpu_tests() -> list[str]:
+    """The command of the tests."""
+    workers = [] if missing(["pytest-xdist"]) else ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
+    return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+            "--durations=10", *workers]
+
+
+def everything(out: Path, wheels: Path | None = None, steps: Sequence[str] = STEPS,
+               run: Run = run_command) -> list[str]:
+    """Runs these steps and returns what failed, one line each."""
     failed = install(wheels, run)
     if run([sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]):
         failed.append("device: torch sees no CUDA device, so the tests marked gpu skip themselves")
-    code = run([sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
-                "--continue-on-collection-errors"])
-    if code:
+    if "tests" in steps and (code := run(gpu_tests())):
         failed.append(f"tests: pytest -m gpu ended with exit code {code}")
     for race in RACES:
-        if code := run(benchmark(race.name, race.module, race.options, out)):
+        if race.name in steps and (code := run(benchmark(race.name, race.module, race.options, out))):
             failed.append(f"bench {race.name}: exit code {code}")
     return failed
 
@@ -103,8 +114,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kdcache.bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--wheels", type=lambda given: Path(given) if given else None, default=None)
+    parser.add_argument("--steps", type=lambda given: given.split(",") if given else list(STEPS), default=list(STEPS),
+                        help=f"of {', '.join(STEPS)}")
     given = parser.parse_args()
-    failed = everything(given.out.resolve(), given.wheels)
+    if unknown := set(given.steps) - set(STEPS):
+        parser.error(f"--steps: {', '.join(sorted(unknown))} is none of {', '.join(STEPS)}")
+    failed = everything(given.out.resolve(), given.wheels, given.steps)
     print("\n".join([f"results are in {given.out}", *(f"FAILED {line}" for line in failed)]), flush=True)
     sys.exit(1 if failed else 0)
 

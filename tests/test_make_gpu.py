@@ -38,7 +38,7 @@ def test_tests_and_then_every_benchmark_with_cuda_into_one_folder(tmp_path: Path
     install, device, tests, *races = steps.commands
     assert "cuda.is_available" in device
     assert install == "-m pip install --quiet --no-deps --no-build-isolation --editable ."
-    assert tests.startswith("-m pytest -m gpu ")
+    assert tests.startswith("-m pytest -m gpu ") and " -n " in tests
     assert len(races) == len(RACES)
     for command, race in zip(races, RACES, strict=True):
         assert command.startswith(f"-m kdcache bench {race.name} --results {tmp_path}")
@@ -81,24 +81,37 @@ def test_what_is_needed_is_read_from_the_project(monkeypatch: pytest.MonkeyPatch
     assert gpu.missing(names) == []
 
 
+def test_some_steps_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda names: names if "pytest-xdist" in names else [])
+    steps = Steps()
+    assert gpu.everything(tmp_path, steps=["tests", "loss"], run=steps) == []
+    _, _, tests, loss = steps.commands
+    assert "-m gpu" in tests and " -n " not in tests and " bench loss " in loss
+    with pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.argv", ["gpu", "--steps", "tests,los"])
+        gpu.main()
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize(("failed", "code"), [([], 0), (["bench loss: exit code 1"], 1)])
 def test_the_exit_code_says_whether_anything_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str], failed: list[str],
                                                     code: int) -> None:
-    asked: list[tuple[Path, Path | None]] = []
-    monkeypatch.setattr(gpu, "everything", lambda out, wheels: asked.append((out, wheels)) or failed)
-    monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path), "--wheels", ""])
+    asked: list[tuple[Path, Path | None, tuple[str, ...]]] = []
+    monkeypatch.setattr(gpu, "everything", lambda *given: asked.append((*given[:2], tuple(given[2]))) or failed)
+    monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path), "--wheels", "", "--steps", ""])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
-    assert ended.value.code == code and asked == [(tmp_path, None)]
+    assert ended.value.code == code and asked == [(tmp_path, None, gpu.STEPS)]
     assert capsys.readouterr().out.splitlines()[1:] == [f"FAILED {line}" for line in failed]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_the_target_hands_on_its_folders() -> None:
-    done = subprocess.run(["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=a b", "WHEELS=w"], cwd=ROOT,
+    done = subprocess.run(["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=a b", "WHEELS=w",
+                           "STEPS=tests"], cwd=ROOT,
                           capture_output=True, text=True, check=True)
-    assert done.stdout == 'py -m kdcache.bench.gpu --out "a b" --wheels "w"\n'
+    assert done.stdout == 'py -m kdcache.bench.gpu --out "a b" --wheels "w" --steps "tests"\n'
 
 
 def test_a_command_runs_at_the_top_of_the_checkout(capfd: pytest.CaptureFixture[str]) -> None:
