@@ -21,7 +21,7 @@ def env() -> dict[str, Any]:
     """
     import torch
 
-    from kdcache.student.loss import check_engine
+    from kdcache.engines import check_engine
 
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []

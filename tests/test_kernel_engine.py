@@ -11,11 +11,12 @@ import torch
 from student_world import Net, Points, write_cache
 from torch import Tensor
 
+from kdcache.engines import check_engine
 from kdcache.errors import UsageError
 from kdcache.kernels.kd_launch import powers
 from kdcache.student.engine import RowLoss, torch_engine
 from kdcache.student.fused import fused_engine
-from kdcache.student.loss import check_engine, kd_loss
+from kdcache.student.loss import kd_loss
 from kdcache.student.targets import SoftTargets, targets_from_logits
 
 

@@ -15,17 +15,16 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from kdcache.engines import check_name
 from kdcache.errors import NotBuilt, UsageError, near
 from kdcache.student.engine import DIVERGENCES, RowLoss, torch_engine
-from kdcache.student.fused import check_device, check_fits, fused_engine
+from kdcache.student.fused import check_fits, fused_engine
 from kdcache.student.targets import SoftTargets
 
 TAILS = ("bucket", "renormalise", "conditional")
 TAILS_LATER = ("uniform", "sampled")
 DIVERGENCES_LATER = ("reverse_kl", "jsd", "tv")
 REDUCTIONS = ("mean", "sum", "none")
-ENGINES = ("auto", "torch", "triton")
-AUTO = "torch"              # on every device, until the kernels have passed `make gpu` on one
 Count = float | Tensor
 
 
@@ -81,7 +80,7 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     UsageError (a ValueError) for shapes, labels (checked on the CPU) or options that do not fit; NotBuilt for a
     divergence, tail or engine that the design names and this version lacks.
     """
-    _check_engine(engine)
+    check_name(engine)
     _check_names(divergence, tail, reduction, normalizer)
     ce_weight, kd_weight = _weights(alpha, ce_weight, kd_weight)
     num_classes = _check_rows(logits, labels, targets, temperature)
@@ -135,19 +134,6 @@ def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_ind
 def check_loss_names(divergence: str, tail: str) -> None:
     """UsageError or NotBuilt for a name that `kd_loss` refuses, before anything is trained or written."""
     _check_names(divergence, tail, "mean", None)
-
-
-def check_engine(engine: str, device: torch.device) -> str:
-    """The engine that runs for `engine` on a device. UsageError for an unknown one, or one that cannot run there."""
-    _check_engine(engine)
-    if engine == "triton":
-        check_device(device)
-    return AUTO if engine == "auto" else engine
-
-
-def _check_engine(name: str) -> None:
-    if name not in ENGINES:
-        raise UsageError(f"engine {name!r} is unknown{near(name, ENGINES)}")
 
 
 def _check_names(divergence: str, tail: str, reduction: str, normalizer: tuple[Count, Count] | None) -> None:

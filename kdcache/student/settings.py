@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from kdcache.engines import check_engine
 from kdcache.errors import UsageError, near
-from kdcache.student.loss import check_engine, check_loss_names
+from kdcache.student.loss import check_loss_names
 from kdcache.student.match import Match, parse_match
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

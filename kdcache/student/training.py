@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from kdcache.engines import check_engine
 from kdcache.models import Model
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import Loader
 from kdcache.student.loop import LOG_EVERY, Loop, StepInfo
-from kdcache.student.loss import check_engine
 from kdcache.student.metrics import Metrics, OnMetrics
 from kdcache.student.optim import Schedule, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from kdcache.student.prepare import VIEW_KEY, Sources, check_student, versions
