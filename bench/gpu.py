@@ -6,8 +6,8 @@ The checkout is installed without dependencies: the machine's own torch stays. W
 are installed first, without theirs. Every step runs, whatever became of the others, each benchmark leaving its dated
 JSON line in `--out`; the exit code is 1 if any failed, and the last lines say which. The tests wait for the compiler
 more than for the device: they share it between processes where pytest-xdist is there. `--steps` runs some of it, where
-a machine is lent by the minute. Nothing but the standard library is imported here: what is missing is what this has to
-say.
+a machine is lent by the minute; the step "tiles" runs only where it is named. Nothing but the standard library is
+imported here: what is missing is what this has to say.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from kdcache.bench.races import RACES
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_NEED = ("pytest", "hypothesis")
 STEPS = ("tests", *(race.name for race in RACES))
+TUNING = ("tiles",)            # what chooses constants of the kernels, and is no result of theirs
 MOST_WORKERS = 8                # each holds a context of the device
 Run = Callable[[Sequence[str]], int]
 
@@ -107,6 +108,9 @@ def everything(out: Path, wheels: Path | None = None, steps: Sequence[str] = STE
     for race in RACES:
         if race.name in steps and (code := run(benchmark(race.name, race.module, race.options, out))):
             failed.append(f"bench {race.name}: exit code {code}")
+    for name in TUNING:
+        if name in steps and (code := run([sys.executable, "-m", f"kdcache.bench.kd_{name}", "--results", str(out)])):
+            failed.append(f"{name}: exit code {code}")
     return failed
 
 
@@ -115,10 +119,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--wheels", type=lambda given: Path(given) if given else None, default=None)
     parser.add_argument("--steps", type=lambda given: given.split(",") if given else list(STEPS), default=list(STEPS),
-                        help=f"of {', '.join(STEPS)}")
+                        help=f"of {', '.join(STEPS + TUNING)}; by default all but the last")
     given = parser.parse_args()
-    if unknown := set(given.steps) - set(STEPS):
-        parser.error(f"--steps: {', '.join(sorted(unknown))} is none of {', '.join(STEPS)}")
+    if unknown := set(given.steps) - {*STEPS, *TUNING}:
+        parser.error(f"--steps: {', '.join(sorted(unknown))} is none of {', '.join(STEPS + TUNING)}")
     failed = everything(given.out.resolve(), given.wheels, given.steps)
     print("\n".join([f"results are in {given.out}", *(f"FAILED {line}" for line in failed)]), flush=True)
     sys.exit(1 if failed else 0)

@@ -84,9 +84,11 @@ def test_what_is_needed_is_read_from_the_project(monkeypatch: pytest.MonkeyPatch
 def test_some_steps_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "missing", lambda names: names if "pytest-xdist" in names else [])
     steps = Steps()
-    assert gpu.everything(tmp_path, steps=["tests", "loss"], run=steps) == []
-    _, _, tests, loss = steps.commands
+    assert gpu.everything(tmp_path, steps=["tests", "loss", "tiles"], run=steps) == []
+    _, _, tests, loss, tiles = steps.commands
     assert "-m gpu" in tests and " -n " not in tests and " bench loss " in loss
+    assert tiles == f"-m kdcache.bench.kd_tiles --results {tmp_path}"
+    assert gpu.everything(tmp_path, steps=["tiles"], run=Steps("kdcache.bench.kd_tiles")) == ["tiles: exit code 3"]
     with pytest.raises(SystemExit) as ended:
         monkeypatch.setattr("sys.argv", ["gpu", "--steps", "tests,los"])
         gpu.main()
