@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import DataError
@@ -170,6 +172,49 @@ def test_a_bad_logit_names_its_row(value: float, said: str, chunk_rows: int, dty
     logits_NV[5, 49] = value
     with pytest.raises(DataError, match=f"row number 5: the teacher returned {said}"):
         reduce_rows(logits_NV, None, spec_of(50, labels=0), name_row="row number {}".format, chunk_rows=chunk_rows)
+
+
+def test_bad_rows_are_counted_over_the_whole_batch_and_only_among_those_that_are_kept() -> None:
+    logits_NV = normal(9, 50)
+    logits_NV[0, 0] = logits_NV[8, 1] = float("nan")            # padding may hold anything
+    index_N = torch.tensor([7, 5, 3, 1])
+    spec = spec_of(50, labels=0)
+    kept = reduce_rows(logits_NV, None, spec, index_N=index_N)
+    assert torch.equal(kept.logits, reduce_rows(logits_NV[index_N], None, spec).logits)
+    logits_NV[3, 4], logits_NV[1, 2] = float("inf"), float("nan")
+    with pytest.raises(DataError, match=r"row 2: the teacher returned \+inf \(2 such rows in this batch\)"):
+        reduce_rows(logits_NV, None, spec, index_N=index_N, chunk_rows=1)
+
+
+@pytest.mark.parametrize("label", [-2, 50])
+def test_a_label_that_is_no_class_names_its_row(label: int) -> None:
+    with pytest.raises(DataError, match=f"row 3: its label is {label}; the teacher has 50 classes"):
+        reduce_rows(normal(4, 50), torch.tensor([[0], [-1], [49], [label]]), spec_of(50))
+
+
+class Looks(TorchDispatchMode):
+    """Counts the values that a program reads off tensors, for each of which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["full", "topk"])
+def test_no_chunk_is_waited_for(kind: str) -> None:
+    spec = spec_of(50, labels=0) if kind == "topk" else spec_of(50, kind="full", tiers=(), temperatures=(), labels=0)
+    with Looks() as looks:
+        reduce_rows(normal(9, 50), None, spec, chunk_rows=1)
+    assert looks.count == 0
+
+
+def test_a_float64_logit_beyond_float32_is_infinite() -> None:
+    logits_NV = normal(3, 50).double()
+    logits_NV[1, 1] = 1e300
+    with pytest.raises(DataError, match=r"row 1: the teacher returned \+inf"):
+        reduce_rows(logits_NV, None, spec_of(50, labels=0))
 
 
 def test_a_row_without_any_finite_logit_is_refused() -> None:

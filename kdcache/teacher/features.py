@@ -18,6 +18,7 @@ from kdcache.cache.spec import FEATURE_DTYPES, RECIPES, FeatureSpec
 from kdcache.errors import DataError, NotBuilt, UsageError, near
 from kdcache.models import find_module
 from kdcache.recipes import apply_recipe
+from kdcache.teacher.transfer import send
 
 FORM = "MODULE[:RECIPE[:DTYPE]]"
 
@@ -95,7 +96,8 @@ class Taps:
         self._mask, self._taken = mask, {}
 
     def take(self, rows_BL: Tensor | None = None) -> dict[str, Tensor]:
-        """Name -> float32 activation [B, *shape]; with `rows_BL` (bool) `raw` is kept of its positions, [N, *shape]."""
+        """Name -> float32 activation [B, *shape]; with `rows_BL` (bool, on the CPU) `raw` is kept of its positions,
+        [N, *shape]."""
         out = {}
         for request in self.requests:
             if request.name not in self._taken:
@@ -105,7 +107,9 @@ class Taps:
                 if activation.shape[:2] != rows_BL.shape:
                     raise UsageError(f"feature {request.name}: the activation is {list(activation.shape)}; recipe "
                                      f"'raw' keeps the rows of {list(rows_BL.shape)} positions; use another recipe")
-                activation = activation[rows_BL.to(activation.device)]
+                # By index: by a mask of its own device, its length would be waited for.
+                record_N, position_N = send(rows_BL.nonzero().T.contiguous(), activation.device)
+                activation = activation[record_N, position_N]
             out[request.name] = activation.float()
         self._taken = {}
         return out

@@ -14,9 +14,15 @@ from torch import Tensor
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import DataError
+from kdcache.teacher.batches import check_labels
+from kdcache.teacher.transfer import fetch, send, wait
 from kdcache.topk import exact_topk, row_chunk, tail_lse
 
 CHUNK_ELEMENTS = 2**24          # logits worked on at a time: 64 MiB as float32, about 256 MiB with all temporaries
+
+
+NOT_A_NUMBER, INFINITE, EMPTY = 1, 2, 4         # what is wrong with a row, numbered as kernels/topk_lse.py does
+FOUND = {NOT_A_NUMBER: "NaN", INFINITE: "+inf", EMPTY: "no finite logit"}
 
 
 @dataclass(slots=True)
@@ -34,50 +40,72 @@ class Reduced:
     mean: Tensor | None = None
     std: Tensor | None = None
 
-    def to_host(self) -> Reduced:
-        """The same on the CPU: the one copy off the device, K of V entries of each row."""
-        moved: list[Any] = [x if (x := getattr(self, f.name)) is None else x.cpu() for f in fields(self)]
-        return Reduced(*moved)
-
 
 def reduce_rows(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, *, index_N: Tensor | None = None,
                 name_row: Callable[[int], str] = "row {}".format, chunk_rows: int | None = None) -> Reduced:
-    """What `spec` (kind full or topk) keeps of rows of logits, on their device.
+    """What `spec` (kind full or topk) keeps of rows of logits, on the CPU: K of V entries of each leave the device.
 
-    logits_MV [M, >= V], any float dtype, sliced to V and upcast to float32. labels_NJ int64 [N, J], -1 unknown, None
-    when the spec stores none. index_N int64 [N] picks rows of the M; without it N = M. `chunk_rows` bounds temporaries.
-    DataError with `name_row(n)` for a row with NaN or +inf, or without any finite logit.
+    logits_MV [M, >= V], any float dtype, on any device, sliced to V and upcast to float32. On the CPU: labels_NJ int64
+    [N, J], -1 unknown, None when the spec stores none; index_N int64 [N] picks rows of the M, without it N = M.
+    `chunk_rows` bounds temporaries. DataError with `name_row(n)` for a row with NaN or +inf, or without any finite
+    logit, or with a label that is no class.
+
+    The host waits for the device once, when all is done; for kind topk also to know that there is no NaN, for which
+    the exact order has no place.
     """
+    device, logits_MV = logits_MV.device, logits_MV[:, : spec.num_classes]
+    if labels_NJ is not None:
+        check_labels(labels_NJ, spec.num_classes, name_row)
+        labels_NJ = send(labels_NJ, device)
+    if index_N is not None:
+        index_N = send(index_N, device)
+    flag_N = _flags(logits_MV, index_N)
+    if spec.kind == "topk":
+        flag_N = flag_N.cpu()
+        _refuse_bad(flag_N, logits_MV.dtype, name_row)
+    kept = _in_chunks(logits_MV, labels_NJ, spec, index_N, chunk_rows)
+    flag_N = fetch(flag_N)
+    moved: list[Any] = [x if (x := getattr(kept, f.name)) is None else fetch(x) for f in fields(Reduced)]
+    wait(device)
+    _refuse_bad(flag_N, logits_MV.dtype, name_row)
+    return Reduced(*moved)
+
+
+def _flags(logits_MV: Tensor, index_N: Tensor | None) -> Tensor:
+    """What is wrong with rows, 0 for nothing: int32 [N]. A maximum keeps NaN and +inf: one read and no copy of rows."""
+    max_N = logits_MV.amax(-1).float()
+    if index_N is not None:
+        max_N = max_N[index_N]
+    flag_N: Tensor = (NOT_A_NUMBER * max_N.isnan() + INFINITE * (max_N == torch.inf) + EMPTY * (max_N == -torch.inf))
+    return flag_N.to(torch.int32)
+
+
+def _refuse_bad(flag_N: Tensor, dtype: torch.dtype, name_row: Callable[[int], str]) -> None:
+    """DataError naming the first row that is no distribution; flag_N is on the CPU."""
+    bad = flag_N.nonzero()[:, 0]
+    if not len(bad):
+        return
+    row = int(bad[0])
+    advice = "float16 overflows above 65504: try --dtype float32" if dtype == torch.float16 else \
+        "look at this sample and at the teacher's weights"
+    raise DataError(f"{name_row(row)}: the teacher returned {FOUND[int(flag_N[row])]} ({len(bad)} such rows in this "
+                    f"batch); {advice}. Nothing of its shard was kept; the same command goes on from there")
+
+
+def _in_chunks(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, index_N: Tensor | None,
+               chunk_rows: int | None) -> Reduced:
     total = len(logits_MV) if index_N is None else len(index_N)
     step = chunk_rows or row_chunk(spec.num_classes, CHUNK_ELEMENTS)
     parts = []
     for at in range(0, max(total, 1), step):
         chunk = slice(at, min(at + step, total))
-        part_NV = (logits_MV[chunk] if index_N is None else logits_MV[index_N[chunk]])[:, : spec.num_classes]
-        _refuse_bad(part_NV, at, name_row)
+        part_NV = logits_MV[chunk] if index_N is None else logits_MV[index_N[chunk]]
         parts.append(_reduce_chunk(part_NV, None if labels_NJ is None else labels_NJ[chunk], spec))
     if len(parts) == 1:
         return parts[0]
     columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(Reduced)]
     joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
     return Reduced(*joined)
-
-
-def _refuse_bad(logits_NV: Tensor, first: int, name_row: Callable[[int], str]) -> None:
-    """DataError naming the first row that is no distribution. A maximum keeps NaN and +inf: one read of the rows."""
-    if not len(logits_NV):
-        return
-    max_N = logits_NV.amax(-1)
-    bad_N = ~max_N.isfinite()
-    if not bool(bad_N.any()):
-        return
-    row = int(bad_N.to(torch.int8).argmax())
-    worst = float(max_N[row])
-    what = "NaN" if worst != worst else "+inf" if worst > 0 else "no finite logit"
-    advice = "float16 overflows above 65504: try --dtype float32" if logits_NV.dtype == torch.float16 else \
-        "look at this sample and at the teacher's weights"
-    raise DataError(f"{name_row(first + row)}: the teacher returned {what} ({int(bad_N.sum())} such rows in this part "
-                    f"of the batch); {advice}. Nothing of its shard was kept; the same command goes on from there")
 
 
 def _reduce_chunk(logits_NV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec) -> Reduced:

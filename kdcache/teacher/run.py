@@ -18,11 +18,12 @@ from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.models import forward
 from kdcache.signals import Signals
-from kdcache.teacher.batches import BatchRows, Span, batches, check_labels, row_namer, rows_of, spans
+from kdcache.teacher.batches import BatchRows, Span, batches, row_namer, rows_of, spans
 from kdcache.teacher.features import Taps, check_shapes, requests_of
 from kdcache.teacher.progress import Progress
 from kdcache.teacher.reduce import reduce_rows
 from kdcache.teacher.sink import HostBatch, Sink, Totals
+from kdcache.teacher.transfer import fetch, wait
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +90,7 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
                         f"this cache has {'one row' if spec.rows == 'one' else 'a row per position'} of each record")
     features = taps.take(rows.mask_BL)
     check_shapes(spec.features, features, f"samples {span.start} to {span.stop - 1}")
+    features = {name: fetch(x) for name, x in features.items()}
     reduced = None
     if spec.kind != "none":
         name_row = row_namer(span.view, range(span.start, span.stop), rows)
@@ -97,10 +99,10 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
         if logits_MV.shape[1] < spec.num_classes:
             raise DataError(f"{name_row(0)}: the teacher gave {logits_MV.shape[1]} logits; the cache has "
                             f"{spec.num_classes} classes")
-        index = None if rows.mask_BL is None else rows.mask_BL.flatten().nonzero()[:, 0].to(device)
-        reduced = reduce_rows(logits_MV, None if labels is None else labels.to(device), spec, index_N=index,
-                              name_row=name_row).to_host()
-    return HostBatch(span, batch, rows, reduced, {name: x.cpu().numpy() for name, x in features.items()})
+        index = None if rows.mask_BL is None else rows.mask_BL.flatten().nonzero()[:, 0]
+        reduced = reduce_rows(logits_MV, labels, spec, index_N=index, name_row=name_row)
+    wait(device)
+    return HostBatch(span, batch, rows, reduced, {name: x.numpy() for name, x in features.items()})
 
 
 def _labels(rows: BatchRows, spec: CacheSpec, name_row: Callable[[int], str]) -> torch.Tensor | None:
@@ -110,7 +112,6 @@ def _labels(rows: BatchRows, spec: CacheSpec, name_row: Callable[[int], str]) ->
     if rows.labels is None or found != spec.labels or (rows.label_weight is not None) != spec.label_weights:
         raise DataError(f"{name_row(0)}: its batch has {found or 'no'} labels a row; the first samples had "
                         f"{spec.labels} {'with' if spec.label_weights else 'without'} label_weight")
-    check_labels(rows.labels, spec.num_classes, name_row)
     return rows.labels
 
 
