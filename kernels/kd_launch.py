@@ -61,6 +61,7 @@ class Call:
     kd_scale: Tensor | None
     inplace: bool
     parts: int | None = None        # programs that share a row; None: more than one only where rows are few
+    form: str = "two launches"      # how those meet
 
 
 def powers(temperature: float) -> tuple[int, int] | None:
@@ -94,15 +95,15 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Ten
     aligned = _aligned(x_NV, call.num_classes)
     constants = kernel_constants(call, itemsize, gradient is not None, gradient is x_NV, aligned, part)
     split = parts > 1 and constants["P"] + constants["Q"] > 0
-    scratch: tuple[Tensor | None, ...] = (None, None, None)
+    scratch: tuple[Tensor | None, ...] = (None, None, None, None)
     if split:
         scratch = (x_NV.new_empty((rows, parts, 4), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
-                   x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32))
+                   x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32), _counters(x_NV, parts, call.form))
     tiles = Tiles.of(min(part, call.num_classes), itemsize)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
-        for stage in (1, 2) if split else (0,):
-            kd_rows[(rows, parts if split else 1)](
+        for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
+            kd_rows[(rows * parts,) if stage == 3 else (rows, parts if split else 1)](
                 x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
                 call.log_tail_N if call.tail == "bucket" else None, call.row_weight_N, call.ce_scale, call.kd_scale,
                 x_NV.stride(0), to.stride(0), *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK,
@@ -111,6 +112,17 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Ten
                 0 if call.labels_NJ is None else call.labels_NJ.shape[1], *exponents(call), call.temperature,
                 call.beta, *scratch, part, parts, **constants, STAGE=stage, num_warps=tiles.warps, num_stages=1,
                 maxnreg=tiles.registers)
+
+
+def _counters(x_NV: Tensor, parts: int, form: str) -> Tensor | None:
+    """What programs that meet within one launch count with; see `kd_parts` for why their number is bounded."""
+    if form != "one launch":
+        return None
+    most = torch.cuda.get_device_properties(x_NV.device).multi_processor_count
+    if parts > most:
+        raise ValueError(f"{parts} programs share a row in one launch, but the device has {most} multiprocessors and "
+                         f"they have to run at once; give fewer parts or form='two launches'")
+    return torch.zeros(1 + len(x_NV), dtype=torch.int32, device=x_NV.device)
 
 
 def part_length(rows: int, num_classes: int) -> int:

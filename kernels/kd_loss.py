@@ -42,6 +42,7 @@ from kdcache.kernels.kd_ops import compiled_rows
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv")
 TAILS = ("bucket", "renormalise", "conditional", "sampled")
+FORMS = ("two launches", "one launch")          # of programs that share a row
 INTERPRETED = bool(triton.knobs.runtime.interpret)      # settled when triton was imported
 MOST_FULL = 16384               # classes of a teacher without ids: its rows are held in registers
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,7 +53,8 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                  log_tail: Tensor | None = None, row_weight: Tensor | None = None, temperature: float = 1.0,
                  divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
                  ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
-                 inplace: bool = False, parts: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                 inplace: bool = False, parts: int | None = None,
+                 form: str = "two launches") -> tuple[Tensor, Tensor, Tensor]:
     """(loss, CE, D) of each row, float32 [N]: loss = ce_scale * CE + kd_scale * D; only the loss carries a gradient.
 
     logits        [N, V' >= V], float16, bfloat16 or float32; rows may be strided (a slice of a padded vocabulary).
@@ -71,6 +73,7 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                   graph that torch.compile captures it is allowed and not done
 
     parts         programs that share a row, 1 to 64; None: several only where there are fewer rows than multiprocessors
+    form          how those meet: "two launches", or "one launch" in which they wait for each other, on a CUDA device
 
     A row without label and teacher gives 0 and a zero gradient, whatever it holds. Nothing waits for the device.
     ValueError for shapes, dtypes and options that do not fit.
@@ -81,7 +84,7 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                 None if labels is None else _matrix("label_weight", label_weight, logits), ids_NK,
                 _matrix("log_probs", log_probs, logits), _column(log_tail), _column(row_weight),
                 float(temperature), divergence, tail, float(beta), _scale(ce_scale, logits), _scale(kd_scale, logits),
-                inplace, parts)
+                inplace, parts, form)
     _check(logits, call)
     if torch.compiler.is_compiling():
         return compiled_rows(logits, call)
@@ -138,6 +141,12 @@ def _check(logits: Tensor, call: Call) -> None:
         wrong.append(f"temperature is {call.temperature}, beta {call.beta}; expected above 0, and between 0 and 1")
     if call.parts is not None and not 1 <= call.parts <= 64:
         wrong.append(f"parts is {call.parts}; expected 1 to 64")
+    if call.form not in FORMS:
+        wrong.append(f"form {call.form!r}; known: {FORMS}")
+    if call.form == "one launch" and (INTERPRETED or torch.compiler.is_compiling()):
+        wrong.append("form 'one launch' runs on a CUDA device, outside of torch.compile: in the interpreter a program "
+                     "begins when the one before has ended, and its wait for the others would not end; "
+                     "give form='two launches'")
     if call.labels_NJ is None and call.log_probs_NK is None:
         wrong.append("neither labels nor log_probs are given")
     if call.ids_NK is not None and (call.log_probs_NK is None or (call.tail == "bucket" and call.log_tail_N is None)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdcache.kernels.kd_parts import await_parts, take_part
 from kdcache.kernels.rows import (
     FLOOR,
     LN2,
@@ -160,7 +161,7 @@ def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, re
                                "parts"])
 def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
             x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width, kept,
-            num_labels, c, c2, temperature, beta, STATE, KEPT, LABELLED, part, parts, BK: tl.constexpr,
+            num_labels, c, c2, temperature, beta, STATE, KEPT, LABELLED, COUNTERS, part, parts, BK: tl.constexpr,
             BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
             TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
             VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, STAGE: tl.constexpr):
@@ -168,10 +169,14 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
 
     STAGE 0: a program has the whole row. Where rows are few, `parts` programs share one, in two launches: stage 1
     leaves the sums of each part in STATE [N, parts, 4], and the logits of kept ids and of labels in KEPT and LABELLED;
-    stage 2 merges the parts (each program for itself) and goes on with its own columns.
+    stage 2 merges the parts (each program for itself) and goes on with its own columns. STAGE 3 is both in one launch,
+    with a wait between them: see `kd_parts`.
     """
-    n = tl.program_id(0).to(tl.int64)
-    s = tl.program_id(1) if STAGE > 0 else 0
+    if STAGE == 3:
+        n, s = take_part(COUNTERS, parts)
+    else:
+        n = tl.program_id(0).to(tl.int64)
+        s = tl.program_id(1) if STAGE > 0 else 0
     begin = s * part
     count = tl.minimum(part, num_classes - begin) if STAGE > 0 else num_classes
     row = row_start(X, n, x_stride, VEC, ALIGNED)
@@ -216,7 +221,7 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
                 tl.debug_barrier()
             ref, ref2, one, soft = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
                                               "evict_last" if GRADIENT else "evict_first")
-        if STAGE == 1:
+        if STAGE == 1 or STAGE == 3:
             at = STATE + (n * parts + s) * 4
             tl.store(at, ref)
             tl.store(at + 1, ref2)
@@ -224,7 +229,13 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
             tl.store(at + 3, soft)
             tl.store(KEPT + n * BK + k, raw_K, mask=own_K)
             tl.store(LABELLED + n * BJ + tl.arange(0, BJ), x_J, mask=own_J)
-        else:
+        if STAGE == 3:
+            await_parts(COUNTERS + 1 + n, parts)
+            raw_K = tl.load(KEPT + n * BK + k, mask=valid_K, other=0.0)
+            x_J = tl.load(LABELLED + n * BJ + tl.arange(0, BJ), mask=weight_J != 0, other=0.0)
+            x_K = tl.where(valid_K, raw_K.to(tl.float32), -float("inf"))
+            ref, ref2, one, soft = merge_parts(STATE + n * parts * 4, parts, P, Q, TWO)
+        if STAGE != 1:
             loss, ce, kd, a_one, a_soft, g_K, ce_scale = values_and_slopes(
                 x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, LOG_Q, LOG_TAIL, CE_SCALE,
                 KD_SCALE, n, q_stride, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P, Q, TWO)

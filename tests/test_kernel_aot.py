@@ -74,7 +74,7 @@ def request(build: Build, arch: int) -> dict[str, Any]:
                         build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace)
     size = ELEMENT[build.dtype]
     constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned, build.num_classes)
-    constants |= {"STAGE": 0, "STATE": None, "KEPT": None, "LABELLED": None}
+    constants |= {"STAGE": 0, "STATE": None, "KEPT": None, "LABELLED": None, "COUNTERS": None}
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
     absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["LABELS", "CE_SCALE"] * (not build.labels)
