@@ -7,6 +7,10 @@ log2(e) / T has a reference and an exponential of its own. x c - ref is one fuse
 the logits costs no digits.
 
 `ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf.
+
+Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of u^P s, for the
+entropy at temperature 1; SCORES the sum of s (of x c2 - ref2 with TWO) over the finite logits, and their number, for a
+teacher's tail that is spread evenly. They follow `ref` when it rises, as the exponentials do.
 """
 
 # mypy: ignore-errors
@@ -15,6 +19,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kdcache.kernels.softcap import capped
 
 FLOOR = tl.constexpr(-1e38)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,21 +41,33 @@ def power(u, N: tl.constexpr):
 
 
 @triton.jit
-def add_tile(x, ref, ref2, one, soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+def add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2, P: tl.constexpr, Q: tl.constexpr,
+             TWO: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
     """Adds a tile x [R, C] to the running state [C] of its lanes; the R rows of a lane lie in one thread."""
     top = tl.max(x, axis=0)
     new = tl.maximum(ref, top * c)
     keep = tl.exp2(ref - new)
-    u = tl.exp2(tl.fma(x, c, -new[None, :]))
+    s = tl.fma(x, c, -new[None, :])
+    u = tl.exp2(s)
+    rise = ref - new
+    if MOMENT:          # 0 * -inf is no number: a score is taken from -1000 on, where its exponential is long 0
+        moment = tl.fma(power(keep, P), tl.fma(one, rise, moment),
+                        tl.sum(power(u, P) * tl.maximum(s, -1000.0), axis=0))
     if P > 0:
         one = tl.fma(one, power(keep, P), tl.sum(power(u, P), axis=0))
     if TWO:
         new2 = tl.maximum(ref2, top * c2)
-        soft = tl.fma(soft, tl.exp2(ref2 - new2), tl.sum(tl.exp2(tl.fma(x, c2, -new2[None, :])), axis=0))
+        s = tl.fma(x, c2, -new2[None, :])
+        soft = tl.fma(soft, tl.exp2(ref2 - new2), tl.sum(tl.exp2(s), axis=0))
+        rise = ref2 - new2
         ref2 = new2
     elif Q > 0 and Q != P:
         soft = tl.fma(soft, power(keep, Q), tl.sum(power(u, Q), axis=0))
-    return new, ref2, one, soft
+    if SCORES:
+        held = x > -float("inf")
+        scores = tl.fma(finite, rise, scores) + tl.sum(tl.where(held, s, 0.0), axis=0)
+        finite += tl.sum(held.to(tl.float32), axis=0)
+    return new, ref2, one, soft, moment, scores, finite
 
 
 @triton.jit
@@ -94,8 +112,47 @@ def merge(ref, ref2, one, soft, edge, c, c2, P: tl.constexpr, Q: tl.constexpr, T
 
 
 @triton.jit
-def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
-    """a_one u^P + a_soft u^Q: the gradient of every class that is neither kept nor a label."""
+def merge_scores(ref, ref2, at, at2, one, moment, scores, finite, edge, c, c2, P: tl.constexpr, TWO: tl.constexpr,
+                 EDGES: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
+    """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to `at` (`at2`)."""
+    sum_moment = 0.0
+    sum_scores = 0.0
+    number = 0
+    if MOMENT:
+        sum_moment = tl.sum(power(tl.exp2(ref - at), P) * tl.fma(one, ref - at, moment), axis=0)
+        if EDGES:
+            s = tl.fma(edge, c, -at)
+            sum_moment += tl.sum(power(tl.exp2(s), P) * tl.maximum(s, -1000.0), axis=0)
+    if SCORES:
+        sum_scores = tl.sum(tl.fma(finite, (ref2 - at2) if TWO else (ref - at), scores), axis=0)
+        number = tl.sum(finite.to(tl.int32), axis=0)
+        if EDGES:
+            held = edge > -float("inf")
+            s = tl.fma(edge, c2 if TWO else c, -(at2 if TWO else at))
+            sum_scores += tl.sum(tl.where(held, s, 0.0), axis=0)
+            number += tl.sum(held.to(tl.int32), axis=0)
+    return sum_moment, sum_scores, number
+
+
+@triton.jit
+def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
+                   even=None, rate=None):
+    """a_one u^P + a_soft u^Q (+ even): the gradient of every class that is neither kept nor a label.
+
+    With `rate`, of a logit before its softcap: times the slope there.
+    """
+    if rate is not None:
+        x, slope = capped(x, rate)
+        return slope * dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even)
+    elif even is not None:
+        return dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) + even
+    else:
+        return two_powers(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+
+
+@triton.jit
+def two_powers(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+    """a_one u^P + a_soft u^Q."""
     u = tl.exp2(tl.fma(x, c, -ref))
     if TWO:
         return tl.fma(a_one, u, a_soft * tl.exp2(tl.fma(x, c2, -ref2)))
@@ -160,33 +217,55 @@ def tile_offsets(R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def logits_at(pointer, mask, other, rate, EVICT: tl.constexpr):
+    """Logits in float32, after their softcap where there is one."""
+    x = tl.load(pointer, mask=mask, other=other, eviction_policy=EVICT).to(tl.float32)
+    if rate is not None:
+        x = capped(x, rate)[0]
+    return x
+
+
+@triton.jit
 def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, R: tl.constexpr,
-               C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr):
-    """Both sums of exponentials of a row, relative to its maximum: (ref, ref2, sum_one, sum_soft)."""
+               C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr, rate=None,
+               MOMENT: tl.constexpr = False, SCORES: tl.constexpr = False):
+    """Both sums of exponentials of a row, relative to its maximum: (ref, ref2, sum_one, sum_soft).
+
+    With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted.
+    """
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     ref = tl.full([C], FLOOR, tl.float32)
     ref2 = tl.full([C], FLOOR, tl.float32)
     one = tl.zeros([C], tl.float32)
     soft = tl.zeros([C], tl.float32)
+    moment = tl.zeros([C], tl.float32)
+    scores = tl.zeros([C], tl.float32)
+    finite = tl.zeros([C], tl.float32)
     offsets = tile_offsets(R, C)
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
-        x = tl.load(start + at + offsets, eviction_policy=EVICT).to(tl.float32)
-        ref, ref2, one, soft = add_tile(x, ref, ref2, one, soft, c, c2, P, Q, TWO)
-    inside = whole + offsets < body
-    x = tl.load(start + whole + offsets, mask=inside, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
-    ref, ref2, one, soft = add_tile(x, ref, ref2, one, soft, c, c2, P, Q, TWO)
+        x = logits_at(start + at + offsets, None, None, rate, EVICT)
+        ref, ref2, one, soft, moment, scores, finite = add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2,
+                                                                P, Q, TWO, MOMENT, SCORES)
+    x = logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT)
+    ref, ref2, one, soft, moment, scores, finite = add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2, P,
+                                                            Q, TWO, MOMENT, SCORES)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
-        edge = tl.load(row + column, mask=held, other=-float("inf")).to(tl.float32)
-    return merge(ref, ref2, one, soft, edge, c, c2, P, Q, TWO, not ALIGNED)
+        edge = logits_at(row + column, held, -float("inf"), rate, "")
+    at, at2, sum_one, sum_soft = merge(ref, ref2, one, soft, edge, c, c2, P, Q, TWO, not ALIGNED)
+    if MOMENT or SCORES:
+        return at, at2, sum_one, sum_soft, *merge_scores(ref, ref2, at, at2, one, moment, scores, finite, edge, c, c2,
+                                                         P, TWO, not ALIGNED, MOMENT, SCORES)
+    else:
+        return at, at2, sum_one, sum_soft
 
 
 @triton.jit
 def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr,
                    TWO: tl.constexpr, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-                   REVERSE: tl.constexpr):
+                   REVERSE: tl.constexpr, even=None, rate=None):
     """Writes the dense gradient of a row to `out`, which may be the row itself."""
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     to = span_beside(out, lead, ALIGNED)
@@ -195,17 +274,17 @@ def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl
     for i in tl.range(0, tiles):
         at = (tiles - 1 - i if REVERSE else i) * (R * C)
         x = tl.load(start + at + offsets, eviction_policy="evict_first").to(tl.float32)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
         tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy="evict_first")
     whole = tiles * (R * C)
     inside = whole + offsets < body
     x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+    g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
     tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
         tl.store(out + column, g.to(out.dtype.element_ty), mask=held)
 
 
