@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.rows import LN2, outcome, row_start, sum_pair
+from kdcache.kernels.softcap import capped
 
 
 @triton.jit
@@ -26,11 +27,15 @@ def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_lab
 
 
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"])
-def kd_full(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, x_stride, g_stride,
-            label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, c, temperature, beta,
-            BJ: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-            ALIGNED: tl.constexpr):
-    """One row in one block; c = log2(e) / T. Every output is written, whatever the row is."""
+def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, Z_SCALE, x_stride,
+            g_stride, label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, c, temperature, beta,
+            unit, gain, rate, BJ: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+            VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """One row in one block. Every output is written, whatever the row is.
+
+    c = log2(e) / T, times `unit` where that is given: what a logit is multiplied with, its scale or its cap. gain and
+    rate as in `kd_rows`.
+    """
     n = tl.program_id(0).to(tl.int64)
     row = row_start(X, n, x_stride, VEC, ALIGNED)
     out = row_start(G, n, g_stride, VEC, ALIGNED)
@@ -42,20 +47,28 @@ def kd_full(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCAL
     x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
     log_q = tl.load(row_start(LOG_Q, n, q_stride, VEC, ALIGNED) + columns, mask=inside,
                     other=-float("inf")).to(tl.float32)
+    if rate is not None:
+        x, steep = capped(x, rate)
     top = tl.max(x, axis=0)
-    one = tl.exp2((x - top) * (1.0 / LN2))
+    below = x - top if unit is None else (x - top) * unit
+    one = tl.exp2(below * (1.0 / LN2))
     soft = tl.exp2((x - top) * c)
     z_one, z = sum_pair(one, soft)
     ce = 0.0
     taken = tl.zeros([BLOCK], tl.float32)
     weights = 0.0
+    labelled = False
     if LABELS is not None:
         for j in tl.static_range(BJ):
             y, weight = label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes)
             x_y = tl.load(row + y).to(tl.float32)
-            ce += tl.where(weight != 0, weight * (tl.log(z_one) - (x_y - top)), 0.0)
+            if rate is not None:
+                x_y = capped(x_y, rate)[0]
+            below_y = x_y - top if unit is None else (x_y - top) * unit
+            ce += tl.where(weight != 0, weight * (tl.log(z_one) - below_y), 0.0)
             taken += tl.where(columns == y, weight, 0.0)
             weights += weight
+            labelled = labelled | (weight != 0)
     p = soft / z
     log_p = tl.where(inside, LN2 * c * (x - top) - tl.log(z), -float("inf"))
     q_sum = tl.sum(tl.exp(log_q), axis=0)
@@ -66,14 +79,23 @@ def kd_full(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCAL
     kd = tl.where(row_weight != 0, row_weight * kd, 0.0)
     loss = 0.0
     g = tl.zeros([BLOCK], tl.float32)
+    lse = tl.log(z_one) + (top if unit is None else top * unit)
     if LABELS is not None and CE_SCALE is not None:
         ce_scale = tl.load(CE_SCALE).to(tl.float32)
         loss += ce_scale * ce
-        g = tl.where(weights != 0, ce_scale * (weights * (one / z_one) - taken), 0.0)
+        g = tl.where(labelled, ce_scale * (weights * (one / z_one) - taken), 0.0)
+    if Z_SCALE is not None:
+        z_scale = tl.load(Z_SCALE).to(tl.float32)
+        loss += tl.where(labelled, z_scale * lse * lse, 0.0)
+        g += tl.where(labelled, 2 * z_scale * lse * (one / z_one), 0.0)
     if KD_SCALE is not None:
         kd_scale = tl.load(KD_SCALE).to(tl.float32)
         loss += kd_scale * kd
         g += tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope, 0.0)
+    if gain is not None:
+        g *= gain
+    if rate is not None:
+        g = tl.where(labelled | (row_weight != 0), g * steep, 0.0)
     if GRADIENT:
         tl.debug_barrier()                  # every warp has read the logits of the labels
         tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)
@@ -82,3 +104,11 @@ def kd_full(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCAL
     tl.store(LOSS + n, loss)
     tl.store(CE + n, ce)
     tl.store(KD + n, kd)
+    if STATS is not None:
+        counts = labelled | (row_weight != 0)
+        entropy = tl.log(z_one) - tl.sum(one * tl.maximum(below, -1000.0), axis=0) / z_one
+        agrees = tl.max(tl.where(log_q == tl.max(log_q, axis=0), x, -float("inf")), axis=0) >= top
+        tl.store(STATS + n * 4, tl.where(counts, lse, 0.0))
+        tl.store(STATS + n * 4 + 1, tl.where(counts, entropy, 0.0))
+        tl.store(STATS + n * 4 + 2, tl.where(row_weight != 0, 1.0, 0.0))
+        tl.store(STATS + n * 4 + 3, tl.where(agrees & (row_weight != 0), 1.0, 0.0))

@@ -62,6 +62,34 @@ class Call:
     inplace: bool
     parts: int | None = None        # programs that share a row; None: more than one only where rows are few
     form: str = "two launches"      # how those meet
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    z_scale: Tensor | None = None
+    stats: bool = False
+
+    @property
+    def temperatures(self) -> tuple[bool, bool]:
+        """Whether the kernel for a sparse teacher sums exponentials of all classes at 1, and at T."""
+        return (self.labels_NJ is not None or self.stats,
+                self.ids_NK is not None and (self.tail != "conditional" or self.stats))
+
+    @property
+    def unit(self) -> float:
+        """What a logit, or the tanh of a capped one, is multiplied with."""
+        return self.logit_scale if self.softcap is None else self.softcap
+
+    @property
+    def gain(self) -> float | None:
+        """Factor of the gradient; None compiles to none."""
+        return None if self.logit_scale == 1 else self.logit_scale
+
+    @property
+    def rate(self) -> float | None:
+        """Factor of a logit within the tanh; None compiles to no tanh."""
+        return None if self.softcap is None else self.logit_scale / self.softcap
+
+
+Out = tuple[Tensor, Tensor, Tensor, Tensor | None]      # loss, CE, D [N]; stats [N, 4], if they are wanted
 
 
 def powers(temperature: float) -> tuple[int, int] | None:
@@ -84,7 +112,7 @@ def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> Non
                             maxnreg=tiles.registers)
 
 
-def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call) -> None:
+def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
     if len(x_NV) == 0:
         return
     if call.ids_NK is None and call.log_probs_NK is not None:
@@ -97,7 +125,8 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Ten
     split = parts > 1 and constants["P"] + constants["Q"] > 0
     scratch: tuple[Tensor | None, ...] = (None, None, None, None)
     if split:
-        scratch = (x_NV.new_empty((rows, parts, 4), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
+        slots = 7 if call.stats or call.tail == "uniform" else 4
+        scratch = (x_NV.new_empty((rows, parts, slots), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
                    x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32), _counters(x_NV, parts, call.form))
     tiles = Tiles.of(min(part, call.num_classes), itemsize)
     to = x_NV if gradient is None else gradient
@@ -105,13 +134,13 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Ten
         for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
             kd_rows[(rows * parts,) if stage == 3 else (rows, parts if split else 1)](
                 x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
-                call.log_tail_N if call.tail == "bucket" else None, call.row_weight_N, call.ce_scale, call.kd_scale,
-                x_NV.stride(0), to.stride(0), *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK,
-                                                                     call.log_probs_NK)),
+                call.log_tail_N if call.tail in ("bucket", "uniform") else None, call.row_weight_N, call.ce_scale,
+                call.kd_scale, call.z_scale, x_NV.stride(0), to.stride(0),
+                *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK)),
                 call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
                 0 if call.labels_NJ is None else call.labels_NJ.shape[1], *exponents(call), call.temperature,
-                call.beta, *scratch, part, parts, **constants, STAGE=stage, num_warps=tiles.warps, num_stages=1,
-                maxnreg=tiles.registers)
+                call.beta, call.gain, call.rate, *scratch, part, parts, **constants, STAGE=stage,
+                num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
 
 
 def _counters(x_NV: Tensor, parts: int, form: str) -> Tensor | None:
@@ -132,18 +161,18 @@ def part_length(rows: int, num_classes: int) -> int:
     return -(-length // 2048) * 2048
 
 
-def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: tuple[Tensor, Tensor, Tensor], call: Call,
-                 log_probs_NV: Tensor) -> None:
+def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call, log_probs_NV: Tensor) -> None:
     to = x_NV if gradient is None else gradient
     block = max(triton.next_power_of_2(call.num_classes), 32)
     aligned = all(_aligned(t, call.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV))
     with _device_of(x_NV):
         kd_full[(len(x_NV),)](
             x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, log_probs_NV, call.row_weight_N, call.ce_scale,
-            call.kd_scale, x_NV.stride(0), to.stride(0), _stride(call.labels_NJ), _stride(call.label_weight_NJ),
-            log_probs_NV.stride(0), call.num_classes, x_NV.shape[1],
-            0 if call.labels_NJ is None else call.labels_NJ.shape[1], 1 / (math.log(2) * call.temperature),
-            call.temperature, call.beta, **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
+            call.kd_scale, call.z_scale, x_NV.stride(0), to.stride(0), _stride(call.labels_NJ),
+            _stride(call.label_weight_NJ), log_probs_NV.stride(0), call.num_classes, x_NV.shape[1],
+            0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.unit / (math.log(2) * call.temperature),
+            call.temperature, call.beta, None if call.unit == 1 else call.unit, call.gain, call.rate,
+            **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
             num_warps=min(16, max(1, block // 512)), num_stages=1)
 
 
@@ -158,9 +187,9 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
                      part: int) -> dict[str, Any]:
     """What a compiled kernel is made for; neither the number of rows nor the strides are among it."""
     ratio = powers(call.temperature)
-    ce, kd = call.labels_NJ is not None, call.ids_NK is not None and call.tail != "conditional"
-    two = ce and kd and ratio is None
-    p, q = ratio if ce and kd and ratio is not None else (int(ce), int(kd))
+    one, soft = call.temperatures
+    two = one and soft and ratio is None
+    p, q = ratio if one and soft and ratio is not None else (int(one), int(soft))
     tiles = Tiles.of(min(part, call.num_classes), itemsize)
     vec = 16 // itemsize
     return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
@@ -171,12 +200,13 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
 
 
 def exponents(call: Call) -> tuple[float, float]:
-    """log2(e) / P, or over T where temperature 1 is not wanted; and log2(e) / T."""
-    log2e = 1 / math.log(2)
+    """What the kernel multiplies logits with: unit log2(e) / P, or over T where 1 is not wanted; and over T."""
+    log2e = call.unit / math.log(2)
     soft = log2e / call.temperature
-    if call.labels_NJ is None:
+    wanted = call.temperatures
+    if not wanted[0]:
         return soft, soft
-    ratio = powers(call.temperature) if call.ids_NK is not None and call.tail != "conditional" else None
+    ratio = powers(call.temperature) if wanted[1] else None
     return log2e / (1 if ratio is None else ratio[0]), soft
 
 

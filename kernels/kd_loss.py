@@ -1,6 +1,7 @@
 """Fused distillation loss: cross-entropy and divergence from a sparse teacher, value and gradient, from rows of logits.
 
-    loss_N = ce_scale * CE_N + kd_scale * D_N        CE at temperature 1, D(q || p) at T, in nats, without T^2
+    loss_N = ce_scale * CE_N + kd_scale * D_N + z_scale * lse_N^2       CE, lse at temperature 1, D(q || p) at T, in
+                                                                        nats, without T^2
 
 One program per row, two sweeps. The K kept logits and those of the labels are gathered, and the kept ones knocked out
 of the row with -inf; sweep 1 then sums both exponentials over the tail itself, so no tail comes from a subtraction; the
@@ -30,7 +31,7 @@ been measured.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 import triton
@@ -41,39 +42,81 @@ from kdcache.kernels.kd_launch import Call, addressable, gradient_like, launch, 
 from kdcache.kernels.kd_ops import compiled_rows
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv")
-TAILS = ("bucket", "renormalise", "conditional", "sampled")
+TAILS = ("bucket", "renormalise", "conditional", "sampled", "uniform")
 FORMS = ("two launches", "one launch")          # of programs that share a row
 INTERPRETED = bool(triton.knobs.runtime.interpret)      # settled when triton was imported
 MOST_FULL = 16384               # classes of a teacher without ids: its rows are held in registers
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Values = tuple[Tensor, Tensor, Tensor]
+WithStats = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+class Options(TypedDict, total=False):
+    """What `kd_loss_rows` takes besides logits and `stats`."""
+
+    num_classes: int | None
+    labels: Tensor | None
+    label_weight: Tensor | None
+    ids: Tensor | None
+    log_probs: Tensor | None
+    log_tail: Tensor | None
+    row_weight: Tensor | None
+    temperature: float
+    divergence: str
+    tail: str
+    beta: float
+    ce_scale: Tensor | float | None
+    kd_scale: Tensor | float | None
+    z_scale: Tensor | float | None
+    logit_scale: float
+    softcap: float | None
+    inplace: bool
+    parts: int | None
+    form: str
+
+
+@overload
+def kd_loss_rows(logits: Tensor, *, stats: Literal[False] = ..., **options: Unpack[Options]) -> Values: ...
+@overload
+def kd_loss_rows(logits: Tensor, *, stats: Literal[True], **options: Unpack[Options]) -> WithStats: ...
 def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tensor | None = None,
                  label_weight: Tensor | None = None, ids: Tensor | None = None, log_probs: Tensor | None = None,
                  log_tail: Tensor | None = None, row_weight: Tensor | None = None, temperature: float = 1.0,
                  divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
                  ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
-                 inplace: bool = False, parts: int | None = None,
-                 form: str = "two launches") -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, CE, D) of each row, float32 [N]: loss = ce_scale * CE + kd_scale * D; only the loss carries a gradient.
+                 z_scale: Tensor | float | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+                 inplace: bool = False, parts: int | None = None, form: str = "two launches",
+                 stats: bool = False) -> tuple[Tensor, ...]:
+    """(loss, CE, D) of each row, float32 [N]; only the loss carries a gradient. With `stats` a fourth, [N, 4].
 
     logits        [N, V' >= V], float16, bfloat16 or float32; rows may be strided (a slice of a padded vocabulary).
                   Columns from V = num_classes on are padding: unread, zero gradient
-    labels        integer [N] or [N, J]; below 0 or above V - 1 is no label; label_weight [N, J] weighs them
+    labels        integer [N] or [N, J]; below 0 or above V - 1 is no label; label_weight, of the labels' shape, weighs
+                  them: CE = sum of weight * -log p
     ids           int32 or int64 [N, K], distinct within a row; below 0 or above V - 1 is padding
-    log_probs     [N, K] teacher at `temperature`; log_tail [N] of all ids not kept, for tail "bucket" only.
-                  Without ids: [N, V] in id order, V up to 16,384, and nothing is left out
+    log_probs     [N, K] teacher at `temperature`; log_tail [N] of all ids not kept, for tail "bucket" and "uniform"
+                  only. Without ids: [N, V] in id order, V up to 16,384, and nothing is left out
     row_weight    [N] factor of D; 0 is a row without a teacher, whose ids and probabilities may hold anything
     tail          bucket: all ids not kept are one outcome. renormalise: the teacher is renormalised over the kept.
-                  conditional: both are. sampled: exp(log_probs) are weights, of any sum s: the slope is s p - w
+                  conditional: both are. sampled: exp(log_probs) are weights, of any sum s: the slope is s p - w.
+                  uniform: exp(log_tail) is spread evenly over the ids not kept, forward_kl only; one of them with a
+                  logit of -inf makes D inf, unless that mass is 0
     beta          of jsd: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
     *_scale       factor of a part in the loss: a number, or a float tensor of no dimension on the logits' device, read
                   there; None: the part is reported and is not in the loss. T^2 and 1 / N belong here
+    z_scale       as these: adds z_scale * (log-sum-exp at T = 1)^2 of each row with a label of non-zero weight
+                  (PaLM's z-loss, arXiv 2204.02311 section 5) to the loss; it is in no other output
+    logit_scale, softcap    all is of y = softcap * tanh(logit_scale * x / softcap), or of logit_scale * x, computed in
+                  float32 from the logits x; the gradient is over x. A logit of -inf stays -inf: a class that is
+                  masked stays out, where plain torch would make it -softcap
     inplace       write the gradient over the logits when one is wanted; the loss can be differentiated once then. In a
                   graph that torch.compile captures it is allowed and not done
-
     parts         programs that share a row, 1 to 64; None: several only where there are fewer rows than multiprocessors
     form          how those meet: "two launches", or "one launch" in which they wait for each other, on a CUDA device
+    stats         of each row, float32: log-sum-exp at T = 1; entropy at T = 1 in nats; mass of the kept ids under the
+                  student at T; 1.0 where a kept id to which the teacher gives most has the greatest y of the row (or
+                  one equal to it in float32), else 0.0. Without a teacher, or where row_weight is 0, the last two are
+                  0; without ids the mass is 1
 
     A row without label and teacher gives 0 and a zero gradient, whatever it holds. Nothing waits for the device.
     ValueError for shapes, dtypes and options that do not fit.
@@ -81,33 +124,35 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
     labels_NJ = _matrix("labels", labels, logits)
     ids_NK = _matrix("ids", ids, logits)
     call = Call(logits.shape[-1] if num_classes is None else num_classes, labels_NJ,
-                None if labels is None else _matrix("label_weight", label_weight, logits), ids_NK,
-                _matrix("log_probs", log_probs, logits), _column(log_tail), _column(row_weight),
-                float(temperature), divergence, tail, float(beta), _scale(ce_scale, logits), _scale(kd_scale, logits),
-                inplace, parts, form)
+                _matrix("label_weight", label_weight, logits), ids_NK, _matrix("log_probs", log_probs, logits),
+                _column(log_tail), _column(row_weight), float(temperature), divergence, tail, float(beta),
+                _scale(ce_scale, logits), _scale(kd_scale, logits), inplace, parts, form, float(logit_scale),
+                None if softcap is None else float(softcap), _scale(z_scale, logits), stats)
     _check(logits, call)
     if torch.compiler.is_compiling():
         return compiled_rows(logits, call)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    out: tuple[Tensor, Tensor, Tensor] = _Rows.apply(logits, call, wants_gradient)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = _Rows.apply(logits, call, wants_gradient)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: Call, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, call: Call, wants_gradient: bool) -> tuple[Tensor, ...]:
         x_NV = addressable(logits.detach())
         gradient = None
         if wants_gradient:
             gradient = x_NV if call.inplace else gradient_like(x_NV)
         loss_N, ce_N, kd_N = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device).unbind()
-        launch(x_NV, gradient, (loss_N, ce_N, kd_N), call)
+        stats_N4 = loss_N.new_empty((len(logits), 4)) if call.stats else None
+        launch(x_NV, gradient, (loss_N, ce_N, kd_N, stats_N4), call)
         if gradient is x_NV:        # an operation that kept these logits for its own backward must notice
             torch.autograd.graph.increment_version(x_NV)
         ctx.inplace, ctx.used = call.inplace, False
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(ce_N, kd_N)
-        return loss_N, ce_N, kd_N
+        others = (ce_N, kd_N) if stats_N4 is None else (ce_N, kd_N, stats_N4)
+        ctx.mark_non_differentiable(*others)
+        return loss_N, *others
 
     @staticmethod
     @once_differentiable
@@ -147,20 +192,28 @@ def _check(logits: Tensor, call: Call) -> None:
         wrong.append("form 'one launch' runs on a CUDA device, outside of torch.compile: in the interpreter a program "
                      "begins when the one before has ended, and its wait for the others would not end; "
                      "give form='two launches'")
+    if not 0 < call.logit_scale < math.inf or not (call.softcap is None or 0 < call.softcap < math.inf):
+        wrong.append(f"logit_scale is {call.logit_scale}, softcap {call.softcap}; expected finite numbers above 0")
     if call.labels_NJ is None and call.log_probs_NK is None:
         wrong.append("neither labels nor log_probs are given")
-    if call.ids_NK is not None and (call.log_probs_NK is None or (call.tail == "bucket" and call.log_tail_N is None)):
-        wrong.append("ids, log_probs and, for tail 'bucket', log_tail belong together")
+    if call.labels_NJ is None and (call.label_weight_NJ is not None or call.z_scale is not None):
+        wrong.append("label_weight and z_scale are of rows with labels, and no labels are given")
+    if call.ids_NK is not None and (call.log_probs_NK is None or
+                                    (call.tail in ("bucket", "uniform") and call.log_tail_N is None)):
+        wrong.append("ids, log_probs and, for tail 'bucket' or 'uniform', log_tail belong together")
     if call.ids_NK is None and call.log_probs_NK is not None and (
             call.log_probs_NK.shape[1] != call.num_classes or call.num_classes > MOST_FULL):
         wrong.append(f"log_probs without ids are {list(call.log_probs_NK.shape)}; expected [N, {call.num_classes}], "
                      f"and at most {MOST_FULL} classes")
     if call.divergence == "reverse_kl" and call.tail in ("renormalise", "sampled"):
         wrong.append(f"reverse_kl with tail {call.tail!r} is infinite: the teacher gives the tail nothing")
+    if call.divergence != "forward_kl" and call.tail == "uniform":
+        wrong.append(f"{call.divergence} with tail 'uniform' is not built: give divergence='forward_kl'")
     same = ((call.labels_NJ, call.label_weight_NJ), (call.ids_NK, call.log_probs_NK))
     wrong += [f"{list(a.shape)} and {list(b.shape)} must be alike" for a, b in same
               if a is not None and b is not None and a.shape != b.shape]
-    for tensor in (call.labels_NJ, call.ids_NK, call.log_tail_N, call.row_weight_N, call.ce_scale, call.kd_scale):
+    for tensor in (call.labels_NJ, call.ids_NK, call.log_tail_N, call.row_weight_N, call.ce_scale, call.kd_scale,
+                   call.z_scale):
         if tensor is not None and (tensor.device != logits.device or
                                    (tensor.dim() and len(tensor) != len(logits))):
             wrong.append(f"{list(tensor.shape)} on {tensor.device} does not go with {list(logits.shape)} on "

@@ -15,34 +15,44 @@ from kdcache.kernels.kd_launch import Call, addressable, gradient_like, gradient
 
 LIBRARY = "kdcache_kernels"
 ROWS = ("(Tensor logits, Tensor? labels, Tensor? label_weight, Tensor? ids, Tensor? log_probs, Tensor? log_tail, "
-        "Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, int num_classes, float temperature, str divergence, "
-        "str tail, float beta, bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor)")
+        "Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, Tensor? z_scale, int num_classes, float temperature, "
+        "str divergence, str tail, float beta, float logit_scale, float? softcap, int? parts, bool stats, "
+        "bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @torch.library.custom_op(f"{LIBRARY}::kd_rows", mutates_args=(), schema=ROWS)
 def kd_rows_op(logits: Tensor, labels: Tensor | None, label_weight: Tensor | None, ids: Tensor | None,
                log_probs: Tensor | None, log_tail: Tensor | None, row_weight: Tensor | None, ce_scale: Tensor | None,
-               kd_scale: Tensor | None, num_classes: int, temperature: float, divergence: str, tail: str, beta: float,
-               wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss_N, CE_N, D_N, gradient [N, V'], or [0] where none is wanted)."""
+               kd_scale: Tensor | None, z_scale: Tensor | None, num_classes: int, temperature: float, divergence: str,
+               tail: str, beta: float, logit_scale: float, softcap: float | None, parts: int | None, stats: bool,
+               wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss_N, CE_N, D_N, stats [N, 4], gradient [N, V']); [0] in place of one that is not wanted."""
     call = Call(num_classes, labels, label_weight, ids, log_probs, log_tail, row_weight, temperature, divergence, tail,
-                beta, ce_scale, kd_scale, False)
+                beta, ce_scale, kd_scale, False, parts, logit_scale=logit_scale, softcap=softcap, z_scale=z_scale,
+                stats=stats)
     x_NV = addressable(logits)
     x_NV = x_NV if x_NV.data_ptr() % 16 == 0 else x_NV.clone(memory_format=torch.contiguous_format)
     gradient = gradient_like(x_NV) if wants_gradient else None
-    loss_N, ce_N, kd_N = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
-    launch(x_NV, gradient, (loss_N, ce_N, kd_N), call)
-    return loss_N, ce_N, kd_N, logits.new_empty(0) if gradient is None else gradient
+    *values, stats_N4 = _values(logits, stats)
+    launch(x_NV, gradient, (values[0], values[1], values[2], stats_N4 if stats else None), call)
+    return values[0], values[1], values[2], stats_N4, logits.new_empty(0) if gradient is None else gradient
+
+
+def _values(logits: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten (loss, CE, D, stats): no views of one buffer, which an operator must not return, and no len(), which
+    would be a number that a graph is made for."""
+    rows = logits.shape[0]
+    loss_N, ce_N, kd_N = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    return loss_N, ce_N, kd_N, logits.new_empty((rows, 4) if stats else (0,), dtype=torch.float32)
 
 
 @kd_rows_op.register_fake
-def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, width = logits.shape
-    loss_N, ce_N, kd_N = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    values = _values(logits, others[-2])
     if not others[-1]:
-        return loss_N, ce_N, kd_N, logits.new_empty(0)
+        return *values, logits.new_empty(0)
     stride = gradient_stride(addressable(logits))
-    return loss_N, ce_N, kd_N, logits.new_empty_strided((rows, width), (stride, 1))
+    return *values, logits.new_empty_strided(logits.shape, (stride, 1))
 
 
 @torch.library.custom_op(f"{LIBRARY}::scale_rows", mutates_args=(), schema="(Tensor gradient, Tensor factor) -> Tensor")
@@ -59,7 +69,7 @@ def _(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[3])
+    ctx.save_for_backward(output[4])
     ctx.inputs = len(inputs)
 
 
@@ -71,11 +81,11 @@ def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
 kd_rows_op.register_autograd(_backward, setup_context=_setup)
 
 
-def compiled_rows(logits: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, CE, D) of a checked call, inside a graph that is being captured."""
+def compiled_rows(logits: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """(loss, CE, D) of a checked call, and its stats if it asks for them, inside a graph that is being captured."""
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    loss_N, ce_N, kd_N, _ = kd_rows_op(
+    loss_N, ce_N, kd_N, stats_N4, _ = kd_rows_op(
         logits, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK, call.log_tail_N,
-        call.row_weight_N, call.ce_scale, call.kd_scale, call.num_classes, call.temperature, call.divergence, call.tail,
-        call.beta, wants_gradient)
-    return loss_N, ce_N.detach(), kd_N.detach()
+        call.row_weight_N, call.ce_scale, call.kd_scale, call.z_scale, call.num_classes, call.temperature,
+        call.divergence, call.tail, call.beta, call.logit_scale, call.softcap, call.parts, call.stats, wants_gradient)
+    return loss_N, ce_N.detach(), kd_N.detach(), *((stats_N4.detach(),) if call.stats else ())

@@ -8,13 +8,12 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.kd_parts import await_parts, take_part
+from kdcache.kernels.kd_values import row_stats, values_and_slopes
 from kdcache.kernels.rows import (
     FLOOR,
-    LN2,
     dense_gradient,
     edge_columns,
     fill_zeros,
-    outcome,
     power,
     row_start,
     span,
@@ -24,6 +23,7 @@ from kdcache.kernels.rows import (
     sweep_sums,
     tile_offsets,
 )
+from kdcache.kernels.softcap import capped
 
 
 @triton.jit
@@ -42,30 +42,27 @@ def known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num
 
 
 @triton.jit
-def teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL: tl.constexpr, BK: tl.constexpr):
-    """log q of the kept ids [BK], log q of the tail (-inf: no such outcome)."""
-    k = tl.arange(0, BK)
-    log_q_K = tl.load(LOG_Q + n * q_stride + k, mask=valid_K, other=-float("inf")).to(tl.float32)
-    log_q_tail = -float("inf")
-    if TAIL == "bucket":
-        log_q_tail = tl.load(LOG_TAIL + n).to(tl.float32)
-    elif TAIL != "sampled":
-        top = tl.maximum(tl.max(log_q_K, axis=0), FLOOR)
-        log_q_K -= top + tl.log(tl.sum(tl.exp(log_q_K - top), axis=0))
-    return log_q_K, log_q_tail
-
-
-@triton.jit
-def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
-    """The sums of a row from those of its parts, at most 64."""
+def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, SLOTS: tl.constexpr):
+    """The sums of a row from those of its parts, at most 64: (ref, ref2, one, soft, moment, scores)."""
     slot = tl.arange(0, 64)
     held = slot < parts
-    ref_S = tl.load(STATE + slot * 4, mask=held, other=FLOOR)
-    ref2_S = tl.load(STATE + slot * 4 + 1, mask=held, other=FLOOR)
-    one_S = tl.load(STATE + slot * 4 + 2, mask=held, other=0.0)
-    soft_S = tl.load(STATE + slot * 4 + 3, mask=held, other=0.0)
+    ref_S = tl.load(STATE + slot * SLOTS, mask=held, other=FLOOR)
+    ref2_S = tl.load(STATE + slot * SLOTS + 1, mask=held, other=FLOOR)
+    one_S = tl.load(STATE + slot * SLOTS + 2, mask=held, other=0.0)
+    soft_S = tl.load(STATE + slot * SLOTS + 3, mask=held, other=0.0)
     ref = tl.max(ref_S, axis=0)
     ref2 = tl.max(ref2_S, axis=0)
+    moment = 0.0
+    scores = 0.0
+    if SLOTS > 4:
+        moment_S = tl.load(STATE + slot * SLOTS + 4, mask=held, other=0.0)
+        scores_S = tl.load(STATE + slot * SLOTS + 5, mask=held, other=0.0)
+        number_S = tl.load(STATE + slot * SLOTS + 6, mask=held, other=0.0)
+        moment_S = tl.fma(one_S, ref_S - ref, moment_S)
+        if P > 0:
+            moment_S *= power(tl.exp2(ref_S - ref), P)
+        scores_S = tl.fma(number_S, (ref2_S - ref2) if TWO else (ref_S - ref), scores_S)
+        moment, scores = sum_pair(moment_S, scores_S)
     if P > 0:
         one_S *= power(tl.exp2(ref_S - ref), P)
     if TWO:
@@ -73,105 +70,30 @@ def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexp
     elif Q > 0:
         soft_S *= power(tl.exp2(ref_S - ref), Q)
     one, soft = sum_pair(one_S, soft_S)
-    return ref, ref2, one, soft
-
-
-@triton.jit
-def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, beta, valid_K, TAIL: tl.constexpr,
-                      DIVERGENCE: tl.constexpr):
-    """D, its slopes over the scores of the kept ids [BK], and of the tail over the sum `soft` of its exponentials."""
-    # p is not formed as exp(log p): that would cost |log p| units in its last place.
-    u_K = tl.exp2(score_K)
-    u_tail = soft * tl.exp2(score_tail)
-    z, total = sum_pair(u_K, tl.exp(log_q_K))
-    z += u_tail
-    total += tl.exp(log_q_tail)
-    log_p_K = tl.where(valid_K, LN2 * score_K - tl.log(z), -float("inf"))
-    p_K = tl.where(valid_K, u_K / z, 0.0)
-    value_K, slope_K = outcome(log_q_K, log_p_K, p_K, total, beta, DIVERGENCE)
-    value, mean = sum_pair(value_K, p_K * slope_K)
-    slope_tail = 0.0
-    if TAIL == "conditional":
-        if DIVERGENCE != "forward_kl":
-            slope_K = p_K * (slope_K - mean)
-    else:
-        log_p_tail = LN2 * score_tail + tl.log(soft) - tl.log(z)
-        p_tail = u_tail / z
-        value_tail, slope_tail = outcome(log_q_tail, log_p_tail, p_tail, total, beta, DIVERGENCE)
-        value += value_tail
-        if DIVERGENCE != "forward_kl":
-            mean += p_tail * slope_tail
-            slope_K = p_K * (slope_K - mean)
-            slope_tail = p_tail * (slope_tail - mean)
-        # A tail without a finite logit takes no part.
-        slope_tail = tl.where(soft == 0, 0.0, slope_tail / soft)
-    return value, slope_K, slope_tail
-
-
-@triton.jit
-def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, LOG_Q, LOG_TAIL,
-                      CE_SCALE, KD_SCALE, n, q_stride, c, c2, temperature, beta, BK: tl.constexpr, TAIL: tl.constexpr,
-                      DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
-    """(loss, CE, D) of a row, the two factors of its dense gradient, its gradient at the kept ids, and ce_scale."""
-    loss = 0.0
-    ce = 0.0
-    kd = 0.0
-    top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
-    u_K = tl.exp2(tl.fma(x_K, c, -top))
-    lift = tl.exp2(ref - top)
-    a_one = 0.0
-    a_soft = 0.0
-    g_K = tl.zeros([BK], tl.float32)
-    ce_scale = 0.0
-    if P > 0:
-        z = one * power(lift, P) + tl.sum(power(u_K, P), axis=0)
-        ce_J = weight_J * (tl.log(z) - P * LN2 * tl.fma(x_J, c, -top))
-        ce = tl.sum(tl.where(weight_J != 0, ce_J, 0.0), axis=0)
-        if CE_SCALE is not None:
-            ce_scale = tl.load(CE_SCALE).to(tl.float32)
-            loss += ce_scale * ce
-            a_one = ce_scale * tl.sum(weight_J, axis=0) / z
-            taken_K = tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
-            g_K += a_one * power(u_K, P) - ce_scale * taken_K
-            a_one *= power(lift, P)
-    if LOG_Q is not None:
-        log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
-        if TAIL == "conditional":
-            score_tail = 0.0
-            score_K = tl.fma(x_K, c2, -tl.max(x_K, axis=0) * c2)
-        elif TWO:
-            top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
-            score_tail = ref2 - top2
-            score_K = tl.fma(x_K, c2, -top2)
-        else:
-            score_tail = Q * (ref - top)
-            score_K = Q * tl.fma(x_K, c, -top)
-        value, slope_K, slope_tail = divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, beta,
-                                                       valid_K, TAIL, DIVERGENCE)
-        kd = tl.where(row_weight != 0, row_weight * value, 0.0)
-        if KD_SCALE is not None:
-            kd_scale = tl.load(KD_SCALE).to(tl.float32)
-            loss += kd_scale * kd
-            g_K += kd_scale * row_weight / temperature * slope_K
-            a_soft = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0)
-    return loss, ce, kd, a_one, a_soft, g_K, ce_scale
+    return ref, ref2, one, soft, moment, scores
 
 
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
                                "parts"])
-def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
-            x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width, kept,
-            num_labels, c, c2, temperature, beta, STATE, KEPT, LABELLED, COUNTERS, part, parts, BK: tl.constexpr,
-            BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-            TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-            VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, STAGE: tl.constexpr):
+def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
+            Z_SCALE, x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width,
+            kept, num_labels, c, c2, temperature, beta, gain, rate, STATE, KEPT, LABELLED, COUNTERS, part, parts,
+            BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr,
+            Q: tl.constexpr, TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr,
+            C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, STAGE: tl.constexpr):
     """One row, or one part of one row. Every output is written, whatever the row is.
 
     STAGE 0: a program has the whole row. Where rows are few, `parts` programs share one, in two launches: stage 1
-    leaves the sums of each part in STATE [N, parts, 4], and the logits of kept ids and of labels in KEPT and LABELLED;
-    stage 2 merges the parts (each program for itself) and goes on with its own columns. STAGE 3 is both in one launch,
-    with a wait between them: see `kd_parts`.
+    leaves the sums of each part in STATE [N, parts, SLOTS], and the logits of kept ids and of labels in KEPT and
+    LABELLED; stage 2 merges the parts (each program for itself) and goes on with its own columns. STAGE 3 is both in
+    one launch, with a wait between them: see `kd_parts`.
+
+    c and c2 have the scale of the logits in them, or the cap; `gain` is the scale where it is not 1, as a factor of the
+    gradient, and `rate` the scale over the cap where there is one.
     """
+    MOMENT: tl.constexpr = STATS is not None
+    SCORES: tl.constexpr = TAIL == "uniform" and IDS is not None
+    SLOTS: tl.constexpr = 7 if MOMENT or SCORES else 4
     if STAGE == 3:
         n, s = take_part(COUNTERS, parts)
     else:
@@ -191,6 +113,10 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
     loss = 0.0
     ce = 0.0
     kd = 0.0
+    lse = 0.0
+    entropy = 0.0
+    mass = 0.0
+    agrees = 0.0
     if tl.max(tl.abs(weight_J), axis=0) + tl.abs(row_weight) != 0:
         k = tl.arange(0, BK)
         valid_K = k < 0
@@ -212,21 +138,34 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
         ref2 = FLOOR
         one = 0.0
         soft = 0.0
+        moment = 0.0
+        scores = 0.0
+        tail_size = num_classes - tl.sum(valid_K.to(tl.int32), axis=0) if SCORES else 0
         if STAGE == 2:
-            ref, ref2, one, soft = merge_parts(STATE + n * parts * 4, parts, P, Q, TWO)
+            ref, ref2, one, soft, moment, scores = merge_parts(STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS)
         elif P + Q > 0:
             if IDS is not None:
                 tl.debug_barrier()          # every warp has its copy of the kept logits
                 tl.store(row + id_K, tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty), mask=own_K)
                 tl.debug_barrier()
-            ref, ref2, one, soft = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
-                                              "evict_last" if GRADIENT else "evict_first")
+            sums = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
+                              "evict_last" if GRADIENT else "evict_first", rate, MOMENT, SCORES)
+            ref, ref2, one, soft = sums[0], sums[1], sums[2], sums[3]
+            if SLOTS > 4:
+                moment, scores = sums[4], sums[5]
+            if SCORES:                      # the kept ids read -inf; any other -inf is a logit of the tail
+                own_size = count - tl.sum(own_K.to(tl.int32), axis=0)
+                scores = tl.where(sums[6] < own_size, -float("inf"), scores)
         if STAGE == 1 or STAGE == 3:
-            at = STATE + (n * parts + s) * 4
+            at = STATE + (n * parts + s) * SLOTS
             tl.store(at, ref)
             tl.store(at + 1, ref2)
             tl.store(at + 2, one)
             tl.store(at + 3, soft)
+            if SLOTS > 4:
+                tl.store(at + 4, moment)
+                tl.store(at + 5, scores)
+                tl.store(at + 6, own_size.to(tl.float32) if SCORES else 0.0)
             tl.store(KEPT + n * BK + k, raw_K, mask=own_K)
             tl.store(LABELLED + n * BJ + tl.arange(0, BJ), x_J, mask=own_J)
         if STAGE == 3:
@@ -234,23 +173,42 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
             raw_K = tl.load(KEPT + n * BK + k, mask=valid_K, other=0.0)
             x_J = tl.load(LABELLED + n * BJ + tl.arange(0, BJ), mask=weight_J != 0, other=0.0)
             x_K = tl.where(valid_K, raw_K.to(tl.float32), -float("inf"))
-            ref, ref2, one, soft = merge_parts(STATE + n * parts * 4, parts, P, Q, TWO)
+            ref, ref2, one, soft, moment, scores = merge_parts(STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS)
         if STAGE != 1:
-            loss, ce, kd, a_one, a_soft, g_K, ce_scale = values_and_slopes(
-                x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, LOG_Q, LOG_TAIL, CE_SCALE,
-                KD_SCALE, n, q_stride, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P, Q, TWO)
+            if rate is not None:
+                x_K, steep_K = capped(x_K, rate)
+                x_J, steep_J = capped(x_J, rate)
+            loss, ce, kd, a_one, a_soft, even, g_K, ce_scale = values_and_slopes(
+                x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size, LOG_Q,
+                LOG_TAIL, CE_SCALE, KD_SCALE, Z_SCALE, n, q_stride, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P,
+                Q, TWO)
+            if STATS is not None:
+                lse, entropy, mass, agrees = row_stats(x_K, valid_K, row_weight, ref, ref2, one, soft, moment, LOG_Q, n,
+                                                       q_stride, c, c2, P, Q, TWO, BK)
+            if gain is not None:
+                a_one *= gain
+                a_soft *= gain
+                even *= gain
+                g_K *= gain
+                ce_scale *= gain
             if GRADIENT:
                 if P + Q > 0:
                     sweep_gradient(row + begin, out + begin, count, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C,
-                                   VEC, ALIGNED, REVERSE)
+                                   VEC, ALIGNED, REVERSE, even if SCORES else None, rate)
                 else:
+                    tl.debug_barrier()          # every warp has read the kept logits
                     fill_zeros(out + begin, count, R, C, VEC, ALIGNED)
                 tl.debug_barrier()              # the entries below were written by other warps
+                if rate is not None:
+                    g_K *= steep_K
                 tl.store(out + id_K, g_K.to(out.dtype.element_ty), mask=own_K)
                 if CE_SCALE is not None:
                     kept_J = tl.max((label_J[:, None] == id_K[None, :]).to(tl.int32), axis=1)
                     taken_J = tl.sum(tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0), axis=1)
-                    g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) - ce_scale * taken_J
+                    g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even if SCORES else None)
+                    g_J -= ce_scale * taken_J
+                    if rate is not None:
+                        g_J *= steep_J
                     tl.store(out + label_J, g_J.to(out.dtype.element_ty), mask=own_J & (kept_J == 0))
             else:
                 tl.debug_barrier()
@@ -267,6 +225,11 @@ def kd_rows(X, G, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_
         tl.store(LOSS + n, loss)
         tl.store(CE + n, ce)
         tl.store(KD + n, kd)
+        if STATS is not None:
+            tl.store(STATS + n * 4, lse)
+            tl.store(STATS + n * 4 + 1, entropy)
+            tl.store(STATS + n * 4 + 2, mass)
+            tl.store(STATS + n * 4 + 3, agrees)
 
 
 @triton.jit

@@ -35,6 +35,8 @@ class Build:
     divergence: str = "forward_kl"
     aligned: bool = True
     inplace: bool = True
+    softcap: float | None = None
+    stats: bool = False
     tiles: kd_launch.Tiles | None = None
     said: bool = True           # whether the compiler is told that pointers are multiples of 16 bytes
 
@@ -71,21 +73,24 @@ def request(build: Build, arch: int) -> dict[str, Any]:
         return torch.empty(1, width) if width else None
 
     call = kd_launch.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
-                        build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace)
+                        build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace,
+                        softcap=build.softcap, stats=build.stats)
     size = ELEMENT[build.dtype]
     constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned, build.num_classes)
-    constants |= {"STAGE": 0, "STATE": None, "KEPT": None, "LABELLED": None, "COUNTERS": None}
+    constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED", "COUNTERS"))
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
-    absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["LABELS", "CE_SCALE"] * (not build.labels)
+    absent = ["ROW_WEIGHT", "LABEL_WEIGHT", "Z_SCALE"] + ["STATS"] * (not build.stats)
+    absent += ["gain"] + ["rate"] * (build.softcap is None)
+    absent += ["LABELS", "CE_SCALE"] * (not build.labels)
     absent += ["IDS", "LOG_Q", "LOG_TAIL", "KD_SCALE"] * (not build.kept)
     constants |= dict.fromkeys(absent)
     signature = dict.fromkeys(("X", "G"), f"*{build.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
-    signature |= dict.fromkeys(("LOSS", "CE", "KD", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT", "CE_SCALE",
-                                "KD_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
+    signature |= dict.fromkeys(("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT",
+                                "CE_SCALE", "KD_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
     signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "id_stride", "q_stride",
                                 "num_classes", "width", "kept", "num_labels", "part", "parts"), "i32")
-    signature |= dict.fromkeys(("c", "c2", "temperature", "beta"), "fp32")
+    signature |= dict.fromkeys(("c", "c2", "temperature", "beta", "rate"), "fp32")
     sizes = ["x_stride", "g_stride", "num_classes", "width"] if build.aligned and build.num_classes % 16 == 0 else []
     return {"name": build.name, "kernel": "kdcache.kernels.kd_rows:kd_rows", "arch": arch, "signature": signature,
             "constants": constants, "aligned": ["X", "G", *sizes] if build.said else [], "warps": build.shape.warps,
@@ -96,7 +101,8 @@ def full_request(arch: int) -> dict[str, Any]:
     """A teacher over 1000 classes, bfloat16 logits, one label, in place."""
     call = kd_launch.Call(1000, torch.empty(1, 1), None, None, torch.empty(1, 1000), None, None, 4.0, "forward_kl",
                           "bucket", 0.5, None, None, True)
-    constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(("LABEL_WEIGHT", "ROW_WEIGHT"))
+    constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(
+        ("LABEL_WEIGHT", "ROW_WEIGHT", "STATS", "Z_SCALE", "unit", "gain", "rate"))
     signature = {"X": "*bf16", "G": "*bf16", "LABELS": "*i64"} | dict.fromkeys(
         ("LOSS", "CE", "KD", "LABEL_WEIGHT", "LOG_Q", "ROW_WEIGHT", "CE_SCALE", "KD_SCALE"), "*fp32")
     signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "q_stride",

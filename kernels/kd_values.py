@@ -1,0 +1,163 @@
+"""What one row's sums come to: the values of the loss, the slopes of its few exact entries, the factors of the rest.
+
+A score is a logit in units of log2: x c, or x c2 at T. The sums are relative to the maximum of the row without its kept
+ids; here the kept join them.
+"""
+
+# mypy: ignore-errors
+# Device code: its arguments are pointers and blocks, which have no types of their own.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdcache.kernels.rows import FLOOR, LN2, outcome, power, sum_pair
+
+
+@triton.jit
+def teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL: tl.constexpr, BK: tl.constexpr):
+    """log q of the kept ids [BK], log q of the tail (-inf: no such outcome)."""
+    k = tl.arange(0, BK)
+    log_q_K = tl.load(LOG_Q + n * q_stride + k, mask=valid_K, other=-float("inf")).to(tl.float32)
+    log_q_tail = -float("inf")
+    if TAIL == "bucket" or TAIL == "uniform":
+        log_q_tail = tl.load(LOG_TAIL + n).to(tl.float32)
+    elif TAIL != "sampled":
+        top = tl.maximum(tl.max(log_q_K, axis=0), FLOOR)
+        log_q_K -= top + tl.log(tl.sum(tl.exp(log_q_K - top), axis=0))
+    return log_q_K, log_q_tail
+
+
+@triton.jit
+def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, scores, tail_size, beta, valid_K,
+                      TAIL: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """D, its slopes over the scores of the kept ids [BK], of the tail over the sum `soft` of its exponentials, and of
+    each class of the tail besides (tail "uniform"; `scores` is the sum of the tail's scores, -inf where one is)."""
+    # p is not formed as exp(log p): that would cost |log p| units in its last place.
+    u_K = tl.exp2(score_K)
+    u_tail = soft * tl.exp2(score_tail)
+    if TAIL == "uniform":
+        log_q_tail = tl.where(tail_size == 0, -float("inf"), log_q_tail)
+    z, total = sum_pair(u_K, tl.exp(log_q_K))
+    z += u_tail
+    total += tl.exp(log_q_tail)
+    log_p_K = tl.where(valid_K, LN2 * score_K - tl.log(z), -float("inf"))
+    p_K = tl.where(valid_K, u_K / z, 0.0)
+    value_K, slope_K = outcome(log_q_K, log_p_K, p_K, total, beta, DIVERGENCE)
+    value, mean = sum_pair(value_K, p_K * slope_K)
+    slope_tail = 0.0
+    even = 0.0
+    if TAIL == "conditional":
+        if DIVERGENCE != "forward_kl":
+            slope_K = p_K * (slope_K - mean)
+    elif TAIL == "uniform":
+        tl.static_assert(DIVERGENCE == "forward_kl")
+        q_tail = tl.exp(log_q_tail)
+        size = tl.maximum(tail_size, 1).to(tl.float32)
+        mean_log_p = LN2 * (score_tail + scores / size) - tl.log(z)
+        value += tl.where(q_tail > 0, q_tail * (log_q_tail - tl.log(size) - mean_log_p), 0.0)
+        slope_tail = total * tl.exp2(score_tail) / z
+        even = -q_tail / size
+    else:
+        log_p_tail = LN2 * score_tail + tl.log(soft) - tl.log(z)
+        p_tail = u_tail / z
+        value_tail, slope_tail = outcome(log_q_tail, log_p_tail, p_tail, total, beta, DIVERGENCE)
+        value += value_tail
+        if DIVERGENCE != "forward_kl":
+            mean += p_tail * slope_tail
+            slope_K = p_K * (slope_K - mean)
+            slope_tail = p_tail * (slope_tail - mean)
+        # A tail without a finite logit takes no part.
+        slope_tail = tl.where(soft == 0, 0.0, slope_tail / soft)
+    return value, slope_K, slope_tail, even
+
+
+@triton.jit
+def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size,
+                      LOG_Q, LOG_TAIL, CE_SCALE, KD_SCALE, Z_SCALE, n, q_stride, c, c2, temperature, beta,
+                      BK: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+                      TWO: tl.constexpr):
+    """(loss, CE, D) of a row, the two factors of its dense gradient, what every class of an even tail gets besides,
+    its gradient at the kept ids, and ce_scale: all over the logits after scale and softcap."""
+    loss = 0.0
+    ce = 0.0
+    kd = 0.0
+    top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
+    u_K = tl.exp2(tl.fma(x_K, c, -top))
+    lift = tl.exp2(ref - top)
+    a_one = 0.0
+    a_soft = 0.0
+    even = 0.0
+    g_K = tl.zeros([BK], tl.float32)
+    ce_scale = 0.0
+    if P > 0:
+        z = one * power(lift, P) + tl.sum(power(u_K, P), axis=0)
+        ce_J = weight_J * (tl.log(z) - P * LN2 * tl.fma(x_J, c, -top))
+        ce = tl.sum(tl.where(weight_J != 0, ce_J, 0.0), axis=0)
+        if CE_SCALE is not None:
+            ce_scale = tl.load(CE_SCALE).to(tl.float32)
+            loss += ce_scale * ce
+            a_one = ce_scale * tl.sum(weight_J, axis=0) / z
+        if Z_SCALE is not None:
+            counts = tl.max(tl.abs(weight_J), axis=0) != 0
+            z_scale = tl.load(Z_SCALE).to(tl.float32)
+            lse = tl.log(z) + P * LN2 * top
+            loss += tl.where(counts, z_scale * lse * lse, 0.0)
+            a_one += tl.where(counts, 2 * z_scale * lse / z, 0.0)
+        if CE_SCALE is not None or Z_SCALE is not None:
+            taken_K = tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
+            g_K += a_one * power(u_K, P) - ce_scale * taken_K
+            a_one *= power(lift, P)
+    if LOG_Q is not None:
+        log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+        if TAIL == "conditional":
+            score_tail = 0.0
+            score_K = tl.fma(x_K, c2, -tl.max(x_K, axis=0) * c2)
+        elif TWO:
+            top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
+            score_tail = ref2 - top2
+            score_K = tl.fma(x_K, c2, -top2)
+        else:
+            score_tail = Q * (ref - top)
+            score_K = Q * tl.fma(x_K, c, -top)
+            scores *= Q
+        value, slope_K, slope_tail, slope_even = divergence_slopes(
+            log_q_K, log_q_tail, score_K, score_tail, soft, scores, tail_size, beta, valid_K, TAIL, DIVERGENCE)
+        kd = tl.where(row_weight != 0, row_weight * value, 0.0)
+        if KD_SCALE is not None:
+            kd_scale = tl.load(KD_SCALE).to(tl.float32)
+            loss += kd_scale * kd
+            g_K += kd_scale * row_weight / temperature * slope_K
+            a_soft = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0)
+            even = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_even, 0.0)
+    return loss, ce, kd, a_one, a_soft, even, g_K, ce_scale
+
+
+@triton.jit
+def row_stats(x_K, valid_K, row_weight, ref, ref2, one, soft, moment, LOG_Q, n, q_stride, c, c2, P: tl.constexpr,
+              Q: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr):
+    """(log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's greatest is the row's)."""
+    top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
+    score_K = tl.fma(x_K, c, -top)
+    u_K = tl.exp2(score_K)
+    lift = tl.exp2(ref - top)
+    z, moment_K = sum_pair(power(u_K, P), power(u_K, P) * tl.maximum(score_K, -1000.0))
+    z += one * power(lift, P)
+    moment = power(lift, P) * tl.fma(one, ref - top, moment) + moment_K
+    lse = tl.log(z) + P * LN2 * top
+    entropy = tl.log(z) - P * LN2 * (moment / z)
+    mass = 0.0
+    agrees = 0.0
+    if LOG_Q is not None:
+        if TWO:
+            top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
+            kept = tl.sum(tl.exp2(tl.fma(x_K, c2, -top2)), axis=0)
+            rest = soft * tl.exp2(ref2 - top2)
+        else:
+            kept = tl.sum(power(u_K, Q), axis=0)
+            rest = soft * power(lift, Q)
+        log_q_K = tl.load(LOG_Q + n * q_stride + tl.arange(0, BK), mask=valid_K, other=-float("inf")).to(tl.float32)
+        best = tl.max(tl.where(log_q_K == tl.max(log_q_K, axis=0), x_K, -float("inf")), axis=0) * c
+        mass = tl.where(row_weight != 0, kept / (kept + rest), 0.0)
+        agrees = tl.where((row_weight != 0) & (best >= top), 1.0, 0.0)
+    return lse, entropy, mass, agrees
