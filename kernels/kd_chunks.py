@@ -18,6 +18,7 @@ from torch import Tensor
 RowFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]      # with the signature of kd_loss_rows
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WHOLE = 128                     # rows of a chunk come in multiples of it, where that many fit: a tile of the products
+PLAIN = {"z_scale": None, "logit_scale": 1.0, "softcap": None}      # what a row function need not know of
 BLOCKS = 4                      # float32 copies of a chunk's gradient, on a CPU, have a quarter of its columns
 
 
@@ -27,8 +28,8 @@ class Job:
 
     rows: RowFunction
     given: dict[str, Tensor | None]         # per row: labels, label_weight, ids, log_probs, log_tail, row_weight
-    scales: dict[str, Tensor | None]
-    settings: dict[str, Any]                # num_classes, temperature, divergence, tail, beta
+    scales: dict[str, Tensor | None]        # ce_scale, kd_scale, z_scale
+    settings: dict[str, Any]                # num_classes, temperature, divergence, tail, beta, logit_scale, softcap
     memory: int
     skip: bool                              # leave out rows that do not count
     counted: int | None
@@ -90,7 +91,9 @@ def _chunk(x_RV: Tensor, given: dict[str, Tensor | None],
     wants = any(job.wants)
     with torch.set_grad_enabled(wants):
         leaf_RV = x_RV.detach().requires_grad_(wants)
-        out = job.rows(leaf_RV, **given, **job.scales, **job.settings, inplace=wants)
+        options = {**job.scales, **job.settings}
+        asked = {name: value for name, value in options.items() if name not in PLAIN or value != PLAIN[name]}
+        out = job.rows(leaf_RV, **given, **asked, inplace=wants)
         slope_RV = torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
     return (out[0].detach(), out[1].detach(), out[2].detach()), slope_RV
 

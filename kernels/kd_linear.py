@@ -34,14 +34,15 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
                    log_probs: Tensor | None = None, log_tail: Tensor | None = None, row_weight: Tensor | None = None,
                    temperature: float = 1.0, divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
                    ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
+                   z_scale: Tensor | float | None = None, logit_scale: float = 1.0, softcap: float | None = None,
                    memory: int | str = "512 MB", skip_ignored: bool = False, counted_rows: int | None = None,
                    rows: RowFunction | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, CE_N, D_N): their scaled sum, a scalar, and each row's parts, float32 [N]; only the loss has a gradient.
 
     hidden, weight, bias   [N, H], [V', H], [V'] of one dtype. Under autocast all three are taken in its dtype, and a
                   float32 weight gets its gradient from the float32 sums, unrounded
-    labels to beta, *_scale    as of `kd_loss_rows`; T^2 and 1 / (count of rows), a tensor on the device, belong into
-                  the scales. There is no unreduced form: the head's gradient is a sum over rows
+    labels to softcap    as of `kd_loss_rows`; T^2 and 1 / (count of rows), a tensor on the device, belong into the
+                  scales. There is no unreduced form: the head's gradient is a sum over rows
     memory        bytes, or text as "512 MB", for the logits of a chunk. What holds no single row is a ValueError, what
                   holds fewer than about 1000 is slow
     skip_ignored  rows without label and teacher cost nothing and may hold anything. Their number must be known to the
@@ -49,7 +50,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
     counted_rows  at most so many rows count, known to the caller: skip_ignored without the wait. Where rows would be
                   lost that way the loss is NaN
     rows          the row function; None: the fused kernels, on CUDA or in triton's interpreter. Inside torch.compile,
-                  where the whole is one operator, only those
+                  where the whole is one operator, only those. It is given z_scale, logit_scale and softcap only where
+                  they are asked for
 
     Without skip_ignored, rows that do not count are computed, give 0, and their hidden states must be finite. All rows
     ignored, or none given: 0, and zero gradients. Nothing waits for the device but as said. ValueError for what does
@@ -58,7 +60,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
     given = {"labels": labels, "label_weight": label_weight, "ids": ids, "log_probs": log_probs, "log_tail": log_tail,
              "row_weight": row_weight}
     _check(hidden, weight, bias, given, counted_rows)
-    scales = {"ce_scale": _scale(ce_scale, hidden), "kd_scale": _scale(kd_scale, hidden)}
+    scales = {name: _scale(scale, hidden) for name, scale in
+              (("ce_scale", ce_scale), ("kd_scale", kd_scale), ("z_scale", z_scale))}
     unit = _unit(list(scales.values()))
     autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
@@ -66,7 +69,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
     scales = {name: None if scale is None else scale / unit for name, scale in scales.items()}
     job = Job(kd_loss_rows if rows is None else rows, given, scales,
               {"num_classes": len(weight) if num_classes is None else num_classes, "temperature": float(temperature),
-               "divergence": divergence, "tail": tail, "beta": float(beta)},
+               "divergence": divergence, "tail": tail, "beta": float(beta), "logit_scale": float(logit_scale),
+               "softcap": None if softcap is None else float(softcap)},
               memory_bytes(memory) if isinstance(memory, str) else memory,
               skip_ignored or counted_rows is not None, counted_rows, dtype,
               tuple(graph and t is not None and t.requires_grad for t in (hidden, weight, bias)))
@@ -147,8 +151,12 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, given: dict[str,
 
 SCHEMA = ("(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? label_weight, Tensor? ids, "
           "Tensor? log_probs, Tensor? log_tail, Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, "
-          "int num_classes, float temperature, str divergence, str tail, float beta, SymInt memory, bool skip, "
-          "SymInt? counted, ScalarType dtype, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+          "Tensor? z_scale, int num_classes, float temperature, str divergence, str tail, float beta, "
+          "float logit_scale, float? softcap, SymInt memory, bool skip, SymInt? counted, ScalarType dtype, "
+          "bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+GIVEN = ("labels", "label_weight", "ids", "log_probs", "log_tail", "row_weight")        # the order of the schema
+SCALES = ("ce_scale", "kd_scale", "z_scale")
+SETTINGS = ("num_classes", "temperature", "divergence", "tail", "beta", "logit_scale", "softcap")
 
 
 @torch.library.custom_op("kdcache_kernels::kd_linear", mutates_args=(), schema=SCHEMA)
@@ -183,16 +191,16 @@ kd_linear_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _compiled(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor]:
-    packed = *job.given.values(), *job.scales.values(), *job.settings.values()
+    packed = [values[name] for values, names in ((job.given, GIVEN), (job.scales, SCALES), (job.settings, SETTINGS))
+              for name in names]
     loss, ce_N, kd_N, *_ = kd_linear_op(hidden, weight, bias, *packed, job.memory, job.skip, job.counted, job.dtype,
                                         list(job.wants))
     return loss, ce_N.detach(), kd_N.detach()
 
 
 def _unpack(*others: Any) -> Job:
-    """The job that `_compiled` packed, in the order of the schema."""
-    given = dict(zip(("labels", "label_weight", "ids", "log_probs", "log_tail", "row_weight"), others, strict=False))
-    settings = dict(zip(("num_classes", "temperature", "divergence", "tail", "beta"), others[8:], strict=False))
-    memory, skip, counted, dtype, wants = others[13:]
-    return Job(kd_loss_rows, given, {"ce_scale": others[6], "kd_scale": others[7]}, settings, memory, skip, counted,
-               dtype, tuple(wants))
+    """The job that `_compiled` packed."""
+    named = dict(zip(GIVEN + SCALES + SETTINGS, others, strict=False))
+    memory, skip, counted, dtype, wants = others[len(named):]
+    return Job(kd_loss_rows, *({name: named[name] for name in names} for names in (GIVEN, SCALES, SETTINGS)),
+               memory, skip, counted, dtype, tuple(wants))

@@ -93,7 +93,8 @@ def linear(head: Head, device: str, memory: int | str, *, factor: float = 1.0, w
     return _found(leaves, loss, ce, kd, factor)
 
 
-def whole(head: Head, dtype: torch.dtype, *, factor: float = 1.0, chunks: int = 1) -> Found:
+def whole(head: Head, dtype: torch.dtype, *, factor: float = 1.0, chunks: int = 1, logit_scale: float = 1.0,
+          softcap: float | None = None, z_scale: float = 0.0) -> Found:
     """The same by whole logits in `dtype` and autograd; the loss from the definition in float32, or float64.
 
     `chunks`: of so many products, as a product of few rows may add in another, worse order.
@@ -102,9 +103,14 @@ def whole(head: Head, dtype: torch.dtype, *, factor: float = 1.0, chunks: int = 
     wide = torch.promote_types(dtype, torch.float32)
     logits = torch.cat([h @ leaves["weight"].t() for h in leaves["hidden"].chunk(max(chunks, 1))])
     logits = logits + leaves["bias"] if "bias" in leaves else logits
-    loss, ce, kd, slope = world.define(replace(head.problem, logits=logits.detach().to(wide, copy=True)), wide)
+    y = logits.to(wide) * logit_scale
+    y = y if softcap is None else softcap * torch.tanh(y / softcap)
+    loss, ce, kd, slope = world.define(replace(head.problem, logits=y.detach().clone()), wide)
     # The definition has its gradient at the logits: the rest is autograd's.
-    linear = loss.sum() + (slope * (logits.to(wide) - logits.detach().to(wide))).sum()
+    linear = loss.sum() + (slope * (y - y.detach())).sum()
+    labels = head.keywords["labels"]
+    labelled = (labels if labels.dim() == 2 else labels[:, None]) >= 0
+    linear = linear + z_scale * (torch.logsumexp(y, 1)[labelled.any(1)] ** 2).sum()
     return _found(leaves, linear, ce, kd, factor)
 
 
