@@ -78,6 +78,7 @@ DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.m
 @click.option("--records-per-shard", type=COUNT, metavar="N", help="Instead of a shard size.")
 @click.option("--batch-size", type=COUNT, help="Records per forward pass.")
 @click.option("--dtype", type=DTYPES, help="The teacher computes in this.  [default: float32]")
+@click.option("--engine", metavar="NAME", help="auto (torch so far), torch or triton (fused top-k).  [default: auto]")
 @run_options
 @click.option("--seed", type=click.IntRange(min=0), help="Decides the views.  [default: 0]")
 @click.option("--like", type=PATH, metavar="CACHE", help="Take views, seed and shards from this cache.")

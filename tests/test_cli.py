@@ -22,7 +22,7 @@ OPTIONS = {
     "dump-teacher": [
         "teacher", "teacher-arg", "teacher-weights", "data", "data-arg", "out", "kind", "k", "tier", "temperature",
         "values", "feature", "labels", "moments", "views", "format", "shard-size", "records-per-shard", "batch-size",
-        "dtype", "device", "workers", "seed", "like", "accept", "dry-run", "config", "json"],
+        "dtype", "engine", "device", "workers", "seed", "like", "accept", "dry-run", "config", "json"],
     "train-student": [
         "cache", "student", "student-arg", "student-weights", "out", "data", "data-arg", "eval-data", "eval-data-arg",
         "temperature", "k", "alpha", "ce-weight", "kd-weight", "divergence", "tail", "match", "engine", "epochs",

@@ -151,7 +151,10 @@ def gaps(said: Saying, live: Saying) -> dict[str, tuple[float, float]]:
         if name == "logits" and said.kept is not None:
             apart = np.where(said.kept | (live.parts[name] < -100), apart, np.inf)
             apart = np.where(said.kept, apart, 0)
-        out[name] = (float(apart.max(initial=0)), live.size)
+        size = live.size
+        if name == "tails":         # about log V where the logits are near 0, and rounded as a number of that size
+            size = max(size, float(np.abs(cached[np.isfinite(cached)]).max(initial=0)))
+        out[name] = (float(apart.max(initial=0)), size)
     return out
 
 

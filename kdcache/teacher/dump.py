@@ -16,10 +16,12 @@ from kdcache import __version__
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create
+from kdcache.engines import check_engine
 from kdcache.errors import KDCacheError, NotBuilt, UsageError, near
 from kdcache.models import Model, pick_device
 from kdcache.signals import Signals
 from kdcache.teacher.features import parse_features
+from kdcache.teacher.fused import check_fits
 from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, Plan, Wanted, make_plan, temperature_names
 from kdcache.teacher.progress import Progress, readable_bytes
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
@@ -37,8 +39,9 @@ class DumpReport:
     """What a dump did. Means and accuracy are over the rows that this call computed; None or {} where there are none.
 
     complete: the cache is sealed, content_id is its id. already_complete: it was before this call, which did nothing.
-    predicted_bytes: of the whole cache, from the columns; bytes: of what this call wrote, before the container.
-    quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what was not given; warnings: (code, text).
+    engine: what reduces rows. predicted_bytes: of the whole cache, from the columns; bytes: of what this call wrote,
+    before the container. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what was not given;
+    warnings: (code, text).
     """
 
     out: str
@@ -46,6 +49,7 @@ class DumpReport:
     teacher: str
     data: str
     device: str
+    engine: str
     kind: str
     num_classes: int
     tiers: tuple[int, ...]
@@ -82,10 +86,11 @@ class DumpReport:
 def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None = None, k: int | None = None,
                  tiers: Sequence[int] | None = None, temperatures: Sequence[float | str] | None = None,
                  features: Sequence[str] = (), views: int = 1, container: str = "arrow", values: str = "float16",
-                 batch_size: int = 32, dtype: str | None = None, device: str = "auto", workers: int = 0, seed: int = 0,
-                 shard_size: int = DEFAULT_SHARD_SIZE, records_per_shard: int | None = None, labels: bool | None = None,
-                 moments: bool = False, teacher_args: Mapping[str, Any] | None = None,
-                 teacher_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
+                 batch_size: int = 32, dtype: str | None = None, engine: str = "auto", device: str = "auto",
+                 workers: int = 0, seed: int = 0, shard_size: int = DEFAULT_SHARD_SIZE,
+                 records_per_shard: int | None = None, labels: bool | None = None, moments: bool = False,
+                 teacher_args: Mapping[str, Any] | None = None, teacher_weights: str | Path | None = None,
+                 data_args: Mapping[str, Any] | None = None,
                  accept: Sequence[str] = (), like: str | Path | None = None, limit_samples: int | None = None,
                  dry_run: bool = False, progress: Callable[[Progress], None] | None = None,
                  say: Callable[[str], None] | None = None) -> DumpReport:
@@ -93,10 +98,10 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
 
     teacher, data: SPECs, or a torch.nn.Module (moved to `device`) and a map-style dataset. kind: "full" for up to 1024
     classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
-    (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. labels: store
-    those of the data; None: if it has any. shard_size: wanted bytes of a shard, unless `records_per_shard` is given.
-    progress is called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the
-    shards.
+    (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
+    reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
+    the data; None: if it has any. shard_size: wanted bytes of a shard, unless `records_per_shard` is given. progress is
+    called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache,
     DataError naming a sample, Interrupted on SIGINT or SIGTERM, KDCacheError for a full disk.
@@ -107,15 +112,17 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
                     features=parse_features(features), views=views, values=values, seed=seed, shard_size=shard_size,
                     records_per_shard=records_per_shard, labels=labels, moments=moments, limit_samples=limit_samples)
-    compute = Compute(batch_size=batch_size, device=pick_device(device, rank.local), workers=workers)
+    found = pick_device(device, rank.local)
+    compute = Compute(batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found))
     with Signals(GO_ON) as signals:
         model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
         samples = pick_samples(data, data_args, seed)
         model.module.to(compute.device)
         with evaluating(model.module):
             plan = make_plan(model, samples, wanted, compute.device)
+            compute = _fitting(compute, plan)
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
-            _introduce(report, tell)
+            _introduce(report, engine, tell)
             if dry_run:
                 return report
             identity = _accepted(Path(out), plan.identity, accept, tell)
@@ -158,26 +165,38 @@ def _teller(rank: Rank, say: Callable[[str], None] | None) -> Callable[[str], No
     return tell
 
 
+def _fitting(compute: Compute, plan: Plan) -> Compute:
+    """`compute` with the engine that runs: only rows of kind topk are reduced. UsageError if the kernel cannot."""
+    if plan.spec.kind != "topk":
+        return dataclasses.replace(compute, engine="torch")
+    if compute.engine == "triton":
+        check_fits(plan.spec, plan.logits_dtype, compute.device)
+    return compute
+
+
 def _planned(plan: Plan, model: Model, data: str, out: Path, container: str, compute: Compute,
              dry_run: bool) -> DumpReport:
     spec = plan.spec
     return DumpReport(out=str(out), container=container, teacher=f"{model.spec}: {model.loaded}", data=data,
-                      device=str(compute.device), kind=spec.kind, num_classes=spec.num_classes, tiers=spec.tiers,
-                      temperatures=spec.temperatures, values=spec.values, features=tuple(f.name for f in spec.features),
-                      num_records=spec.num_records, num_shards=spec.num_shards,
-                      records_per_shard=spec.records_per_shard, predicted_bytes=plan.predicted_bytes,
-                      defaults=plan.defaults, dry_run=dry_run, shards_left=spec.num_shards, warnings=plan.warnings)
+                      device=str(compute.device), engine=compute.engine, kind=spec.kind, num_classes=spec.num_classes,
+                      tiers=spec.tiers, temperatures=spec.temperatures, values=spec.values,
+                      features=tuple(f.name for f in spec.features), num_records=spec.num_records,
+                      num_shards=spec.num_shards, records_per_shard=spec.records_per_shard,
+                      predicted_bytes=plan.predicted_bytes, defaults=plan.defaults, dry_run=dry_run,
+                      shards_left=spec.num_shards, warnings=plan.warnings)
 
 
-def _introduce(report: DumpReport, tell: Callable[[str], None]) -> None:
+def _introduce(report: DumpReport, asked: str, tell: Callable[[str], None]) -> None:
     kept = {"full": f"all {report.num_classes} logits", "none": "features only",
             "topk": f"top {', '.join(map(str, report.tiers))} of {report.num_classes}, tails at temperature "
                     f"{', '.join(report.temperatures)}"}[report.kind]
-    tell(f"teacher {report.teacher}, on {report.device}")
+    tell(f"teacher {report.teacher}, on {report.device}, engine {report.engine}")
     tell(f"data {report.data}: {report.num_records} records in {report.num_shards} "
          f"{'shard' if report.num_shards == 1 else 'shards'}, about {readable_bytes(report.predicted_bytes)}")
     tell(f"keeping {kept}" + (f" as {report.values}" if report.kind != "none" else "")
          + (f"; features {', '.join(report.features)}" if report.features else ""))
+    if asked == "triton" != report.engine:
+        tell(f"kind {report.kind} leaves nothing to reduce: engine 'triton' has no part in it")
     if report.defaults:
         tell(f"not given, so: {'; '.join(report.defaults)}")
     for _, text in report.warnings:
@@ -198,9 +217,10 @@ def _accepted(out: Path, identity: Identity, accept: Sequence[str], tell: Callab
 
 def _recorded(compute: Compute, model: Model) -> dict[str, str]:
     """What it is computed with: said in the cache, compared by nobody."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pyarrow", "h5py")}
+    names = ["torch", "numpy", "pyarrow", "h5py"] + (["triton"] if compute.engine == "triton" else [])
+    versions = {name: importlib.metadata.version(name) for name in names}
     return {"kdcache": __version__, **versions, "batch_size": str(compute.batch_size), "device": compute.device.type,
-            "compute_dtype": model.dtype, "autocast": "off"}
+            "engine": compute.engine, "compute_dtype": model.dtype, "autocast": "off"}
 
 
 def _check_disk(writer: Writer, plan: Plan, missing: list[int]) -> None:

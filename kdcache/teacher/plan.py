@@ -53,14 +53,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The spec and identity of the cache, the defaults that were taken (sentences), its predicted size, and what is
-    odd about it: (code, text)."""
+    """The spec and identity of the cache, the defaults that were taken (sentences), its predicted size, what is odd
+    about it: (code, text), and the dtype in which the teacher gives its logits."""
 
     spec: CacheSpec
     identity: Identity
     defaults: tuple[str, ...]
     record_bytes: int
     warnings: tuple[tuple[str, str], ...]
+    logits_dtype: torch.dtype
 
     @property
     def predicted_bytes(self) -> int:
@@ -75,6 +76,7 @@ class Probe:
     batch: Collated
     rows: BatchRows
     features: dict[str, Tensor]
+    dtype: torch.dtype
 
     @property
     def ragged(self) -> bool:
@@ -108,7 +110,7 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
         raise UsageError(f"--records-per-shard is {chosen}; at most {most} keep every column below 2^31 elements")
     spec = dataclasses.replace(spec, records_per_shard=min(chosen, count))
     return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes,
-                _warn_of_equal_views(samples, count) if wanted.views > 1 else ())
+                _warn_of_equal_views(samples, count) if wanted.views > 1 else (), probed.dtype)
 
 
 def _probe_ids(count: int) -> list[int]:
@@ -140,7 +142,7 @@ def _probe(model: Model, samples: Samples, requests: tuple[FeatureRequest, ...],
     classes = model.num_classes or width
     if classes > width:
         raise UsageError(f"teacher {model.spec} says it has {classes} classes, but gives {width} logits")
-    return Probe(classes, batch, rows, features)
+    return Probe(classes, batch, rows, features, output.logits.dtype)
 
 
 def _kept(wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -33,6 +33,7 @@ class Compute:
     batch_size: int = 32
     device: torch.device
     workers: int = 0
+    engine: str = "torch"
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def run_teacher(module: nn.Module, samples: Samples, writer: Writer, shards: Seq
         with Taps(module, requests_of(spec.features)) as taps:
             for span, batch in itertools.chain(first, source):
                 signals.check()
-                sink.put(observe(module, taps, span, batch, spec, compute.device))
+                sink.put(observe(module, taps, span, batch, spec, compute))
                 if progress is not None and span is not wanted[-1]:
                     progress(snapshot(sink.totals, total, monotonic() - start))
         sink.finish()
@@ -79,18 +80,18 @@ def run_teacher(module: nn.Module, samples: Samples, writer: Writer, shards: Seq
 
 @torch.inference_mode()
 def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: CacheSpec,
-            device: torch.device) -> HostBatch:
+            compute: Compute) -> HostBatch:
     """What the teacher says about one batch, reduced and on the host. DataError names a sample it cannot be kept of."""
-    inputs = to_device(batch.inputs, device, non_blocking=True)
+    inputs = to_device(batch.inputs, compute.device, non_blocking=True)
     taps.start(inputs)
     output = forward(module, inputs)
     rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
     if (rows.mask_BL is not None) != (spec.rows == "ragged") and spec.kind != "none":
         raise DataError(f"sample {span.start}, view {span.view}: the teacher gave logits {list(output.logits.shape)}; "
                         f"this cache has {'one row' if spec.rows == 'one' else 'a row per position'} of each record")
-    features = taps.take(rows.mask_BL)
-    check_shapes(spec.features, features, f"samples {span.start} to {span.stop - 1}")
-    features = {name: fetch(x) for name, x in features.items()}
+    taken = taps.take(rows.mask_BL)
+    check_shapes(spec.features, taken, f"samples {span.start} to {span.stop - 1}")
+    features = {name: fetch(x) for name, x in taken.items()}
     reduced = None
     if spec.kind != "none":
         name_row = row_namer(span.view, range(span.start, span.stop), rows)
@@ -100,8 +101,9 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
             raise DataError(f"{name_row(0)}: the teacher gave {logits_MV.shape[1]} logits; the cache has "
                             f"{spec.num_classes} classes")
         index = None if rows.mask_BL is None else rows.mask_BL.flatten().nonzero()[:, 0]
-        reduced = reduce_rows(logits_MV, labels, spec, index_N=index, name_row=name_row)
-    wait(device)
+        reduced = reduce_rows(logits_MV, labels, spec, index_N=index, name_row=name_row, engine=compute.engine)
+    for x in taken.values():            # free after reduce_rows, which has waited for the same device
+        wait(x.device)
     return HostBatch(span, batch, rows, reduced, {name: x.numpy() for name, x in features.items()})
 
 

@@ -18,7 +18,7 @@ from kdcache.cache.writer import Writer
 from kdcache.data.collate import Collated
 from kdcache.errors import DataError
 from kdcache.teacher.batches import BatchRows, Span
-from kdcache.teacher.reduce import Reduced
+from kdcache.teacher.engine import Reduced
 
 WAITING_BATCHES = 4             # encoded behind the teacher; more only holds memory
 POLL_SECONDS = 0.1              # how soon a full queue notices a signal or an error on the other side

@@ -58,8 +58,9 @@ def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data:
     """Check every digest of the cache at `cache` and that no file is foreign; `quick` stays with names, sizes, proofs.
 
     With `teacher` and `data` (SPECs or objects): compare their identity, and run the teacher again on up to `samples`
-    evenly spaced records, in the dtype of the cache's teacher unless `dtype` is given. A difference is a problem when
-    it exceeds the codec's own rounding by more than 4 times what two live runs in other batches differ by.
+    evenly spaced records, in the dtype of the cache's teacher unless `dtype` is given. What is cached is looked up in
+    its logits by plain torch, whichever engine wrote it. A difference is a problem when it exceeds the codec's own
+    rounding by more than 4 times what two live runs in other batches differ by.
     UsageError for a teacher without data, CacheIncomplete if the dump has not ended; damage is listed, not raised.
     """
     if (teacher is None) != (data is None):
@@ -153,7 +154,7 @@ def _worst(said: dict[int, Saying], live: dict[int, Saying], allowed: dict[str, 
     for record, saying in said.items():
         for part, (beyond, size) in gaps(saying, live[record]).items():
             # 16 units in the last place: what float32 sums of a deep net differ by at least, should two runs agree.
-            floor = 16 * float(torch.finfo(torch.float32).eps) * size + 2 * live[record].eps * size
+            floor = 16 * float(torch.finfo(torch.float32).eps) * size + 2 * live[record].eps * live[record].size
             tolerance = NOISE_FACTOR * allowed[part] + floor
             found.append((beyond - tolerance, record, beyond, tolerance))
     return max(found)[1:]
