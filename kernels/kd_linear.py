@@ -202,5 +202,5 @@ def _unpack(*others: Any) -> Job:
     """The job that `_compiled` packed."""
     named = dict(zip(GIVEN + SCALES + SETTINGS, others, strict=False))
     memory, skip, counted, dtype, wants = others[len(named):]
-    return Job(kd_loss_rows, *({name: named[name] for name in names} for names in (GIVEN, SCALES, SETTINGS)),
-               memory, skip, counted, dtype, tuple(wants))
+    given, scales, settings = ({name: named[name] for name in names} for names in (GIVEN, SCALES, SETTINGS))
+    return Job(kd_loss_rows, given, scales, settings, memory, skip, counted, dtype, tuple(wants))

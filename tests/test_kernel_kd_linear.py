@@ -106,7 +106,7 @@ def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: 
             torch.finfo(torch.float32).eps)
     other = linear(given, device, given.memory(3))
     assert error(other["hidden"], plain[0]["hidden"].double()) > 1e-3
-    with pytest.raises(TypeError, match="z_scale|logit_scale|softcap"):
+    with pytest.raises(TypeError, match=r"z_scale|logit_scale|softcap"):
         linear(given, device, given.memory(3), rows=linear_world.torch_rows, **asked)
 
 
