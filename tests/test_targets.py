@@ -172,6 +172,16 @@ def test_row_weights_and_slicing() -> None:
     assert len(found[1:]) == 3
 
 
+def test_draws_have_ids_and_no_tail_and_stay_draws() -> None:
+    draws = SoftTargets(1.0, 9, torch.tensor([[1, 2], [3, 4]]), torch.zeros(2, 2), None, torch.tensor([1.0, 2.0]))
+    some = draws[1:].to("cpu")
+    assert draws.drawn and some.drawn and some.log_tail_N is None
+    assert some.ids_NK is not None and some.ids_NK.tolist() == [[3, 4]]
+    logits = teacher(11, 2, 9)
+    assert not any(t.drawn for t in (targets_from_logits(logits, temperature=1), targets_from_logits(
+        logits, temperature=1, k=3), soft_targets(topk_batch(logits, tiers=(3,), values="float16"), temperature=1)))
+
+
 def test_read_only_columns_are_taken() -> None:
     batch = full_batch(teacher(8, 2, 4))
     batch.columns["values"].flags.writeable = False
@@ -193,7 +203,8 @@ def test_refusals() -> None:
         (lambda: targets_from_logits(torch.zeros(2, 3, 4), temperature=1.0), "expected \\[N, V\\]"),
         (lambda: targets_from_logits(torch.zeros(2, 3), temperature=1.0, k=4), "k is 4"),
         (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 4), None), "4 entries are kept of 5 classes"),
-        (lambda: SoftTargets(1.0, 5, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), None), "or neither"),
+        (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 5), torch.zeros(2)), "log_tail_N is given without ids_NK"),
+        (lambda: SoftTargets(1.0, 5, torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6), None), "6 entries"),
         (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 5), None, torch.ones(3)), "weight_N is \\[3\\]"),
         (lambda: SoftTargets(0.0, 5, None, torch.zeros(2, 5), None), "positive"),
     ]

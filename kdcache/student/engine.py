@@ -7,12 +7,14 @@ gradient with respect to an outcome's score reaches the classes of the tail thro
             = g_tail * softmax(z_tail / T)_j / T       j in the tail
 
 which for forward KL is (p_j - q_t * softmax_tail_j) / T, off the head p_j (1 - q_t / p_t) / T: finite however small p_t
-is, because the tail's softmax is taken relative to the tail's own maximum.
+is, because the tail's softmax is taken relative to the tail's own maximum. A teacher whose tail is even adds q_t times
+the divergence within the tail to that: p_j - q_t / (V - K) off the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdcache.student.divergences import DIVERGENCES, row_sum, sampled_kl
 from kdcache.student.targets import SoftTargets
 from kdcache.topk import row_chunk
 
-# Elements of one temporary of a chunk; about four live at once.
+# Elements of one temporary of a chunk; about four live at once, twice that for jsd over all classes.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
@@ -45,6 +48,7 @@ class RowLoss:
     ce_scale: Tensor | None
     kd_scale: Tensor | None
     inplace: bool
+    beta: float = 0.5           # of jsd
 
 
 # logits [N, V' >= V] -> (loss_N, CE_N, D_N), of which only loss_N carries a gradient.
@@ -64,23 +68,12 @@ def torch_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]
 class _TorchRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: RowLoss, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        working = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss_N, ce_N, kd_N = torch.zeros((3, len(logits)), dtype=working, device=logits.device).unbind()
         # detach() shares the version counter: an operation that kept these logits for its own backward notices.
         gradient = None
         if wants_gradient:
-            gradient = logits.detach()
-            if not rows.inplace:
-                gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        step = row_chunk(rows.num_classes, CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cuda"]))
-        for at in range(0, len(logits), step):
-            chunk = slice(at, at + step)
-            x_RV = logits.detach()[chunk, : rows.num_classes].to(working).contiguous()
-            dense_RV = _chunk(x_RV, rows, chunk, (loss_N[chunk], ce_N[chunk], kd_N[chunk]), wants_gradient)
-            if gradient is not None:
-                gradient[chunk, : rows.num_classes] = 0 if dense_RV is None else dense_RV.to(gradient.dtype)
-                gradient[chunk, rows.num_classes :] = 0
-        ctx.inplace, ctx.used, ctx.step = rows.inplace, False, step
+            gradient = logits.detach() if rows.inplace else gradient_like(logits)
+        loss_N, ce_N, kd_N = loss_rows(logits, rows, gradient)
+        ctx.inplace, ctx.used = rows.inplace, False
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(ce_N, kd_N)
         return loss_N, ce_N, kd_N
@@ -94,10 +87,37 @@ class _TorchRows(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         ctx.used = ctx.inplace
         out = gradient if ctx.inplace else torch.empty_like(gradient)
-        for at in range(0, len(gradient), ctx.step):        # in chunks: a half-precision product is formed in float32
-            chunk = slice(at, at + ctx.step)
-            torch.mul(gradient[chunk], grad_outputs[0][chunk, None].to(_wide(gradient.dtype)), out=out[chunk])
-        return out, None, None
+        return scale_rows(gradient, grad_outputs[0], out), None, None
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def loss_rows(logits: Tensor, rows: RowLoss, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_N, CE_N, D_N), in chunks; the gradient of each row's loss goes to `gradient`, which may be the logits."""
+    working = _wide(logits.dtype)
+    loss_N, ce_N, kd_N = (torch.zeros(len(logits), dtype=working, device=logits.device) for _ in range(3))
+    for chunk in _chunks(logits, rows.num_classes):
+        x_RV = logits.detach()[chunk, : rows.num_classes].to(working).contiguous()
+        dense_RV = _chunk(x_RV, rows, chunk, (loss_N[chunk], ce_N[chunk], kd_N[chunk]), gradient is not None)
+        if gradient is not None:
+            inside_RV = gradient[chunk, : rows.num_classes]
+            inside_RV.zero_() if dense_RV is None else inside_RV.copy_(dense_RV)
+            gradient[chunk, rows.num_classes :].zero_()
+    return loss_N, ce_N, kd_N
+
+
+def scale_rows(gradient: Tensor, factor_N: Tensor, out: Tensor) -> Tensor:
+    """out = gradient times a factor per row, in chunks: a half-precision product is formed in float32."""
+    for chunk in _chunks(gradient, gradient.shape[1]):
+        torch.mul(gradient[chunk], factor_N[chunk, None].to(_wide(gradient.dtype)), out=out[chunk])
+    return out
+
+
+def _chunks(x: Tensor, num_classes: int) -> Iterator[slice]:
+    step = row_chunk(num_classes, CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"]))
+    return (slice(at, at + step) for at in range(0, len(x), step))
 
 
 # Softmax [R, V] at temperature 1, maximum [R, 1], log sum exp(x - maximum) [R, 1]
@@ -113,11 +133,11 @@ def _chunk(x_RV: Tensor, rows: RowLoss, chunk: slice, out: tuple[Tensor, Tensor,
     targets = None if rows.targets is None else rows.targets[chunk]
     weight_R = None if targets is None or targets.weight_N is None else targets.weight_N.to(x_RV.dtype)
     if targets is not None:
-        divergence, wants_slope = DIVERGENCES[rows.divergence], wants and rows.kd_scale is not None
-        if targets.ids_NK is None or targets.log_tail_N is None:
-            value_R, slope = _over_all(x_RV, targets, divergence, wants_slope)
+        wants_slope = wants and rows.kd_scale is not None
+        if targets.ids_NK is None:
+            value_R, slope = _over_all(x_RV, targets, rows, wants_slope)
         else:
-            value_R, slope, softmax = _over_support(x_RV, targets, rows.tail, divergence, wants_slope)
+            value_R, slope, softmax = _over_support(x_RV, targets, rows, wants_slope)
         kd_R.copy_(value_R if weight_R is None else torch.where(weight_R == 0, 0, weight_R * value_R))
         if rows.kd_scale is not None:
             loss_R += rows.kd_scale * kd_R
@@ -181,46 +201,70 @@ class _Slope:
         return sum_RV.scatter_(1, self.ids_RK, sum_RV.gather(1, self.ids_RK).add_(at_RK))
 
 
-def _over_all(x_RV: Tensor, targets: SoftTargets, divergence: Divergence, wants: bool) -> tuple[Tensor, _Slope | None]:
+def _over_all(x_RV: Tensor, targets: SoftTargets, rows: RowLoss, wants: bool) -> tuple[Tensor, _Slope | None]:
     """The divergence over all V classes."""
     score_RV = x_RV if targets.temperature == 1 else x_RV / targets.temperature
-    value_R, slope_RV = divergence(targets.log_probs_NK.to(x_RV.dtype), torch.log_softmax(score_RV, -1), wants)
+    value_R, slope_RV = DIVERGENCES[rows.divergence](targets.log_probs_NK.to(x_RV.dtype),
+                                                     torch.log_softmax(score_RV, -1), rows.beta, wants)
     return value_R, None if slope_RV is None else _Slope(slope_RV)
 
 
-def _over_support(x_RV: Tensor, targets: SoftTargets, tail: str, divergence: Divergence,
+def _over_support(x_RV: Tensor, targets: SoftTargets, rows: RowLoss,
                   wants: bool) -> tuple[Tensor, _Slope | None, Softmax | None]:
     """The divergence over the kept classes, and over the tail where its treatment has one.
 
     At T = 1 the softmax of the tail, times the probability of the tail, is that of the row: given for cross-entropy.
     """
-    assert targets.ids_NK is not None and targets.log_tail_N is not None
-    ids_RK, working = targets.ids_NK, x_RV.dtype
-    log_q_RK, log_tail_R = targets.log_probs_NK.to(working), targets.log_tail_N.to(working)
+    assert targets.ids_NK is not None
+    ids_RK, divergence = targets.ids_NK, sampled_kl if rows.tail == "sampled" else DIVERGENCES[rows.divergence]
+    log_q = _teacher(targets, rows.tail, x_RV.dtype)
     # Relative to the row's maximum before the division: a large common offset costs no digits.
     max_R1 = x_RV.amax(-1, keepdim=True)
     score_RK = (x_RV.gather(1, ids_RK) - max_R1).div_(targets.temperature)
-    if tail == "conditional":
-        value_R, slope_RK = divergence(torch.log_softmax(log_q_RK, -1), torch.log_softmax(score_RK, -1), wants)
+    if rows.tail == "conditional":
+        value_R, slope_RK = divergence(log_q, torch.log_softmax(score_RK, -1), rows.beta, wants)
         return value_R, None if slope_RK is None else _Slope(None, None, ids_RK, slope_RK), None
-    if tail == "renormalise":
-        log_q_RK, log_tail_R = torch.log_softmax(log_q_RK, -1), torch.full_like(log_tail_R, -torch.inf)
     rest_RV = x_RV - max_R1
     if targets.temperature != 1:
         rest_RV.div_(targets.temperature)
+    others = rows.num_classes - ids_RK.shape[1] if rows.tail == "uniform" else 0
+    sum_R = row_sum(rest_RV.scatter_(1, ids_RK, 0)) if others else None
     tail_RV, tail_max_R1, log_sum_R1 = _softmax(rest_RV.scatter_(1, ids_RK, -torch.inf))
     empty_R1 = tail_max_R1 == -torch.inf        # a tail without a finite score takes no part: its softmax is 0, not NaN
     outcome = torch.cat([score_RK, torch.where(empty_R1, -torch.inf, tail_max_R1 + log_sum_R1)], 1)
     log_p = torch.log_softmax(outcome, -1)
-    value_R, slope = divergence(torch.cat([log_q_RK, log_tail_R[:, None]], 1), log_p, wants)
+    value_R, slope = divergence(log_q, log_p, rows.beta, wants)
+    if sum_R is not None:
+        value_R += _within_tail(log_q[:, -1].exp(), outcome[:, -1], sum_R, others)
     if slope is None:
         return value_R, None, None
-    tail_RV, softmax = _zero_rows(tail_RV, empty_R1[:, 0]), None
+    tail_RV, softmax, p = _zero_rows(tail_RV, empty_R1[:, 0]), None, log_p.exp()
     if targets.temperature == 1:
-        p = log_p.exp()
         p_RV = torch.mul(tail_RV, p[:, -1:], out=rest_RV).scatter_(1, ids_RK, p[:, :-1])
         softmax = p_RV, max_R1, outcome.amax(-1, keepdim=True) - log_p.amax(-1, keepdim=True)
-    return value_R, _Slope(tail_RV, slope[:, -1:], ids_RK, slope[:, :-1]), softmax
+    if others:                                  # p_j - q_t / (V - K), where the bucket has (p_t - q_t) softmax_tail_j
+        even_R1 = log_q[:, -1:].exp() / others
+        tail_RV.mul_(p[:, -1:]).sub_(even_R1).scatter_(1, ids_RK, 0)
+    return value_R, _Slope(tail_RV, None if others else slope[:, -1:], ids_RK, slope[:, :-1]), softmax
+
+
+def _within_tail(q_tail_R: Tensor, lse_R: Tensor, sum_R: Tensor, others: int) -> Tensor:
+    """q_t KL(even || student) over `others` classes, from the log-sum-exp and the sum of their scores."""
+    gap_R = torch.where(lse_R == -torch.inf, torch.inf, lse_R - sum_R / others).sub_(math.log(others))
+    return torch.where(q_tail_R > 0, q_tail_R * gap_R, 0)
+
+
+def _teacher(targets: SoftTargets, tail: str, working: torch.dtype) -> Tensor:
+    """log q of the outcomes: of the kept classes and, but for tail "conditional", of the tail."""
+    log_q_RK = targets.log_probs_NK.to(working)
+    if tail in ("renormalise", "conditional"):
+        log_q_RK = torch.log_softmax(log_q_RK, -1)
+    if tail == "conditional":
+        return log_q_RK
+    if tail in ("bucket", "uniform"):
+        assert targets.log_tail_N is not None
+        return torch.cat([log_q_RK, targets.log_tail_N.to(working)[:, None]], 1)
+    return torch.nn.functional.pad(log_q_RK, (0, 1), value=-torch.inf)
 
 
 def _softmax(x_RV: Tensor) -> Softmax:
@@ -234,25 +278,6 @@ def _zero_rows(x_RV: Tensor, rows_R: Tensor) -> Tensor:
     if x_RV.device.type == "cpu" and not bool(rows_R.any()):
         return x_RV
     return x_RV.masked_fill_(rows_R[:, None], 0)
-
-
-# (log q, log p, gradient wanted) over outcomes [R, M] -> (D_R, gradient with respect to the scores whose softmax is p)
-Divergence = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-
-
-def forward_kl(log_q: Tensor, log_p: Tensor, wants: bool) -> tuple[Tensor, Tensor | None]:
-    """sum q (log q - log p), where 0 log 0 = 0; its gradient is p - q."""
-    q = log_q.exp()
-    value_R = _row_sum(torch.where(q > 0, q * (log_q - log_p), 0))
-    return value_R, log_p.exp().sub_(q) if wants else None
-
-
-DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl}
-
-
-def _row_sum(x_RM: Tensor) -> Tensor:
-    """Sum over the last axis; a row that stands alone is not split over threads, which would change its bits."""
-    return x_RM.expand(2, -1).sum(-1)[:1] if len(x_RM) == 1 else x_RM.sum(-1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdcache.engines import check_device, refuse
@@ -11,15 +12,18 @@ from kdcache.student.engine import RowLoss
 from kdcache.student.targets import SoftTargets
 
 
-def check_fits(logits: Tensor, targets: SoftTargets | None) -> None:
+def check_fits(logits: Tensor, targets: SoftTargets | None, tail: str) -> None:
     """UsageError where the kernels cannot take these rows; nothing falls back to another engine."""
-    from kdcache.kernels.kd_loss import DTYPES, MOST_FULL
+    from kdcache.kernels.kd_loss import DTYPES, MOST_FULL, TAILS
 
-    check_device(logits.device)
+    if not torch.compiler.is_compiling():       # a graph cannot ask for a capability; the kernels look at the device
+        check_device(logits.device)
     if logits.dtype not in DTYPES:
         refuse(f"the logits are {logits.dtype}")
     if targets is not None and targets.ids_NK is None and targets.num_classes > MOST_FULL:
         refuse(f"a teacher over all of {targets.num_classes} classes; the kernels hold at most {MOST_FULL}")
+    if tail not in TAILS:
+        refuse(f"tail {tail!r} is not among {', '.join(TAILS)}")
 
 
 def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +34,6 @@ def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]
     if rows.targets is not None:
         t = rows.targets
         given = {"ids": t.ids_NK, "log_probs": t.log_probs_NK, "log_tail": t.log_tail_N, "row_weight": t.weight_N,
-                 "temperature": t.temperature, "divergence": rows.divergence, "tail": rows.tail}
+                 "temperature": t.temperature, "divergence": rows.divergence, "tail": rows.tail, "beta": rows.beta}
     return kd_loss_rows(logits, num_classes=rows.num_classes, labels=rows.labels_NJ, label_weight=rows.label_weight_NJ,
                         ce_scale=rows.ce_scale, kd_scale=rows.kd_scale, inplace=rows.inplace, **given)

@@ -15,15 +15,17 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kdcache.engines import check_name
-from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.student.engine import DIVERGENCES, RowLoss, torch_engine
+from kdcache.engines import AUTO, check_name
+from kdcache.errors import UsageError, near
+from kdcache.student.compiled import compiled_engine
+from kdcache.student.divergences import DIVERGENCES
+from kdcache.student.engine import Engine, RowLoss, torch_engine
 from kdcache.student.fused import check_fits, fused_engine
 from kdcache.student.targets import SoftTargets
 
-TAILS = ("bucket", "renormalise", "conditional")
-TAILS_LATER = ("uniform", "sampled")
-DIVERGENCES_LATER = ("reverse_kl", "jsd", "tv")
+TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
+FORWARD_ONLY = {"uniform": "the others are not built for an even tail; use tail 'bucket'",
+                "sampled": "weights of any sum estimate what is linear in the teacher, and are no distribution"}
 REDUCTIONS = ("mean", "sum", "none")
 Count = float | Tensor
 
@@ -45,22 +47,23 @@ class LossParts:
 @overload
 def kd_loss(logits: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *, alpha: float = ...,
             ce_weight: float | None = ..., kd_weight: float | None = ..., label_weight: Tensor | None = ...,
-            temperature: float | None = ..., divergence: str = ..., tail: str = ..., ignore_index: int = ...,
-            reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ..., inplace: bool = ...,
-            return_parts: Literal[False] = ...) -> Tensor: ...
+            temperature: float | None = ..., divergence: str = ..., beta: float | None = ..., tail: str = ...,
+            ignore_index: int = ..., reduction: str = ..., normalizer: tuple[Count, Count] | None = ...,
+            engine: str = ..., inplace: bool = ..., return_parts: Literal[False] = ...) -> Tensor: ...
 @overload
 def kd_loss(logits: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *, alpha: float = ...,
             ce_weight: float | None = ..., kd_weight: float | None = ..., label_weight: Tensor | None = ...,
-            temperature: float | None = ..., divergence: str = ..., tail: str = ..., ignore_index: int = ...,
-            reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ..., inplace: bool = ...,
-            return_parts: Literal[True]) -> LossParts: ...
+            temperature: float | None = ..., divergence: str = ..., beta: float | None = ..., tail: str = ...,
+            ignore_index: int = ..., reduction: str = ..., normalizer: tuple[Count, Count] | None = ...,
+            engine: str = ..., inplace: bool = ..., return_parts: Literal[True]) -> LossParts: ...
 
 
 def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets | None = None, *, alpha: float = 0.5,
             ce_weight: float | None = None, kd_weight: float | None = None, label_weight: Tensor | None = None,
-            temperature: float | None = None, divergence: str = "forward_kl", tail: str = "bucket",
-            ignore_index: int = -100, reduction: str = "mean", normalizer: tuple[Count, Count] | None = None,
-            engine: str = "auto", inplace: bool = False, return_parts: bool = False) -> Tensor | LossParts:
+            temperature: float | None = None, divergence: str = "forward_kl", beta: float | None = None,
+            tail: str = "bucket", ignore_index: int = -100, reduction: str = "mean",
+            normalizer: tuple[Count, Count] | None = None, engine: str = "auto", inplace: bool = False,
+            return_parts: bool = False) -> Tensor | LossParts:
     """The loss of N rows of student logits; float32, or float64 for float64 logits.
 
     logits [N, V' >= V], any floating dtype; classes from V (of the targets) on are padding: cut off, zero gradient.
@@ -68,44 +71,46 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     labels of a row. A part without rows, or not given, is 0; the weight of the other stays.
 
     temperature    if given, must be the targets' own
+    divergence     D(q || p): forward_kl, reverse_kl, tv (1/2 sum |p - q|), or jsd: beta KL(q || m) +
+                   (1 - beta) KL(p || m), m = beta q + (1 - beta) p, beta 0.5 if not given (arXiv 2306.13649)
     tail           bucket: all classes not kept are one outcome. renormalise: the teacher is renormalised over the kept.
-                   conditional: both are. All the same where nothing is left out.
+                   conditional: both are. uniform: the teacher's tail is even. All the same where nothing is left out.
+                   sampled: of targets that are draws, whose weights stay as they are (arXiv 2503.16870)
     reduction      mean | sum | none (per row, [N]). With targets' weights, D is averaged by them.
     normalizer     (CE count, KD count), numbers or tensors, that the sums are divided by instead of this call's own:
                    the counts over all ranks and micro-batches, see `row_counts`
     inplace        when a gradient is wanted, write it over the logits: their values are gone after the call, and the
-                   loss can be differentiated once
+                   loss can be differentiated once. Under activation checkpointing it is for logits that the
+                   checkpointed function computes itself; compiled graphs leave it out
     return_parts   LossParts instead of the loss
 
-    UsageError (a ValueError) for shapes, labels (checked on the CPU) or options that do not fit; NotBuilt for a
-    divergence, tail or engine that the design names and this version lacks.
+    Nothing waits for the device where all tensors are on the logits' own; what is elsewhere is copied there, and that
+    waits. Values are checked on the CPU alone, and not in compiled graphs: labels, and for reverse_kl that a teacher
+    gives its tail something (where it does not, the loss is infinite). UsageError (a ValueError) for what does not fit.
     """
     check_name(engine)
-    _check_names(divergence, tail, reduction, normalizer)
+    beta = check_loss_names(divergence, tail, beta)
+    _check_reduction(reduction, normalizer)
     ce_weight, kd_weight = _weights(alpha, ce_weight, kd_weight)
     num_classes = _check_rows(logits, labels, targets, temperature)
     working = torch.float64 if logits.dtype == torch.float64 else torch.float32
     labels_NJ, label_weight_NJ = _labels(logits, labels, label_weight, ignore_index, num_classes)
     # A part of weight 0 is computed only where it is reported; it is never multiplied into the loss (0 * inf).
     labels_NJ = labels_NJ if ce_weight or return_parts else None
-    targets = targets.to(logits.device) if targets is not None and (kd_weight or return_parts) else None
+    targets = _teacher(targets, divergence, tail, logits) if kd_weight or return_parts else None
     counts = row_counts(labels_NJ, targets) if normalizer is None else normalizer
-    count_2 = torch.stack([torch.as_tensor(count, dtype=working, device=logits.device) for count in counts])
-    square = 1.0 if targets is None else targets.temperature**2
-    scale_2 = torch.tensor([ce_weight, kd_weight * square], dtype=working).to(logits.device)
+    count_2 = _numbers(*counts, working, logits)
+    scale_2 = _numbers(ce_weight, kd_weight * (1.0 if targets is None else targets.temperature**2), working, logits)
     if reduction == "mean":
         scale_2 = _over(scale_2, count_2)
-    run = torch_engine
-    if engine == "triton":
-        check_fits(logits, targets)
-        run = fused_engine
+    run = _engine(AUTO if engine == "auto" else engine, logits, targets, tail)
     # The larger scale is a factor of the whole: a gradient kept in float16 stays of order 1 until backward multiplies,
     # where 1 / N would sink it below the smallest float16. The kernels have a wider dtype's scales in the gradient
     # already, and skip a backward of factor 1.
-    factor = scale_2.max() if run is torch_engine or logits.dtype == torch.float16 else torch.ones_like(scale_2[0])
+    factor = torch.ones_like(scale_2[0]) if run is fused_engine and logits.dtype != torch.float16 else scale_2.max()
     ce_scale, kd_scale = _over(scale_2, factor).unbind()
     rows = RowLoss(num_classes, labels_NJ, label_weight_NJ, targets, divergence, tail, ce_scale if ce_weight else None,
-                   kd_scale if kd_weight else None, inplace)
+                   kd_scale if kd_weight else None, inplace, beta)
     loss, ce, kd = run(logits, rows)
     loss = factor * (loss if reduction == "none" else loss.sum())
     if not return_parts:
@@ -131,18 +136,27 @@ def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_ind
     return ce_count, float(len(targets)) if targets.weight_N is None else targets.weight_N.sum()
 
 
-def check_loss_names(divergence: str, tail: str) -> None:
-    """UsageError or NotBuilt for a name that `kd_loss` refuses, before anything is trained or written."""
-    _check_names(divergence, tail, "mean", None)
-
-
-def _check_names(divergence: str, tail: str, reduction: str, normalizer: tuple[Count, Count] | None) -> None:
-    for what, value, known, later in (("divergence", divergence, tuple(DIVERGENCES), DIVERGENCES_LATER),
-                                      ("tail", tail, TAILS, TAILS_LATER), ("reduction", reduction, REDUCTIONS, ())):
-        if value in later:
-            raise NotBuilt(f"{what} {value!r} is not built yet; this version has {', '.join(known)}")
+def check_loss_names(divergence: str, tail: str, beta: float | None = None) -> float:
+    """The beta of a divergence. UsageError for names that `kd_loss` refuses, before anything is trained or written."""
+    for what, value, known in (("divergence", divergence, tuple(DIVERGENCES)), ("tail", tail, TAILS)):
         if value not in known:
             raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+    if tail in FORWARD_ONLY and divergence != "forward_kl":
+        raise UsageError(f"tail {tail!r} goes with divergence 'forward_kl' alone, found {divergence!r}: "
+                         f"{FORWARD_ONLY[tail]}")
+    if (divergence, tail) == ("reverse_kl", "renormalise"):
+        raise UsageError("divergence 'reverse_kl' with tail 'renormalise' is infinite: the teacher gives the tail "
+                         "nothing, the student something; use tail 'bucket' or 'conditional'")
+    if beta is not None and divergence != "jsd":
+        raise UsageError(f"beta is {beta}, but divergence {divergence!r} has none; it belongs to 'jsd'")
+    if beta is not None and not 0 < beta < 1:
+        raise UsageError(f"beta is {beta}; expected between 0 and 1, where jsd is not 0 for every student")
+    return 0.5 if beta is None else beta
+
+
+def _check_reduction(reduction: str, normalizer: tuple[Count, Count] | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise UsageError(f"reduction {reduction!r} is unknown{near(reduction, REDUCTIONS)}")
     if normalizer is not None and reduction != "mean":
         raise UsageError(f"normalizer is given, but reduction {reduction!r} divides by nothing; use reduction 'mean'")
     if normalizer is not None and any(not isinstance(n, Tensor) and not 0 <= n < math.inf for n in normalizer):
@@ -184,6 +198,53 @@ def _check_rows(logits: Tensor, labels: Tensor | None, targets: SoftTargets | No
     return targets.num_classes
 
 
+def _teacher(targets: SoftTargets | None, divergence: str, tail: str, logits: Tensor) -> SoftTargets | None:
+    """The targets on the logits' device; UsageError where they are not what divergence and tail are for."""
+    if targets is None:
+        return None
+    if targets.drawn and tail != "sampled":
+        raise UsageError(f"the targets are draws with weights (ids without log_tail_N); expected tail 'sampled', found "
+                         f"{tail!r}")
+    if tail == "sampled" and not targets.drawn:
+        kept = "all classes" if targets.ids_NK is None else "the largest classes and a tail"
+        raise UsageError(f"tail 'sampled' is for targets that are draws, these are {kept}; use tail 'bucket'")
+    if (divergence, tail) == ("reverse_kl", "bucket"):
+        _check_tails(targets)
+    return targets if targets.log_probs_NK.device == logits.device else targets.to(logits.device)
+
+
+def _check_tails(targets: SoftTargets) -> None:
+    """UsageError for a row whose teacher gives its tail nothing, where the student gives every class something."""
+    tail_N = targets.log_tail_N
+    if tail_N is None or targets.log_probs_NK.shape[1] == targets.num_classes or not _readable(tail_N):
+        return
+    empty_N = tail_N == -torch.inf
+    if targets.weight_N is not None:
+        empty_N &= targets.weight_N != 0
+    if bool(empty_N.any()):
+        raise UsageError(f"divergence 'reverse_kl' is infinite for row {int(empty_N.nonzero()[0])}: the teacher gives "
+                         "its tail nothing; use tail 'conditional', or another divergence")
+
+
+def _engine(name: str, logits: Tensor, targets: SoftTargets | None, tail: str) -> Engine:
+    if name == "triton":
+        check_fits(logits, targets, tail)
+        return fused_engine
+    return compiled_engine if torch.compiler.is_compiling() else torch_engine
+
+
+def _numbers(a: Count, b: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Two numbers as a tensor [2] on a device. Those of the host are written there, not copied: a copy would wait."""
+    both = (n.to(like.device, dtype) if isinstance(n, Tensor) else torch.full((), n, dtype=dtype, device=like.device)
+            for n in (a, b))
+    return torch.stack(list(both))
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: a device would be waited for, a graph that is captured has none."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def _labels(logits: Tensor, labels: Tensor | None, weight: Tensor | None, ignore_index: int,
             num_classes: int) -> tuple[Tensor | None, Tensor | None]:
     """Labels as int64 [N, J], -1 where there is none, and their weights [N, J] or None."""
@@ -195,7 +256,7 @@ def _labels(logits: Tensor, labels: Tensor | None, weight: Tensor | None, ignore
         raise UsageError(f"labels are {list(labels.shape)} of {labels.dtype}; expected integers [N] or [N, J]")
     labels_NJ = _columns(labels).to(logits.device, torch.int64)
     labels_NJ = torch.where(labels_NJ == ignore_index, -1, labels_NJ)
-    if labels_NJ.device.type == "cpu" and labels_NJ.numel():        # elsewhere a check would wait for the device
+    if _readable(labels_NJ):
         low, high = int(labels_NJ.min()), int(labels_NJ.max())
         if low < -1 or high >= num_classes:
             row = int(((labels_NJ < -1) | (labels_NJ >= num_classes)).any(1).nonzero()[0])

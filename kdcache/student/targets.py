@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 class SoftTargets:
     """Teacher distributions of N rows at `temperature`, over `num_classes` = V classes.
 
-    ids_NK int64, or None when all V classes are kept in id order; log_probs_NK float32 (or float64); log_tail_N the
-    log-probability of all ids not kept, None exactly when ids_NK is; weight_N the weight of each row in the mean,
-    0 for a row without a teacher, None for 1 everywhere.
+    ids_NK int64, distinct within a row, or None when all V classes are kept in id order; log_probs_NK float32 (or
+    float64); log_tail_N the log-probability of all ids not kept, None where nothing is left out; weight_N the weight of
+    each row in the mean, 0 for a row without a teacher, None for 1 everywhere.
+
+    A teacher of draws (`drawn`) has ids and no log_tail_N: log_probs_NK are then the logs of weights of any sum, which
+    `kd_loss` takes with tail "sampled" alone. A row of fewer draws than K is filled up with other ids at -inf.
     """
 
     temperature: float
@@ -49,8 +52,8 @@ class SoftTargets:
                                         ("weight_N", self.weight_N, [rows]))
             if tensor is not None and list(tensor.shape) != shape
         ]
-        if (self.ids_NK is None) != (self.log_tail_N is None):
-            wrong.append("ids_NK and log_tail_N must both be given, or neither")
+        if self.ids_NK is None and self.log_tail_N is not None:
+            wrong.append("log_tail_N is given without ids_NK, whose tail it is")
         if kept > self.num_classes or (self.ids_NK is None and kept != self.num_classes):
             wrong.append(f"{kept} entries are kept of {self.num_classes} classes, ids given: {self.ids_NK is not None}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -61,11 +64,17 @@ class SoftTargets:
     def __len__(self) -> int:
         return len(self.log_probs_NK)
 
+    @property
+    def drawn(self) -> bool:
+        """Whether ids are draws with weights of any sum, not the largest probabilities with a tail."""
+        return self.ids_NK is not None and self.log_tail_N is None
+
     def __getitem__(self, rows: slice | Tensor) -> SoftTargets:
         """The targets of some rows: a slice, a bool mask [N] or an index [M]."""
         return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SoftTargets:
+        """On a device; tensors that are there already stay as they are. non_blocking: nothing waits for the copies."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:

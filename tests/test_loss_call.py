@@ -1,0 +1,209 @@
+"""What a call of `kd_loss` promises besides its numbers: the same bits anywhere, buffers, counts, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from loss_world import DIVERGENCES, PAIRS, double_targets, problem, value_and_gradient
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.student import engine
+from kdcache.student.loss import LossParts, kd_loss, row_counts
+from kdcache.student.targets import SoftTargets
+
+KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
+DRAWS = SoftTargets(2.0, 6, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), None)
+CERTAIN = double_targets(torch.tensor([[1.0, 0, 0, 0, 0, 0], [1, 0, 0, -torch.inf, -torch.inf, -torch.inf]]), 2.0, 3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_in_every_chunk_batch_and_thread(divergence: str, tail: str, k: int | None,
+                                                                 threads: int, temperature: float,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels, targets = problem(16, 5, 40_007, temperature, k, tail=tail)
+    logits = logits.float()
+
+    def run(rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(kd_loss, logits[rows], labels[rows], targets[rows], divergence=divergence, tail=tail,
+                                  reduction="none")
+
+    whole = run()
+    torch.set_num_threads(threads)
+    for elements in (1, 90_000, 2**30):
+        monkeypatch.setitem(engine.CHUNK_ELEMENTS, "cpu", elements)
+        again = run()
+        assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
+    single = [run(slice(i, i + 1)) for i in (0, 4)]
+    assert torch.equal(torch.cat([loss for loss, _ in single]), whole[0][[0, 4]])
+    assert torch.equal(torch.cat([gradient for _, gradient in single]), whole[1][[0, 4]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
+def test_cuda_equals_the_cpu_and_itself(divergence: str, tail: str, k: int | None) -> None:
+    logits, labels, targets = problem(28, 40, 5003, 2.0, k, tail=tail)
+    options = {"divergence": divergence, "tail": tail}
+    want = value_and_gradient(kd_loss, logits, labels, targets, **options)
+    runs = [value_and_gradient(kd_loss, logits.cuda(), labels.cuda(), targets, **options) for _ in range(2)]
+    torch.testing.assert_close((runs[0][0].cpu(), runs[0][1].cpu()), want, rtol=1e-11, atol=1e-13)
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_inplace_writes_the_same_gradient_over_the_logits(dtype: torch.dtype) -> None:
+    logits, labels, targets = problem(17, 4, 6, 2.0, 3)
+    padded = torch.cat([logits, torch.full((4, 2), 99.0)], 1).to(dtype)
+    want_loss, want = value_and_gradient(kd_loss, padded, labels, targets)
+    hidden = padded.clone().requires_grad_()
+    buffer = hidden * 1
+    loss = kd_loss(buffer, labels, targets, inplace=True)
+    assert not torch.equal(buffer.detach(), padded)
+    loss.backward(retain_graph=True)
+    assert hidden.grad is not None and torch.equal(hidden.grad, want) and torch.equal(loss.detach(), want_loss)
+    assert torch.equal(buffer.detach(), want), "the gradient lives where the logits were"
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        loss.backward()
+    # Without a gradient there is nothing to write.
+    quiet = padded.clone()
+    assert torch.equal(kd_loss(quiet, labels, targets, inplace=True), want_loss) and torch.equal(quiet, padded)
+    with torch.no_grad():
+        kd_loss(hidden, labels, targets, inplace=True)
+    assert torch.equal(hidden.detach(), padded)
+
+
+def test_inplace_is_noticed_by_an_operation_that_kept_the_logits() -> None:
+    logits, labels, _ = problem(18, 3, 5, 1.0, None)
+    buffer = logits.requires_grad_() * 1
+    other = buffer.square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (kd_loss(buffer, labels, alpha=0.0, inplace=True) + other).backward()
+
+
+def test_padded_vocabulary_is_cut_off() -> None:
+    logits, labels, targets = problem(19, 4, 6, 2.0, 3)
+    want_loss, want = value_and_gradient(kd_loss, logits, labels, targets)
+    loss, gradient = value_and_gradient(kd_loss, torch.cat([logits, torch.full((4, 3), 50.0)], 1), labels, targets)
+    assert torch.equal(loss, want_loss) and torch.equal(gradient[:, :6], want) and not gradient[:, 6:].any()
+
+
+def test_reductions_normalizer_and_parts() -> None:
+    logits, labels, targets = problem(20, 4, 6, 2.0, 3)
+    labels[0] = -1
+    targets = replace(targets, weight_N=torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=torch.float64))
+    parts = kd_loss(logits, labels, targets, alpha=0.25, return_parts=True)
+    assert isinstance(parts, LossParts)
+    assert (parts.ce_count.item(), parts.kd_count.item()) == (3, 4)
+    assert parts.loss.item() == pytest.approx(0.75 * parts.ce.item() + 0.25 * 4 * parts.kd.item(), rel=1e-13)
+    rows = kd_loss(logits, labels, targets, alpha=0.25, return_parts=True, reduction="none")
+    assert rows.loss.shape == rows.ce.shape == rows.kd.shape == (4,) and rows.ce[0] == 0 and rows.kd[1] == 0
+    assert rows.ce.sum().item() == pytest.approx(3 * parts.ce.item(), rel=1e-13)
+    assert rows.kd.sum().item() == pytest.approx(4 * parts.kd.item(), rel=1e-13)
+    summed = kd_loss(logits, labels, targets, alpha=0.25, reduction="sum")
+    torch.testing.assert_close(summed, rows.loss.sum(), rtol=1e-13, atol=0)
+    # Two micro-batches divided by the counts of both are the batch, in value and gradient.
+    counts = row_counts(labels, targets)
+    whole = value_and_gradient(kd_loss, logits, labels, targets, alpha=0.25)
+    halves = [value_and_gradient(kd_loss, logits[s], labels[s], targets[s], alpha=0.25, normalizer=counts)
+              for s in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(halves[0][0] + halves[1][0], whole[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.cat([g for _, g in halves]), whole[1], rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.3, 2.5), (0.0, 0.0)])
+def test_free_weights(weights: tuple[float, float]) -> None:
+    logits, labels, targets = problem(21, 4, 6, 2.0, 3)
+    parts = kd_loss(logits, labels, targets, ce_weight=weights[0], kd_weight=weights[1], return_parts=True)
+    assert parts.ce > 0 and parts.kd > 0, "a part of weight 0 is still reported"
+    want = weights[0] * parts.ce.item() + weights[1] * 4 * parts.kd.item()
+    assert parts.loss.item() == pytest.approx(want, rel=1e-13)
+    plain = kd_loss(logits, labels, targets, ce_weight=weights[0], kd_weight=weights[1])
+    assert torch.equal(plain, parts.loss)
+
+
+def test_missing_parts_are_zero() -> None:
+    logits, labels, targets = problem(22, 4, 6, 2.0, 3)
+    both = kd_loss(logits, labels, targets, alpha=0.5, return_parts=True)
+    assert kd_loss(logits, labels).item() == pytest.approx(0.5 * both.ce.item(), rel=1e-13)
+    assert kd_loss(logits, None, targets).item() == pytest.approx(0.5 * 4 * both.kd.item(), rel=1e-13)
+
+
+def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
+    """1 / N times a small probability is below the smallest float16; kept at order 1, scaled gradients are right."""
+    g = torch.Generator().manual_seed(23)
+    logits, labels = torch.randn(4096, 8, generator=g), torch.randint(0, 8, (4096,), generator=g)
+    half = logits.half().requires_grad_()
+    (kd_loss(half, labels, alpha=0.0) * 65536.0).backward()
+    exact = logits.half().double()
+    truth = value_and_gradient(lambda z: 65536.0 * torch.nn.functional.cross_entropy(z, labels), exact)[1]
+    assert half.grad is not None
+    assert float(((half.grad - truth) / truth).abs().max()) < 2 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"tail": "sampled"}, "tail 'sampled' is for targets that are draws, these are the largest classes and a tail"),
+    ({"tail": "sampled", "targets": double_targets(torch.zeros(2, 6), 2.0)}, "draws, these are all classes"),
+    ({"targets": DRAWS}, "the targets are draws with weights .* expected tail 'sampled', found 'bucket'"),
+    ({"targets": DRAWS, "tail": "conditional"}, "expected tail 'sampled', found 'conditional'"),
+    ({"divergence": "jsd", "tail": "uniform"}, "tail 'uniform' goes with divergence 'forward_kl' alone, found 'jsd'"),
+    ({"divergence": "tv", "tail": "sampled", "targets": DRAWS}, "tail 'sampled' goes with divergence 'forward_kl'"),
+    ({"divergence": "reverse_kl", "tail": "renormalise"}, "with tail 'renormalise' is infinite"),
+    ({"divergence": "reverse_kl", "targets": CERTAIN}, "'reverse_kl' is infinite for row 1: the teacher gives its"),
+    ({"beta": 0.5}, "beta is 0.5, but divergence 'forward_kl' has none"),
+    ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0; expected between 0 and 1"),
+    ({"divergence": "jsd", "beta": float("nan")}, "beta is nan"),
+    ({"engine": "tritn"}, "did you mean 'triton'"),
+    ({"tail": "buckets"}, "did you mean 'bucket'"),
+    ({"divergence": "kl"}, "divergence 'kl' is unknown"),
+    ({"reduction": "batchmean"}, "reduction 'batchmean' is unknown"),
+    ({"ce_weight": 1.0}, "give both"),
+    ({"kd_weight": 1.0}, "give both"),
+    ({"ce_weight": 1.0, "kd_weight": -1.0}, "at least 0"),
+    ({"alpha": 1.5}, "alpha is 1.5"),
+    ({"temperature": 4.0}, "temperature is 4.0, but the targets are at 2.0"),
+    ({"normalizer": (3, 3), "reduction": "sum"}, "divides by nothing"),
+    ({"normalizer": (3, -3)}, "two counts"),
+    ({"labels": torch.tensor([1, 6])}, "labels of row 1 are \\[6\\]; expected 0 to 5"),
+    ({"labels": torch.tensor([1, -7])}, "labels of row 1 are \\[-7\\]"),
+    ({"labels": torch.tensor([1, 2, 3])}, "2 rows of logits but 3 of labels"),
+    ({"labels": torch.tensor([1.0, 2.0])}, "expected integers"),
+    ({"labels": None, "label_weight": torch.ones(2)}, "without labels"),
+    ({"label_weight": torch.ones(2, 2)}, "expected one shape"),
+    ({"labels": None, "targets": None}, "neither labels nor targets"),
+    ({"targets": None, "temperature": 2.0}, "without targets"),
+    ({"logits": torch.zeros(3, 6), "labels": None}, "3 rows of student logits but 2 of soft targets"),
+    ({"logits": torch.zeros(2, 5)}, "the student has 5 classes, the teacher 6"),
+    ({"logits": torch.zeros(1, 2, 6)}, "never shifts labels"),
+    ({"logits": torch.zeros(2, 6, dtype=torch.int64)}, "expected floating"),
+])
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    logits, labels, targets = problem(25, 2, 6, 2.0, 3)
+    arguments: dict[str, Any] = {"logits": logits, "labels": labels, "targets": targets, **options}
+    with pytest.raises(UsageError, match=message) as caught:
+        kd_loss(**arguments)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_matching_temperature_and_ignore_index_are_taken() -> None:
+    logits, labels, targets = problem(26, 3, 6, 2.0, 3)
+    ignored = labels.clone()
+    ignored[1] = 5
+    other = labels.clone()
+    other[1] = -100
+    assert torch.equal(kd_loss(logits, ignored, targets, temperature=2.0, ignore_index=5),
+                       kd_loss(logits, torch.where(labels == 5, -1, other), targets))

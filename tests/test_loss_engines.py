@@ -1,0 +1,105 @@
+"""Laws of the loss that every engine keeps, for every divergence and tail: what its gradient depends on, and T^2.
+
+The kernels run in triton's interpreter, with `-m gpu` compiled on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from loss_world import PAIRS, double_targets, problem, rows_by_definition, single, value_and_gradient
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.student.loss import kd_loss
+from kdcache.student.targets import SoftTargets
+
+ENGINES = ("torch", "triton")
+KINDS = [(d, "bucket", None) for d in ("forward_kl", "reverse_kl", "jsd", "tv")] + [(d, t, 3) for d, t in PAIRS]
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(params=ENGINES)
+def run(request: pytest.FixtureRequest, device: str) -> Any:
+    """(loss of each row, gradient) of an engine, computed in float32 on its device."""
+
+    def call(logits: Tensor, labels: Tensor | None, targets: SoftTargets, **options: Any) -> tuple[Tensor, Tensor]:
+        out = value_and_gradient(kd_loss, logits.float().to(device), None if labels is None else labels.to(device),
+                                 single(targets).to(device), engine=request.param, reduction="none", **options)
+        return out[0].cpu(), out[1].cpu()
+
+    return call
+
+
+@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
+def test_the_gradient_depends_on_teacher_temperature_alpha_and_label(divergence: str, tail: str, k: int | None,
+                                                                     run: Any) -> None:
+    options = {"divergence": divergence, "tail": tail}
+    logits, labels, targets = problem(13, 2, 8, 2.0, k, tail=tail)
+    other = problem(14, 2, 8, 2.0, k, tail=tail)[2]
+    warmer = problem(13, 2, 8, 3.0, k, tail=tail)[2]
+    gradients = [
+        run(logits, labels, targets, alpha=0.5, **options)[1],
+        run(logits, labels, other, alpha=0.5, **options)[1],
+        run(logits, labels, warmer, alpha=0.5, **options)[1],
+        run(logits, labels, targets, alpha=0.6, **options)[1],
+        run(logits, (labels + 1) % 8, targets, alpha=0.5, **options)[1],
+    ]
+    for i, a in enumerate(gradients):
+        for b in gradients[i + 1 :]:
+            moved_N = (a - b).abs().amax(-1) > 1e-3
+            # Every row's must move; that of tv sees the teacher through signs alone, which may agree in a row.
+            assert bool(moved_N.any() if divergence == "tv" else moved_N.all())
+
+
+def test_alpha_0_is_cross_entropy_whatever_the_teacher_and_alpha_1_whatever_the_label(run: Any) -> None:
+    logits, labels, targets = problem(13, 2, 8, 2.0, 3)
+    other = problem(14, 2, 8, 2.0, 3)[2]
+    assert torch.equal(run(logits, labels, targets, alpha=0.0)[1], run(logits, labels, other, alpha=0.0)[1])
+    assert torch.equal(run(logits, labels, targets, alpha=1.0)[1], run(logits, (labels + 1) % 8, targets, alpha=1.0)[1])
+
+
+@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
+def test_temperature_squared_is_in_value_and_gradient(divergence: str, tail: str, k: int | None, run: Any) -> None:
+    """Both sets of logits times T at temperature T: D is unchanged, so the loss grows by T^2, its gradient by T."""
+    options = {"alpha": 1.0, "divergence": divergence, "tail": tail}
+    logits, _, targets = problem(12, 2, 8, 1.0, k, tail=tail)
+    loss, gradient = run(logits, None, targets, **options)
+    # Scores of at most 16: each is off by a few roundings of 16, and what sums them by no more; slopes are those times
+    # probabilities and values of at most 16.
+    unit = 4 * 16 * EPS
+    assert bool((loss.abs() > 100 * unit).all()) and bool((gradient.abs() > 100 * unit).any())
+    scaled = run(logits * 3, None, replace(targets, temperature=3.0), **options)
+    torch.testing.assert_close(scaled[0] / 9, loss, rtol=0, atol=2 * unit)
+    torch.testing.assert_close(scaled[1] / 3, gradient, rtol=0, atol=2 * unit)
+
+
+@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
+def test_value_and_gradient_are_those_of_the_definition(divergence: str, tail: str, k: int | None, run: Any) -> None:
+    """Through the whole call, padding classes and weights with it; how exact the engines are, their own tests say."""
+    logits, labels, targets = problem(31, 4, 9, 1.37, k, tail=tail)
+    labels[2], targets = -1, replace(targets, weight_N=torch.tensor([1.0, 0.0, 0.5, 2.0]))
+    beta = 0.3 if divergence == "jsd" else None
+
+    def definition(z: Tensor) -> Tensor:
+        options = {"divergence": divergence, "tail": tail, "beta": beta or 0.5}
+        ce_N = rows_by_definition(z, labels.clamp(min=0), targets, alpha=0.0, **options)
+        kd_N = rows_by_definition(z, labels.clamp(min=0), targets, alpha=1.0, **options)
+        return torch.where(labels >= 0, 0.4 * ce_N, 0) + 0.6 * targets.weight_N * kd_N
+
+    want = value_and_gradient(definition, logits)
+    wide = torch.cat([logits, torch.full((4, 3), 50.0)], 1)
+    loss, gradient = run(wide, labels, targets, alpha=0.6, divergence=divergence, tail=tail, beta=beta)
+    torch.testing.assert_close((loss.double(), gradient[:, :9].double()), want, rtol=1e-5, atol=1e-5)
+    assert not gradient[:, 9:].any()
+
+
+def test_an_engine_without_a_tail_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdcache.kernels.kd_loss.TAILS", ("bucket",))
+    targets = double_targets(torch.zeros(2, 6), 1.0, 3)
+    with pytest.raises(UsageError, match="engine 'triton': tail 'uniform' is not among bucket; use engine 'torch'"):
+        kd_loss(torch.zeros(2, 6, device=device), None, single(targets).to(device), alpha=1.0, tail="uniform",
+                engine="triton")
