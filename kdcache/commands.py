@@ -108,8 +108,10 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
               "[default: 0.5]")
 @click.option("--ce-weight", type=click.FloatRange(min=0), help="Weight of the hard loss.  [default: 1 - alpha]")
 @click.option("--kd-weight", type=click.FloatRange(min=0), help="Weight of the soft loss.  [default: alpha]")
-@click.option("--divergence", metavar="NAME", help="[default: forward_kl]")
-@click.option("--tail", metavar="NAME", help="bucket, renormalise or conditional.  [default: bucket]")
+@click.option("--divergence", metavar="NAME", help="forward_kl, reverse_kl, jsd or tv.  [default: forward_kl]")
+@click.option("--beta", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="The teacher's part in the "
+              "mixture of jsd.  [default: 0.5]")
+@click.option("--tail", metavar="NAME", help="bucket, renormalise, conditional or uniform.  [default: bucket]")
 @click.option("--match", multiple=True, metavar="STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]", help="Pull this activation of "
               "the student towards a cached feature. Repeatable.")
 @click.option("--engine", metavar="NAME", help="auto (torch so far), torch or triton (fused kernels). [default: auto]")

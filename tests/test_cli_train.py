@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,20 @@ def data(place: Path, option: str = "data", name: str = "data") -> list[Any]:
 def train(place: Path, out: Path, *args: Any, cache: bool = True) -> Result:
     return run("train-student", *(["--cache", place / "cache"] if cache else []), "--student", f"{place}/models.py:net",
                *data(place), "--out", out, "--batch-size", "16", "--device", "cpu", *args)
+
+
+def test_the_divergence_its_beta_and_the_tail_are_options_of_a_run(folder: Path, tmp_path: Path) -> None:
+    asked = ("--epochs", "1", "--divergence", "jsd", "--beta", "0.25", "--tail", "renormalise")
+    assert train(folder, tmp_path / "a", *asked).exit_code == 0
+    options = tomllib.loads((tmp_path / "a" / "run.toml").read_text())["train-student"]
+    assert (options["divergence"], options["beta"], options["tail"]) == ("jsd", 0.25, "renormalise")
+    refused(train(folder, tmp_path / "a", *asked, "--beta", "0.5"), 1, "beta: the run has 0.25, given is 0.5")
+    assert "finished already" in train(folder, tmp_path / "a", *asked).stderr
+    for wrong, said in ((("--beta", "1"), "--beta"), (("--beta", "0.5"), "divergence 'forward_kl' has none"),
+                        (("--tail", "sampled"), "needs draws of the teacher"),
+                        (("--divergence", "tv", "--tail", "uniform"), "goes with divergence 'forward_kl' alone")):
+        refused(train(folder, tmp_path / "b", "--epochs", "1", *wrong), 2, said)
+        assert not (tmp_path / "b").exists()
 
 
 def test_the_whole_way(folder: Path, tmp_path: Path) -> None:

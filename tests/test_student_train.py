@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from loss_world import PAIRS
 from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, equal_weights, write_cache
 from torch import nn
 
@@ -19,10 +20,12 @@ from kdcache.cache.spec import FeatureSpec
 from kdcache.errors import DataError, IdentityMismatch, NotBuilt, UsageError
 from kdcache.models import load_weights
 from kdcache.student import metrics
+from kdcache.student.definitions import divergence_rows
 from kdcache.student.loader import Loader
 from kdcache.student.loop import Loop
 from kdcache.student.optim import Schedule, make_optimizer, trainable
 from kdcache.student.settings import Settings
+from kdcache.student.targets import targets_from_logits
 from kdcache.student.train import train_student
 
 BODY = FeatureSpec(name="body", module="body", recipe="raw", dtype="float32", shape=(32,))
@@ -75,6 +78,19 @@ def test_metrics_are_the_parts_of_the_loss(tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
         assert line["lr"] == Schedule(1e-3, 5, 0.4).at(line["step"] - 1)
     assert lines == [line for line in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize(("divergence", "tail"), [pair for pair in PAIRS if pair[1] != "sampled"])
+def test_a_step_is_on_the_divergence_and_tail_that_were_asked_for(tmp_path: Path, divergence: str, tail: str) -> None:
+    data, teacher, student = Points(24), Net(32, seed=7), Net(8)
+    cache = write_cache(tmp_path / "cache", data, teacher, kind="topk", tiers=(3,))
+    with torch.no_grad():
+        targets = targets_from_logits(teacher.eval()(data.x), temperature=2, k=3)
+        want = divergence_rows(student(data.x).double(), targets, divergence, tail, 0.3).mean()
+    beta = 0.3 if divergence == "jsd" else None
+    (line,) = run(tmp_path / "run", student, cache=cache, data=data, divergence=divergence, tail=tail, beta=beta,
+                  batch_size=24, epochs=1)
+    assert line["kd"] == pytest.approx(want.item(), rel=1e-5)
 
 
 # ---- precision and engines ----------------------------------------------------------------------------------------
@@ -260,7 +276,11 @@ def test_a_wider_student_is_cut_to_the_teachers_classes_and_a_narrower_refused(t
     ({"warmup": 1000.0}, UsageError, "warmup is 1000.0; expected 0 to"),
     ({"temperature": 3.0, "kind": "topk"}, UsageError, "temperature 3 was not stored in the cache; stored: 1, 2"),
     ({"kind": "none"}, UsageError, "kind 'none'"),
-    ({"divergence": "jsd"}, NotBuilt, "jsd"),
+    ({"divergence": "jds"}, UsageError, "did you mean 'jsd'"),
+    ({"beta": 0.5}, UsageError, "beta is 0.5, but divergence 'forward_kl' has none"),
+    ({"divergence": "reverse_kl", "tail": "renormalise"}, UsageError, "is infinite"),
+    ({"divergence": "jsd", "tail": "uniform"}, UsageError, "goes with divergence 'forward_kl' alone"),
+    ({"tail": "sampled"}, NotBuilt, "caches of kind 'sampled' are not built yet"),
     ({"tail": "buckets"}, UsageError, "did you mean 'bucket'"),
     ({"engine": "cuda"}, UsageError, "engine 'cuda' is unknown"),
     ({"match": ["body=bdy:mse"]}, UsageError, "no feature 'bdy'"),
@@ -401,10 +421,11 @@ def test_float16_scales_its_gradients(tmp_path: Path) -> None:
     loader = Loader(cache, data, batch_size=8, epochs=1)
     student, losses = Net(8), []
     settings = Settings(
-        temperature=None, k=None, alpha=0.5, ce_weight=None, kd_weight=None, divergence="forward_kl", tail="bucket",
-        match=(), engine="auto", epochs=1, max_steps=None, batch_size=8, micro_batch_size=None, optimizer="sgd", lr=0.1,
-        weight_decay=None, warmup=0, clip=1.0, precision="float16", compile=False, device="cuda", seed=0, shuffle=True,
-        deterministic=False, eval_every=None, save_every=None, best_by="eval_loss", accept=())
+        temperature=None, k=None, alpha=0.5, ce_weight=None, kd_weight=None, divergence="forward_kl", beta=None,
+        tail="bucket", match=(), engine="auto", epochs=1, max_steps=None, batch_size=8, micro_batch_size=None,
+        optimizer="sgd", lr=0.1, weight_decay=None, warmup=0, clip=1.0, precision="float16", compile=False,
+        device="cuda", seed=0, shuffle=True, deterministic=False, eval_every=None, save_every=None, best_by="eval_loss",
+        accept=())
     named = trainable(("", student))
     loop = Loop(student, loader, settings, optimizer=make_optimizer("sgd", named, lr=0.1), parameters=named,
                 schedule=Schedule(0.1, 4))

@@ -135,8 +135,8 @@ class Loop:
             logits_NV = logits_NV[:, : self.loader.num_classes]
         parts = kd_loss(logits_NV, batch["labels"], batch["targets"], ce_weight=self.settings.weight_ce,
                         kd_weight=self.settings.weight_kd, label_weight=batch["label_weight"],
-                        divergence=self.settings.divergence, tail=self.settings.tail, normalizer=step.counts,
-                        engine=self.settings.engine, inplace=ours, return_parts=True)
+                        divergence=self.settings.divergence, beta=self.settings.beta, tail=self.settings.tail,
+                        normalizer=step.counts, engine=self.settings.engine, inplace=ours, return_parts=True)
         return parts.loss, [parts.ce.to(torch.float32), parts.kd.to(torch.float32)]
 
     def _update(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdcache.engines import check_engine
-from kdcache.errors import UsageError, near
+from kdcache.errors import NotBuilt, UsageError, near
 from kdcache.student.loss import check_loss_names
 from kdcache.student.match import Match, parse_match
 
@@ -29,6 +29,7 @@ class Settings:
     ce_weight: float | None
     kd_weight: float | None
     divergence: str
+    beta: float | None
     tail: str
     match: tuple[str, ...]
     engine: str
@@ -57,7 +58,10 @@ class Settings:
             raise UsageError("give either epochs or max_steps: how long to train")
         _named("precision", self.precision, PRECISIONS)
         _named("best_by", self.best_by, BEST_BY)
-        check_loss_names(self.divergence, self.tail)
+        check_loss_names(self.divergence, self.tail, self.beta)
+        if self.tail == "sampled":
+            raise NotBuilt("tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not built yet; "
+                           "use tail 'bucket'")
         check_engine(self.engine, torch.device(self.device))
         if self.precision == "float16" and torch.device(self.device).type == "cpu":
             raise UsageError("precision float16 is not available on the CPU; use bfloat16 or float32")

@@ -31,18 +31,19 @@ NOTHING_YET = "no step was trained yet; give the same command again"
 def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
                   data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float = 0.5,
                   ce_weight: float | None = None, kd_weight: float | None = None, divergence: str = "forward_kl",
-                  tail: str = "bucket", k: int | None = None, match: Sequence[str] = (), epochs: float | None = None,
-                  max_steps: int | None = None, batch_size: int = 128, micro_batch_size: int | None = None,
-                  optimizer: str = "adamw", lr: float = 1e-3, weight_decay: float | None = None, warmup: float = 0.0,
-                  clip: float = 0.0, precision: str = "float32", compile: bool = False,
-                  device: str | torch.device | None = None, workers: int = 0, seed: int = 0, shuffle: bool = True,
-                  deterministic: bool = False, eval_every: int | None = None, save_every: int | None = None,
-                  best_by: str = "eval_loss", report_to: Sequence[str] = (), accept: Sequence[str] = (),
-                  dry_run: bool = False, student_args: Mapping[str, Any] | None = None,
-                  student_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
-                  eval_data_args: Mapping[str, Any] | None = None, engine: str = "auto",
-                  live_teacher: nn.Module | None = None, on_step: Callable[[StepInfo], object] | None = None,
-                  on_metrics: OnMetrics | None = None, say: Callable[[str], object] | None = None) -> TrainReport:
+                  beta: float | None = None, tail: str = "bucket", k: int | None = None, match: Sequence[str] = (),
+                  epochs: float | None = None, max_steps: int | None = None, batch_size: int = 128,
+                  micro_batch_size: int | None = None, optimizer: str = "adamw", lr: float = 1e-3,
+                  weight_decay: float | None = None, warmup: float = 0.0, clip: float = 0.0,
+                  precision: str = "float32", compile: bool = False, device: str | torch.device | None = None,
+                  workers: int = 0, seed: int = 0, shuffle: bool = True, deterministic: bool = False,
+                  eval_every: int | None = None, save_every: int | None = None, best_by: str = "eval_loss",
+                  report_to: Sequence[str] = (), accept: Sequence[str] = (), dry_run: bool = False,
+                  student_args: Mapping[str, Any] | None = None, student_weights: str | Path | None = None,
+                  data_args: Mapping[str, Any] | None = None, eval_data_args: Mapping[str, Any] | None = None,
+                  engine: str = "auto", live_teacher: nn.Module | None = None,
+                  on_step: Callable[[StepInfo], object] | None = None, on_metrics: OnMetrics | None = None,
+                  say: Callable[[str], object] | None = None) -> TrainReport:
     """Train `student` on what a teacher said, and keep run and weights in the folder `out`.
 
     The same call again continues from the last checkpoint, inside an epoch too; on the CPU to the same losses and
@@ -54,7 +55,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     data           a dataset or data SPEC; None takes inputs from the cache's tokens. eval_data: evaluated on
     temperature    of soft targets; 2 by default, 1 for token caches. k: a tier of the cache, by default the largest
     loss           ce_weight * CE + kd_weight * T^2 * D (alpha sets 1 - alpha and alpha), + weight * each of `match`,
-                   "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, tail, engine: see `kd_loss`
+                   "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, beta, tail, engine: see `kd_loss`
     epochs         or max_steps: how long. batch_size records make a step, in forward passes of micro_batch_size
     optimizer      adamw, adam or sgd; biases and norms are not decayed. warmup: steps, or a part of all below 1; then
                    half a cosine to 0. clip: largest norm of the gradient, 0 for none
@@ -77,9 +78,9 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     picked = pick_device(device)
     settings = Settings(
         temperature=temperature, k=k, alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, divergence=divergence,
-        tail=tail, match=texts(match), engine=engine, epochs=epochs, max_steps=max_steps, batch_size=batch_size,
-        micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup=warmup,
-        clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
+        beta=beta, tail=tail, match=texts(match), engine=engine, epochs=epochs, max_steps=max_steps,
+        batch_size=batch_size, micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
+        warmup=warmup, clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
         deterministic=deterministic, eval_every=eval_every, save_every=save_every, best_by=best_by,
         accept=texts(accept))
     check_reporters(texts(report_to))
