@@ -26,20 +26,21 @@ class Tiles:
     reverse: bool = False
 
     @staticmethod
-    def of(num_classes: int, itemsize: int) -> Tiles:
+    def of(num_classes: int, itemsize: int, sums: bool = False) -> Tiles:
         """By the bytes of a row. Rows in flight on 132 multiprocessors should stay near half of a 50 MB L2.
 
         Registers a thread set the programs per multiprocessor, of 65,536: 3 at 2 x 8 warps, 2 at 4 x 8, 1 at 4 x 16.
-        Rows that do not fit are swept backwards the second time: what was read last is read first.
+        Rows that do not fit are swept backwards the second time: what was read last is read first. `sums`: a softcap,
+        or more sums than two, whose registers leave room for two rows of a tile only.
         """
         row = num_classes * itemsize
         if row <= 4096:
             return Tiles(2, 1 if row <= 1024 else 2 if row <= 2048 else 4)
         if row <= 80_000:
-            return Tiles(2, 8, registers=80)
+            return Tiles(2, 8, registers=128 if sums else 80)
         if row <= 140_000:
-            return Tiles(4, 8)
-        return Tiles(4, 16, reverse=row > 320_000)
+            return Tiles(2 if sums else 4, 8)
+        return Tiles(2 if sums else 4, 16, reverse=row > 320_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,11 @@ class Call:
         """Whether the kernel for a sparse teacher sums exponentials of all classes at 1, and at T."""
         return (self.labels_NJ is not None or self.stats,
                 self.ids_NK is not None and (self.tail != "conditional" or self.stats))
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sweeps do more than sum and write exponentials."""
+        return self.softcap is not None or self.stats or self.tail == "uniform"
 
     @property
     def unit(self) -> float:
@@ -128,7 +134,7 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
         slots = 7 if call.stats or call.tail == "uniform" else 4
         scratch = (x_NV.new_empty((rows, parts, slots), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
                    x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32), _counters(x_NV, parts, call.form))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
         for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
@@ -190,7 +196,7 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
     one, soft = call.temperatures
     two = one and soft and ratio is None
     p, q = ratio if one and soft and ratio is not None else (int(one), int(soft))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums)
     vec = 16 // itemsize
     return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
             "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),

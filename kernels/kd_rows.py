@@ -102,7 +102,7 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
     begin = s * part
     count = tl.minimum(part, num_classes - begin) if STAGE > 0 else num_classes
     row = row_start(X, n, x_stride, VEC, ALIGNED)
-    out = row_start(G, n, g_stride, VEC, ALIGNED)
+    out = row if INPLACE else row_start(G, n, g_stride, VEC, ALIGNED)      # two registers less through both sweeps
     label_J, weight_J = known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels,
                                      num_classes, BJ)
     row_weight = 0.0

@@ -110,7 +110,8 @@ def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, re
             a_one *= power(lift, P)
     if LOG_Q is not None:
         log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
-        if TAIL == "conditional":
+        if TAIL == "conditional":           # the sum over the tail is there for the statistics alone
+            soft = 0.0
             score_tail = 0.0
             score_K = tl.fma(x_K, c2, -tl.max(x_K, axis=0) * c2)
         elif TWO:

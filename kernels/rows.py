@@ -3,7 +3,7 @@
 Units. With T = P / Q in small integers and c = log2(e) / P, the base of a logit x is u = 2^(x c - ref), where `ref` is
 a running maximum of x c. Then exp(x - m) = u^P and exp((x - m) / T) = u^Q: one exponential serves both temperatures. P
 is 0 where temperature 1 is not wanted, Q is 0 where T is not, and TWO says that T is not on the list, so that c2 =
-log2(e) / T has a reference and an exponential of its own. x c - ref is one fused multiply-add: a large common offset of
+log2(e) / T has an exponential of its own, relative to ref2 = ref c2 / c. x c - ref is one fused multiply-add: a large common offset of
 the logits costs no digits.
 
 `ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf.
@@ -22,7 +22,7 @@ import triton.language as tl
 
 from kdcache.kernels.softcap import capped
 
-FLOOR = tl.constexpr(-1e38)
+FLOOR = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -41,7 +41,7 @@ def power(u, N: tl.constexpr):
 
 
 @triton.jit
-def add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2, P: tl.constexpr, Q: tl.constexpr,
+def add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr,
              TWO: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
     """Adds a tile x [R, C] to the running state [C] of its lanes; the R rows of a lane lie in one thread."""
     top = tl.max(x, axis=0)
@@ -56,18 +56,17 @@ def add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2, P: tl.const
     if P > 0:
         one = tl.fma(one, power(keep, P), tl.sum(power(u, P), axis=0))
     if TWO:
-        new2 = tl.maximum(ref2, top * c2)
+        new2 = new * ratio
+        rise = ref * ratio - new2
         s = tl.fma(x, c2, -new2[None, :])
-        soft = tl.fma(soft, tl.exp2(ref2 - new2), tl.sum(tl.exp2(s), axis=0))
-        rise = ref2 - new2
-        ref2 = new2
+        soft = tl.fma(soft, tl.exp2(rise), tl.sum(tl.exp2(s), axis=0))
     elif Q > 0 and Q != P:
         soft = tl.fma(soft, power(keep, Q), tl.sum(power(u, Q), axis=0))
     if SCORES:
         held = x > -float("inf")
         scores = tl.fma(finite, rise, scores) + tl.sum(tl.where(held, s, 0.0), axis=0)
         finite += tl.sum(held.to(tl.float32), axis=0)
-    return new, ref2, one, soft, moment, scores, finite
+    return new, one, soft, moment, scores, finite
 
 
 @triton.jit
@@ -77,21 +76,18 @@ def sum_pair(a, b):
 
 
 @triton.jit
-def merge(ref, ref2, one, soft, edge, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
+def merge(ref, one, soft, edge, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
           EDGES: tl.constexpr):
     """The state of all lanes and of the edge elements as four scalars: the only reductions across the program."""
     at = tl.max(ref, axis=0)
-    at2 = at
     if EDGES:
         at = tl.maximum(at, tl.max(edge, axis=0) * c)
+    at2 = at * ratio if TWO else at
     scale = tl.exp2(ref - at)
     sum_one = 0.0
     sum_soft = 0.0
     if TWO:
-        at2 = tl.max(ref2, axis=0)
-        if EDGES:
-            at2 = tl.maximum(at2, tl.max(edge, axis=0) * c2)
-        sum_one, sum_soft = sum_pair(one * power(scale, P), soft * tl.exp2(ref2 - at2))
+        sum_one, sum_soft = sum_pair(one * power(scale, P), soft * tl.exp2(ref * ratio - at2))
     elif P > 0 and Q > 0 and P != Q:
         sum_one, sum_soft = sum_pair(one * power(scale, P), soft * power(scale, Q))
     elif P > 0:
@@ -112,7 +108,7 @@ def merge(ref, ref2, one, soft, edge, c, c2, P: tl.constexpr, Q: tl.constexpr, T
 
 
 @triton.jit
-def merge_scores(ref, ref2, at, at2, one, moment, scores, finite, edge, c, c2, P: tl.constexpr, TWO: tl.constexpr,
+def merge_scores(ref, at, at2, one, moment, scores, finite, edge, c, c2, ratio, P: tl.constexpr, TWO: tl.constexpr,
                  EDGES: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
     """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to `at` (`at2`)."""
     sum_moment = 0.0
@@ -124,7 +120,7 @@ def merge_scores(ref, ref2, at, at2, one, moment, scores, finite, edge, c, c2, P
             s = tl.fma(edge, c, -at)
             sum_moment += tl.sum(power(tl.exp2(s), P) * tl.maximum(s, -1000.0), axis=0)
     if SCORES:
-        sum_scores = tl.sum(tl.fma(finite, (ref2 - at2) if TWO else (ref - at), scores), axis=0)
+        sum_scores = tl.sum(tl.fma(finite, (ref * ratio - at2) if TWO else (ref - at), scores), axis=0)
         number = tl.sum(finite.to(tl.int32), axis=0)
         if EDGES:
             held = edge > -float("inf")
@@ -142,7 +138,7 @@ def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.co
     With `rate`, of a logit before its softcap: times the slope there.
     """
     if rate is not None:
-        x, slope = capped(x, rate)
+        x, slope = capped(x, rate, False)
         return slope * dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even)
     elif even is not None:
         return dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) + even
@@ -235,29 +231,30 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
     """
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     ref = tl.full([C], FLOOR, tl.float32)
-    ref2 = tl.full([C], FLOOR, tl.float32)
     one = tl.zeros([C], tl.float32)
     soft = tl.zeros([C], tl.float32)
     moment = tl.zeros([C], tl.float32)
     scores = tl.zeros([C], tl.float32)
     finite = tl.zeros([C], tl.float32)
+    ratio = c2 / c if TWO else 1.0
     offsets = tile_offsets(R, C)
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
         x = logits_at(start + at + offsets, None, None, rate, EVICT)
-        ref, ref2, one, soft, moment, scores, finite = add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2,
-                                                                P, Q, TWO, MOMENT, SCORES)
+        ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P, Q,
+                                                          TWO, MOMENT, SCORES)
     x = logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT)
-    ref, ref2, one, soft, moment, scores, finite = add_tile(x, ref, ref2, one, soft, moment, scores, finite, c, c2, P,
-                                                            Q, TWO, MOMENT, SCORES)
+    ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P, Q,
+                                                      TWO, MOMENT, SCORES)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         edge = logits_at(row + column, held, -float("inf"), rate, "")
-    at, at2, sum_one, sum_soft = merge(ref, ref2, one, soft, edge, c, c2, P, Q, TWO, not ALIGNED)
+    at, at2, sum_one, sum_soft = merge(ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED)
     if MOMENT or SCORES:
-        return at, at2, sum_one, sum_soft, *merge_scores(ref, ref2, at, at2, one, moment, scores, finite, edge, c, c2,
-                                                         P, TWO, not ALIGNED, MOMENT, SCORES)
+        sum_moment, sum_scores, number = merge_scores(ref, at, at2, one, moment, scores, finite, edge, c, c2, ratio, P,
+                                                      TWO, not ALIGNED, MOMENT, SCORES)
+        return at, at2, sum_one, sum_soft, sum_moment, sum_scores, number
     else:
         return at, at2, sum_one, sum_soft
 

@@ -6,65 +6,14 @@ in float32 "plain torch". It takes each row's outcomes one by one, from the form
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from kernel_cases import Case
 from torch import Tensor
 
 from kdcache.kernels.kd_loss import kd_loss_rows
-
-FACTORS: dict[str, tuple[Any, ...]] = {
-    "temperature": (2.0, 1.0, 0.5, 1.5, 3.0, 4.0, 1.37),
-    "kept": (8, 64, 1, 100),
-    "num_classes": (123, 1271, 7, 1272, 32000),
-    "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "labels": ("out", "in", "some", "two", "twice", "none", "ignored"),
-    "tail_mass": (None, 0.0, 1e-9, 0.5, 1.0),
-    "logits": ("normal", "apart", "constant", "minus_inf", "offset"),
-    "layout": ("plain", "strided", "padded", "odd"),
-    "rows": (3, 1, 0),
-    "grad_output": ("one", "half", "each"),
-    "inplace": (False, True),
-    "weights": (None, "some"),
-    "tail": ("bucket", "renormalise", "conditional", "sampled"),
-    "divergence": ("forward_kl", "reverse_kl", "jsd", "tv"),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One combination of FACTORS; the defaults are the usual."""
-
-    temperature: float = 2.0
-    kept: int = 8
-    num_classes: int = 123
-    dtype: torch.dtype = torch.float32
-    labels: str = "out"
-    tail_mass: float | None = None
-    logits: str = "normal"
-    layout: str = "plain"
-    rows: int = 3
-    grad_output: str = "one"
-    inplace: bool = False
-    weights: str | None = None
-    tail: str = "bucket"
-    divergence: str = "forward_kl"
-
-    def __str__(self) -> str:
-        usual = Case()
-        return "-".join(f"{getattr(self, name)}" for name in FACTORS if getattr(self, name) != getattr(usual, name))
-
-    @property
-    def sensible(self) -> bool:
-        """Whether the float64 definition has a finite value and gradient."""
-        if self.divergence == "reverse_kl":
-            return self.tail in ("bucket", "conditional") and self.tail_mass not in (0.0, 1.0)
-        # All mass in the tail leaves nothing to renormalise; weights of any sum are no distribution to compare.
-        return not (self.tail_mass == 1.0 and self.tail != "bucket") and not (
-            self.tail == "sampled" and self.divergence != "forward_kl")
 
 
 @dataclass(frozen=True)
@@ -77,31 +26,8 @@ class Problem:
     factor: Tensor = field(default_factory=lambda: torch.ones(0))
 
 
-def covering(seed: int = 0) -> list[Case]:
-    """Few cases in which every pair of values of two factors occurs somewhere (where it is sensible)."""
-    chance = random.Random(seed)
-    wanted = {((a, x), (b, y)) for a, b in combinations(FACTORS, 2) for x in FACTORS[a] for y in FACTORS[b]}
-    cases: list[Case] = []
-    while wanted:
-        best, gain = None, 0
-        for _ in range(60):
-            case = Case(**{name: chance.choice(values) for name, values in FACTORS.items()})
-            found = len(_pairs(case) & wanted) if case.sensible else 0
-            if found > gain:
-                best, gain = case, found
-        if best is None or gain < 8:            # what is left is covered one pair at a time, or cannot be
-            break
-        cases.append(best)
-        wanted -= _pairs(best)
-    for pair in sorted(wanted, key=str):
-        if pair in wanted and (case := replace(Case(), **dict(pair))).sensible:
-            cases.append(case)
-            wanted -= _pairs(case)
-    return cases
-
-
-def _pairs(case: Case) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-    return {((a, getattr(case, a)), (b, getattr(case, b))) for a, b in combinations(FACTORS, 2)}
+Ran = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]         # outputs, gradient, buffer, logits
+UNIT = 2.0**-23
 
 
 def problem(case: Case, seed: int = 0) -> Problem:
@@ -119,9 +45,14 @@ def problem(case: Case, seed: int = 0) -> Problem:
     labels, label_weight = _labels(case, ids_NK)
     weight = None if case.weights is None else torch.tensor([0.5, 0.0, 2.0])[:rows]
     keywords = {"num_classes": classes, "labels": labels, "label_weight": label_weight, "ids": ids_NK,
-                "log_probs": log_probs, "log_tail": log_tail if case.tail == "bucket" else None, "row_weight": weight,
-                "temperature": case.temperature, "divergence": case.divergence, "tail": case.tail,
+                "log_probs": log_probs, "log_tail": log_tail if case.tail in ("bucket", "uniform") else None,
+                "row_weight": weight, "temperature": case.temperature, "divergence": case.divergence,
+                "tail": case.tail,
                 "ce_scale": torch.tensor(0.7), "kd_scale": torch.tensor(1.3)}
+    keywords |= {name: getattr(case, name) for name in ("softcap", "logit_scale", "stats")
+                 if getattr(case, name) != getattr(Case(), name)}
+    if case.z_scale is not None:
+        keywords["z_scale"] = torch.tensor(case.z_scale)
     factor = {"one": torch.ones(rows), "half": torch.full((rows,), 0.5), "each": torch.rand(rows) + 0.25}
     return Problem(case, logits, keywords, factor[case.grad_output])
 
@@ -183,25 +114,67 @@ def divergence_of(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
     return 0.5 * ((q * (log_q - log_m))[live_q].sum() + (p * (log_p - log_m))[live_p].sum())
 
 
+def transformed(x: Tensor, problem: Problem) -> Tensor:
+    """Logits after scale and softcap. Of tanh's ways to be written this has the derivative without cancellation."""
+    scale, cap = (problem.keywords.get(name) for name in ("logit_scale", "softcap"))
+    y = x if scale is None else x * scale
+    if cap is None:
+        return y
+    y = torch.where(x == -torch.inf, 0, y) / cap
+    size = torch.where(y < 0, -y, y)
+    tanh = -torch.expm1(-2 * size) / (1 + torch.exp(-2 * size))
+    return torch.where(x == -torch.inf, -torch.inf, cap * torch.where(y < 0, -tanh, tanh))
+
+
 def define(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, CE, D) of each row and the gradient of sum(factor * loss), in `dtype`."""
-    x = problem.logits.to(dtype).requires_grad_()
+    x = problem.logits.to(dtype, copy=True).requires_grad_()
     k = problem.keywords
-    ce, kd = [x.new_zeros(())] * problem.case.rows, [x.new_zeros(())] * problem.case.rows
+    ce, kd, z = ([x.new_zeros(())] * problem.case.rows for _ in range(3))
     for n in range(problem.case.rows):
-        row = x[n, : k["num_classes"]]
+        row = transformed(x[n, : k["num_classes"]], problem)
         if k["labels"] is not None:
-            ce[n] = _cross_entropy(row, k["labels"][n].reshape(-1),
-                                   None if k["label_weight"] is None else k["label_weight"][n])
+            weight = None if k["label_weight"] is None else k["label_weight"][n]
+            ce[n] = _cross_entropy(row, k["labels"][n].reshape(-1), weight)
+            if "z_scale" in k and labelled(problem, n):
+                z[n] = k["z_scale"].to(dtype) * torch.logsumexp(row, 0) ** 2
         weight = 1.0 if k["row_weight"] is None else float(k["row_weight"][n])
         if weight:
             kd[n] = weight * _distillation(row, problem, n)
-    ce_N, kd_N = (torch.stack(t) if t else x.new_zeros(0) for t in (ce, kd))
-    loss = k["ce_scale"].to(dtype) * ce_N + k["kd_scale"].to(dtype) * kd_N
+    ce_N, kd_N, z_N = (torch.stack(t) if t else x.new_zeros(0) for t in (ce, kd, z))
+    loss = k["ce_scale"].to(dtype) * ce_N + k["kd_scale"].to(dtype) * kd_N + z_N
     if not loss.requires_grad:
         return loss, ce_N, kd_N, torch.zeros_like(x)
     (gradient,) = torch.autograd.grad((problem.factor.to(dtype) * loss).sum(), x)
     return loss.detach(), ce_N.detach(), kd_N.detach(), gradient
+
+
+def labelled(problem: Problem, n: int) -> bool:
+    """Whether a row has a label of non-zero weight."""
+    labels, weight = (problem.keywords[name] for name in ("labels", "label_weight"))
+    if labels is None:
+        return False
+    known = labels[n].reshape(-1) >= 0
+    return bool((known if weight is None else known & (weight[n].reshape(-1) != 0)).any())
+
+
+def define_stats(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """[N, 4]: log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's best is the row's."""
+    k, rows = problem.keywords, problem.case.rows
+    out = torch.zeros(rows, 4, dtype=dtype)
+    for n in range(rows):
+        row = transformed(problem.logits[n, : k["num_classes"]].to(dtype), problem)
+        taught = k["row_weight"] is None or bool(k["row_weight"][n] != 0)
+        if taught or labelled(problem, n):
+            log_p = torch.log_softmax(row, -1)
+            out[n, 0] = torch.logsumexp(row, -1)
+            out[n, 1] = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum()
+        if taught:
+            valid = k["ids"][n] >= 0
+            ids, log_q = k["ids"][n][valid], k["log_probs"][n][valid]
+            out[n, 2] = torch.softmax(row / problem.case.temperature, -1)[ids].sum()
+            out[n, 3] = float(row[ids][log_q == log_q.max()].max() == row.max())
+    return out
 
 
 def _cross_entropy(row: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
@@ -226,6 +199,13 @@ def _distillation(row: Tensor, problem: Problem, n: int) -> Tensor:
         return divergence_of(case.divergence, torch.log_softmax(log_q, -1), torch.log_softmax(score[ids], -1))
     scores = score[ids]
     log_tail = k["log_tail"][n].to(row.dtype) if case.tail == "bucket" else row.new_tensor(-torch.inf)
+    if case.tail == "uniform":
+        log_p = torch.log_softmax(score, -1)
+        left, log_tail = int(free.sum()), k["log_tail"][n].to(row.dtype)
+        value = divergence_of("forward_kl", log_q, log_p[ids])
+        if left and log_tail > -torch.inf:
+            value = value + log_tail.exp() * (log_tail - log_p.new_tensor(left).log() - log_p[free].sum() / left)
+        return value
     if case.tail == "renormalise":
         log_q = torch.log_softmax(log_q, -1)
     if bool(free.any()):
@@ -250,14 +230,26 @@ def on(device: str, keywords: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
 
 
-def run(problem: Problem, device: str, **changed: Any) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
-    """((loss, CE, D), gradient, buffer, logits) of the kernel."""
+def run(problem: Problem, device: str, **changed: Any) -> Ran:
+    """Of the kernel."""
     buffer, logits = laid_out(problem, device)
     logits = logits.detach().requires_grad_()
     keywords = on(device, problem.keywords | {"inplace": problem.case.inplace, "parts": 1} | changed)
     out = kd_loss_rows(logits, **keywords)
     (gradient,) = torch.autograd.grad(out[0], logits, problem.factor.to(device))
     return tuple(t.detach().cpu() for t in out), gradient, buffer, logits.detach()
+
+
+def agreement_fits(found_N: Tensor, problem: Problem) -> bool:
+    """Whether the agreements are the truth's, but for rows that the accuracy of a tanh in float32 leaves open."""
+    truth_N, k = define_stats(problem, torch.float64)[:, 3], problem.keywords
+    for n, (one, agrees) in enumerate(zip(found_N.tolist(), truth_N.tolist(), strict=True)):
+        row = transformed(problem.logits[n].double(), problem)
+        best = row[k["ids"][n][k["log_probs"][n].nan_to_num(-torch.inf).argmax()]]
+        tied = row.max() - best <= 12 * UNIT * row.max().abs()
+        if one not in (0, 1) or (one != agrees and not (one == 1 and tied)):
+            return False
+    return True
 
 
 def error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
@@ -269,9 +261,17 @@ def error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
     return float((torch.where(found == truth, 0, (found - truth).abs()).amax(1) / size).max())
 
 
-def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> list[float]:
-    """Of loss, CE, D and gradient. A divergence is a sum of terms of about 1 nat that cancel: its unit is that of 1."""
-    return [error(f, t, least) for f, t, least in zip(found, truth, (1.0, 1.0, 1.0, 0.0), strict=True)]
+def missed(problem: Problem, found: tuple[Tensor, ...]) -> dict[str, float]:
+    """Errors of loss, CE, D, gradient and, where given, statistics. A divergence is a sum of terms of about 1 nat that
+    cancel: its unit is that of 1; so is that of an entropy and of a logarithm of a sum. A mass is its own."""
+    truth = define(problem, torch.float64)
+    names = {"loss": 1.0, "CE": 1.0, "D": 1.0, "gradient": 0.0}
+    out = {name: error(f, t, least) for (name, least), f, t in zip(names.items(), found, truth, strict=False)}
+    if len(found) > 4:
+        stats_N4, truth_N4 = found[4], define_stats(problem, torch.float64)
+        for i, (name, least) in enumerate({"log-sum-exp": 1.0, "entropy": 1.0, "mass": 0.0}.items()):
+            out[name] = error(stats_N4[:, i], truth_N4[:, i], least)
+    return out
 
 
 def usual(**changed: Any) -> Problem:

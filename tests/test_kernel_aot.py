@@ -42,7 +42,8 @@ class Build:
 
     @property
     def shape(self) -> kd_launch.Tiles:
-        return self.tiles or kd_launch.Tiles.of(self.num_classes, ELEMENT[self.dtype])
+        sums = self.softcap is not None or self.stats or self.tail == "uniform"
+        return self.tiles or kd_launch.Tiles.of(self.num_classes, ELEMENT[self.dtype], sums)
 
     def exponentials(self) -> tuple[float, float]:
         """Per element: one, or two for a temperature off the list; in sweep 1 as many more per lane and tile."""

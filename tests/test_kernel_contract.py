@@ -10,7 +10,8 @@ from typing import Any
 import kernel_world as world
 import pytest
 import torch
-from kernel_world import Case, on, run, usual
+from kernel_cases import Case
+from kernel_world import on, run, usual
 from torch import Tensor
 
 from kdcache.kernels.kd_launch import part_length

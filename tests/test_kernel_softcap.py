@@ -25,20 +25,20 @@ def kernel(X, T, SLOPE, rate, BLOCK: tl.constexpr):  # type: ignore[no-untyped-d
 def run(x: torch.Tensor, rate: float, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.to(device)
     t, slope = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    kernel[(len(x) // 64,)](x, t, slope, rate, 64)
+    kernel[(max(len(x) // 4096, 1),)](x, t, slope, rate, min(len(x), 4096))
     return t.double().cpu(), slope.double().cpu()
 
 
 def test_the_error_is_relative_for_small_and_large_logits(device: str) -> None:
-    """The bounds are sums of those of 2^x (2^-22), of a quotient (2 units in the last place) and of the roundings."""
+    """The bounds are sums of those of 2^x (2^-22), of rsqrt (2^-22.9, squared and corrected) and of the roundings."""
     one = torch.cat([torch.logspace(-30, 2, 4096), torch.linspace(0.4, 0.6, 4096), torch.linspace(0, 12, 4096)])
     z = torch.cat([one, -one])
     t, slope = run(z, 1.0, device)
     truth = torch.tanh(z.double())
-    assert bool(((t - truth).abs() <= 11 * UNIT * truth.abs()).all())
+    assert bool(((t - truth).abs() <= 8 * UNIT * truth.abs()).all())
     truth = torch.cosh(z.double()) ** -2
     normal = truth > 2.0**-125                  # beyond, float32 has fewer digits, or none
-    assert bool(((slope - truth).abs() <= (16 + 4 * z.abs()) * UNIT * truth)[normal].all())
+    assert bool(((slope - truth).abs() <= (11 + 4 * z.abs()) * UNIT * truth)[normal].all())
     assert bool((slope[~normal] <= 2.0**-125).all())
 
 
