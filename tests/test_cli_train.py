@@ -48,7 +48,8 @@ def train(place: Path, out: Path, *args: Any, cache: bool = True) -> Result:
 
 def test_the_divergence_its_beta_and_the_tail_are_options_of_a_run(folder: Path, tmp_path: Path) -> None:
     asked = ("--epochs", "1", "--divergence", "jsd", "--beta", "0.25", "--tail", "renormalise")
-    assert train(folder, tmp_path / "a", *asked).exit_code == 0
+    done = train(folder, tmp_path / "a", *asked)
+    assert done.exit_code == 0 and "0.5 T^2 jsd (tail renormalise, beta 0.25) at T = 2" in done.stderr
     options = tomllib.loads((tmp_path / "a" / "run.toml").read_text())["train-student"]
     assert (options["divergence"], options["beta"], options["tail"]) == ("jsd", 0.25, "renormalise")
     refused(train(folder, tmp_path / "a", *asked, "--beta", "0.5"), 1, "beta: the run has 0.25, given is 0.5")

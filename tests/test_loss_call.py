@@ -29,13 +29,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("divergence", "tail", "k", "temperature"), [(*kind, 2.0) for kind in KINDS] + [
+    (*kind, 1.0) for kind in KINDS if kind[0] == "forward_kl"])
 def test_a_row_has_the_same_bits_in_every_chunk_batch_and_thread(divergence: str, tail: str, k: int | None,
-                                                                 threads: int, temperature: float,
+                                                                 temperature: float,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, labels, targets = problem(16, 5, 40_007, temperature, k, tail=tail)
+    logits, labels, targets = problem(16, 3, 40_007, temperature, k, tail=tail)
     logits = logits.float()
 
     def run(rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -43,14 +42,13 @@ def test_a_row_has_the_same_bits_in_every_chunk_batch_and_thread(divergence: str
                                   reduction="none")
 
     whole = run()
-    torch.set_num_threads(threads)
-    for elements in (1, 90_000, 2**30):
+    for elements, threads in ((1, 1), (90_000, 2), (2**30, 2), (1, 2)):
+        torch.set_num_threads(threads)
         monkeypatch.setitem(engine.CHUNK_ELEMENTS, "cpu", elements)
         again = run()
         assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
-    single = [run(slice(i, i + 1)) for i in (0, 4)]
-    assert torch.equal(torch.cat([loss for loss, _ in single]), whole[0][[0, 4]])
-    assert torch.equal(torch.cat([gradient for _, gradient in single]), whole[1][[0, 4]])
+    alone = run(slice(2, 3))
+    assert torch.equal(alone[0], whole[0][2:]) and torch.equal(alone[1], whole[1][2:])
 
 
 @pytest.mark.gpu

@@ -210,7 +210,7 @@ def _teacher(targets: SoftTargets | None, divergence: str, tail: str, logits: Te
         raise UsageError(f"tail 'sampled' is for targets that are draws, these are {kept}; use tail 'bucket'")
     if (divergence, tail) == ("reverse_kl", "bucket"):
         _check_tails(targets)
-    return targets if targets.log_probs_NK.device == logits.device else targets.to(logits.device)
+    return targets.to(logits.device)
 
 
 def _check_tails(targets: SoftTargets) -> None:

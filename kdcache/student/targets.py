@@ -56,7 +56,7 @@ class SoftTargets:
             wrong.append("log_tail_N is given without ids_NK, whose tail it is")
         if kept > self.num_classes or (self.ids_NK is None and kept != self.num_classes):
             wrong.append(f"{kept} entries are kept of {self.num_classes} classes, ids given: {self.ids_NK is not None}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not 0 < self.temperature < math.inf:
             wrong.append(f"temperature is {self.temperature}; expected a positive number")
         if wrong:
             raise UsageError(f"soft targets of {rows} rows: {'; '.join(wrong)}")

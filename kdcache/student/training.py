@@ -258,7 +258,9 @@ class Training:
         yield "cache: none" if cache is None else f"cache: {cache.path}, content {(cache.content_id or '')[:12]}"
         if self.sources.samples is None:
             yield "inputs: the tokens of the cache"
-        yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} at T = "
+        beta = "" if settings.beta is None else f", beta {settings.beta:g}"
+        yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} "
+               f"(tail {settings.tail}{beta}) at T = "
                f"{loader.temperature:g}" + "".join(f" + {match.weight:g} {match}" for match in settings.matches))
         yield (f"{loader.total_steps} steps of {settings.batch_size} records, {settings.optimizer}, "
                f"lr {settings.lr:g}, {settings.precision} on {self.device}, "
