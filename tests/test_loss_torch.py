@@ -81,7 +81,7 @@ def test_whatever_waits_is_seen(wait: Callable[[Tensor], Any]) -> None:
         wait(torch.ones(2, device="meta"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nothing_waits_for_the_device(engine: str, kind: tuple[str, str, int | None], device: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,8 @@ def test_targets_move_without_waiting_if_asked() -> None:
 # ---- autocast, checkpointing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("engine", "kind"), [("torch", kind) for kind in KINDS] + [("triton", KINDS[0])])
+@pytest.mark.parametrize(("engine", "kind"), [("torch", kind) for kind in KINDS] + [("triton", KINDS[0])],
+                         ids=str)
 def test_autocast_changes_no_bit(engine: str, kind: tuple[str, str, int | None], device: str) -> None:
     logits, labels, targets, options = given(kind, device)
     for dtype in (torch.float32, torch.bfloat16):
@@ -186,7 +187,8 @@ def test_logits_that_a_checkpointed_function_was_given_are_not_quietly_overwritt
 # ---- compiled -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [("forward_kl", "bucket", 5), ("jsd", "bucket", None), ("forward_kl", "sampled", 5)])
+@pytest.mark.parametrize("kind", [("forward_kl", "bucket", 5), ("jsd", "bucket", None), ("forward_kl", "sampled", 5)],
+                         ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_graph_under_torch_compile(engine: str, kind: tuple[str, str, int | None], device: str) -> None:
     """No graph break, the bits of eager, one graph for all numbers of rows."""
@@ -242,7 +244,7 @@ def errors_on_sync() -> AbstractContextManager[Any]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_cuda_does_not_wait_and_its_graph_replays_other_contents(engine: str, kind: tuple[str, str, int | None],
                                                                  inplace: bool, device: str) -> None:

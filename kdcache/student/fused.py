@@ -12,9 +12,9 @@ from kdcache.student.engine import RowLoss
 from kdcache.student.targets import SoftTargets
 
 
-def check_fits(logits: Tensor, targets: SoftTargets | None, tail: str) -> None:
+def check_fits(logits: Tensor, targets: SoftTargets | None) -> None:
     """UsageError where the kernels cannot take these rows; nothing falls back to another engine."""
-    from kdcache.kernels.kd_loss import DTYPES, MOST_FULL, TAILS
+    from kdcache.kernels.kd_loss import DTYPES, MOST_FULL
 
     if not torch.compiler.is_compiling():       # a graph cannot ask for a capability; the kernels look at the device
         check_device(logits.device)
@@ -22,8 +22,6 @@ def check_fits(logits: Tensor, targets: SoftTargets | None, tail: str) -> None:
         refuse(f"the logits are {logits.dtype}")
     if targets is not None and targets.ids_NK is None and targets.num_classes > MOST_FULL:
         refuse(f"a teacher over all of {targets.num_classes} classes; the kernels hold at most {MOST_FULL}")
-    if tail not in TAILS:
-        refuse(f"tail {tail!r} is not among {', '.join(TAILS)}")
 
 
 def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:

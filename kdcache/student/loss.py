@@ -85,8 +85,8 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     return_parts   LossParts instead of the loss
 
     Nothing waits for the device where all tensors are on the logits' own; what is elsewhere is copied there, and that
-    waits. Values are checked on the CPU alone, and not in compiled graphs: labels, and for reverse_kl that a teacher
-    gives its tail something (where it does not, the loss is infinite). UsageError (a ValueError) for what does not fit.
+    waits. Values are checked on the CPU alone, and not in compiled graphs: labels, ids of draws, and for reverse_kl
+    that a teacher gives its tail something (else it is infinite). UsageError (a ValueError) for what does not fit.
     """
     check_name(engine)
     beta = check_loss_names(divergence, tail, beta)
@@ -103,7 +103,7 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     scale_2 = _numbers(ce_weight, kd_weight * (1.0 if targets is None else targets.temperature**2), working, logits)
     if reduction == "mean":
         scale_2 = _over(scale_2, count_2)
-    run = _engine(AUTO if engine == "auto" else engine, logits, targets, tail)
+    run = _engine(AUTO if engine == "auto" else engine, logits, targets)
     # The larger scale is a factor of the whole: a gradient kept in float16 stays of order 1 until backward multiplies,
     # where 1 / N would sink it below the smallest float16. The kernels have a wider dtype's scales in the gradient
     # already, and skip a backward of factor 1.
@@ -208,9 +208,25 @@ def _teacher(targets: SoftTargets | None, divergence: str, tail: str, logits: Te
     if tail == "sampled" and not targets.drawn:
         kept = "all classes" if targets.ids_NK is None else "the largest classes and a tail"
         raise UsageError(f"tail 'sampled' is for targets that are draws, these are {kept}; use tail 'bucket'")
+    if targets.drawn:
+        _check_draws(targets)
     if (divergence, tail) == ("reverse_kl", "bucket"):
         _check_tails(targets)
     return targets.to(logits.device)
+
+
+def _check_draws(targets: SoftTargets) -> None:
+    """UsageError for an id that is none, or drawn twice in a row; ids of a cache were checked when it was read."""
+    ids_NK = targets.ids_NK
+    if ids_NK is None or not _readable(ids_NK):
+        return
+    sorted_NK = ids_NK.sort(1).values
+    wrong_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
+    wrong_N |= (sorted_NK[:, 0] < 0) | (sorted_NK[:, -1] >= targets.num_classes)
+    if bool(wrong_N.any()):
+        row = int(wrong_N.nonzero()[0])
+        raise UsageError(f"the draws of row {row} are the ids {sorted_NK[row].tolist()[:20]}; expected each of 0 to "
+                         f"{targets.num_classes - 1} once: add up the weights of an id that was drawn again")
 
 
 def _check_tails(targets: SoftTargets) -> None:
@@ -226,9 +242,9 @@ def _check_tails(targets: SoftTargets) -> None:
                          "its tail nothing; use tail 'conditional', or another divergence")
 
 
-def _engine(name: str, logits: Tensor, targets: SoftTargets | None, tail: str) -> Engine:
+def _engine(name: str, logits: Tensor, targets: SoftTargets | None) -> Engine:
     if name == "triton":
-        check_fits(logits, targets, tail)
+        check_fits(logits, targets)
         return fused_engine
     return compiled_engine if torch.compiler.is_compiling() else torch_engine
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class SoftTargets:
     """Teacher distributions of N rows at `temperature`, over `num_classes` = V classes.
 
-    ids_NK int64, distinct within a row, or None when all V classes are kept in id order; log_probs_NK float32 (or
-    float64); log_tail_N the log-probability of all ids not kept, None where nothing is left out; weight_N the weight of
-    each row in the mean, 0 for a row without a teacher, None for 1 everywhere.
+    ids_NK int64 of 0 to V - 1, distinct within a row, or None when all V classes are kept in id order; log_probs_NK
+    float32 (or float64); log_tail_N the log-probability of all ids not kept, None where nothing is left out; weight_N
+    the weight of each row in the mean, 0 for a row without a teacher, None for 1 everywhere.
 
     A teacher of draws (`drawn`) has ids and no log_tail_N: log_probs_NK are then the logs of weights of any sum, which
     `kd_loss` takes with tail "sampled" alone. A row of fewer draws than K is filled up with other ids at -inf.
