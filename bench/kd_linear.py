@@ -31,8 +31,7 @@ from kdcache.bench.track import Entrant, Track, choose_device
 from kdcache.kernels.kd_chunks import RowFunction, chunk_rows, memory_bytes
 from kdcache.kernels.kd_linear import kd_linear_loss
 from kdcache.kernels.kd_loss import kd_loss_rows
-from kdcache.student.engine import RowLoss, torch_engine
-from kdcache.student.targets import SoftTargets
+from kdcache.student.linear import torch_rows
 
 SAY_CPU = "the kernels were not timed: they need a CUDA device, and this run is on the CPU"
 BARE = "three bare products"
@@ -89,19 +88,6 @@ class Problem:
                        {"labels": labels_N, "ids": ids_NK, "log_probs": outcomes[:, :-1].contiguous(),
                         "log_tail": outcomes[:, -1].contiguous(), "temperature": sizes.temperature,
                         "ce_scale": scales[0], "kd_scale": scales[1]})
-
-
-def torch_rows(logits: Tensor, *, labels: Tensor | None, ids: Tensor | None, log_probs: Tensor | None,
-               log_tail: Tensor | None, temperature: float, ce_scale: Tensor | None, kd_scale: Tensor | None,
-               num_classes: int | None = None, label_weight: Tensor | None = None, row_weight: Tensor | None = None,
-               divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
-               inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The torch engine as a row function of `kd_linear_loss`; ids must be valid."""
-    classes = logits.shape[1] if num_classes is None else num_classes
-    targets = None if log_probs is None else SoftTargets(temperature, classes, ids, log_probs, log_tail, row_weight)
-    labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
-    return torch_engine(logits, RowLoss(classes, labels_NJ, label_weight, targets, divergence, tail, ce_scale,
-                                        kd_scale, inplace))
 
 
 Gradients = tuple[Tensor, ...]

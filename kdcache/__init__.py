@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import CacheSpec as CacheSpec
     from kdcache.cache.spec import FeatureSpec as FeatureSpec
     from kdcache.cache.writer import create as create
+    from kdcache.student.linear import kd_linear_loss as kd_linear_loss
     from kdcache.student.loader import Loader as Loader
     from kdcache.student.loss import kd_loss as kd_loss
+    from kdcache.student.request import row_counts as row_counts
     from kdcache.student.targets import soft_targets as soft_targets
     from kdcache.student.targets import targets_from_logits as targets_from_logits
     from kdcache.student.train import train_student as train_student
@@ -27,6 +29,7 @@ _WHERE = {
     "CacheSpec": "cache.spec", "FeatureSpec": "cache.spec", "Identity": "cache.identity",
     "open": "cache.reader", "create": "cache.writer",
     "soft_targets": "student.targets", "targets_from_logits": "student.targets", "kd_loss": "student.loss",
+    "kd_linear_loss": "student.linear", "row_counts": "student.request",
     "Loader": "student.loader", "dump_teacher": "teacher.dump", "train_student": "student.train",
 }
 

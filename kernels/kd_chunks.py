@@ -26,7 +26,7 @@ BLOCKS = 4                      # float32 copies of a chunk's gradient, on a CPU
 class Job:
     """One call, checked: all but hidden states and head."""
 
-    rows: RowFunction
+    rows: RowFunction | None                # None: the fused kernels
     given: dict[str, Tensor | None]         # per row: labels, label_weight, ids, log_probs, log_tail, row_weight
     scales: dict[str, Tensor | None]        # ce_scale, kd_scale, z_scale
     settings: dict[str, Any]                # num_classes, temperature, divergence, tail, beta, logit_scale, softcap
@@ -93,9 +93,16 @@ def _chunk(x_RV: Tensor, given: dict[str, Tensor | None],
         leaf_RV = x_RV.detach().requires_grad_(wants)
         options = {**job.scales, **job.settings}
         asked = {name: value for name, value in options.items() if name not in PLAIN or value != PLAIN[name]}
-        out = job.rows(leaf_RV, **given, **asked, inplace=wants)
+        out = (job.rows or _fused())(leaf_RV, **given, **asked, inplace=wants)
         slope_RV = torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
     return (out[0].detach(), out[1].detach(), out[2].detach()), slope_RV
+
+
+def _fused() -> RowFunction:
+    """Imported where it is called: another row function does without triton."""
+    from kdcache.kernels.kd_loss import kd_loss_rows
+
+    return kd_loss_rows
 
 
 def _add(dw_VH: Tensor | None, db_V: Tensor | None, slope_RV: Tensor, h_RH: Tensor, first: bool) -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.kernels.kd_chunks import Job, RowFunction, memory_bytes, run
-from kdcache.kernels.kd_loss import kd_loss_rows
 
 
 def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_classes: int | None = None,
@@ -67,7 +66,7 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
     graph = torch.is_grad_enabled()
     scales = {name: None if scale is None else scale / unit for name, scale in scales.items()}
-    job = Job(kd_loss_rows if rows is None else rows, given, scales,
+    job = Job(rows, given, scales,
               {"num_classes": len(weight) if num_classes is None else num_classes, "temperature": float(temperature),
                "divergence": divergence, "tail": tail, "beta": float(beta), "logit_scale": float(logit_scale),
                "softcap": None if softcap is None else float(softcap)},
@@ -76,7 +75,7 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
               tuple(graph and t is not None and t.requires_grad for t in (hidden, weight, bias)))
     if not torch.compiler.is_compiling():
         loss, ce_N, kd_N = _Linear.apply(hidden, weight, bias, job)         # type: ignore[no-untyped-call]
-    elif rows is None or rows is kd_loss_rows:
+    elif rows is None:
         loss, ce_N, kd_N = _compiled(hidden, weight, bias, job)
     else:
         raise ValueError("torch.compile captures no other row function: leave it out, or use torch.compiler.disable")
@@ -203,4 +202,4 @@ def _unpack(*others: Any) -> Job:
     named = dict(zip(GIVEN + SCALES + SETTINGS, others, strict=False))
     memory, skip, counted, dtype, wants = others[len(named):]
     given, scales, settings = ({name: named[name] for name in names} for names in (GIVEN, SCALES, SETTINGS))
-    return Job(kd_loss_rows, given, scales, settings, memory, skip, counted, dtype, tuple(wants))
+    return Job(None, given, scales, settings, memory, skip, counted, dtype, tuple(wants))

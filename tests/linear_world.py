@@ -13,9 +13,9 @@ from kernel_world import Case, Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdcache.bench.kd_linear import torch_rows as torch_rows
 from kdcache.kernels.kd_chunks import row_stride
 from kdcache.kernels.kd_linear import kd_linear_loss
+from kdcache.student.linear import torch_rows as torch_rows
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -234,3 +236,12 @@ def test_a_language_model_head_on_the_device(device: str) -> None:
     assert held <= 64e6 + 6 * classes * width + 2 * rows * width + 64e6         # products may take a workspace
     for found, value in zip((h.grad, w.grad), expected, strict=True):
         assert error(found.cpu(), value.cpu().double()) <= 0.05
+
+
+def test_another_row_function_does_without_triton() -> None:
+    """macOS has none: nothing but the fused kernels imports it."""
+    code = ("import sys; sys.modules['triton'] = None; import torch; from kdcache.student.linear import torch_rows; "
+            "from kdcache.kernels.kd_linear import kd_linear_loss; h = torch.ones(2, 3, requires_grad=True); "
+            "kd_linear_loss(h, torch.ones(5, 3), labels=torch.tensor([0, 1]), rows=torch_rows)[0].backward()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.student import engine
-from kdcache.student.loss import LossParts, kd_loss, row_counts
+from kdcache.student.loss import kd_loss
+from kdcache.student.request import LossParts, row_counts
 from kdcache.student.targets import SoftTargets
 
 KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
@@ -181,13 +182,13 @@ def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
     ({"normalizer": (3, -3)}, "two counts"),
     ({"labels": torch.tensor([1, 6])}, "labels of row 1 are \\[6\\]; expected 0 to 5"),
     ({"labels": torch.tensor([1, -7])}, "labels of row 1 are \\[-7\\]"),
-    ({"labels": torch.tensor([1, 2, 3])}, "2 rows of logits but 3 of labels"),
+    ({"labels": torch.tensor([1, 2, 3])}, "2 rows of the student but 3 of labels"),
     ({"labels": torch.tensor([1.0, 2.0])}, "expected integers"),
     ({"labels": None, "label_weight": torch.ones(2)}, "without labels"),
     ({"label_weight": torch.ones(2, 2)}, "expected one shape"),
     ({"labels": None, "targets": None}, "neither labels nor targets"),
     ({"targets": None, "temperature": 2.0}, "without targets"),
-    ({"logits": torch.zeros(3, 6), "labels": None}, "3 rows of student logits but 2 of soft targets"),
+    ({"logits": torch.zeros(3, 6), "labels": None}, "3 rows of the student but 2 of soft targets"),
     ({"logits": torch.zeros(2, 5)}, "the student has 5 classes, the teacher 6"),
     ({"logits": torch.zeros(1, 2, 6)}, "never shifts labels"),
     ({"logits": torch.zeros(2, 6, dtype=torch.int64)}, "expected floating"),

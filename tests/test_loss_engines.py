@@ -14,7 +14,8 @@ from loss_world import PAIRS, problem, single, value_and_gradient
 from torch import Tensor
 
 from kdcache.student.divergences import DIVERGENCES
-from kdcache.student.loss import TAILS, kd_loss
+from kdcache.student.loss import kd_loss
+from kdcache.student.request import TAILS
 from kdcache.student.targets import SoftTargets
 
 ENGINES = ("torch", "triton")

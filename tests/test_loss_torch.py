@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.student.loss import kd_loss, row_counts
+from kdcache.student.loss import kd_loss
+from kdcache.student.request import row_counts
 from kdcache.student.targets import SoftTargets
 
 ENGINES = ("torch", "triton")

@@ -28,10 +28,15 @@ def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]
     """An `Engine`: a RowLoss in the words of the kernels."""
     from kdcache.kernels.kd_loss import kd_loss_rows
 
-    given: dict[str, Any] = {}
+    return kd_loss_rows(logits, inplace=rows.inplace, **in_kernel_words(rows))
+
+
+def in_kernel_words(rows: RowLoss) -> dict[str, Any]:
+    """What `kd_loss_rows` and `kd_linear_loss` of the kernels take, but for `inplace`."""
+    given: dict[str, Any] = {"num_classes": rows.num_classes, "labels": rows.labels_NJ,
+                             "label_weight": rows.label_weight_NJ, "ce_scale": rows.ce_scale, "kd_scale": rows.kd_scale}
     if rows.targets is not None:
         t = rows.targets
-        given = {"ids": t.ids_NK, "log_probs": t.log_probs_NK, "log_tail": t.log_tail_N, "row_weight": t.weight_N,
-                 "temperature": t.temperature, "divergence": rows.divergence, "tail": rows.tail, "beta": rows.beta}
-    return kd_loss_rows(logits, num_classes=rows.num_classes, labels=rows.labels_NJ, label_weight=rows.label_weight_NJ,
-                        ce_scale=rows.ce_scale, kd_scale=rows.kd_scale, inplace=rows.inplace, **given)
+        given |= {"ids": t.ids_NK, "log_probs": t.log_probs_NK, "log_tail": t.log_tail_N, "row_weight": t.weight_N,
+                  "temperature": t.temperature, "divergence": rows.divergence, "tail": rows.tail, "beta": rows.beta}
+    return given

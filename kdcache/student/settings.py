@@ -12,8 +12,8 @@ import torch
 
 from kdcache.engines import check_engine
 from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.student.loss import check_loss_names
 from kdcache.student.match import Match, parse_match
+from kdcache.student.request import check_loss_names
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BEST_BY = {"eval_loss": -1, "eval_perplexity": -1, "eval_accuracy": 1, "eval_accuracy_top5": 1}     # sign of better

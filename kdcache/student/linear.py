@@ -1,0 +1,106 @@
+"""The distillation loss behind an LM head: the student's hidden states and its head in, logits never whole.
+
+    L = w_ce * CE(z, y) + w_kd * T^2 * D(q || p)          of logits z = hidden @ weight.T + bias
+
+`kernels/kd_linear.py` has the chunks and the products; the rows of a chunk go through an engine of `kd_loss`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from kdcache.engines import AUTO
+from kdcache.errors import UsageError
+from kdcache.kernels import kd_linear
+from kdcache.kernels.kd_chunks import memory_bytes
+from kdcache.student.engine import RowLoss, torch_engine
+from kdcache.student.fused import check_fits, in_kernel_words
+from kdcache.student.request import Count, LossParts, Options, ask
+from kdcache.student.targets import SoftTargets
+
+
+@overload
+def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *,
+                   bias: Tensor | None = ..., alpha: float = ..., ce_weight: float | None = ...,
+                   kd_weight: float | None = ..., label_weight: Tensor | None = ..., temperature: float | None = ...,
+                   divergence: str = ..., beta: float | None = ..., tail: str = ..., ignore_index: int = ...,
+                   reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ...,
+                   memory: int | str = ..., return_parts: Literal[False] = ...) -> Tensor: ...
+@overload
+def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *,
+                   bias: Tensor | None = ..., alpha: float = ..., ce_weight: float | None = ...,
+                   kd_weight: float | None = ..., label_weight: Tensor | None = ..., temperature: float | None = ...,
+                   divergence: str = ..., beta: float | None = ..., tail: str = ..., ignore_index: int = ...,
+                   reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ...,
+                   memory: int | str = ..., return_parts: Literal[True]) -> LossParts: ...
+
+
+def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, targets: SoftTargets | None = None, *,
+                   bias: Tensor | None = None, alpha: float = 0.5, ce_weight: float | None = None,
+                   kd_weight: float | None = None, label_weight: Tensor | None = None, temperature: float | None = None,
+                   divergence: str = "forward_kl", beta: float | None = None, tail: str = "bucket",
+                   ignore_index: int = -100, reduction: str = "mean", normalizer: tuple[Count, Count] | None = None,
+                   engine: str = "auto", memory: int | str = "512 MB",
+                   return_parts: bool = False) -> Tensor | LossParts:
+    """`kd_loss(hidden @ weight.T + bias, ...)`, whose logits are made, used and overwritten a chunk of rows at a time.
+
+    hidden [N, H], weight [V' >= V, H], bias [V'], of one floating dtype; under autocast all are taken in its dtype.
+    Their gradients are complete when this returns; that of the head is summed over the chunks in float32. A frozen head
+    or trunk gets no gradient, and its products are not made.
+
+    labels to engine  as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a sum over the rows
+    memory            bytes, or text as "512 MB" or "0.5 GiB", for the logits of a chunk. What holds fewer than about
+                      1000 rows is slow: the gradient of the head is then read and written for little work
+
+    Nothing waits for the device; a row without label and teacher is computed for nothing, and its hidden states must be
+    finite: leave such rows out. UsageError (a ValueError) for what does not fit.
+    """
+    _check(hidden, weight, bias, reduction)
+    options = Options(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, label_weight=label_weight,
+                      temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
+                      reduction=reduction, normalizer=normalizer, engine=engine)
+    asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
+    fused = (AUTO if engine == "auto" else engine) == "triton"
+    if fused:
+        check_fits(hidden, asked.rows.targets)
+    try:
+        loss, ce_N, kd_N = kd_linear.kd_linear_loss(
+            hidden, weight, bias, memory=memory_size(memory), rows=None if fused else torch_rows,
+            **in_kernel_words(asked.rows))
+    except ValueError as e:             # of memory, or of shapes: it says what it found and what it expected
+        raise UsageError(str(e)) from e
+    return asked.parts(loss, ce_N, kd_N) if return_parts else loss
+
+
+def memory_size(memory: int | str) -> int:
+    """Bytes of "512 MB"; UsageError for what is no size."""
+    try:
+        return memory_bytes(memory) if isinstance(memory, str) else memory
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def torch_rows(logits: Tensor, *, labels: Tensor | None = None, ids: Tensor | None = None,
+               log_probs: Tensor | None = None, log_tail: Tensor | None = None, temperature: float = 1.0,
+               ce_scale: Tensor | None = None, kd_scale: Tensor | None = None, num_classes: int | None = None,
+               label_weight: Tensor | None = None, row_weight: Tensor | None = None, divergence: str = "forward_kl",
+               tail: str = "bucket", beta: float = 0.5, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The torch engine as a row function of `kernels/kd_linear.py`; ids must be valid."""
+    classes = logits.shape[1] if num_classes is None else num_classes
+    targets = None if log_probs is None else SoftTargets(temperature, classes, ids, log_probs, log_tail, row_weight)
+    labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
+    return torch_engine(logits, RowLoss(classes, labels_NJ, label_weight, targets, divergence, tail, ce_scale,
+                                        kd_scale, inplace, beta))
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> None:
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise UsageError(f"hidden is {list(hidden.shape)} of {hidden.dtype}; expected floating [N, H]: select the rows "
+                         f"of a sequence first (the loss never shifts labels)")
+    if weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise UsageError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, H] and [V, H]")
+    if reduction == "none":
+        raise UsageError("reduction 'none' is not there behind a head, whose gradient is a sum over the rows; use "
+                         "'mean' or 'sum', and return_parts for what is reported")

@@ -1,0 +1,267 @@
+"""What a loss is asked, checked: names, weights, counts, and that student, labels and teacher have the same rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from kdcache.engines import check_name
+from kdcache.errors import UsageError, near
+from kdcache.student.divergences import DIVERGENCES
+from kdcache.student.engine import RowLoss
+from kdcache.student.targets import SoftTargets
+
+TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
+FORWARD_ONLY = {"uniform": "the others are not built for an even tail; use tail 'bucket'",
+                "sampled": "weights of any sum estimate what is linear in the teacher, and are no distribution"}
+REDUCTIONS = ("mean", "sum", "none")
+Count = float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """`loss` carries the gradient; `ce` (T = 1) and `kd` (D, without T^2) do not: loss = w_ce ce + w_kd T^2 kd.
+
+    Each is a scalar, or [N] for reduction "none". The counts are what the means were divided by.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    ce_count: Tensor
+    kd_count: Tensor
+
+
+class Options(TypedDict):
+    """What `kd_loss` and `kd_linear_loss` take alike."""
+
+    alpha: float
+    ce_weight: float | None
+    kd_weight: float | None
+    label_weight: Tensor | None
+    temperature: float | None
+    divergence: str
+    beta: float | None
+    tail: str
+    ignore_index: int
+    reduction: str
+    normalizer: tuple[Count, Count] | None
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that fits. `rows` has the scales of the whole loss: weight, T^2 and, for a mean, 1 / count.
+
+    scale_2, count_2: of CE and D, 0 too for a part that is not in the loss.
+    """
+
+    rows: RowLoss
+    scale_2: Tensor
+    count_2: Tensor
+    reduction: str
+
+    def parts(self, loss: Tensor, ce_N: Tensor, kd_N: Tensor) -> LossParts:
+        """The parts as they are reported."""
+        ce, kd = (ce_N, kd_N) if self.reduction == "none" else (ce_N.sum(), kd_N.sum())
+        if self.reduction == "mean":
+            ce, kd = over(torch.stack([ce, kd]), self.count_2).unbind()
+        return LossParts(loss, ce, kd, *self.count_2.unbind())
+
+
+def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | None, options: Options, *,
+        report: bool) -> Asked:
+    """The request of a student's rows `like` [N, ...] with `width` classes each; UsageError for what does not fit.
+
+    report: both parts are wanted, also one of weight 0; without it such a part is not computed.
+    """
+    divergence, tail = options["divergence"], options["tail"]
+    check_name(options["engine"])
+    beta = check_loss_names(divergence, tail, options["beta"])
+    _check_reduction(options["reduction"], options["normalizer"])
+    ce_weight, kd_weight = _weights(options["alpha"], options["ce_weight"], options["kd_weight"])
+    num_classes = _check_rows(len(like), width, labels, targets, options["temperature"])
+    working = torch.float64 if like.dtype == torch.float64 else torch.float32
+    labels_NJ, label_weight_NJ = _labels(labels, options["label_weight"], options["ignore_index"], num_classes,
+                                         like.device)
+    # A part of weight 0 is never multiplied into the loss (0 * inf).
+    labels_NJ = labels_NJ if ce_weight or report else None
+    targets = _teacher(targets, divergence, tail, like.device) if kd_weight or report else None
+    counts = row_counts(labels_NJ, targets) if options["normalizer"] is None else options["normalizer"]
+    count_2 = _numbers(*counts, working, like)
+    scale_2 = _numbers(ce_weight, kd_weight * (1.0 if targets is None else targets.temperature**2), working, like)
+    if options["reduction"] == "mean":
+        scale_2 = over(scale_2, count_2)
+    ce_scale, kd_scale = scale_2.unbind()
+    rows = RowLoss(num_classes, labels_NJ, label_weight_NJ, targets, divergence, tail, ce_scale if ce_weight else None,
+                   kd_scale if kd_weight else None, False, beta)
+    return Asked(rows, scale_2, count_2, options["reduction"])
+
+
+def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_index: int = -100) -> tuple[Count, Count]:
+    """What a mean of the loss divides by: rows with a label ([N] or [N, J]); rows with a teacher, or their weights.
+
+    Sum them over micro-batches and ranks for `normalizer`. Tensors on the inputs' device, or plain numbers.
+    """
+    ce_count: Count = 0.0
+    if labels is not None:
+        known = (labels >= 0) & (labels != ignore_index)
+        ce_count = _columns(known).any(1).sum()
+    if targets is None:
+        return ce_count, 0.0
+    return ce_count, float(len(targets)) if targets.weight_N is None else targets.weight_N.sum()
+
+
+def check_loss_names(divergence: str, tail: str, beta: float | None = None) -> float:
+    """The beta of a divergence. UsageError for names that `kd_loss` refuses, before anything is trained or written."""
+    for what, value, known in (("divergence", divergence, tuple(DIVERGENCES)), ("tail", tail, TAILS)):
+        if value not in known:
+            raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+    if tail in FORWARD_ONLY and divergence != "forward_kl":
+        raise UsageError(f"tail {tail!r} goes with divergence 'forward_kl' alone, found {divergence!r}: "
+                         f"{FORWARD_ONLY[tail]}")
+    if (divergence, tail) == ("reverse_kl", "renormalise"):
+        raise UsageError("divergence 'reverse_kl' with tail 'renormalise' is infinite: the teacher gives the tail "
+                         "nothing, the student something; use tail 'bucket' or 'conditional'")
+    if beta is not None and divergence != "jsd":
+        raise UsageError(f"beta is {beta}, but divergence {divergence!r} has none; it belongs to 'jsd'")
+    if beta is not None and not 0 < beta < 1:
+        raise UsageError(f"beta is {beta}; expected between 0 and 1, where jsd is not 0 for every student")
+    return 0.5 if beta is None else beta
+
+
+def _check_reduction(reduction: str, normalizer: tuple[Count, Count] | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise UsageError(f"reduction {reduction!r} is unknown{near(reduction, REDUCTIONS)}")
+    if normalizer is not None and reduction != "mean":
+        raise UsageError(f"normalizer is given, but reduction {reduction!r} divides by nothing; use reduction 'mean'")
+    if normalizer is not None and any(not isinstance(n, Tensor) and not 0 <= n < math.inf for n in normalizer):
+        raise UsageError(f"normalizer is {normalizer}; expected two counts of at least 0")
+
+
+def _weights(alpha: float, ce_weight: float | None, kd_weight: float | None) -> tuple[float, float]:
+    if (ce_weight is None) != (kd_weight is None):
+        raise UsageError(f"ce_weight is {ce_weight} and kd_weight is {kd_weight}; give both, or neither and alpha")
+    if ce_weight is None or kd_weight is None:
+        if not 0 <= alpha <= 1:
+            raise UsageError(f"alpha is {alpha}; expected 0 to 1 (ce_weight and kd_weight take other weights)")
+        return 1 - alpha, alpha
+    if not (0 <= ce_weight < math.inf and 0 <= kd_weight < math.inf):
+        raise UsageError(f"ce_weight is {ce_weight} and kd_weight is {kd_weight}; expected numbers of at least 0")
+    return ce_weight, kd_weight
+
+
+def _check_rows(count: int, width: int, labels: Tensor | None, targets: SoftTargets | None,
+                temperature: float | None) -> int:
+    """V; UsageError where the student's rows of `width` classes, labels and targets are not about the same rows."""
+    if labels is None and targets is None:
+        raise UsageError("neither labels nor targets are given; the loss needs at least one")
+    if labels is not None and len(labels) != count:
+        raise UsageError(f"{count} rows of the student but {len(labels)} of labels")
+    if targets is None:
+        if temperature is not None:
+            raise UsageError("temperature is given without targets; cross-entropy is at temperature 1")
+        return width
+    if len(targets) != count:
+        raise UsageError(f"{count} rows of the student but {len(targets)} of soft targets")
+    if temperature is not None and float(temperature) != targets.temperature:
+        raise UsageError(f"temperature is {temperature}, but the targets are at {targets.temperature}; leave it out, "
+                         f"or take targets at temperature {temperature}")
+    if width < targets.num_classes:
+        raise UsageError(f"the student has {width} classes, the teacher {targets.num_classes}")
+    return targets.num_classes
+
+
+def _teacher(targets: SoftTargets | None, divergence: str, tail: str, device: torch.device) -> SoftTargets | None:
+    """The targets on a device; UsageError where they are not what divergence and tail are for."""
+    if targets is None:
+        return None
+    if targets.drawn and tail != "sampled":
+        raise UsageError(f"the targets are draws with weights (ids without log_tail_N); expected tail 'sampled', found "
+                         f"{tail!r}")
+    if tail == "sampled" and not targets.drawn:
+        kept = "all classes" if targets.ids_NK is None else "the largest classes and a tail"
+        raise UsageError(f"tail 'sampled' is for targets that are draws, these are {kept}; use tail 'bucket'")
+    if targets.drawn:
+        _check_draws(targets)
+    if (divergence, tail) == ("reverse_kl", "bucket"):
+        _check_tails(targets)
+    return targets.to(device)
+
+
+def _check_draws(targets: SoftTargets) -> None:
+    """UsageError for an id that is none, or drawn twice in a row; ids of a cache were checked when it was read."""
+    ids_NK = targets.ids_NK
+    if ids_NK is None or not _readable(ids_NK):
+        return
+    sorted_NK = ids_NK.sort(1).values
+    wrong_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
+    wrong_N |= (sorted_NK[:, 0] < 0) | (sorted_NK[:, -1] >= targets.num_classes)
+    if bool(wrong_N.any()):
+        row = int(wrong_N.nonzero()[0])
+        raise UsageError(f"the draws of row {row} are the ids {sorted_NK[row].tolist()[:20]}; expected each of 0 to "
+                         f"{targets.num_classes - 1} once: add up the weights of an id that was drawn again")
+
+
+def _check_tails(targets: SoftTargets) -> None:
+    """UsageError for a row whose teacher gives its tail nothing, where the student gives every class something."""
+    tail_N = targets.log_tail_N
+    if tail_N is None or targets.log_probs_NK.shape[1] == targets.num_classes or not _readable(tail_N):
+        return
+    empty_N = tail_N == -torch.inf
+    if targets.weight_N is not None:
+        empty_N &= targets.weight_N != 0
+    if bool(empty_N.any()):
+        raise UsageError(f"divergence 'reverse_kl' is infinite for row {int(empty_N.nonzero()[0])}: the teacher gives "
+                         "its tail nothing; use tail 'conditional', or another divergence")
+
+
+def _numbers(a: Count, b: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Two numbers as a tensor [2] on a device. Those of the host are written there, not copied: a copy would wait."""
+    both = (n.to(like.device, dtype) if isinstance(n, Tensor) else torch.full((), n, dtype=dtype, device=like.device)
+            for n in (a, b))
+    return torch.stack(list(both))
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: a device would be waited for, a graph that is captured has none."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _labels(labels: Tensor | None, weight: Tensor | None, ignore_index: int, num_classes: int,
+            device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Labels as int64 [N, J], -1 where there is none, and their weights [N, J] or None."""
+    if labels is None:
+        if weight is not None:
+            raise UsageError("label_weight is given without labels")
+        return None, None
+    if labels.dim() not in (1, 2) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UsageError(f"labels are {list(labels.shape)} of {labels.dtype}; expected integers [N] or [N, J]")
+    labels_NJ = _columns(labels).to(device, torch.int64)
+    labels_NJ = torch.where(labels_NJ == ignore_index, -1, labels_NJ)
+    if _readable(labels_NJ):
+        low, high = int(labels_NJ.min()), int(labels_NJ.max())
+        if low < -1 or high >= num_classes:
+            row = int(((labels_NJ < -1) | (labels_NJ >= num_classes)).any(1).nonzero()[0])
+            raise UsageError(f"labels of row {row} are {labels_NJ[row].tolist()}; expected 0 to {num_classes - 1}, "
+                             f"or {ignore_index} or -1 for no label")
+    if weight is None:
+        return labels_NJ, None
+    weight_NJ = _columns(weight).to(device)
+    if weight_NJ.shape != labels_NJ.shape:
+        raise UsageError(f"label_weight is {list(weight.shape)}, labels are {list(labels.shape)}; expected one shape")
+    return labels_NJ, weight_NJ
+
+
+def _columns(x: Tensor) -> Tensor:
+    """[N] as [N, 1]."""
+    return x[:, None] if x.dim() == 1 else x
+
+
+def over(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: nothing was counted."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
