@@ -96,12 +96,13 @@ def topk_lse(logits: Tensor, k: int, temperatures: Sequence[float], labels: Tens
     if rows == 0:
         return out
     constants, warps, registers = build(x_NV.shape[1], x_NV.dtype, k, temperatures, many, moments, aligned(x_NV))
-    keys, lanes = new(constants["CAP"], dtype=torch.int64), new(k + many + constants["CAP"], dtype=torch.int32)
+    scratch = new(4 * constants["CAP"] + 2 * many + 2 * len(temperatures) + 3, dtype=torch.int32)
     with torch.cuda.device(x_NV.device) if x_NV.is_cuda else nullcontext():     # triton launches on the current one
         topk_rows[(rows,)](x_NV, out.ids_NK, out.values_NK, out.lse_NT, out.tail_lse_NT, out.label_logit_NJ,
-                           out.mean_N, out.std_N, out.flag_N, labels_NJ, keys, lanes, x_NV.stride(0),
-                           0 if labels_NJ is None else labels_NJ.stride(0), x_NV.shape[1], k, **constants,
-                           num_warps=warps, num_stages=1, maxnreg=registers)
+                           out.mean_N, out.std_N, out.flag_N, labels_NJ, scratch, x_NV.stride(0),
+                           0 if labels_NJ is None else labels_NJ.stride(0), x_NV.shape[1],
+                           (x_NV.shape[1] - 1).bit_length(), k, **constants, num_warps=warps, num_stages=1,
+                           maxnreg=registers)
     return out
 
 
@@ -147,14 +148,13 @@ def build(num_classes: int, dtype: torch.dtype, k: int, temperatures: Sequence[f
     size = num_classes * dtype.itemsize
     warps = 4 if size <= 16_384 else 8 if size <= 80_000 else 16
     piece = vec
-    while warps * 32 * vec // piece < 3 * k and piece > 1:     # with three lanes per kept entry few others reach it
+    while warps * 32 * vec // piece < 2 * k and piece > 1:     # of two lanes per kept entry, half are looked at again
         piece //= 2
     cap = max(32, triton.next_power_of_2(2 * k))
     powers, groups, bases = plan(temperatures)
     constants = {"POWERS": powers, "GROUPS": groups, "BASES": bases, "TEMPERATURES": tuple(map(float, temperatures)),
                  "J": labels, "CAP": cap, "A": 1 if size <= 4096 else 2, "L": warps * 32 * vec // piece, "B": piece,
-                 "CHUNK": max(2, min(cap, 64 * warps // cap)), "VEC": vec, "ALIGNED": aligned, "SHIFT": DTYPES[dtype],
-                 "MOMENTS": moments}
+                 "PART": min(cap, 128), "VEC": vec, "ALIGNED": aligned, "SHIFT": DTYPES[dtype], "MOMENTS": moments}
     return constants, warps, 64 if warps == 16 else 128
 
 

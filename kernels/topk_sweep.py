@@ -12,6 +12,13 @@ import triton.language as tl
 from kdcache.kernels.rows import power, tile_offsets
 
 LEAST = tl.constexpr(-3.4028234663852886e38)
+SMALLEST = tl.constexpr(2.0**-100)      # of a variance whose squares, down to 2^-149 each, were all counted
+
+
+@triton.jit
+def exp_of(x, i: tl.constexpr, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr):
+    """exp(x / T) of the i-th temperature."""
+    return power(tl.exp2(x * BASES[GROUPS[i]]), POWERS[i])
 
 
 @triton.jit
@@ -21,16 +28,56 @@ def add_tile(x, best, sums, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: t
     to = tl.maximum(new, LEAST)                 # -inf - -inf would be NaN
     away = x - to[None, :, None]
     fall = tl.maximum(best, LEAST) - to
-    u = ()
-    keep = ()
-    for g in tl.static_range(len(BASES)):
-        u = u + (tl.exp2(away * BASES[g]),)
-        keep = keep + (tl.exp2(fall * BASES[g]),)
     out = ()
-    for i in tl.static_range(len(POWERS)):
-        fresh = tl.sum(tl.sum(power(u[GROUPS[i]], POWERS[i]), axis=2), axis=0)
-        out = out + (tl.fma(sums[i], power(keep[GROUPS[i]], POWERS[i]), fresh),)
+    for i in tl.static_range(len(POWERS)):      # the compiler merges the exponentials of a group
+        keep = exp_of(fall, i, POWERS, GROUPS, BASES)
+        fresh = tl.sum(tl.sum(exp_of(away, i, POWERS, GROUPS, BASES), axis=2), axis=0)
+        out = out + (tl.fma(sums[i], keep, fresh),)
     return new, out
+
+
+@triton.jit
+def zeros_each(SHAPE: tl.constexpr, T: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(T):
+        out = out + (tl.zeros(SHAPE, tl.float32),)
+    return out
+
+
+@triton.jit
+def sweep(start, body, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr, A: tl.constexpr,
+          L: tl.constexpr, B: tl.constexpr, MOMENTS: tl.constexpr):
+    """The one read of the row. Of each lane [L]: its maximum, its sums for each temperature, and with MOMENTS a base,
+    the first logit, with the sums of differences from it and of their squares."""
+    C: tl.constexpr = L * B
+    best = tl.full([L], -float("inf"), tl.float32)
+    sums = zeros_each([L], len(POWERS))
+    base = tl.zeros([L], tl.float32)
+    shift = tl.zeros([L], tl.float32)
+    square = tl.zeros([L], tl.float32)
+    if MOMENTS:
+        first = tl.arange(0, L) * B
+        base = tl.load(start + first, mask=first < body, other=0.0).to(tl.float32)
+    whole = body // (A * C) * (A * C)
+    for at in tl.range(0, whole, A * C):
+        x = tl.reshape(tl.load(start + at + tile_offsets(A, C)).to(tl.float32), [A, L, B])
+        best, sums = add_tile(x, best, sums, POWERS, GROUPS, BASES)
+        if MOMENTS:
+            shift, square = add_squares(x - base[None, :, None], shift, square)
+    for at in tl.range(whole, body, C):         # row by row: a masked tile of A rows takes more registers than the loop
+        inside = at + tile_offsets(1, C) < body
+        x = tl.load(start + at + tile_offsets(1, C), mask=inside, other=-float("inf")).to(tl.float32)
+        x = tl.reshape(x, [1, L, B])
+        best, sums = add_tile(x, best, sums, POWERS, GROUPS, BASES)
+        if MOMENTS:
+            off = tl.where(tl.reshape(inside, [1, L, B]), x - base[None, :, None], 0.0)
+            shift, square = add_squares(off, shift, square)
+    return best, sums, base, shift, square
+
+
+@triton.jit
+def add_squares(off, shift, square):
+    return shift + tl.sum(tl.sum(off, axis=2), axis=0), square + tl.sum(tl.sum(off * off, axis=2), axis=0)
 
 
 @triton.jit
@@ -46,37 +93,57 @@ def add_moments(x, count, mean, spread):
 
 
 @triton.jit
-def zeros_each(L: tl.constexpr, T: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(T):
-        out = out + (tl.zeros([L], tl.float32),)
-    return out
+def merge_moments(count, mean, spread, edge):
+    """(mean, variance) of all lanes and the edge elements; no sum of logits, which could be too large where no mean is.
+
+    `spread` is the sum of squared differences from the lane's own mean.
+    """
+    finite = edge > -float("inf")
+    total = tl.sum(count, axis=0) + tl.sum(finite.to(tl.float32), axis=0)
+    m = tl.sum(count * (mean / total), axis=0) + tl.sum(tl.where(finite, edge, 0.0) / total, axis=0)
+    off = tl.where(finite, edge - m, 0.0)
+    lanes = tl.where(count > 0, mean - m, 0.0)
+    return m, (tl.sum(spread + count * lanes * lanes, axis=0) + tl.sum(off * off, axis=0)) / total
 
 
 @triton.jit
-def sweep(start, body, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr, A: tl.constexpr,
-          L: tl.constexpr, B: tl.constexpr, MOMENTS: tl.constexpr):
-    """The one read of the row: best [L], the tile each best came from first [L], sums, and moments of each lane."""
-    C: tl.constexpr = L * B
-    offsets = tile_offsets(A, C)
-    best = tl.full([L], -float("inf"), tl.float32)
-    tile = tl.zeros([L], tl.int32)
-    sums = zeros_each(L, len(POWERS))
+def moments(start, body, edge, base, shift, square, L: tl.constexpr, B: tl.constexpr):
+    """Mean and standard deviation of a row's finite logits, from its lanes' sums of x - base and of their squares.
+
+    Those serve unless a logit is -inf, squares are too large for float32 or too small, or some base lies so far out
+    that its lane's digits are lost.
+    """
+    count = (body // (L * B) * B + tl.minimum(tl.maximum(body % (L * B) - tl.arange(0, L) * B, 0), B)).to(tl.float32)
+    mean_shift = shift / tl.maximum(count, 1.0)
+    m, variance = merge_moments(count, base + mean_shift, square - shift * mean_shift, edge)
+    std = tl.sqrt(variance)
+    lost = tl.sum(square, axis=0) / tl.sum(count, axis=0) > 16.0 * variance
+    if lost | (variance < SMALLEST) | ((variance < float("inf")) == 0):         # the last is true of NaN too
+        m, std = moments_again(start, body, edge, L, B)
+    return m, std
+
+
+@triton.jit
+def moments_again(start, body, edge, L: tl.constexpr, B: tl.constexpr):
+    """The same from two more looks at the row: of logits over a power of two near the greatest.
+
+    The power stays within 2^-126 .. 2^126, so that one over it is a float too, and the
+    greatest logit over it below 4. Neither result is beyond the greatest: rounding must not carry it to infinity.
+    """
+    offsets = tile_offsets(1, L * B)
+    most = tl.max(tl.where(edge > -float("inf"), tl.abs(edge), 0.0), axis=0)
+    for at in tl.range(0, body, L * B):
+        x = tl.load(start + at + offsets, mask=at + offsets < body, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.max(tl.where(x > -float("inf"), tl.abs(x), 0.0), axis=1), axis=0))
+    bits = tl.minimum(tl.maximum(most.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
+    unit = bits.to(tl.float32, bitcast=True)
+    one_over = ((254 << 23) - bits).to(tl.float32, bitcast=True)
     count = tl.zeros([L], tl.float32)
     mean = tl.zeros([L], tl.float32)
     spread = tl.zeros([L], tl.float32)
-    whole = body // (A * C) * (A * C)
-    for at in tl.range(0, whole, A * C):
-        x = tl.reshape(tl.load(start + at + offsets).to(tl.float32), [A, L, B])
-        new, sums = add_tile(x, best, sums, POWERS, GROUPS, BASES)
-        tile = tl.where(new > best, at, tile)
-        best = new
-        if MOMENTS:
-            count, mean, spread = add_moments(x, count, mean, spread)
-    x = tl.load(start + whole + offsets, mask=whole + offsets < body, other=-float("inf")).to(tl.float32)
-    x = tl.reshape(x, [A, L, B])
-    new, sums = add_tile(x, best, sums, POWERS, GROUPS, BASES)
-    tile = tl.where(new > best, whole, tile)
-    if MOMENTS:
-        count, mean, spread = add_moments(x, count, mean, spread)
-    return new, tile, sums, count, mean, spread
+    for at in tl.range(0, body, L * B):
+        x = tl.load(start + at + offsets, mask=at + offsets < body, other=-float("inf")).to(tl.float32)
+        count, mean, spread = add_moments(tl.reshape(x * one_over, [1, L, B]), count, mean, spread)
+    m, variance = merge_moments(count, mean, spread, edge * one_over)
+    most = most * one_over
+    return tl.minimum(tl.maximum(m, -most), most) * unit, tl.minimum(tl.sqrt(variance), most) * unit
