@@ -1,7 +1,8 @@
 """Fused distillation loss: cross-entropy and divergence from a sparse teacher, value and gradient, from rows of logits.
 
-    loss_N = ce_scale * CE_N + kd_scale * D_N + z_scale * lse_N^2       CE, lse at temperature 1, D(q || p) at T, in
-                                                                        nats, without T^2
+    loss_N = ce_scale * CE_N + kd_scale * D_N + z_scale * lse_N^2
+
+CE and the log-sum-exp are at temperature 1, D(q || p) at T, in nats, without T^2.
 
 One program per row, two sweeps. The K kept logits and those of the labels are gathered, and the kept ones knocked out
 of the row with -inf; sweep 1 then sums both exponentials over the tail itself, so no tail comes from a subtraction; the
@@ -17,20 +18,24 @@ factor 1 moves nothing: each program reads its row's factor on the device and st
 
 Bytes moved, at least (bf16, V classes, N rows): 2 N V read, 2 N V written, and N (K (size of an id + 4) + 24) of the
 rest. Sweep 2 reads the row again, from L2 while (rows in flight) * 2 V bytes stay there; else 6 N V in all.
-Exponentials per element: 1 + 1 / R in sweep 1, 1 in sweep 2; twice that for a T that is not on the list of `powers`.
+Exponentials per element: 1 + 1 / R in sweep 1, 1 in sweep 2; twice that for a T that is not on the list of `powers`; a
+softcap takes one more, and an rsqrt, in each sweep. Statistics and the uniform tail add sums to sweep 1; logit scale
+and z-loss are in numbers of the row and cost no instruction per element.
 Compiled for sm_90 (bf16, K = 64, one label; triton 3.7.1), instructions per element of sweep 1 + sweep 2:
 
-    V = 128256, R = 4, 16 warps, 128 registers    T = 1: 7.5 + 6.2    T = 2: 9.0 + 7.2    T = 1.37: 12.0 + 9.2
-    V = 50257,  R = 4,  8 warps, 128 registers                        T = 2: 8.9 + 7.6
-    V = 32000,  R = 2,  8 warps,  80 registers                        T = 2: 11.0 + 7.8
+    V = 128256, R = 4, 16 warps, 128 registers    T = 1: 7.6 + 6.1    T = 2: 9.0 + 7.1    T = 1.37: 11.6 + 9.1
+    V = 128256, R = 2, 16 warps, 128 registers    T = 2 and softcap: 31.2 + 28.5, stats: 14.9 + 7.4, uniform: 16.6 + 7.4
+    V = 50257,  R = 4,  8 warps, 128 registers                        T = 2: 8.9 + 7.1
+    V = 32000,  R = 2,  8 warps,  80 registers                        T = 2: 11.0 + 7.5
 
-128-bit loads and stores alone, no spills, 22 barriers a row; tests/test_kernel_aot.py holds the budgets. No time has
-been measured.
+128-bit loads and stores alone, no spills, 22 barriers a row (30 uniform, 37 stats); tests/test_kernel_aot.py holds the
+budgets. No time has been measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -171,55 +176,70 @@ class _Rows(torch.autograd.Function):
 
 def _check(logits: Tensor, call: Call) -> None:
     """ValueError for what does not fit together; only shapes and dtypes are looked at, never a value."""
-    wrong = []
     if logits.dim() != 2 or logits.dtype not in DTYPES:
         raise ValueError(f"logits are {list(logits.shape)} of {logits.dtype}; expected [N, V] of "
                          f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")
+    wrong = [*_wrong_options(call), *_wrong_targets(call), *_wrong_shapes(logits, call)]
     if not logits.is_cuda and not INTERPRETED:
         wrong.append(f"logits are on {logits.device}; the kernels need a CUDA device, or TRITON_INTERPRET=1 set before "
                      f"triton is imported")
     if not 1 <= call.num_classes <= logits.shape[1] or logits.shape[1] >= 2**31 - 2**16:
         wrong.append(f"num_classes is {call.num_classes}, the logits have {logits.shape[1]} columns")
-    if call.divergence not in DIVERGENCES or call.tail not in TAILS:
-        wrong.append(f"divergence {call.divergence!r}, tail {call.tail!r}; known: {DIVERGENCES} and {TAILS}")
-    if not (0 < call.temperature < math.inf and 0 < call.beta < 1):
-        wrong.append(f"temperature is {call.temperature}, beta {call.beta}; expected above 0, and between 0 and 1")
-    if call.parts is not None and not 1 <= call.parts <= 64:
-        wrong.append(f"parts is {call.parts}; expected 1 to 64")
-    if call.form not in FORMS:
-        wrong.append(f"form {call.form!r}; known: {FORMS}")
-    if call.form == "one launch" and (INTERPRETED or torch.compiler.is_compiling()):
-        wrong.append("form 'one launch' runs on a CUDA device, outside of torch.compile: in the interpreter a program "
-                     "begins when the one before has ended, and its wait for the others would not end; "
-                     "give form='two launches'")
-    if not 0 < call.logit_scale < math.inf or not (call.softcap is None or 0 < call.softcap < math.inf):
-        wrong.append(f"logit_scale is {call.logit_scale}, softcap {call.softcap}; expected finite numbers above 0")
-    if call.labels_NJ is None and call.log_probs_NK is None:
-        wrong.append("neither labels nor log_probs are given")
-    if call.labels_NJ is None and (call.label_weight_NJ is not None or call.z_scale is not None):
-        wrong.append("label_weight and z_scale are of rows with labels, and no labels are given")
-    if call.ids_NK is not None and (call.log_probs_NK is None or
-                                    (call.tail in ("bucket", "uniform") and call.log_tail_N is None)):
-        wrong.append("ids, log_probs and, for tail 'bucket' or 'uniform', log_tail belong together")
-    if call.ids_NK is None and call.log_probs_NK is not None and (
-            call.log_probs_NK.shape[1] != call.num_classes or call.num_classes > MOST_FULL):
-        wrong.append(f"log_probs without ids are {list(call.log_probs_NK.shape)}; expected [N, {call.num_classes}], "
-                     f"and at most {MOST_FULL} classes")
-    if call.divergence == "reverse_kl" and call.tail in ("renormalise", "sampled"):
-        wrong.append(f"reverse_kl with tail {call.tail!r} is infinite: the teacher gives the tail nothing")
-    if call.divergence != "forward_kl" and call.tail == "uniform":
-        wrong.append(f"{call.divergence} with tail 'uniform' is not built: give divergence='forward_kl'")
-    same = ((call.labels_NJ, call.label_weight_NJ), (call.ids_NK, call.log_probs_NK))
-    wrong += [f"{list(a.shape)} and {list(b.shape)} must be alike" for a, b in same
-              if a is not None and b is not None and a.shape != b.shape]
-    for tensor in (call.labels_NJ, call.ids_NK, call.log_tail_N, call.row_weight_N, call.ce_scale, call.kd_scale,
-                   call.z_scale):
-        if tensor is not None and (tensor.device != logits.device or
-                                   (tensor.dim() and len(tensor) != len(logits))):
-            wrong.append(f"{list(tensor.shape)} on {tensor.device} does not go with {list(logits.shape)} on "
-                         f"{logits.device}")
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def _wrong_options(call: Call) -> Iterator[str]:
+    if call.divergence not in DIVERGENCES or call.tail not in TAILS:
+        yield f"divergence {call.divergence!r}, tail {call.tail!r}; known: {DIVERGENCES} and {TAILS}"
+    if not (0 < call.temperature < math.inf and 0 < call.beta < 1):
+        yield f"temperature is {call.temperature}, beta {call.beta}; expected above 0, and between 0 and 1"
+    if not 0 < call.logit_scale < math.inf or not (call.softcap is None or 0 < call.softcap < math.inf):
+        yield f"logit_scale is {call.logit_scale}, softcap {call.softcap}; expected finite numbers above 0"
+    if call.parts is not None and not 1 <= call.parts <= 64:
+        yield f"parts is {call.parts}; expected 1 to 64"
+    if call.form not in FORMS:
+        yield f"form {call.form!r}; known: {FORMS}"
+    if call.form == "one launch" and (INTERPRETED or torch.compiler.is_compiling()):
+        yield ("form 'one launch' runs on a CUDA device, outside of torch.compile: in the interpreter a program begins "
+               "when the one before has ended, and its wait for the others would not end; give form='two launches'")
+    if call.divergence == "reverse_kl" and call.tail in ("renormalise", "sampled"):
+        yield f"reverse_kl with tail {call.tail!r} is infinite: the teacher gives the tail nothing"
+    if call.divergence != "forward_kl" and call.tail == "uniform":
+        yield f"{call.divergence} with tail 'uniform' is not built: give divergence='forward_kl'"
+
+
+def _wrong_targets(call: Call) -> Iterator[str]:
+    log_probs_NK = call.log_probs_NK
+    if call.labels_NJ is None and log_probs_NK is None:
+        yield "neither labels nor log_probs are given"
+    if call.labels_NJ is None and (call.label_weight_NJ is not None or call.z_scale is not None):
+        yield "label_weight and z_scale are of rows with labels, and no labels are given"
+    if log_probs_NK is None and call.row_weight_N is not None:
+        yield "row_weight is of rows with a teacher, and no log_probs are given"
+    if call.ids_NK is not None and (log_probs_NK is None or
+                                    (call.tail in ("bucket", "uniform") and call.log_tail_N is None)):
+        yield "ids, log_probs and, for tail 'bucket' or 'uniform', log_tail belong together"
+    if call.ids_NK is None and log_probs_NK is not None and (
+            log_probs_NK.shape[1] != call.num_classes or call.num_classes > MOST_FULL):
+        yield (f"log_probs without ids are {list(log_probs_NK.shape)}; expected [N, {call.num_classes}], and at most "
+               f"{MOST_FULL} classes")
+
+
+def _wrong_shapes(logits: Tensor, call: Call) -> Iterator[str]:
+    for a, b in ((call.labels_NJ, call.label_weight_NJ), (call.ids_NK, call.log_probs_NK)):
+        if a is not None and b is not None and a.shape != b.shape:
+            yield f"{list(a.shape)} and {list(b.shape)} must be alike"
+        if a is not None and a.shape[1] == 0:
+            yield f"labels or ids are {list(a.shape)}; expected at least one per row: -1 is none"
+    for scale in (call.ce_scale, call.kd_scale, call.z_scale):
+        if scale is not None and (scale.dim() or scale.device != logits.device):
+            yield (f"a scale is {list(scale.shape)} on {scale.device}; expected a number, or a tensor without a "
+                   f"dimension on {logits.device}: of rows, label_weight and row_weight are the factors")
+    for tensor in (call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK, call.log_tail_N,
+                   call.row_weight_N):
+        if tensor is not None and (tensor.device != logits.device or len(tensor) != len(logits)):
+            yield f"{list(tensor.shape)} on {tensor.device} does not go with {list(logits.shape)} on {logits.device}"
 
 
 def _matrix(name: str, tensor: Tensor | None, logits: Tensor) -> Tensor | None:

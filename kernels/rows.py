@@ -3,10 +3,11 @@
 Units. With T = P / Q in small integers and c = log2(e) / P, the base of a logit x is u = 2^(x c - ref), where `ref` is
 a running maximum of x c. Then exp(x - m) = u^P and exp((x - m) / T) = u^Q: one exponential serves both temperatures. P
 is 0 where temperature 1 is not wanted, Q is 0 where T is not, and TWO says that T is not on the list, so that c2 =
-log2(e) / T has an exponential of its own, relative to ref2 = ref c2 / c. x c - ref is one fused multiply-add: a large common offset of
-the logits costs no digits.
+log2(e) / T has an exponential of its own, relative to ref2 = ref c2 / c. x c - ref is one fused multiply-add: a large
+common offset of the logits costs no digits.
 
-`ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf.
+`ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf. Scores below it count as
+-inf; it is far enough from the largest float that ref c2 / c is one too.
 
 Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of u^P s, for the
 entropy at temperature 1; SCORES the sum of s (of x c2 - ref2 with TWO) over the finite logits, and their number, for a

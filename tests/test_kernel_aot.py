@@ -36,6 +36,8 @@ class Build:
     aligned: bool = True
     inplace: bool = True
     softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: bool = False
     stats: bool = False
     tiles: kd_launch.Tiles | None = None
     said: bool = True           # whether the compiler is told that pointers are multiples of 16 bytes
@@ -74,8 +76,9 @@ TERMS = [
     Build("kd-128k-T2-stats", 128_256, (15.3, 7.6), stats=True),
     Build("kd-128k-T2-uniform", 128_256, (17.1, 7.6), tail="uniform"),
 ]
-# A softcap and all the sums at once, in the parts that share a row.
-PARTS = [BUILDS[7], Build("kd-32k-T2-all", 32_000, (40.8, 29.2), tail="uniform", softcap=30.0, stats=True)]
+# Every term at once, in the parts that share a row.
+PARTS = [BUILDS[7], Build("kd-32k-T2-all", 32_000, (40.8, 29.2), tail="uniform", softcap=30.0, logit_scale=0.5,
+                          z_loss=True, stats=True)]
 
 
 def request(build: Build, arch: int) -> dict[str, Any]:
@@ -85,23 +88,23 @@ def request(build: Build, arch: int) -> dict[str, Any]:
 
     call = kd_launch.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
                         build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace,
-                        softcap=build.softcap, stats=build.stats)
+                        logit_scale=build.logit_scale, softcap=build.softcap, stats=build.stats)
     size = ELEMENT[build.dtype]
     constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned, build.num_classes)
     constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED", "COUNTERS"))
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
-    absent = ["ROW_WEIGHT", "LABEL_WEIGHT", "Z_SCALE"] + ["STATS"] * (not build.stats)
-    absent += ["gain"] + ["rate"] * (build.softcap is None)
+    absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["STATS"] * (not build.stats) + ["Z_SCALE"] * (not build.z_loss)
+    absent += ["gain"] * (call.gain is None) + ["rate"] * (call.rate is None)
     absent += ["LABELS", "CE_SCALE"] * (not build.labels)
     absent += ["IDS", "LOG_Q", "LOG_TAIL", "KD_SCALE"] * (not build.kept)
     constants |= dict.fromkeys(absent)
     signature = dict.fromkeys(("X", "G"), f"*{build.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
     signature |= dict.fromkeys(("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT",
-                                "CE_SCALE", "KD_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
+                                "CE_SCALE", "KD_SCALE", "Z_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
     signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "id_stride", "q_stride",
                                 "num_classes", "width", "kept", "num_labels", "part", "parts"), "i32")
-    signature |= dict.fromkeys(("c", "c2", "temperature", "beta", "rate"), "fp32")
+    signature |= dict.fromkeys(("c", "c2", "temperature", "beta", "gain", "rate"), "fp32")
     sizes = ["x_stride", "g_stride", "num_classes", "width"] if build.aligned and build.num_classes % 16 == 0 else []
     return {"name": build.name, "kernel": "kdcache.kernels.kd_rows:kd_rows", "arch": arch, "signature": signature,
             "constants": constants, "aligned": ["X", "G", *sizes] if build.said else [], "warps": build.shape.warps,

@@ -110,12 +110,15 @@ def test_rows_beyond_two_to_the_31_elements(device: str) -> None:
     assert bool((out[0] == out[0][0]).all()) and torch.equal(gradient[0], gradient[-1])
 
 
-@pytest.mark.parametrize("layout", ["plain", "strided", "padded"])
-def test_one_graph_under_torch_compile(layout: str, device: str) -> None:
+@pytest.mark.parametrize(("changed", "parts"), [
+    ({}, 1), ({"layout": "strided", "tail": "uniform", "softcap": 30.0, "stats": True}, 1),
+    ({"layout": "padded", "logit_scale": 0.3, "z_scale": 0.02}, 2),
+], ids=str)
+def test_one_graph_under_torch_compile(changed: dict[str, Any], parts: int, device: str) -> None:
     """No graph break, the same bits as eager, and one graph for all batch sizes."""
-    problem = usual(layout=layout, dtype=torch.bfloat16)
-    expected, gradient, *_ = run(problem, device)
-    keywords = on(device, problem.keywords)
+    problem = usual(dtype=torch.bfloat16, **changed)
+    expected, gradient, *_ = run(problem, device, parts=parts)
+    keywords = on(device, problem.keywords) | {"parts": parts}
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -123,7 +126,7 @@ def test_one_graph_under_torch_compile(layout: str, device: str) -> None:
         return graph
 
     @torch.compile(fullgraph=True, dynamic=True, backend=count)
-    def loss(logits: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(logits: Tensor, keywords: dict[str, Any]) -> tuple[Tensor, ...]:
         return kd_loss_rows(logits, **keywords)
 
     def step(rows: int) -> tuple[tuple[Tensor, ...], Tensor]:

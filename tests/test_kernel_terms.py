@@ -210,7 +210,10 @@ def test_a_wide_cap_is_none(device: str) -> None:
     ({"tail": "uniform", "log_tail": None}, "log_tail belong together"),
     ({"labels": None, "z_scale": 0.1}, "no labels are given"),
     ({"labels": None, "label_weight": torch.ones(3)}, "no labels are given"),
-    ({"label_weight": torch.ones(3, 2)}, "must be alike"), ({"z_scale": torch.ones(2)}, "does not go"),
+    ({"label_weight": torch.ones(3, 2)}, "must be alike"), ({"z_scale": torch.ones(3)}, "without a dimension"),
+    ({"ce_scale": torch.ones(1)}, "without a dimension"),
+    ({"labels": torch.zeros(3, 0).long()}, "at least one per row"),
+    ({"ids": None, "log_probs": None, "row_weight": torch.ones(3)}, "no log_probs are given"),
 ])
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, device: str) -> None:
     problem = usual()
