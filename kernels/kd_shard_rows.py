@@ -42,6 +42,21 @@ def own_logits(row, id_E, wanted_E, first, count, other: tl.constexpr):
     return own_E, at_E, tl.load(at_E, mask=own_E, other=other)
 
 
+@triton.jit
+def in_two(top, c):
+    """top c as an integer and what is left, rounded as a number below 1 and not as one of the size of top c."""
+    whole = tl.floor(top * c)
+    return whole, tl.fma(top, c, -whole)
+
+
+@triton.jit
+def power_of_two(ref, top, c):
+    """2^(ref - top c) for a sum relative to ref, 0 where ref stands for no finite logit, whose sum is 0."""
+    whole, left = in_two(top, c)
+    own = tl.floor(ref)
+    return tl.where(ref > FLOOR, tl.exp2(own - whole) * tl.exp2((ref - own) - left), 0.0)
+
+
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
                                "first"])
 def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, x_stride, label_stride,
@@ -82,9 +97,7 @@ def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, 
         top_K = tl.max(x_K, axis=0)
         top = tl.maximum(tl.where(ref > FLOOR, ref / c, FLOOR), top_K)
         if P > 0:
-            # The sweep's sum is relative to ref <= top c, but for a rounding. Without a finite logit it is 0.
-            lift = tl.exp2(tl.minimum(tl.fma(-top, c, ref), 1.0))
-            one = one * power(lift, P) + tl.sum(tl.exp(x_K - top), axis=0)
+            one = one * power(power_of_two(ref, top, c), P) + tl.sum(tl.exp(x_K - top), axis=0)
             scored = tl.sum(tl.where(own_J, weight_J * (x_J.to(tl.float32) - top), 0.0), axis=0)
             weight = tl.sum(tl.where(own_J, weight_J, 0.0), axis=0)
         if IDS is not None:
@@ -94,9 +107,13 @@ def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, 
                 tail = tl.maximum(top_K, FLOOR)
                 base = tail
             else:
-                above = tl.fma(-top, c2, ref2) if TWO else Q * tl.fma(-top, c, ref)
-                mass_tail = soft * tl.exp2(above)
-                tail = tl.where(mass_tail > LEAST, mass_tail, tl.log(soft) + LN2 * above)
+                if TWO:
+                    above = tl.fma(-top, c2, ref2)
+                    soft_tail = soft * power_of_two(ref2, top, c2)
+                else:
+                    above = Q * tl.fma(-top, c, ref)
+                    soft_tail = soft * power(power_of_two(ref, top, c), Q)
+                tail = tl.where(soft_tail > LEAST, soft_tail, tl.log(soft) + LN2 * above)
                 tail = tl.where(soft == 0, -float("inf"), tail)
             score_K = tl.div_rn(x_K - base, temperature)
             u_K = tl.exp(score_K)
@@ -145,7 +162,7 @@ def value_and_slopes(x_K, valid_K, log_q_K, log_q_tail, top, tail, kept_sum, cro
         if TAIL == "bucket":
             value += tl.where(q_tail > 0, q_tail * (log_q_tail - log_p_tail), 0.0)
         slope_K = (kept_q + q_tail) * p_K - q_K
-        slope_tail = (kept_q + q_tail) * p_tail - q_tail
+        slope_tail = kept_q * p_tail - q_tail * (kept_sum / z)         # 1 - p_tail would lose digits where it is small
     else:
         tl.static_assert(DIVERGENCE == "reverse_kl")
         value = tl.fma(-kept_sum, log_z, cross) / z
@@ -160,31 +177,34 @@ def value_and_slopes(x_K, valid_K, log_q_K, log_q_tail, top, tail, kept_sum, cro
 
 
 @triton.jit
-def sweep_factors(top, tail, c, c2, temperature, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+def sweep_factors(top, tail, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
     """References of the gradient's sweep, and what its powers have to be multiplied by to be exp(x - top) and
     exp((x - top) / T) / (sum over the tail), the share of a class in it.
 
-    Where the tail is far below `top`, so is the reference: its shares are finite when its mass underflows.
+    A reference lies an integer `down` below top c, near the tail: there exponentials are most exact, and shares are
+    finite when the mass of the tail underflows.
     """
-    low = top
+    down = 0.0
     if Q > 0:
-        low = tl.where((tail < 0) & (tail > -float("inf")), tl.maximum(top + temperature * tail, FLOOR), top)
-    base = top if TWO else low
-    ref = tl.maximum(base * c, FLOOR)
-    off = tl.exp2(-tl.fma(base, c, -ref))           # of the rounding of the reference
+        depth = tl.where(tail < 0, -tail / LN2, -tl.log2(tail))
+        down = tl.where(tail > -float("inf"), tl.floor(tl.maximum(depth, 0.0) / Q), 0.0)
+    whole, left = in_two(top, c)
+    left = tl.exp2(-left)
+    shared = 0.0 if TWO else down
     by_one = 0.0
     by_soft = 0.0
     ref2 = FLOOR
     if P > 0:
-        by_one = tl.exp(base - top) * power(off, P)
+        by_one = power(left * tl.exp2(-shared), P)
     if Q > 0:
-        by_soft = tl.where(tail < 0, tl.exp(tl.div_rn(low - top, temperature) - tail), 1.0 / tail)
+        by_soft = tl.where(tail < 0, tl.exp(-tl.fma(down, Q * LN2, tail)), tl.exp2(-Q * down) / tail)
         if TWO:
-            ref2 = tl.maximum(low * c2, FLOOR)
-            by_soft *= tl.exp2(-tl.fma(low, c2, -ref2))
+            whole2, left2 = in_two(top, c2)
+            ref2 = whole2 - down
+            by_soft *= tl.exp2(-left2)
         else:
-            by_soft *= power(off, Q)
-    return ref, ref2, by_one, by_soft
+            by_soft *= power(left, Q)
+    return whole - shared, ref2, by_one, by_soft
 
 
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
@@ -214,7 +234,7 @@ def shard_gradient(X, G, SUMS, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, L
         own_K, _, x_K = own_logits(row, id_K, valid_K, first, count, -float("inf"))
         x_J = x_J.to(tl.float32)
         x_K = x_K.to(tl.float32)
-        ref, ref2, by_one, by_soft = sweep_factors(top, tail, c, c2, temperature, P, Q, TWO)
+        ref, ref2, by_one, by_soft = sweep_factors(top, tail, c, c2, P, Q, TWO)
         a_one = 0.0
         a_soft = 0.0
         ce_scale = 0.0

@@ -58,7 +58,6 @@ from kdcache.kernels.kd_loss import DTYPES, INTERPRETED
 TAILS = {"forward_kl": ("bucket", "renormalise", "conditional", "sampled"), "reverse_kl": ("bucket", "conditional")}
 SUMS = 8
 LEAST: float = kd_shard_rows.LEAST.value
-FAR = -1e30                     # of a shard without a finite logit below the others; times 0 it is 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,19 +109,20 @@ def merge_sums(sums_RN8: Tensor | Sequence[Tensor], shard: VocabShard) -> Tensor
     sums_RN8 = sums_RN8 if isinstance(sums_RN8, Tensor) else torch.stack(list(sums_RN8))
     if sums_RN8.dim() != 3 or sums_RN8.shape[-1] != SUMS or not len(sums_RN8):
         raise ValueError(f"sums are {list(sums_RN8.shape)}; expected [R, N, {SUMS}], those of R >= 1 shards")
-    top, one, tail, kept, cross, mass, scored, weight = sums_RN8.unbind(-1)
+    # In float64: sums relative to an m far below that of the whole row keep their digits.
+    top, one, tail, kept, cross, mass, scored, weight = sums_RN8.double().unbind(-1)
     whole = top.amax(0)
-    fall = (top - whole).clamp(min=FAR)
+    fall = top - whole
     if shard.tail == "conditional":
         joined = tail.amax(0)
-        soft_fall = (tail - joined).clamp(min=FAR) / shard.temperature
+        soft_fall = (tail - joined) / shard.temperature
     else:
         soft_fall = fall / shard.temperature
         joined = _merged_tail(tail, soft_fall)
     share = soft_fall.exp()
     crossed = cross + soft_fall * mass if shard.divergence == "forward_kl" else share * (cross + soft_fall * kept)
     return torch.stack([whole, (one * fall.exp()).sum(0), joined, (kept * share).sum(0), crossed.sum(0), mass.sum(0),
-                        (scored + fall * weight).sum(0), weight.sum(0)], -1)
+                        (scored + fall * weight).sum(0), weight.sum(0)], -1).float()
 
 
 def _merged_tail(tail_RN: Tensor, fall_RN: Tensor) -> Tensor:
@@ -135,11 +135,11 @@ def _merged_tail(tail_RN: Tensor, fall_RN: Tensor) -> Tensor:
 @torch.compiler.disable                                # type: ignore[untyped-decorator]
 def sharded_loss(logits: Tensor, sums_N8: Tensor, shard: VocabShard, *,
                  inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, CE, D) of whole rows, float32 [N], from their merged sums; only the loss carries a gradient.
+    """(loss, CE, D) of whole rows, float32 [N], from their merged sums and the logits that those are of.
 
-    Every rank gets the same values (to the bit where shards are equally wide), and by its own backward the gradient of
-    its own columns: nothing is exchanged there. With `inplace` it takes the place of the logits. A row without label
-    and teacher gives 0 and a zero gradient. ValueError for what does not fit.
+    Only the loss carries a gradient. Every rank gets the same values (to the bit where shards are equally wide), and by
+    its own backward the gradient of its own columns: nothing is exchanged there. With `inplace` it takes the place of
+    the logits. A row without label and teacher gives 0 and a zero gradient. ValueError for what does not fit.
     """
     call = _checked(logits, shard)
     if sums_N8.shape != (len(logits), SUMS) or sums_N8.dtype != torch.float32 or sums_N8.device != logits.device:

@@ -44,9 +44,9 @@ def bounds_of(case: Case) -> list[float]:
 
 
 def cuts(width: int, shards: int, seed: int) -> list[int]:
-    """Where shards begin, and the end: anywhere, so of any width and parity."""
-    chance = random.Random(seed)
-    return [0, *sorted(chance.randrange(width + 1) for _ in range(shards - 1)), width]
+    """Where shards begin, and the end: two at whole vectors, more of them anywhere, so of any width and parity."""
+    chance, step = random.Random(seed), 8 if shards == 2 else 1
+    return [0, *sorted(chance.randrange(width + 1) // step * step for _ in range(shards - 1)), width]
 
 
 def shards_of(whole: Tensor, keywords: dict[str, Any], at: list[int]) -> list[tuple[Tensor, VocabShard]]:
