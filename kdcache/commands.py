@@ -115,6 +115,8 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--match", multiple=True, metavar="STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]", help="Pull this activation of "
               "the student towards a cached feature. Repeatable.")
 @click.option("--engine", metavar="NAME", help="auto (torch so far), torch or triton (fused kernels). [default: auto]")
+@click.option("--logits-memory", metavar="SIZE", help='"512 MB": run the head of a language model inside the loss, in '
+              "chunks of rows whose logits take this much.  [default: logits are whole]")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the data.")
 @click.option("--max-steps", type=COUNT, help="Optimizer steps, instead of epochs.")
 @click.option("--batch-size", type=COUNT, help="Records per optimizer step, over all ranks.  [default: 128]")

@@ -26,9 +26,9 @@ OPTIONS = {
     "train-student": [
         "cache", "student", "student-arg", "student-weights", "out", "data", "data-arg", "eval-data", "eval-data-arg",
         "temperature", "k", "alpha", "ce-weight", "kd-weight", "divergence", "beta", "tail", "match", "engine",
-        "epochs", "max-steps", "batch-size", "micro-batch-size", "optimizer", "lr", "weight-decay", "warmup", "clip",
-        "precision", "compile", "device", "workers", "seed", "deterministic", "shuffle", "eval-every", "save-every",
-        "best-by", "report-to", "accept", "dry-run", "config", "json"],
+        "logits-memory", "epochs", "max-steps", "batch-size", "micro-batch-size", "optimizer", "lr", "weight-decay",
+        "warmup", "clip", "precision", "compile", "device", "workers", "seed", "deterministic", "shuffle", "eval-every",
+        "save-every", "best-by", "report-to", "accept", "dry-run", "config", "json"],
     "inspect": ["record", "tokenizer", "data", "data-arg", "config", "json"],
     "verify": ["quick", "teacher", "teacher-arg", "teacher-weights", "data", "data-arg", "samples", "dtype", "device",
                "config", "json"],

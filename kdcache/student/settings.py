@@ -12,6 +12,7 @@ import torch
 
 from kdcache.engines import check_engine
 from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.student.linear import memory_size
 from kdcache.student.match import Match, parse_match
 from kdcache.student.request import check_loss_names
 
@@ -33,6 +34,7 @@ class Settings:
     tail: str
     match: tuple[str, ...]
     engine: str
+    logits_memory: str | None
     epochs: float | None
     max_steps: int | None
     batch_size: int
@@ -63,6 +65,8 @@ class Settings:
             raise NotBuilt("tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not built yet; "
                            "use tail 'bucket'")
         check_engine(self.engine, torch.device(self.device))
+        if self.logits_memory is not None:
+            memory_size(self.logits_memory)
         if self.precision == "float16" and torch.device(self.device).type == "cpu":
             raise UsageError("precision float16 is not available on the CPU; use bfloat16 or float32")
         for name in ("lr", "weight_decay", "warmup", "clip"):

@@ -41,7 +41,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                   report_to: Sequence[str] = (), accept: Sequence[str] = (), dry_run: bool = False,
                   student_args: Mapping[str, Any] | None = None, student_weights: str | Path | None = None,
                   data_args: Mapping[str, Any] | None = None, eval_data_args: Mapping[str, Any] | None = None,
-                  engine: str = "auto", live_teacher: nn.Module | None = None,
+                  engine: str = "auto", logits_memory: str | int | None = None, live_teacher: nn.Module | None = None,
                   on_step: Callable[[StepInfo], object] | None = None, on_metrics: OnMetrics | None = None,
                   say: Callable[[str], object] | None = None) -> TrainReport:
     """Train `student` on what a teacher said, and keep run and weights in the folder `out`.
@@ -56,6 +56,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     temperature    of soft targets; 2 by default, 1 for token caches. k: a tier of the cache, by default the largest
     loss           ce_weight * CE + kd_weight * T^2 * D (alpha sets 1 - alpha and alpha), + weight * each of `match`,
                    "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, beta, tail, engine: see `kd_loss`
+    logits_memory  "512 MB": the student's head runs inside the loss (see `kd_linear_loss`), its logits never whole, in
+                   chunks of this size; for models whose head is an nn.Linear with nothing after it, as `Head` checks
     epochs         or max_steps: how long. batch_size records make a step, in forward passes of micro_batch_size
     optimizer      adamw, adam or sgd; biases and norms are not decayed. warmup: steps, or a part of all below 1; then
                    half a cosine to 0. clip: largest norm of the gradient, 0 for none
@@ -78,7 +80,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     picked = pick_device(device)
     settings = Settings(
         temperature=temperature, k=k, alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, divergence=divergence,
-        beta=beta, tail=tail, match=texts(match), engine=engine, epochs=epochs, max_steps=max_steps,
+        beta=beta, tail=tail, match=texts(match), engine=engine,
+        logits_memory=None if logits_memory is None else str(logits_memory), epochs=epochs, max_steps=max_steps,
         batch_size=batch_size, micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
         warmup=warmup, clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
         deterministic=deterministic, eval_every=eval_every, save_every=save_every, best_by=best_by,

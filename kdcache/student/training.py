@@ -265,6 +265,8 @@ class Training:
         yield (f"{loader.total_steps} steps of {settings.batch_size} records, {settings.optimizer}, "
                f"lr {settings.lr:g}, {settings.precision} on {self.device}, "
                f"engine {check_engine(settings.engine, self.device)}")
+        if settings.logits_memory is not None:
+            yield f"logits: never whole, in chunks of {settings.logits_memory} inside the loss"
         yield from (f"default: {line}" for line in self._defaults())
         yield from (f"accepted: {name} differs" for name in self.sources.accepted)
         if self.continued_from:

@@ -1,0 +1,124 @@
+"""Training with the head inside the loss is training without: the same losses and weights, steps, runs and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from student_world import Net, Points, TinyLM, Windows, write_cache
+from torch import nn
+
+from kdcache.cache.spec import FeatureSpec
+from kdcache.errors import UsageError
+from kdcache.student.train import train_student
+
+DATA = Windows(24)
+FEW = "1 KiB"               # two rows of float64 logits, each a multiple of 64 elements
+
+
+class Headed(TinyLM):
+    """A causal model that says which layer its head is, as those of transformers do."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+class Capped(Headed):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return 3 * torch.tanh(super().forward(input_ids, attention_mask) / 3)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("head") / "cache"
+    write_cache(path, DATA, TinyLM(16, seed=3), kind="topk", tiers=(5,), tokens=True, labels=True).close()
+    return path
+
+
+def trained(out: Path, student: nn.Module, cache: Any, **options: Any) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    options = {"batch_size": 8, "epochs": 2, "optimizer": "sgd", "lr": 0.1, "device": "cpu", **options}
+    train_student(student=student, out=out, cache=cache, on_metrics=lines.append, **options)
+    return lines
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"alpha": 0.0}, {"alpha": 1.0, "divergence": "jsd", "beta": 0.3}, {"micro_batch_size": 3}, {"data": DATA},
+    {"eval_data": DATA, "eval_every": 2}], ids=str)
+def test_the_head_inside_the_loss_changes_nothing(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """In float64 another order of sums leaves 2^-53 of sums of about 100 terms of order 1, in each of 6 steps."""
+    students = {size: Headed().double() for size in (None, FEW)}
+    lines = {size: trained(tmp_path / str(size), student, cache, logits_memory=size, **options)
+             for size, student in students.items()}
+    assert len(lines[None]) == len(lines[FEW]) >= 6
+    for a, b in zip(lines[None], lines[FEW], strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-11) for key in a if key != "samples_per_second")
+    for (name, a), (_, b) in zip(*(s.state_dict().items() for s in students.values()), strict=True):
+        assert float((a - b).abs().max()) <= 1e-11 * float(a.abs().max()), name
+
+
+def test_labels_alone_without_a_cache(tmp_path: Path) -> None:
+    students = {size: Headed().double() for size in (None, FEW)}
+    losses = [[line["loss"] for line in trained(tmp_path / str(size), student, None, data=DATA, alpha=0.0,
+                                                logits_memory=size)] for size, student in students.items()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-11)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_kernels_train_the_same_student(cache: Path, tmp_path: Path, precision: str, device: str) -> None:
+    """One step: as far from plain training as the precision makes two ways of adding."""
+    options: dict[str, Any] = {"epochs": None, "max_steps": 1, "precision": precision, "device": device}
+    losses = [trained(tmp_path / str(i), Headed(), cache, **options, **more)[0]["loss"]
+              for i, more in enumerate(({}, {"logits_memory": FEW, "engine": "triton"}))]
+    eps = torch.finfo(getattr(torch, precision)).eps
+    assert losses[0] == pytest.approx(losses[1], rel=8 * eps) and losses[0] > 0
+
+
+def test_a_run_is_continued_and_its_chunks_are_an_option_of_it(cache: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    whole = trained(tmp_path / "whole", Headed(dropout=0.2), cache, logits_memory=FEW, say=said.append)
+    assert f"logits: never whole, in chunks of {FEW} inside the loss" in said
+
+    class Stop(Exception):
+        pass
+
+    def stop(info: Any) -> None:
+        if info.step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trained(tmp_path / "run", Headed(dropout=0.2), cache, logits_memory=FEW, save_every=1, on_step=stop)
+    with pytest.raises(Exception, match="logits-memory"):
+        trained(tmp_path / "run", Headed(dropout=0.2), cache, save_every=1)
+    rest = trained(tmp_path / "run", Headed(dropout=0.2), cache, logits_memory=FEW, save_every=1)
+    losses = [line["loss"] for line in whole]
+    assert [line["loss"] for line in rest] == losses[-len(rest):] and 0 < len(rest) < len(losses)
+
+
+def test_a_hint_from_the_head_itself_is_refused(tmp_path: Path) -> None:
+    class HeadedNet(Net):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    data, body = Points(16), FeatureSpec(name="body", module="body", recipe="raw", dtype="float32", shape=(32,))
+    with_features = write_cache(tmp_path / "cache", data, Net(32, seed=7), features=[body])
+    for module, refused in (("body", False), ("head", True)):
+        options = {"data": data, "match": [f"{module}=body:mse"], "logits_memory": FEW}
+        if refused:
+            with pytest.raises(UsageError, match="match names 'head', the head"):
+                trained(tmp_path / module, HeadedNet(), with_features, **options)
+        else:
+            assert trained(tmp_path / module, HeadedNet(), with_features, **options)
+
+
+@pytest.mark.parametrize(("student", "options", "message"), [
+    (Capped, {}, "does more to its logits than its head 'head'"), (TinyLM, {}, "is not there or returns none"),
+    (Headed, {"logits_memory": "much"}, "memory is 'much'"),
+    (Headed, {"logits_memory": "8 B"}, "the logits of a single row take")])
+def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, student: type[nn.Module], options: dict[str, Any],
+                                   message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        trained(tmp_path / "run", student(), cache, **{"logits_memory": FEW, **options})
