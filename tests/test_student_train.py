@@ -424,8 +424,8 @@ def test_float16_scales_its_gradients(tmp_path: Path) -> None:
         temperature=None, k=None, alpha=0.5, ce_weight=None, kd_weight=None, divergence="forward_kl", beta=None,
         tail="bucket", match=(), engine="auto", logits_memory=None, epochs=1, max_steps=None, batch_size=8,
         micro_batch_size=None, optimizer="sgd", lr=0.1, weight_decay=None, warmup=0, clip=1.0, precision="float16",
-        compile=False, device="cuda", seed=0, shuffle=True, deterministic=False, eval_every=None, save_every=None, best_by="eval_loss",
-        accept=())
+        compile=False, device="cuda", seed=0, shuffle=True, deterministic=False, eval_every=None, save_every=None,
+        best_by="eval_loss", accept=())
     named = trainable(("", student))
     loop = Loop(student, loader, settings, optimizer=make_optimizer("sgd", named, lr=0.1), parameters=named,
                 schedule=Schedule(0.1, 4))
