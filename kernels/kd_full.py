@@ -2,6 +2,9 @@
 
 One program per row, one read of logits and teacher, one write: 2 N V + 4 N V bytes read, 2 N V written (bf16). Caches
 of few classes hold such rows; for many classes a sparse teacher is the point, and longer rows are refused.
+
+Compiled for sm_90 nothing spills up to 8,192 classes (JSD with every term: up to 4,096). At 16,384 forward KL spills 56
+bytes a thread, JSD 192, with softcap, z-loss and statistics 580 and 510.
 """
 
 # mypy: ignore-errors

@@ -179,7 +179,13 @@ def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call, lo
             0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.unit / (math.log(2) * call.temperature),
             call.temperature, call.beta, None if call.unit == 1 else call.unit, call.gain, call.rate,
             **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
-            num_warps=min(16, max(1, block // 512)), num_stages=1)
+            num_warps=full_warps(block, call.divergence), num_stages=1)
+
+
+def full_warps(block: int, divergence: str) -> int:
+    """Warps that hold a row of `block` classes. Beyond 8192 all spill; what takes more registers per class spills less
+    over twice as many threads, of half as many registers each."""
+    return min(16 if divergence == "forward_kl" else 32, max(1, block // 512))
 
 
 def full_constants(call: Call, itemsize: int, gradient: bool, aligned: bool) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def request(build: Build, arch: int) -> dict[str, Any]:
             "maxnreg": build.shape.registers}
 
 
-def full_request(arch: int, name: str = "full") -> dict[str, Any]:
-    """A teacher over 1000 classes, bfloat16 logits, one label, in place."""
-    call = kd_launch.Call(1000, torch.empty(1, 1), None, None, torch.empty(1, 1000), None, None, 4.0, "forward_kl",
-                          "bucket", 0.5, None, None, True)
-    absent = ["LABEL_WEIGHT", "ROW_WEIGHT"] + ["STATS", "Z_SCALE", "unit", "gain", "rate"] * (name == "full")
+def full_request(arch: int, name: str = "full", classes: int = 1000) -> dict[str, Any]:
+    """A teacher over all classes, bfloat16 logits, one label, in place."""
+    call = kd_launch.Call(classes, torch.empty(1, 1), None, None, torch.empty(1, classes), None, None, 4.0,
+                          "forward_kl", "bucket", 0.5, None, None, True)
+    absent = ["LABEL_WEIGHT", "ROW_WEIGHT"] + ["STATS", "Z_SCALE", "unit", "gain", "rate"] * (name != "every term")
     constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(absent)
     signature = {"X": "*bf16", "G": "*bf16", "LABELS": "*i64"} | dict.fromkeys(
         ("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "ROW_WEIGHT", "CE_SCALE", "KD_SCALE", "Z_SCALE"),
@@ -124,7 +124,8 @@ def full_request(arch: int, name: str = "full") -> dict[str, Any]:
                                 "num_classes", "width", "num_labels"), "i32")
     signature |= dict.fromkeys(("c", "temperature", "beta", "unit", "gain", "rate"), "fp32")
     return {"name": name, "kernel": "kdcache.kernels.kd_full:kd_full", "arch": arch, "signature": signature,
-            "constants": constants, "aligned": ["X", "G", "LOG_Q"], "warps": 2}
+            "constants": constants, "aligned": ["X", "G", "LOG_Q"],
+            "warps": kd_launch.full_warps(constants["BLOCK"], "forward_kl")}
 
 
 def staged(stage: int, build: Build) -> dict[str, Any]:
@@ -161,7 +162,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     """Every build for every architecture, those with further terms, parts of rows and mutants for sm_90."""
     wanted = [request(build, arch) for build in BUILDS for arch in ARCHES] + [request(build, 90) for build in TERMS]
     wanted += [staged(stage, build) for stage in (1, 2) for build in PARTS]
-    wanted += [full_request(arch) for arch in ARCHES] + [full_request(90, "full with every term")]
+    wanted += [full_request(arch) for arch in ARCHES] + [full_request(90, "every term")]
+    wanted += [full_request(90, "long", 8192)]
     wanted += [request(mutant, 90) for mutant in MUTANTS.values()]
     found = aot.reports(wanted, cache=tmp_path_factory.mktemp("triton"))
     return {(report.name, report.arch): report for report in found}
@@ -196,9 +198,10 @@ def test_a_row_of_all_classes_stays_in_registers(arch: int, compiled: dict[tuple
     assert report.whole.exponentials <= 3 * 16 + 8
 
 
-def test_a_row_of_all_classes_holds_every_term(compiled: dict[tuple[str, int], aot.Report]) -> None:
-    report = compiled["full with every term", 90]
-    assert (report.spills, report.stack, report.whole.vector_loads, report.whole.vector_stores) == (0, 0, 6, 2)
+def test_longer_rows_and_every_term_stay_in_registers(compiled: dict[tuple[str, int], aot.Report]) -> None:
+    for name in ("every term", "long"):
+        report = compiled[name, 90]
+        assert (report.spills, report.stack, report.whole.vector_loads, report.whole.vector_stores) == (0, 0, 6, 2)
 
 
 USUAL = BUILDS[0]
