@@ -31,7 +31,6 @@ class Build:
     temperature: float = 2.0
     labels: int = 1
     kept: int = 64
-    divergence: str = "forward_kl"
     aligned: bool = True
 
     @property
@@ -43,7 +42,6 @@ BUILDS = [
     Build("eighth-of-128k", 16_032, (11.4, 7.7)),
     Build("half-of-128k", 64_128, (9.3, 7.4)),
     Build("quarter-T1.37", 32_064, (15.3, 9.7), temperature=1.37),
-    Build("quarter-reverse", 32_064, (11.4, 7.7), divergence="reverse_kl"),
     Build("half-of-50257", 25_129, (11.4, 7.7), aligned=False),
     Build("labels-alone", 32_064, (9.3, 6.6), kept=0),
 ]
@@ -55,7 +53,7 @@ def request(build: Build, kernel: str, arch: int) -> dict[str, Any]:
         return torch.empty(1, width) if width else None
 
     call = kd_launch.Call(build.columns, some(build.labels), None, some(build.kept), some(build.kept), None, None,
-                          build.temperature, build.divergence, "bucket", 0.5, None, None, False)
+                          build.temperature, "forward_kl", "bucket", 0.5, None, None, False)
     names = getattr(importlib.import_module("kdcache.kernels.kd_shard_rows"), kernel).arg_names
     constants = kd_launch.kernel_constants(call, 2, True, False, build.aligned, build.columns)
     constants |= dict.fromkeys(["ROW_WEIGHT", "LABEL_WEIGHT"] + ["IDS", "LOG_Q", "LOG_TAIL"] * (not build.kept))
