@@ -34,6 +34,7 @@ CASES = [
     Case(num_classes=1272, labels="two", kept=64), Case(num_classes=1271, layout="odd", labels="some", weights="some"),
     Case(num_classes=1272, layout="padded", temperature=1.37, labels="twice", divergence="jsd", dtype=torch.bfloat16),
     Case(num_classes=1271, layout="strided", labels="none", temperature=0.5, rows=1, dtype=torch.float16),
+    Case(num_classes=1272, tail="uniform", stats=True, softcap=30.0, labels="in"),
 ]
 
 
