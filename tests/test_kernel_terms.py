@@ -60,8 +60,9 @@ def test_where_every_class_is_kept_there_is_no_even_tail(device: str) -> None:
     problem.keywords["log_tail"][:] = 0.0                           # of nothing
     out, gradient, *_ = run(problem, device, tail="uniform")
     expected, slope, *_ = run(problem, device, tail="sampled")
-    assert bool(out[2].isfinite().all()) and torch.equal(gradient, slope)
+    assert bool(out[2].isfinite().all())
     torch.testing.assert_close(out[2], expected[2], rtol=TINY, atol=TINY)
+    torch.testing.assert_close(gradient, slope, rtol=0, atol=TINY * float(slope.abs().max()))
 
 
 @pytest.mark.parametrize("temperature", [1.37, 2.0])
