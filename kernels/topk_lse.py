@@ -7,26 +7,40 @@
 
 Algorithm. One program per row; lane l of L holds every L-th piece of B neighbouring columns (the registers of one
 thread). The one sweep keeps of each lane its maximum and its sums of exponentials relative to it. The k lanes of
-greatest maximum (ties: by lowest id) hold the whole head, since each has an element that precedes all of every other
-lane. So the sums of the other lanes are tail and nothing else. The k lanes, and those of the labels, are read again:
-what reaches the bound that the k maxima set is collected (k and a few more), the rest joins the tail. The place of a
-collected element is the number of those before it. No atomics; nothing is subtracted from a sum. Where the greatest
-logits crowd into few lanes, or all are equal, the bound is raised by bisection: slower, and as exact.
+greatest maximum hold the whole head, since each has an element that precedes all of every other lane (all lanes tied
+at the k-th are taken; where they are many, those that have it first). So the sums of the other lanes are tail and
+nothing else. The k lanes, and those of the labels, are read again: what reaches the bound that the k maxima set is
+collected (k and a few more), the rest joins the tail. The place of a collected element is the number of those before
+it. No atomics; nothing is subtracted from a sum. Where the greatest logits crowd into few lanes, or all are equal, the
+bound is raised by bisection and the lanes are read once more: slower, and as exact.
+
+Moments come from sums of differences from each lane's first logit, which the same sweep adds; rows with -inf, or whose
+squares no float32 holds, are read twice more, scaled.
 
 Bytes, at least (s of a logit, V classes, N rows): N V s read, N (12 k + 8 T + 4 J + 4) written. The second look reads
-a 32-byte sector for each piece, about N k V / (L B) of them: for V = 128256, bf16, k = 64 a quarter of the row, from L2
-while the rows in flight stay there. Finding a threshold and sweeping again would read all of it a second time.
+a 32-byte sector for each piece, about N k V / (L B) of them: for V = 128256, bf16, k = 64 a quarter of the row, for k =
+256 as much as the row, from L2 while the rows in flight stay there. Finding a threshold and sweeping again would read
+all of it a second time. Phases meet in 4 (4 CAP + 2 J + 2 T + 3) bytes of memory a row, CAP the power of two at or
+above 2 k: 2.1 KB for k = 64.
+
 Exponentials per element: 1 + 1 / (A B) where the temperatures are one of them divided by 1 to 4, else that for each
-group of them. Compiled for sm_90 (bf16, k = 64, one label; triton 3.7.1), instructions per element of the sweep, and
-of the second look, which 1 in 8 (V = 128256) or 1 in 4 elements take:
+group of them. Compiled for sm_90 (bf16, one label; triton 3.7.1), instructions per element of the sweep, and of the
+second look, which k in L elements take:
 
-    V = 128256, 16 warps,  64 registers    T = 1, 2: 8.8, 30
-    V = 50257,  16 warps,  64 registers    T = 1, 2, 4: 10.9, 33
-    V = 32000,   8 warps, 128 registers    T = 1, 2, 4: 10.9, 29
+    V = 128256, k = 64     T = 1, 2       16 warps, L = 512    51 registers     8.7, 14.6
+    V = 128256, k = 64     the same and moments                55 registers    11.8, 14.6
+    V = 128256, k = 256    T = 1, 2       16 warps, L = 512    56 registers     8.7, 14.6
+    V = 50257,  k = 64     T = 1, 2, 4    16 warps, L = 512    53 registers    10.8, 16.9
+    V = 32000,  k = 64     T = 1, 2, 4     8 warps, L = 256    72 registers    10.8, 16.8
 
-128-bit loads alone and no barrier in the sweep. At 64 registers what lives across the sweep is spilled once a row
-(0 to 25 accesses a thread); the two loops are within their budgets of instructions, which tests/test_kernel_topk_lse.py
-holds. No time has been measured.
+128-bit loads alone, no barrier in either loop, no spill and no stack: tests/test_kernel_topk_aot.py holds it for three
+architectures. The code at T = 1, 2 has 87 barriers, all outside them, those of rare branches counted; a step of a
+bisection over the lanes takes 3. No time has been measured.
+
+Why 16 warps of at most 64 registers: two programs to a multiprocessor, so that one sweeps while the other looks again,
+and 512 lanes of 16 bytes, which halves the sectors of the second look against 8 warps of 128. 264 rows of 257 KB are 68
+MB; in a 50 MB L2 about a quarter of a row has gone when it is looked at again. With fewer registers and more programs
+more of it would have; with one program nothing overlaps the second look.
 """
 
 from __future__ import annotations
@@ -143,7 +157,7 @@ def _log_sum_exp(x: Tensor) -> Tensor:
 
 def build(num_classes: int, dtype: torch.dtype, k: int, temperatures: Sequence[float], labels: int, moments: bool,
           aligned: bool) -> tuple[dict[str, Any], int, int]:
-    """(compile-time constants, warps, registers a thread): neither the number of rows nor a stride is among them."""
+    """(compile-time constants, warps, most registers a thread); neither the number of rows nor a stride is in them."""
     vec = 16 // dtype.itemsize
     size = num_classes * dtype.itemsize
     warps = 4 if size <= 16_384 else 8 if size <= 80_000 else 16
@@ -180,9 +194,9 @@ def aligned(x_NV: Tensor) -> bool:
 
 def _check(logits: Tensor, k: int, temperatures: Sequence[float], labels_NJ: Tensor | None) -> None:
     """ValueError for what does not fit together; only shapes and dtypes are looked at, never a value."""
-    if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] < 2**31 - 2**16:
+    if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] < 2**30:
         raise ValueError(f"logits are {list(logits.shape)} of {logits.dtype}; expected [N, V] of float16, bfloat16 or "
-                         "float32")
+                         "float32, V from 1 to 2^30 - 1")
     wrong = []
     if not logits.is_cuda and not (INTERPRETED and logits.device.type == "cpu"):
         wrong.append(f"logits are on {logits.device}; the kernel needs a CUDA device, or TRITON_INTERPRET=1 set before "
