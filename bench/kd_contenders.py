@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,13 +94,13 @@ class Fused:
         scales = torch.tensor([(1 - ALPHA) / rows, ALPHA * t.temperature**2 / rows], device=problem.labels_N.device)
         return Fused(problem, t.ids_NK.to(torch.int32), *scales.unbind())
 
-    def __call__(self, inplace: bool) -> Tensor:
+    def __call__(self, inplace: bool, **more: Any) -> Tensor:
         from kdcache.kernels.kd_loss import kd_loss_rows
 
         p, t = self.problem, self.problem.targets
         loss_N, _, _ = kd_loss_rows(p.logits_NV, labels=p.labels_N, ids=self.ids_NK, log_probs=t.log_probs_NK,
                                     log_tail=t.log_tail_N, temperature=t.temperature, ce_scale=self.ce_scale,
-                                    kd_scale=self.kd_scale, inplace=inplace)
+                                    kd_scale=self.kd_scale, inplace=inplace, **more)
         return torch.autograd.grad(loss_N.sum(), p.logits_NV)[0]
 
 

@@ -2,8 +2,9 @@
 
 `Tiles.of` in `kernels/kd_launch.py` chooses by arithmetic: vectors in flight hide latency, rows in flight must stay in
 L2 for the second read, registers decide how many programs a multiprocessor holds. This measures it, at N = 8192 rows of
-bfloat16 with K = 64, in place. "second_read_misses" is what a share f of the copy's rate means, where bytes alone
-limit: (2 + misses) N V b bytes moved in the time of 2 / f, so 2 / f - 2. A machine with another L2 wants another table.
+bfloat16 with K = 64, in place. "second_read_misses" is what a share f of the copy's rate means where bytes alone limit:
+(2 + misses) N V b bytes moved in the time of 2 / f of them, so 2 / f - 2. Rows that do not fit into L2 are raced by two
+programs to a row as well, in one launch and in two. A machine with another L2 wants another table.
 
     python -m kdcache.bench.kd_tiles [--rounds N] [--results FOLDER]
 """
@@ -49,14 +50,35 @@ MIDDLE = ((2, 8, 80), (2, 8, 64), (4, 8, 128), (2, 16, 64), (4, 4, 128), (2, 4, 
 LONG = ((4, 16, 128), (4, 8, 128), (2, 16, 128), (2, 16, 64), (2, 32, 64), (8, 8, 168))
 
 
-def candidates(classes: int, itemsize: int) -> list[Tiles]:
-    """What a row of so many classes might be walked with; the choice of `Tiles.of` is among them."""
+def candidates(classes: int, itemsize: int) -> list[Way]:
+    """How a row of so many classes might be walked; the choice of `Tiles.of` is among them."""
     row = classes * itemsize
     few = SMALL if row <= 16_384 else MIDDLE if row <= 140_000 else LONG
     orders = (False, True) if row > 200_000 else (False,)
-    found = [Tiles(*one, reverse=reverse) for one, reverse in product(few, orders)]
-    usual = Tiles.of(classes, itemsize)
+    found = [Way(Tiles(*one, reverse=reverse)) for one, reverse in product(few, orders)]
+    found += [Way(Tiles(*one), form) for one, form in product(LONG[:2], SHARED) if row > 400_000]
+    usual = Way(Tiles.of(classes, itemsize))
     return found if usual in found else [usual, *found]
+
+
+SHARED = ("one launch", "two launches")         # forms in which two programs share a row
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Tiles, and the form in which programs share a row, if they do."""
+
+    tiles: Tiles
+    form: str | None = None
+
+    def __str__(self) -> str:
+        tiles = self.tiles
+        return (f"{tiles.rows} x {tiles.warps} warps, {tiles.registers} registers"
+                + (", backwards" if tiles.reverse else "") + (f", 2 parts in {self.form}" if self.form else ""))
+
+    def run(self, fused: Fused) -> object:
+        with walked_with(self.tiles):
+            return fused(inplace=True, **({"parts": 2, "form": self.form} if self.form else {}))
 
 
 @contextmanager
@@ -70,29 +92,20 @@ def walked_with(tiles: Tiles) -> Iterator[None]:
         kd_launch.Tiles = usual  # type: ignore[misc]
 
 
-def run(fused: Fused, tiles: Tiles) -> object:
-    with walked_with(tiles):
-        return fused(inplace=True)
-
-
-def name_of(tiles: Tiles) -> str:
-    return f"{tiles.rows} x {tiles.warps} warps, {tiles.registers} registers{', backwards' if tiles.reverse else ''}"
-
-
 def one_case(track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float) -> dict[str, Any]:
     """The race over one length of row."""
     track.release()
     problem = make_problem(sizes.rows, classes, sizes.kept, temperature, sizes.dtype, track.device)
     fused, tried = Fused.of(problem), candidates(classes, sizes.dtype.itemsize)
     least = model_bytes(sizes.rows, classes, sizes.kept, sizes.dtype.itemsize)
-    out = track.race({name_of(one): Entrant(partial(run, fused, one), problem.restore) for one in tried}, rounds, least)
-    for one, found in zip(tried, out["contenders"].values(), strict=True):
-        found["tiles"] = astuple(one)
+    out = track.race({str(way): Entrant(partial(way.run, fused), problem.restore) for way in tried}, rounds, least)
+    for way, found in zip(tried, out["contenders"].values(), strict=True):
+        found["tiles"], found["form"] = astuple(way.tiles), way.form
         if "failed" not in found:
             found["second_read_misses"] = 2 / found["share_of_copy"] - 2
     shares = {name: found.get("share_of_copy", 0) for name, found in out["contenders"].items()}
     return {"num_classes": classes, "temperature": temperature, "k": sizes.kept, "model_bytes": least, **out,
-            "chosen": name_of(Tiles.of(classes, sizes.dtype.itemsize)), "best": max(shares, key=shares.__getitem__)}
+            "chosen": str(Way(Tiles.of(classes, sizes.dtype.itemsize))), "best": max(shares, key=shares.__getitem__)}
 
 
 def kd_tiles(sizes: Sizes, rounds: int | None = None) -> dict[str, Any]:

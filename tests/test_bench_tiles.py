@@ -19,9 +19,10 @@ from kdcache.kernels.kd_launch import Tiles
 @pytest.mark.parametrize("classes", bench.Sizes().classes)
 def test_the_tiles_in_use_are_among_the_candidates_and_all_differ(classes: int) -> None:
     found = bench.candidates(classes, 2)
-    assert Tiles.of(classes, 2) in found and len(set(found)) == len(found)
-    assert all(one.warps * 32 * one.registers <= 65_536 for one in found)       # of a multiprocessor
-    assert any(one.reverse for one in found) == (classes > 100_000)
+    assert bench.Way(Tiles.of(classes, 2)) in found and len({str(way) for way in found}) == len(found)
+    assert all(way.tiles.warps * 32 * way.tiles.registers <= 65_536 for way in found)       # of a multiprocessor
+    assert any(way.tiles.reverse for way in found) == (classes > 100_000)
+    assert {way.form for way in found} == ({None, *bench.SHARED} if classes > 200_000 else {None})
 
 
 def test_each_candidate_launches_with_its_own_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,11 +36,11 @@ def test_each_candidate_launches_with_its_own_tiles(device: str, monkeypatch: py
 
     monkeypatch.setattr(kd_launch, "kernel_constants", noted)
     expected = fused(inplace=False)
-    for one in bench.candidates(131, 4)[:2]:
+    for way in (*bench.candidates(131, 4)[:2], bench.Way(Tiles(2, 1), "two launches")):
         problem.restore()
-        found = bench.run(fused, one)
+        found = way.run(fused)
         assert isinstance(found, torch.Tensor)
-        assert (seen[-1]["R"], seen[-1]["C"]) == (one.rows, 4 * 32 * one.warps)
+        assert (seen[-1]["R"], seen[-1]["C"]) == (way.tiles.rows, 4 * 32 * way.tiles.warps)
         assert float((found - expected).abs().max()) <= 4 * torch.finfo(torch.float32).eps      # another order of sums
     assert kd_launch.Tiles is Tiles
 
