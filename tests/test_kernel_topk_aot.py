@@ -46,11 +46,11 @@ class Build:
 
 
 BUILDS = [
-    Build("128k", 128_256, 64, (9.0, 15.5), arches=(90, 100)),
+    Build("128k", 128_256, 64, (9.0, 15.0), arches=(90, 100)),
     Build("128k-fp16", 128_256, 64, (8.3, 14.5), dtype=FP16, arches=(80,)),
-    Build("50257-moments", 50_257, 256, (14.5, 18.5), temperatures=(1, 2, 4), labels=2, moments=True, arches=(80, 90)),
-    Build("50257-fp32-moments", 50_257, 64, (12.5, 20.0), dtype=FP32, moments=True, arches=(100,)),
-    Build("32k", 32_000, 16, (9.0, 15.0), labels=0),
+    Build("50257-moments", 50_257, 256, (10.9, 14.1), temperatures=(1,), labels=2, moments=True, arches=(80, 90)),
+    Build("50257-fp32-moments", 50_257, 64, (9.8, 16.7), dtype=FP32, temperatures=(1,), moments=True, arches=(100,)),
+    Build("32k", 32_000, 16, (9.0, 14.8), labels=0),
     Build("151936", 151_936, 64, (14.5, 20.5), temperatures=(1, 2, 4, 0.5), labels=2),
     Build("262144", 262_144, 256, (8.0, 14.0), temperatures=(1,))]
 # No room for what lives, alignment not told, and a temperature that is not a power of the other's base.

@@ -144,7 +144,7 @@ def test_a_row_is_kept_exactly(kind: str, shape: tuple[int, int, torch.dtype, st
                                              ("subnormal", FP32), ("subnormal", FP16)])
 def test_few_finite_and_tiny_logits(kind: str, dtype: torch.dtype, device: str) -> None:
     """-inf follow by id; what is smaller than any normal number is still told apart."""
-    check(rows_of(2, 123, dtype, kind), 8, device, "odd", many=1, moments=True)
+    check(rows_of(1, 123, dtype, kind), 8, device, "odd", many=1, moments=True)
 
 
 @pytest.mark.parametrize(("classes", "k", "dtype", "many", "kind"), [
@@ -200,11 +200,11 @@ def test_finite_masks_are_logits_too(device: str) -> None:
 @pytest.mark.parametrize(("kind", "many"), [("normal", 0), ("ties", 1), ("far", 2), ("minus_inf", 2)])
 def test_tails_of_smaller_tiers(kind: str, many: int, device: str) -> None:
     """Against float64 over all classes; labels are in the first tier, between the tiers, beyond them, and unknown."""
-    x, tiers, temperatures = rows_of(4, 300, BF16, kind), (20, 1, 8, 64), (1.0, 4.0)
-    ids_NK = topk.exact_topk(x, 64)[0]
-    labels = torch.stack([ids_NK[[0, 1, 2, 3], [0, 40, 63, 5]], torch.tensor([-1, 299, -1, int(ids_NK[3, 20])])], 1)
+    x, tiers, temperatures = rows_of(4, 300, BF16, kind), (12, 1, 6, 16), (1.0, 4.0)
+    ids_NK = topk.exact_topk(x, 16)[0]
+    labels = torch.stack([ids_NK[[0, 1, 2, 3], [0, 9, 15, 4]], torch.tensor([-1, 299, -1, int(ids_NK[3, 12])])], 1)
     labels_NJ = labels[:, :many] if many else None
-    found = topk_lse(x.to(device), 64, temperatures, None if labels_NJ is None else labels_NJ.to(device))
+    found = topk_lse(x.to(device), 16, temperatures, None if labels_NJ is None else labels_NJ.to(device))
     tails = tier_tails(found, tiers, temperatures, None if labels_NJ is None else labels_NJ.to(device)).cpu()
     assert tails.shape == (4, 4, 2) and tails.dtype == FP32 and torch.equal(tails[:, 3], found.tail_lse_NT.cpu())
     for at, tier in enumerate(tiers):
