@@ -160,7 +160,7 @@ def build(num_classes: int, dtype: torch.dtype, k: int, temperatures: Sequence[f
     """(compile-time constants, warps, most registers a thread); neither the number of rows nor a stride is in them."""
     vec = 16 // dtype.itemsize
     size = num_classes * dtype.itemsize
-    warps = 4 if size <= 16_384 else 8 if size <= 80_000 else 16
+    warps = 4 if size <= 16_384 and k <= 128 else 8 if size <= 80_000 else 16      # places of 2 k in registers
     piece = vec
     while warps * 32 * vec // piece < 2 * k and piece > 1:     # of two lanes per kept entry, half are looked at again
         piece //= 2
