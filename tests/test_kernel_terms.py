@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import kernel_world as world
+import numpy as np
 import pytest
 import torch
 from kernel_world import Problem, on, run, usual
@@ -90,7 +91,7 @@ def test_statistics_of_constant_logits(device: str) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_statistics_of_a_row_that_lacks_a_part(full: bool, device: str) -> None:
     """No label, no teacher, neither; and the row of neither may hold anything."""
-    problem = usual(labels="some", stats=True, z_scale=0.02, softcap=None if full else 30.0)
+    problem = usual(labels="some", stats=True, z_scale=0.02, softcap=30.0)
     k = problem.keywords
     if full:
         k.update(ids=None, log_tail=None, log_probs=torch.log_softmax(torch.randn(3, 123), -1))
@@ -107,6 +108,22 @@ def test_statistics_of_a_row_that_lacks_a_part(full: bool, device: str) -> None:
     assert bool((gradient[2] == 0).all()) and bool(gradient.isfinite().all())
     z = out[0] - k["ce_scale"] * out[1] - k["kd_scale"] * out[2]    # of the labelled row alone
     assert z.tolist() == pytest.approx([0, 0.02 * float(lse[1]) ** 2, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_row_without_a_teacher_may_have_any_tail(tail: str, device: str) -> None:
+    """NaN in its probabilities reaches nothing; NaN in its logits reaches no statistic of the teacher's."""
+    problem = usual(tail=tail, weights="some", stats=True)          # row 1 has weight 0, and a label
+    expected, gradient, *_ = run(problem, device)
+    k = problem.keywords
+    k["log_probs"][1], k["log_tail"][1] = torch.nan, torch.nan
+    out, same, *_ = run(problem, device)
+    assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True)) and torch.equal(gradient, same)
+    problem.logits[1] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "nanmax", np.fmax.reduce)                 # the interpreter's warns of rows that are all NaN
+        out, *_ = run(problem, device)
+    assert out[3][1, 2:].tolist() == [0, 0] and bool(out[3][1, :2].isnan().all()) and bool(out[0][1].isnan())
 
 
 def test_statistics_of_labels_alone(device: str) -> None:
