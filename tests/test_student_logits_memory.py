@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from linear_world import Allocations
 from student_world import Net, Points, TinyLM, Windows, write_cache
 from torch import nn
 
 from kdcache.cache.spec import FeatureSpec
 from kdcache.errors import UsageError
+from kdcache.student.head import FEW as FEW_POSITIONS
 from kdcache.student.train import train_student
 
 DATA = Windows(24)
@@ -68,6 +70,22 @@ def test_labels_alone_without_a_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_step_check_or_evaluation_makes_whole_logits(tmp_path: Path, precision: str) -> None:
+    """8 records of 9 tokens make some 60 rows, 4 times what the check of the head makes of one; a chunk has 8."""
+    classes, data = 4096, Windows(16, equal=True)
+    cache = write_cache(tmp_path / "cache", data, Headed(vocabulary=classes, seed=3), kind="topk", tiers=(5,),
+                        tokens=True)
+    row, largest = 4 * classes, {}
+    for size in (None, f"{8 * row} B"):
+        with Allocations() as seen:
+            trained(tmp_path / str(size), Headed(vocabulary=classes), cache, epochs=1, precision=precision,
+                    eval_data=data, logits_memory=size)
+        largest[size] = seen.largest
+    whole, chunked = largest.values()
+    assert whole > 3 * FEW_POSITIONS * row and chunked <= FEW_POSITIONS * row
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_kernels_train_the_same_student(cache: Path, tmp_path: Path, precision: str, device: str) -> None:
     """One step: as far from plain training as the precision makes two ways of adding."""
     options: dict[str, Any] = {"epochs": None, "max_steps": 1, "precision": precision, "device": device}
@@ -120,5 +138,7 @@ def test_a_hint_from_the_head_itself_is_refused(tmp_path: Path) -> None:
     (Headed, {"logits_memory": "8 B"}, "the logits of a single row take")])
 def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, student: type[nn.Module], options: dict[str, Any],
                                    message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        trained(tmp_path / "run", student(), cache, **{"logits_memory": FEW, **options})
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=message):
+            trained(tmp_path / "run", student(), cache, **{"logits_memory": FEW, **options}, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()          # so that the same command without the option may take the place

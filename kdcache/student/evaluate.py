@@ -16,7 +16,9 @@ from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.models import Model, Output, forward, load_model, pick_device
 from kdcache.student import checkpoint
+from kdcache.student.head import Head, bypassed
 from kdcache.student.inputs import Pairs, data_batches
+from kdcache.student.linear import rows_in
 from kdcache.student.loader import as_samples
 from kdcache.student.loop import autocast
 from kdcache.student.run import RECORDED, TABLE, is_run, read_options, weights_folder
@@ -48,8 +50,12 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
-                    precision: str = "float32", num_classes: int | None = None) -> dict[str, Any]:
-    """`evaluate` of a module that is there; its mode of training is put back."""
+                    precision: str = "float32", num_classes: int | None = None, head: Head | None = None,
+                    logits_memory: int | str = "") -> dict[str, Any]:
+    """`evaluate` of a module that is there; its mode of training is put back.
+
+    head: of the module, for logits that are never whole: rows go through it in chunks of `logits_memory`.
+    """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
     if precision not in PRECISIONS:
@@ -62,32 +68,37 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
         with torch.inference_mode():
             for collated in batches:
                 inputs = to_device(collated.inputs, device, non_blocking=True)
-                with autocast(device, precision):
+                with autocast(device, precision), bypassed(head):
                     output = forward(module, inputs)
-                logits_NV, labels_N = _rows(output, collated)
-                logits_NV = logits_NV[:, :num_classes]
-                language, wide = output.logits.dim() == 3 and collated.lengths is not None, logits_NV.shape[1]
-                sums += _sums(logits_NV, labels_N.to(device))
+                classes = slice(num_classes)
+                wide = len(range(output.logits.shape[-1] if head is None else head.linear.out_features)[classes])
+                language = output.logits.dim() == 3 and collated.lengths is not None
+                rows_N, labels_N = _rows(output, collated, wide)
+                if head is None:
+                    sums += _sums(rows_N[:, classes], labels_N.to(device))
+                else:
+                    with autocast(device, precision):
+                        sums += _chunked_sums(rows_N, labels_N.to(device), *head.classes(classes), logits_memory)
     finally:
         batches.close()
         module.train(training)
     return _metrics(sums.tolist(), samples, language, wide)
 
 
-def _rows(output: Output, collated: Collated) -> tuple[Tensor, Tensor]:
-    """(logits [N, V], labels [N]) of the labelled rows of a batch."""
+def _rows(output: Output, collated: Collated, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(logits [N, V], or hidden states, and labels [N]) of the labelled rows of a batch."""
     mask = None if output.row_mask is None else output.row_mask.cpu()
     selection = select_rows(collated, tuple(output.logits.shape), mask)
-    logits_NV, labels = output.logits, collated.labels
+    rows_N, labels = output.logits, collated.labels
     if selection is not None:
-        logits_NV, labels = logits_NV[selection.mask_BL.to(logits_NV.device)], selection.labels_N
+        rows_N, labels = rows_N[selection.mask_BL.to(rows_N.device)], selection.labels_N
     if labels is None or labels.dim() != 1:
         found = "none" if labels is None else str(list(labels.shape))
-        raise DataError(f"evaluation needs one label for each of {len(logits_NV)} rows; the data gives {found}")
+        raise DataError(f"evaluation needs one label for each of {len(rows_N)} rows; the data gives {found}")
     known_N = labels >= 0
-    if labels.numel() and int(labels.max()) >= logits_NV.shape[1]:
-        raise DataError(f"a label is {int(labels.max())}; the model has {logits_NV.shape[1]} classes")
-    return logits_NV[known_N.to(logits_NV.device)], labels[known_N]
+    if labels.numel() and int(labels.max()) >= num_classes:
+        raise DataError(f"a label is {int(labels.max())}; the model has {num_classes} classes")
+    return rows_N[known_N.to(rows_N.device)], labels[known_N]
 
 
 def _sums(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -98,6 +109,15 @@ def _sums(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     top_NK = logits_NV.topk(min(TOP, logits_NV.shape[1]), dim=-1).indices == labels_N[:, None]
     return torch.stack([ce_N.double().sum(), top_NK[:, 0].double().sum(), top_NK.double().sum(),
                         torch.tensor(float(len(labels_N)), dtype=torch.float64, device=logits_NV.device)])
+
+
+def _chunked_sums(hidden_NH: Tensor, labels_N: Tensor, weight_VH: Tensor, bias_V: Tensor | None,
+                  memory: int | str) -> Tensor:
+    """`_sums` of hidden states, through the head in chunks of rows."""
+    step = rows_in(memory, len(hidden_NH), len(weight_VH), weight_VH.dtype)
+    chunks = (slice(at, at + step) for at in range(0, len(hidden_NH), step))
+    parts = [_sums(nn.functional.linear(hidden_NH[rows], weight_VH, bias_V), labels_N[rows]) for rows in chunks]
+    return torch.stack(parts).sum(0) if parts else _sums(hidden_NH, labels_N)
 
 
 def _metrics(sums: list[float], samples: Samples, language: bool, num_classes: int) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 While the head is bypassed the module's forward runs as it is written, with an identity where its last linear layer
 stands, so that what it returns as logits are the hidden states. That is the same model only if nothing comes after
-the layer; `check` runs both forms once and compares.
+the layer; `check` runs both forms of it on a few positions and compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from kdcache.data.samples import Inputs
 from kdcache.errors import UsageError
 from kdcache.models import forward
+
+FEW = 16                # positions of one record: what `check` makes whole logits of
 
 
 class Head:
@@ -59,10 +61,11 @@ class Head:
     def check(self, inputs: Inputs) -> None:
         """UsageError unless the head's product of the hidden states is, bit for bit, what the module gives as logits.
 
-        Two forward passes in eval mode, on inputs that are on the module's device and in the caller's autocast. A
-        scale of the logits by a power of two passes, as it may: it scales the hidden states just as well.
+        Two forward passes in eval mode over the first FEW positions of the first record, on inputs that are on the
+        module's device and in the caller's autocast. A scale of the logits by a power of two passes, as it may: it
+        scales the hidden states just as well.
         """
-        training = self.module.training
+        inputs, training = _first(inputs), self.module.training
         self.module.eval()
         try:
             whole = forward(self.module, inputs).logits
@@ -74,3 +77,18 @@ class Head:
             raise UsageError(f"logits_memory: {type(self.module).__name__} does more to its logits than its head "
                              f"{self.path!r} (a scale or a soft cap, say), so they cannot be taken apart from it. "
                              f"Leave logits_memory out for this student")
+
+
+def bypassed(head: Head | None) -> AbstractContextManager[None]:
+    """`head.bypassed()`, and nothing for a student whose logits are whole."""
+    return nullcontext() if head is None else head.bypassed()
+
+
+def _first(inputs: Inputs) -> Inputs:
+    """The first record, and of token ids and what goes with them position by position the first few."""
+    named = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+    ids = named.get("input_ids")
+    tokens = ids is not None and ids.dim() == 2 and not ids.is_floating_point()
+    cut = {name: x[:1, :FEW] if tokens and ids is not None and x.shape[:2] == ids.shape else x[:1]
+           for name, x in named.items()}
+    return cut if isinstance(inputs, dict) else cut["input_ids"]

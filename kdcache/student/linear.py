@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from kdcache.engines import AUTO
 from kdcache.errors import UsageError
 from kdcache.kernels import kd_linear
-from kdcache.kernels.kd_chunks import memory_bytes
+from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
 from kdcache.student.engine import RowLoss, torch_engine
 from kdcache.student.fused import check_fits, in_kernel_words
 from kdcache.student.request import Count, LossParts, Options, ask
@@ -77,7 +78,16 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
 def memory_size(memory: int | str) -> int:
     """Bytes of "512 MB"; UsageError for what is no size."""
     try:
-        return memory_bytes(memory) if isinstance(memory, str) else memory
+        size: int = memory_bytes(str(memory))
+        return size
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def rows_in(memory: int | str, rows: int, classes: int, dtype: torch.dtype) -> int:
+    """How many of these rows of logits go into one chunk; UsageError where not even one does."""
+    try:
+        return chunk_rows(rows, classes, dtype.itemsize, memory_size(memory))
     except ValueError as e:
         raise UsageError(str(e)) from None
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.models import Output, forward
 from kdcache.student.batches import Micro, student_rows
-from kdcache.student.head import Head
+from kdcache.student.head import Head, bypassed
 from kdcache.student.linear import kd_linear_loss
 from kdcache.student.loader import Loader, LoaderBatch, Step
 from kdcache.student.loss import kd_loss
@@ -57,10 +57,6 @@ class Loop:
         if matches is not None and settings.compile:
             raise UsageError("compile and match cannot be used together: compiled code does not run the hooks")
         self.head = None if settings.logits_memory is None else Head(student)
-        self._head_checked = False
-        if self.head is not None and any(match.module == self.head.path for match in settings.matches):
-            raise UsageError(f"match names {self.head.path!r}, the head, which with logits_memory does not run as a "
-                             "module of its own; leave out one of them")
         levels = {feature.level for feature in loader.features}
         if len(levels) > 1 and loader.micro < loader.batch_size:
             raise UsageError("features of records and of rows are averaged by different counts; with micro-batches "
@@ -120,7 +116,7 @@ class Loop:
     def _backward(self, micro: Micro, step: Step) -> Tensor:
         """Gradients of one micro-batch; its part of (loss, CE, KD, each match)."""
         batch = self.loader.place(micro)
-        with autocast(self.loader.device, self.settings.precision), self._trunk_alone(batch):
+        with autocast(self.loader.device, self.settings.precision), bypassed(self.head):
             output = forward(self._run, batch["inputs"])
         zero = torch.zeros((), device=self.loader.device)
         loss, parts = zero, [zero, zero]
@@ -153,15 +149,6 @@ class Loop:
                 parts = kd_linear_loss(rows_N, weight, batch["labels"], batch["targets"], bias=bias,
                                        memory=self.settings.logits_memory or "", return_parts=True, **asked)
         return parts.loss, [parts.ce.to(torch.float32), parts.kd.to(torch.float32)]
-
-    def _trunk_alone(self, batch: LoaderBatch) -> contextlib.AbstractContextManager[None]:
-        """Where the head runs inside the loss: the student without it, after one look that it is the same student."""
-        if self.head is None:
-            return contextlib.nullcontext()
-        if not self._head_checked:
-            self.head.check(batch["inputs"])
-            self._head_checked = True
-        return self.head.bypassed()
 
     def _update(self) -> Tensor:
         """Clip and step; the norm of the gradient before clipping."""

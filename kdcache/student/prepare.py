@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +20,15 @@ from kdcache.data.identify import identify
 from kdcache.data.samples import Inputs, Samples
 from kdcache.errors import DataError, KDCacheError, NotBuilt, UsageError
 from kdcache.loading import describe
-from kdcache.models import Model, forward, load_model
+from kdcache.models import Model, Output, forward, load_model
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
+from kdcache.student.head import Head, bypassed
+from kdcache.student.linear import rows_in
 from kdcache.student.loader import Loader, as_cache, as_samples
 from kdcache.student.loop import attention_mask, autocast, row_mask
 from kdcache.student.match import Matches
-from kdcache.student.settings import Settings
+from kdcache.student.settings import PRECISIONS, Settings
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -110,31 +113,30 @@ def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | No
 def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated: bool = False) -> Matches | None:
     """One forward pass over a few records in eval mode; the projections of --match are built from it.
 
-    UsageError for a student with fewer classes than the teacher, for no labels under a hard loss, and for a metric that
-    there is not; DataError for inputs that the student cannot take, and where its rows are not the teacher's.
+    UsageError for a student with fewer classes than the teacher, for no labels under a hard loss, for a metric that
+    there is not, and for a head that cannot run inside the loss as logits_memory asks; DataError for inputs that the
+    student cannot take, and where its rows are not the teacher's.
     """
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
         raise UsageError("the hard loss has a weight, but neither the cache nor the data has labels; give alpha 1, or "
                          "ce_weight 0")
-    batch, outputs = loader.place(micro), []
+    batch, outputs, head = loader.place(micro), list[Output](), _head(model.module, settings)
 
     def run() -> None:
-        try:
-            with autocast(loader.device, settings.precision):
+        with _running(model.module, batch["inputs"]), autocast(loader.device, settings.precision):
+            if head is not None and not outputs:
+                head.check(batch["inputs"])
+            with bypassed(head):
                 outputs.append(forward(model.module, batch["inputs"]))
-        except KDCacheError:
-            raise
-        except Exception as e:                              # of the user's model: anything
-            raise DataError(f"the student ({type(model.module).__name__}) cannot be run on {_shapes(batch['inputs'])}: "
-                            f"{describe(e)}") from e
 
     training = model.module.training
     model.module.eval()
     with torch.no_grad():
         run()
     model.module.train(training)
-    width, teacher = outputs[0].logits.shape[-1], loader.num_classes
+    width = outputs[0].logits.shape[-1] if head is None else head.linear.out_features
+    teacher = loader.num_classes
     if teacher is not None and width < teacher:
         raise UsageError(f"the student has {width} classes, the teacher {teacher}; a student needs at least as many")
     if micro.labels is not None or batch["targets"] is not None:
@@ -148,6 +150,31 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     matches = Matches(model.module, settings.matches, loader.spec.features, seed=settings.seed)
     matches.prepare(run, mask=attention_mask(batch), row_mask=row_mask(batch, outputs[0].logits))
     return matches
+
+
+def _head(module: nn.Module, settings: Settings) -> Head | None:
+    """The head that runs inside the loss, if one is to: UsageError if it cannot, or not in chunks of that size."""
+    if settings.logits_memory is None:
+        return None
+    head = Head(module)
+    if any(match.module == head.path for match in settings.matches):
+        raise UsageError(f"match names {head.path!r}, the head, which with logits_memory does not run as a module of "
+                         "its own; leave out one of them")
+    dtype = head.linear.weight.dtype if settings.precision == "float32" else PRECISIONS[settings.precision]
+    rows_in(settings.logits_memory, 1, head.linear.out_features, dtype)
+    return head
+
+
+@contextmanager
+def _running(module: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """DataError for whatever the user's model raises."""
+    try:
+        yield
+    except KDCacheError:
+        raise
+    except Exception as e:
+        raise DataError(f"the student ({type(module).__name__}) cannot be run on {_shapes(inputs)}: "
+                        f"{describe(e)}") from e
 
 
 def _shapes(inputs: Inputs) -> str:

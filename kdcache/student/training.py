@@ -197,7 +197,8 @@ class Training:
         size = self.settings.micro_batch_size or self.settings.batch_size
         self.evaluation = evaluate_module(self.model.module, samples, batch_size=size, device=self.device,
                                           workers=self.workers, precision=self.settings.precision,
-                                          num_classes=self.loader.num_classes)
+                                          num_classes=self.loader.num_classes, head=self.loop.head,
+                                          logits_memory=self.settings.logits_memory or "")
         line = {f"eval_{key}": value for key, value in self.evaluation.items()}
         metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
                        **line})
