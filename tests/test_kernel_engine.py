@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -18,6 +19,7 @@ from kdcache.errors import UsageError
 from kdcache.kernels.kd_launch import powers
 from kdcache.student.engine import RowLoss, torch_engine
 from kdcache.student.fused import fused_engine
+from kdcache.student.linear import kd_linear_loss
 from kdcache.student.loss import kd_loss
 from kdcache.student.targets import SoftTargets, targets_from_logits
 
@@ -132,3 +134,14 @@ def test_a_run_on_the_kernels_is_the_run_on_torch(tmp_path: Path, device: str) -
                                     batch_size=16, engine=engine, device=device).training["loss"]
               for engine in ("torch", "triton")}
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
+
+
+def test_without_triton_the_kernels_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in sys.modules is how an import fails where a package is not installed."""
+    monkeypatch.setitem(sys.modules, "kdcache.kernels.kd_loss", None)
+    logits, head, labels = torch.randn(3, 7), torch.randn(7, 4), torch.tensor([1, -1, 6])
+    for call in (lambda engine: kd_loss(logits, labels, engine=engine),
+                 lambda engine: kd_linear_loss(logits[:, :4], head, labels, engine=engine)):
+        assert call("torch").isfinite()
+        with pytest.raises(UsageError, match="engine 'triton': triton cannot be imported .*use engine 'torch'"):
+            call("triton")

@@ -14,10 +14,10 @@ from kdcache.student.targets import SoftTargets
 
 def check_fits(logits: Tensor, targets: SoftTargets | None) -> None:
     """UsageError where the kernels cannot take these rows; nothing falls back to another engine."""
+    if not torch.compiler.is_compiling():       # a graph cannot ask for a capability; the kernels look at the device
+        check_device(logits.device)             # and whether there is triton at all
     from kdcache.kernels.kd_loss import DTYPES, MOST_FULL
 
-    if not torch.compiler.is_compiling():       # a graph cannot ask for a capability; the kernels look at the device
-        check_device(logits.device)
     if logits.dtype not in DTYPES:
         refuse(f"the logits are {logits.dtype}")
     if targets is not None and targets.ids_NK is None and targets.num_classes > MOST_FULL:

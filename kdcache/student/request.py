@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -139,8 +139,16 @@ def _check_reduction(reduction: str, normalizer: tuple[Count, Count] | None) -> 
         raise UsageError(f"reduction {reduction!r} is unknown{near(reduction, REDUCTIONS)}")
     if normalizer is not None and reduction != "mean":
         raise UsageError(f"normalizer is given, but reduction {reduction!r} divides by nothing; use reduction 'mean'")
-    if normalizer is not None and any(not isinstance(n, Tensor) and not 0 <= n < math.inf for n in normalizer):
-        raise UsageError(f"normalizer is {normalizer}; expected two counts of at least 0")
+    if normalizer is not None and not (isinstance(normalizer, tuple | list) and len(normalizer) == 2
+                                       and all(map(_is_count, normalizer))):
+        raise UsageError(f"normalizer is {normalizer}; expected two counts of at least 0, numbers or scalar tensors")
+
+
+def _is_count(n: Any) -> bool:
+    """Whether it is a number of at least 0; a tensor's value may be on a device, and is not asked for."""
+    if isinstance(n, Tensor):
+        return n.dim() == 0
+    return (isinstance(n, int | float) or hasattr(n, "__float__")) and 0 <= n < math.inf
 
 
 def _weights(alpha: float, ce_weight: float | None, kd_weight: float | None) -> tuple[float, float]:
@@ -160,6 +168,9 @@ def _check_rows(count: int, width: int, labels: Tensor | None, targets: SoftTarg
     """V; UsageError where the student's rows of `width` classes, labels and targets are not about the same rows."""
     if labels is None and targets is None:
         raise UsageError("neither labels nor targets are given; the loss needs at least one")
+    if labels is not None and (labels.dim() not in (1, 2) or labels.is_floating_point() or labels.is_complex()
+                               or labels.dtype == torch.bool):
+        raise UsageError(f"labels are {list(labels.shape)} of {labels.dtype}; expected integers [N] or [N, J]")
     if labels is not None and len(labels) != count:
         raise UsageError(f"{count} rows of the student but {len(labels)} of labels")
     if targets is None:
@@ -239,8 +250,6 @@ def _labels(labels: Tensor | None, weight: Tensor | None, ignore_index: int, num
         if weight is not None:
             raise UsageError("label_weight is given without labels")
         return None, None
-    if labels.dim() not in (1, 2) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise UsageError(f"labels are {list(labels.shape)} of {labels.dtype}; expected integers [N] or [N, J]")
     labels_NJ = _columns(labels).to(device, torch.int64)
     labels_NJ = torch.where(labels_NJ == ignore_index, -1, labels_NJ)
     if _readable(labels_NJ):
