@@ -143,5 +143,5 @@ def test_without_triton_the_kernels_are_refused_by_name(monkeypatch: pytest.Monk
     for call in (lambda engine: kd_loss(logits, labels, engine=engine),
                  lambda engine: kd_linear_loss(logits[:, :4], head, labels, engine=engine)):
         assert call("torch").isfinite()
-        with pytest.raises(UsageError, match="engine 'triton': triton cannot be imported .*use engine 'torch'"):
+        with pytest.raises(UsageError, match=r"engine 'triton': triton cannot be imported .*use engine 'torch'"):
             call("triton")
