@@ -218,3 +218,20 @@ def test_refusals() -> None:
     none = CacheSpec(kind="none", num_classes=0, samples=(0, 2), records_per_shard=2, features=(feature,))
     with pytest.raises(UsageError, match="no soft targets"):
         soft_targets(make_batch(none, {"feature_f": np.zeros((2, 2), np.float32)}), temperature=1)
+
+
+@pytest.mark.parametrize(("ids", "message"), [
+    ([[5, 2], [3, 3]], r"of 2 rows: row 1 has the id 3 twice \(of draws add up the weights\); expected each of 0 to 5"),
+    ([[0, 6], [1, 2]], "row 0 has the id 6; expected each of 0 to 5 at most once"),
+    ([[0, 1], [-1, 2]], "row 1 has the id -1")])
+@pytest.mark.parametrize("tail", [None, torch.zeros(2)])
+def test_ids_are_looked_at_where_targets_are_made(ids: list[list[int]], message: str,
+                                                  tail: torch.Tensor | None) -> None:
+    good = SoftTargets(2.0, 6, torch.tensor([[5, 2], [3, 1]]), torch.zeros(2, 2), tail)
+    for make in (lambda: SoftTargets(2.0, 6, torch.tensor(ids), torch.zeros(2, 2), tail),
+                 lambda: replace(good, ids_NK=torch.tensor(ids))):
+        with pytest.raises(UsageError, match=message):
+            make()
+    assert good.to("cpu")[:1].ids_checked and good == replace(good, ids_checked=True)
+    # What cannot be looked at without waiting is not: there it is the caller's word.
+    SoftTargets(2.0, 6, torch.tensor(ids, device="meta"), torch.zeros(2, 2, device="meta"), None)

@@ -26,7 +26,8 @@ def loss_rows_op(logits: Tensor, labels: Tensor | None, label_weight: Tensor | N
                  kd_scale: Tensor | None, num_classes: int, temperature: float, divergence: str, tail: str, beta: float,
                  wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss_N, CE_N, D_N, gradient [N, V'], or [0] where none is wanted)."""
-    targets = None if log_probs is None else SoftTargets(temperature, num_classes, ids, log_probs, log_tail, row_weight)
+    targets = None if log_probs is None else SoftTargets(
+        temperature, num_classes, ids, log_probs, log_tail, row_weight, ids_checked=True)
     rows = RowLoss(num_classes, labels, label_weight, targets, divergence, tail, ce_scale, kd_scale, False, beta)
     gradient = gradient_like(logits) if wants_gradient else None
     return *loss_rows(logits, rows, gradient), logits.new_empty(0) if gradient is None else gradient

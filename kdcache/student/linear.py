@@ -99,7 +99,8 @@ def torch_rows(logits: Tensor, *, labels: Tensor | None = None, ids: Tensor | No
                tail: str = "bucket", beta: float = 0.5, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The torch engine as a row function of `kernels/kd_linear.py`; ids must be valid."""
     classes = logits.shape[1] if num_classes is None else num_classes
-    targets = None if log_probs is None else SoftTargets(temperature, classes, ids, log_probs, log_tail, row_weight)
+    targets = None if log_probs is None else SoftTargets(
+        temperature, classes, ids, log_probs, log_tail, row_weight, ids_checked=True)
     labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
     return torch_engine(logits, RowLoss(classes, labels_NJ, label_weight, targets, divergence, tail, ce_scale,
                                         kd_scale, inplace, beta))

@@ -13,7 +13,7 @@ from kdcache.engines import check_name
 from kdcache.errors import UsageError, near
 from kdcache.student.divergences import DIVERGENCES
 from kdcache.student.engine import RowLoss
-from kdcache.student.targets import SoftTargets
+from kdcache.student.targets import SoftTargets, readable
 
 TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
 FORWARD_ONLY = {"uniform": "the others are not built for an even tail; use tail 'bucket'",
@@ -197,31 +197,15 @@ def _teacher(targets: SoftTargets | None, divergence: str, tail: str, device: to
     if tail == "sampled" and not targets.drawn:
         kept = "all classes" if targets.ids_NK is None else "the largest classes and a tail"
         raise UsageError(f"tail 'sampled' is for targets that are draws, these are {kept}; use tail 'bucket'")
-    if targets.drawn:
-        _check_draws(targets)
     if (divergence, tail) == ("reverse_kl", "bucket"):
         _check_tails(targets)
     return targets.to(device)
 
 
-def _check_draws(targets: SoftTargets) -> None:
-    """UsageError for an id that is none, or drawn twice in a row; ids of a cache were checked when it was read."""
-    ids_NK = targets.ids_NK
-    if ids_NK is None or not _readable(ids_NK):
-        return
-    sorted_NK = ids_NK.sort(1).values
-    wrong_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
-    wrong_N |= (sorted_NK[:, 0] < 0) | (sorted_NK[:, -1] >= targets.num_classes)
-    if bool(wrong_N.any()):
-        row = int(wrong_N.nonzero()[0])
-        raise UsageError(f"the draws of row {row} are the ids {sorted_NK[row].tolist()[:20]}; expected each of 0 to "
-                         f"{targets.num_classes - 1} once: add up the weights of an id that was drawn again")
-
-
 def _check_tails(targets: SoftTargets) -> None:
     """UsageError for a row whose teacher gives its tail nothing, where the student gives every class something."""
     tail_N = targets.log_tail_N
-    if tail_N is None or targets.log_probs_NK.shape[1] == targets.num_classes or not _readable(tail_N):
+    if tail_N is None or targets.log_probs_NK.shape[1] == targets.num_classes or not readable(tail_N):
         return
     empty_N = tail_N == -torch.inf
     if targets.weight_N is not None:
@@ -238,11 +222,6 @@ def _numbers(a: Count, b: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.stack(list(both))
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: a device would be waited for, a graph that is captured has none."""
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
-
-
 def _labels(labels: Tensor | None, weight: Tensor | None, ignore_index: int, num_classes: int,
             device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Labels as int64 [N, J], -1 where there is none, and their weights [N, J] or None."""
@@ -252,7 +231,7 @@ def _labels(labels: Tensor | None, weight: Tensor | None, ignore_index: int, num
         return None, None
     labels_NJ = _columns(labels).to(device, torch.int64)
     labels_NJ = torch.where(labels_NJ == ignore_index, -1, labels_NJ)
-    if _readable(labels_NJ):
+    if readable(labels_NJ):
         low, high = int(labels_NJ.min()), int(labels_NJ.max())
         if low < -1 or high >= num_classes:
             row = int(((labels_NJ < -1) | (labels_NJ >= num_classes)).any(1).nonzero()[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +35,9 @@ class SoftTargets:
 
     A teacher of draws (`drawn`) has ids and no log_tail_N: log_probs_NK are then the logs of weights of any sum, which
     `kd_loss` takes with tail "sampled" alone. A row of fewer draws than K is filled up with other ids at -inf.
+
+    UsageError for shapes that do not fit and, on the CPU, for ids that are no classes or stand twice in a row: the loss
+    never looks, and on a device a look would wait. ids_checked: they are known to fit, as those of a cache are.
     """
 
     temperature: float
@@ -43,6 +46,7 @@ class SoftTargets:
     log_probs_NK: Tensor
     log_tail_N: Tensor | None
     weight_N: Tensor | None = None
+    ids_checked: bool = field(default=False, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         rows, kept = self.log_probs_NK.shape
@@ -60,6 +64,8 @@ class SoftTargets:
             wrong.append(f"temperature is {self.temperature}; expected a positive number")
         if wrong:
             raise UsageError(f"soft targets of {rows} rows: {'; '.join(wrong)}")
+        if not self.ids_checked and self.ids_NK is not None and readable(self.ids_NK):
+            _check_ids(self.ids_NK, self.num_classes)
 
     def __len__(self) -> int:
         return len(self.log_probs_NK)
@@ -80,7 +86,29 @@ class SoftTargets:
     def _each(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
         optional = (self.ids_NK, self.log_tail_N, self.weight_N)
         ids_NK, tail_N, weight_N = (None if tensor is None else change(tensor) for tensor in optional)
-        return SoftTargets(self.temperature, self.num_classes, ids_NK, change(self.log_probs_NK), tail_N, weight_N)
+        checked = self.ids_checked or (self.ids_NK is not None and readable(self.ids_NK))
+        return SoftTargets(self.temperature, self.num_classes, ids_NK, change(self.log_probs_NK), tail_N, weight_N,
+                           ids_checked=checked)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: a device would be waited for, a graph that is captured has none."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _check_ids(ids_NK: Tensor, num_classes: int) -> None:
+    """UsageError naming the first row in which an id is none of the classes, or stands twice."""
+    sorted_NK = ids_NK.sort(1).values
+    wrong_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
+    wrong_N |= (sorted_NK[:, 0] < 0) | (sorted_NK[:, -1] >= num_classes)
+    if bool(wrong_N.any()):
+        row = int(wrong_N.nonzero()[0])
+        found = sorted_NK[row]
+        twice = found[1:][found[1:] == found[:-1]].tolist()[:3]
+        wrong = f"{twice[0]} twice (of draws add up the weights)" if twice else \
+            str(next(i for i in found.tolist() if not 0 <= i < num_classes))
+        raise UsageError(f"soft targets of {len(ids_NK)} rows: row {row} has the id {wrong}; expected each of 0 to "
+                         f"{num_classes - 1} at most once")
 
 
 def soft_targets(batch: Batch, *, spec: CacheSpec | None = None, temperature: float | str, k: int | None = None,
@@ -146,7 +174,7 @@ def _sparse(ids_NK: Tensor, relative_NK: Tensor, tail_N: Tensor, temperature: fl
     """relative / T - logaddexp(lse(relative / T), tail): the softmax over the K entries and the tail as one more."""
     outcomes = torch.log_softmax(torch.cat([relative_NK / temperature, tail_N[:, None]], 1), -1)
     return SoftTargets(temperature, num_classes, ids_NK, outcomes[:, :-1].contiguous(), outcomes[:, -1].contiguous(),
-                       weight_N)
+                       weight_N, ids_checked=True)
 
 
 def _with_labels(tail_N: Tensor, ids_NK: Tensor, label_NJ: Tensor, logit_NJ: Tensor, max_N: Tensor,
