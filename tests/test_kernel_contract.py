@@ -5,6 +5,8 @@ On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on th
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import kernel_world as world
@@ -158,6 +160,13 @@ def test_the_operators_keep_their_promises_to_torch(device: str) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)
     torch.library.opcheck(scale_rows_op, (logits.detach(), torch.rand(3, device=device)), test_utils=tests)
+
+
+def test_on_a_device_products_may_be_deterministic_and_waits_be_watched() -> None:
+    """Warnings are errors here: torch says each of these once in a process, in the middle of a test."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=1)
+    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to", stacklevel=1)
 
 
 def test_rows_are_split_only_where_they_are_few() -> None:

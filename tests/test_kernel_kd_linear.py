@@ -26,11 +26,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 NAMES = ("loss", "ce", "kd", "hidden", "weight", "bias")
 
 
-@pytest.fixture(autouse=True)
-def products_may_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def cases() -> Iterator[dict[str, Any]]:
     """Each value of each factor beside the usual others, and combinations by chance."""
     usual = {name: values[0] for name, values in FACTORS.items()}

@@ -29,11 +29,6 @@ NAMES = ("loss", "ce", "kd", "hidden", "weight", "bias")
 
 
 @pytest.fixture(autouse=True)
-def products_may_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-@pytest.fixture(autouse=True)
 def dynamo_forgets() -> Iterator[None]:
     yield
     torch._dynamo.reset()
