@@ -89,13 +89,18 @@ def _chunk(x_RV: Tensor, given: dict[str, Tensor | None],
            job: Job) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """(loss, CE, D) of these rows, and the gradient of their loss in place of the logits, if one is wanted."""
     wants = any(job.wants)
-    with torch.set_grad_enabled(wants):
+    # Hooks on saved tensors are the caller's: activation checkpointing would run all of its function again for a chunk.
+    with torch.set_grad_enabled(wants), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         leaf_RV = x_RV.detach().requires_grad_(wants)
         options = {**job.scales, **job.settings}
         asked = {name: value for name, value in options.items() if name not in PLAIN or value != PLAIN[name]}
         out = (job.rows or _fused())(leaf_RV, **given, **asked, inplace=wants)
         slope_RV = torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
     return (out[0].detach(), out[1].detach(), out[2].detach()), slope_RV
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _fused() -> RowFunction:

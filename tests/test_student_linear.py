@@ -8,9 +8,11 @@ import pytest
 import torch
 from loss_world import PAIRS, problem, rows_by_definition, single
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kdcache
 from kdcache.errors import UsageError
+from kdcache.student.linear import torch_rows
 from kdcache.student.request import LossParts
 from kdcache.student.targets import SoftTargets
 
@@ -133,3 +135,20 @@ def test_refusals(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         kdcache.kd_linear_loss(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_runs_each_chunk_twice(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once forward, once for backward: hooks on saved tensors are not asked for those of a chunk."""
+    leaves, labels, targets = given()
+    calls = []
+    monkeypatch.setattr("kdcache.student.linear.torch_rows", lambda *a, **k: (calls.append(1), torch_rows(*a, **k))[1])
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return kdcache.kd_linear_loss(h, w, labels, targets, bias=b, engine="torch", memory=THREE_ROWS)
+
+    plain = differentiated(loss, leaves)
+    assert len(calls) == ROWS / 3
+    again = differentiated(lambda *given: checkpoint(loss, *given, use_reentrant=reentrant), leaves)
+    assert len(calls) == 3 * ROWS / 3
+    assert all(map(torch.equal, plain, again))
