@@ -13,7 +13,7 @@ import kernel_world as world
 import pytest
 import torch
 from kernel_cases import Case
-from kernel_world import on, run, usual
+from kernel_world import on, run, same, usual
 from torch import Tensor
 
 from kdcache.kernels.kd_launch import part_length
@@ -24,8 +24,8 @@ def test_a_part_without_a_scale_is_reported_and_not_in_the_loss(device: str) -> 
     for name, value, other in (("ce_scale", 1, 2), ("kd_scale", 2, 1)):
         out, gradient, *_ = run(usual(), device, **{name: None})
         expected, zero, *_ = run(usual(), device, **{name: 0.0})
-        assert torch.equal(out[value], expected[value]) and bool((out[value] > 0).all())
-        assert torch.equal(out[0], expected[0]) and torch.equal(gradient, zero)
+        assert same(out[value], expected[value]) and bool((out[value] > 0).all())
+        assert same(out[0], expected[0]) and same(gradient, zero)
         assert float(usual().keywords[("ce_scale", "kd_scale")[other - 1]]) * float(out[other][0]) == pytest.approx(
             float(out[0][0]))
 
@@ -36,7 +36,7 @@ def test_without_a_gradient_only_the_values_are_computed(device: str) -> None:
     _, logits = world.laid_out(problem, device)
     with torch.no_grad():
         out = kd_loss_rows(logits.requires_grad_(), **on(device, problem.keywords), inplace=True)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, out, strict=True))
+    assert all(same(a, b.cpu()) for a, b in zip(expected, out, strict=True))
     assert torch.equal(logits.detach().cpu(), problem.logits) and not out[0].requires_grad
 
 
@@ -76,7 +76,7 @@ def test_rows_that_no_program_can_own_are_copied(change: str, device: str) -> No
     assert logits.stride() != x.stride()
     out = kd_loss_rows(logits, **on(device, problem.keywords), inplace=True)
     (found,) = torch.autograd.grad(out[0].sum(), logits)
-    assert torch.equal(out[0].detach().cpu(), expected[0]) and torch.equal(found, gradient)
+    assert same(out[0].detach().cpu(), expected[0]) and same(found, gradient)
     assert torch.equal(logits.detach().cpu(), problem.logits)
 
 

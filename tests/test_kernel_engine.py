@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_world import compiled
 from loss_world import PAIRS
 from student_world import Net, Points, write_cache
 from torch import Tensor
@@ -60,11 +61,12 @@ def test_the_kernels_answer_as_the_torch_engine_does(width: int, rows: RowLoss, 
         out = engine(logits, _to(rows, device))
         out[0].backward(factor)
         answers.append([t.detach() for t in out] + [leaf.grad])
-    unit = 3 * torch.finfo(dtype).eps
+    more = 4 * 2.0**-22 if compiled() else 0.0      # two exponentials' and a division's, see `allowed`
+    unit = 3 * torch.finfo(dtype).eps + more
     for expected, found in zip(*answers, strict=True):
         # A divergence is a sum of terms of about 1 nat that cancel: its unit is that of 1.
         size = float(expected.abs().max().clamp(min=1.0 if expected.dim() == 1 else 1e-3))
-        tolerance = unit if expected.dtype == dtype else 1e-6
+        tolerance = unit if expected.dtype == dtype else 1e-6 + more
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * size)
 
 
@@ -97,8 +99,8 @@ def test_kd_loss_is_the_same_on_both_engines(reduction: str, dtype: torch.dtype,
         parts.loss.sum().backward()
         answers.append([parts.loss.detach(), parts.ce, parts.kd, parts.ce_count, parts.kd_count, leaf.grad])
     for expected, found in zip(*answers, strict=True):
-        unit = torch.finfo(expected.dtype).eps
-        torch.testing.assert_close(found, expected, rtol=8 * unit, atol=8 * unit * float(expected.abs().max()))
+        unit = 8 * torch.finfo(expected.dtype).eps + (4 * 2.0**-22 if compiled() else 0.0)
+        torch.testing.assert_close(found, expected, rtol=unit, atol=unit * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("dtype", "classes", "k", "said"), [

@@ -41,7 +41,7 @@ def test_what_is_frozen_gets_no_gradient_and_no_product(device: str) -> None:
         with Allocations() as seen:
             found = linear(given, device, given.memory(chunks), wants=wants)
         assert set(found) == {"loss", "ce", "kd", *wants.split()}
-        assert all(torch.equal(found[name], full[name]) for name in found)
+        assert all((torch.equal if wants else world.same)(found[name], full[name]) for name in found)
         products = sum(seen.operations[name] for name in ("mm", "addmm", "addmm_"))
         assert products == chunks * (1 + ("hidden" in wants) + ("weight" in wants))
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_under_activation_checkpointing(reentrant: bool, device: str) -> None:
     value = checkpoint(loss, *leaves, use_reentrant=reentrant)
     assert isinstance(value, Tensor)
     value.backward()
-    assert torch.equal(value.detach().cpu(), expected["loss"])
+    assert world.same(value.detach().cpu(), expected["loss"])       # reentrant, it comes from a pass without gradient
     for leaf, name in zip(leaves, ("hidden", "weight", "bias"), strict=True):
         assert leaf.grad is not None and torch.equal(leaf.grad.cpu(), expected[name])
 

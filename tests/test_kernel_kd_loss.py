@@ -36,7 +36,8 @@ def judge(case: Case, problem: Problem, ran: world.Ran, draw: Callable[[int], Pr
         draws.append(world.missed(drawn, (*values, slope.to(case.dtype), *stats)))
     single, own = (torch.finfo(t).eps for t in (torch.float32, case.dtype))
     for name, one in found.items():
-        assert one <= 2 * max(plain[name] for plain in draws) + (own if name == "gradient" else single), name
+        most = max(plain[name] for plain in draws)
+        assert one <= world.allowed(most, own if name == "gradient" else single, case.temperature), name
     if case.stats:
         assert world.agreement_fits(out[3][:, 3], problem)
     assert bool((gradient[:, classes:] == 0).all())

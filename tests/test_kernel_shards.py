@@ -40,7 +40,8 @@ def bounds_of(case: Case) -> list[float]:
         *values, gradient = world.define(problem, torch.float32)
         draws.append(errors((*values, gradient.to(case.dtype)), world.define(problem, torch.float64)))
     single, own = (torch.finfo(t).eps for t in (torch.float32, case.dtype))
-    return [2 * max(plain) + unit for *plain, unit in zip(*draws, (single, single, single, own), strict=True)]
+    return [world.allowed(max(plain), unit, case.temperature)
+            for *plain, unit in zip(*draws, (single, single, single, own), strict=True)]
 
 
 def cuts(width: int, shards: int, seed: int) -> list[int]:

@@ -14,7 +14,7 @@ import kernel_world as world
 import numpy as np
 import pytest
 import torch
-from kernel_world import Problem, on, run, usual
+from kernel_world import Problem, on, run, same, usual
 from torch import Tensor
 
 from kdcache.kernels.kd_loss import kd_loss_rows
@@ -117,8 +117,8 @@ def test_a_row_without_a_teacher_may_have_any_tail(tail: str, device: str) -> No
     expected, gradient, *_ = run(problem, device)
     k = problem.keywords
     k["log_probs"][1], k["log_tail"][1] = torch.nan, torch.nan
-    out, same, *_ = run(problem, device)
-    assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True)) and torch.equal(gradient, same)
+    out, again, *_ = run(problem, device)
+    assert all(torch.equal(a, b) for a, b in zip(expected, out, strict=True)) and torch.equal(gradient, again)
     problem.logits[1] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "nanmax", np.fmax.reduce)                 # the interpreter's warns of rows that are all NaN
@@ -152,10 +152,10 @@ def test_statistics_change_nothing_else(device: str) -> None:
     for changed in ({}, {"tail": "conditional"}, {"temperature": 1.37}):
         problem = usual(num_classes=1271, **changed)
         out, gradient, *_ = run(problem, device)
-        with_stats, same, *_ = run(problem, device, stats=True)
+        with_stats, slope, *_ = run(problem, device, stats=True)
         for a, b in zip(out, with_stats[:3], strict=True):
             torch.testing.assert_close(a, b, rtol=TINY, atol=TINY)
-        torch.testing.assert_close(gradient, same, rtol=0, atol=TINY * float(gradient.abs().max()))
+        torch.testing.assert_close(gradient, slope, rtol=0, atol=TINY * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("changed", [{"logit_scale": 0.9}, {"softcap": 20.0}, {"z_scale": 0.5}], ids=str)
@@ -167,7 +167,7 @@ def test_the_loss_and_the_gradient_depend_on(changed: dict[str, Any], full: bool
     before, slope, *_ = run(problem, device)
     after, other, *_ = run(problem, device, **changed)
     assert bool((before[0] - after[0]).abs().gt(1e-3).all()) and bool((slope - other).abs().amax(1).gt(1e-4).all())
-    assert torch.equal(before[1], after[1]) == ("z_scale" in changed)        # the z-loss is not in CE
+    assert same(before[1], after[1]) == ("z_scale" in changed)      # the z-loss is not in CE
 
 
 def test_weights_of_labels_and_of_rows_are_their_own(device: str) -> None:
@@ -202,12 +202,12 @@ def test_a_z_loss_alone(device: str) -> None:
 
 
 def test_a_scale_folds_into_the_logits(device: str) -> None:
-    """A power of two, so that the products are exact: the same bits, and the gradient times it."""
+    """A power of two, so that the products are exact: the same values, and the gradient times it."""
     problem = usual(num_classes=1272, stats=True)
     scaled = Problem(problem.case, problem.logits * 0.5, problem.keywords, problem.factor)
     out, gradient, *_ = run(scaled, device)
-    same, slope, *_ = run(problem, device, logit_scale=0.5)
-    assert all(torch.equal(a, b) for a, b in zip(out, same, strict=True)) and torch.equal(gradient * 0.5, slope)
+    folded, slope, *_ = run(problem, device, logit_scale=0.5)
+    assert all(same(a, b) for a, b in zip(out, folded, strict=True)) and same(gradient * 0.5, slope)
 
 
 def test_a_wide_cap_is_none(device: str) -> None:
@@ -245,5 +245,5 @@ def test_without_a_gradient(device: str) -> None:
     with torch.no_grad():
         logits: Tensor = problem.logits.to(device)
         out = kd_loss_rows(logits, **on(device, problem.keywords))
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, out, strict=True))
+    assert all(same(a, b.cpu()) for a, b in zip(expected, out, strict=True))
     assert torch.equal(logits.cpu(), problem.logits)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_world import allowed
 from torch import Tensor
 
 from kdcache import topk
@@ -114,7 +115,7 @@ def check(x: Tensor, k: int, device: str, layout: str = "plain", many: int = 1, 
     truth = sums_of(wide, out, wide.amax(-1), temperatures)
     plain = sums_of(x.float(), out, x.float().amax(-1), temperatures)
     for mine, theirs, true in zip((found.lse_NT, found.tail_lse_NT), plain, truth, strict=True):
-        assert worst(mine, true) <= 2 * max(worst(theirs, true), ULP) + ULP     # few rows can be lucky: at least an ulp
+        assert worst(mine, true) <= allowed(max(worst(theirs, true), ULP), ULP)     # few rows can be lucky: an ulp
     if moments:
         check_moments(found, x)
     return found
@@ -212,7 +213,7 @@ def test_tails_of_smaller_tiers(kind: str, many: int, device: str) -> None:
         out = torch.zeros(4, 301, dtype=torch.bool).scatter_(1, excluded.where(excluded >= 0, 300), True)[:, :300]
         truth = sums_of(x.double(), out, x.double().amax(-1), temperatures)[1]
         plain = topk.tail_lse(x, excluded, x.float().amax(-1), temperatures)
-        assert worst(tails[:, at], truth) <= 2 * max(worst(plain, truth), ULP) + ULP
+        assert worst(tails[:, at], truth) <= allowed(max(worst(plain, truth), ULP), ULP)
     for n in range(4):
         row = TopK(*(getattr(found, name)[n : n + 1] for name in ("ids_NK", "values_NK", "lse_NT", "tail_lse_NT",
                                                                   "flag_N")))
@@ -255,7 +256,7 @@ def test_bad_rows_are_flagged_and_spoil_no_other(classes: int, dtype: torch.dtyp
         for values in (found.values_NK, found.lse_NT, found.tail_lse_NT, found.label_logit_NJ, found.mean_N):
             assert values is not None and bool(values[n].isnan().all())
     if layout == "plain":                       # where a row starts within 16 bytes decides what is summed with what
-        alone = topk_lse(x[[0, 5]].to(device), 8, (1.0, 2.0), torch.tensor([3, -1], device=device))
+        alone = topk_lse(x[[0, 5]].to(device), 8, (1.0, 2.0), torch.tensor([3, -1], device=device), moments=True)
         for name in ("ids_NK", "values_NK", "lse_NT", "tail_lse_NT", "label_logit_NJ"):
             assert torch.equal(getattr(found, name)[[0, 5]], getattr(alone, name))
 
