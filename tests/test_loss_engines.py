@@ -82,3 +82,16 @@ def test_the_kernels_have_every_divergence_and_tail_of_the_call() -> None:
     from kdcache.kernels import kd_loss as kernels
 
     assert sorted(kernels.DIVERGENCES) == sorted(DIVERGENCES) and sorted(kernels.TAILS) == sorted(TAILS)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_a_tail_that_neither_has_counts_for_nothing(tail: str, run: Any) -> None:
+    """Then D is that of teacher and student over the support alone; 0 times an infinite divergence is not NaN."""
+    logits, _, targets = problem(31, 2, 8, 2.0, 3)
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, targets.ids_NK, True)
+    targets = replace(targets, log_probs_NK=targets.log_probs_NK.log_softmax(1),
+                      log_tail_N=torch.full_like(targets.log_tail_N, -torch.inf))
+    found, truth = (run(logits.masked_fill(~kept, -torch.inf), None, targets, alpha=1.0, tail=t)
+                    for t in (tail, "conditional"))
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=8 * EPS, atol=8 * EPS)

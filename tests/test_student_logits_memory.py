@@ -142,3 +142,15 @@ def test_what_cannot_be_is_refused(cache: Path, tmp_path: Path, student: type[nn
         with pytest.raises(UsageError, match=message):
             trained(tmp_path / "run", student(), cache, **{"logits_memory": FEW, **options}, dry_run=dry_run)
     assert not (tmp_path / "run").exists()          # so that the same command without the option may take the place
+
+
+@pytest.mark.parametrize("size", [None, FEW])
+def test_micro_batches_and_steps_without_a_row_learn_nothing(tmp_path: Path, size: str | None) -> None:
+    """A record of one token predicts none: 3 of the first 4 records, the second step whole."""
+    data = Windows(6)
+    for i in (0, 2, 3):
+        data.items[i] = (data.items[i][0][:1], data.items[i][1][:1])
+    cache = write_cache(tmp_path / "cache", data, TinyLM(16, seed=3), kind="topk", tiers=(5,), tokens=True)
+    lines = trained(tmp_path / "run", Headed(), cache, epochs=1, batch_size=2, micro_batch_size=1, shuffle=False,
+                    logits_memory=size)
+    assert [line["loss"] > 0 for line in lines] == [line["grad_norm"] > 0 for line in lines] == [True, False, True]

@@ -210,7 +210,7 @@ def _cached_labels(piece: Piece, cached: Batch, given: Tensor | None, rows: Rows
     given = torch.where(given == IGNORED, -1, given)
     if given.shape != labels.shape:
         raise DataError(f"the data has labels {list(given.shape)}, the cache {list(labels.shape)} for the same records")
-    wrong = (given != labels).reshape(len(labels), -1).any(1).nonzero()
+    wrong = _in_any(given != labels).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise DataError(f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()} in the cache and "
@@ -222,7 +222,7 @@ def _cached_labels(piece: Piece, cached: Batch, given: Tensor | None, rows: Rows
 def _check_range(piece: Piece, labels: Tensor, rows: Rows | None, num_classes: int) -> None:
     if not labels.numel() or (int(labels.max()) < num_classes and int(labels.min()) >= IGNORED):
         return
-    row = int(((labels >= num_classes) | (labels < IGNORED)).reshape(len(labels), -1).any(1).nonzero()[0])
+    row = int(_in_any((labels >= num_classes) | (labels < IGNORED)).nonzero()[0])
     raise DataError(f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()}; expected 0 to "
                     f"{num_classes - 1} (or -1 or {IGNORED}, unknown)")
 
@@ -234,4 +234,9 @@ def _sample(piece: Piece, rows: Rows | None, row: int) -> str:
 
 
 def _labelled(labels: Tensor | None) -> float:
-    return 0.0 if labels is None else float((labels >= 0).reshape(len(labels), -1).any(1).sum())
+    return 0.0 if labels is None else float(_in_any(labels >= 0).sum())
+
+
+def _in_any(x: Tensor) -> Tensor:
+    """[N] or [N, J] -> [N]: in any of the J. N may be 0."""
+    return x if x.dim() == 1 else x.any(1)
