@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 
 from kdcache.bench.kd_contenders import contenders, dense_teacher, gradient_errors, has_liger, make_problem
 from kdcache.bench.race import command, finish, machine, table
-from kdcache.bench.track import Track, choose_device
+from kdcache.bench.track import Track, choose_device, each_case
 
 SAY_CPU = "the kernels were not timed: they need a CUDA device, and this run is on the CPU"
 
@@ -48,8 +49,9 @@ class Sizes:
     copy_bytes: int = 2**31
     flush_bytes: int = 2**29        # caches are smaller: 50 to 126 MB of L2
 
-    def cases(self) -> Iterator[tuple[int, float, int]]:
-        yield from product(self.classes, self.temperatures, self.kept)
+    def cases(self) -> list[tuple[int, float, int]]:
+        """Those of the K that all take part in come first: a run that ends early has them."""
+        return sorted(product(self.classes, self.temperatures, self.kept), key=lambda case: case[2] != self.compiled_at)
 
 
 CUDA = Sizes(rows=8192, classes=(1000, 32_000, 50_257, 128_256, 151_936, 262_144))
@@ -76,16 +78,12 @@ def kd_loss(quick: bool = False, rounds: int | None = None, device: str | None =
     sizes = QUICK[place.type] if quick else CUDA if place.type == "cuda" else CPU
     rounds = sizes.rounds if rounds is None else rounds
     track = Track(place, sizes.copy_bytes, sizes.flush_bytes)
-    cases: list[dict[str, Any]] = []
-    for case in sizes.cases():
-        cases.append(one_case(track, sizes, rounds, *case))
-        print(progress(cases[-1]), flush=True)
-        if "failed" in cases[-1]:           # after an error on the device nothing can be measured there
-            break
+    cases = each_case(sizes.cases(), partial(one_case, track, sizes, rounds), progress)
     return {"bench": "kd_loss", "command": command(), "machine": machine(), "device": str(place), "rounds": rounds,
             "rows": sizes.rows, "dtype": str(sizes.dtype).removeprefix("torch."),
             "kernels_timed": place.type == "cuda", "note": None if place.type == "cuda" else SAY_CPU,
-            "copy_bytes": sizes.copy_bytes, "liger": has_liger(), "cases": cases,
+            "copy_bytes": sizes.copy_bytes, "liger": has_liger(), "left_out": len(sizes.cases()) - len(cases),
+            "cases": cases,
             "errors": [f"{name_of(case)}: {error}" for case in cases for error in case["errors"]]}
 
 
@@ -117,7 +115,7 @@ def name_of(case: Mapping[str, Any]) -> str:
 
 
 def progress(case: Mapping[str, Any]) -> str:
-    """One line as soon as a case is done: a long run says where it is."""
+    """One line of a case."""
     shares = ", ".join(f"{name} {found['share_of_copy']:.0%}" if "failed" not in found else f"{name} failed"
                        for name, found in case.get("contenders", {}).items())
     return f"{name_of(case)}: {case.get('failed', shares)}"
@@ -152,8 +150,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     cases = [case for case in result["cases"] if "failed" not in case]
-    kept = 64 if any(case["k"] == 64 for case in cases) else cases[0]["k"]
-    temperatures = sorted({case["temperature"] for case in cases})
+    kept = 64 if any(case["k"] == 64 for case in cases) else min((case["k"] for case in cases), default=0)
+    temperatures = sorted({case["temperature"] for case in cases}) or [1.0]
     figure = Figure(figsize=(6 * len(temperatures), 4.5), layout="constrained")
     panels = figure.subplots(1, len(temperatures), squeeze=False, sharey=True)[0]
     for axes, temperature in zip(panels, temperatures, strict=True):

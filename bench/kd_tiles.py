@@ -25,7 +25,7 @@ import torch
 from kdcache.bench.kd_contenders import Fused, make_problem
 from kdcache.bench.kd_loss import model_bytes
 from kdcache.bench.race import command, finish, machine, save, table
-from kdcache.bench.track import Entrant, Track, choose_device
+from kdcache.bench.track import Entrant, Track, choose_device, each_case
 from kdcache.errors import UsageError
 from kdcache.kernels import kd_launch
 from kdcache.kernels.kd_launch import Tiles
@@ -92,6 +92,22 @@ def walked_with(tiles: Tiles) -> Iterator[None]:
         kd_launch.Tiles = usual  # type: ignore[misc]
 
 
+def try_case(track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float) -> dict[str, Any]:
+    """The race over one length of row, or why there was none."""
+    try:
+        return one_case(track, sizes, rounds, classes, temperature)
+    except Exception as e:
+        return {"num_classes": classes, "temperature": temperature, "contenders": {}, "chosen": "", "best": "",
+                "failed": f"{type(e).__name__}: {e}"}
+
+
+def progress(case: Mapping[str, Any]) -> str:
+    """One line of a case."""
+    best = case["contenders"].get(case["best"], {})
+    said = case.get("failed", f"{case['best']} at {best.get('share_of_copy', 0):.0%} of the copy")
+    return f"V={case['num_classes']} T={case['temperature']:g}: {said}"
+
+
 def one_case(track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float) -> dict[str, Any]:
     """The race over one length of row."""
     track.release()
@@ -115,9 +131,11 @@ def kd_tiles(sizes: Sizes, rounds: int | None = None) -> dict[str, Any]:
         raise UsageError("bench kd_tiles times the kernel's tiles and needs a CUDA device; torch sees none here")
     track = Track(place, sizes.copy_bytes, sizes.flush_bytes)
     rounds = sizes.rounds if rounds is None else rounds
-    cases = [one_case(track, sizes, rounds, *case) for case in product(sizes.classes, sizes.temperatures)]
+    order = sorted(product(sizes.classes, sizes.temperatures), key=lambda case: case[1] != sizes.temperatures[-1])
+    cases = each_case(order, partial(try_case, track, sizes, rounds), progress)
     return {"bench": "kd_tiles", "command": command(), "machine": machine(), "device": str(place), "rounds": rounds,
-            "rows": sizes.rows, "dtype": str(sizes.dtype).removeprefix("torch."), "cases": cases}
+            "rows": sizes.rows, "dtype": str(sizes.dtype).removeprefix("torch."),
+            "left_out": len(order) - len(cases), "cases": cases}
 
 
 def render(result: Mapping[str, Any]) -> str:

@@ -22,13 +22,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdcache.bench.race import command, finish, machine, table
-from kdcache.bench.track import Entrant, Track, choose_device
+from kdcache.bench.track import Entrant, Track, choose_device, each_case
 from kdcache.kernels.topk_lse import topk_lse as fused
 from kdcache.topk import exact_topk, row_logsumexp, tail_lse
 
@@ -93,15 +95,29 @@ def topk_lse(quick: bool = False, rounds: int | None = None, device: str | None 
     sizes = QUICK[place.type] if quick else CUDA if place.type == "cuda" else CPU
     rounds = sizes.rounds if rounds is None else rounds
     track = Track(place, sizes.copy_bytes, sizes.flush_bytes)
-    cases = [one_case(track, sizes, rounds, classes, kept) for classes in sizes.classes for kept in sizes.kept]
+    order = sorted(product(sizes.classes, sizes.kept), key=lambda case: case[1] != 64)      # what is asked for first
+    cases = each_case(order, partial(one_case, track, sizes, rounds), progress)
     return {"bench": "topk_lse", "command": command(), "machine": machine(), "device": str(place), "rounds": rounds,
             "rows": sizes.rows, "dtype": str(sizes.dtype).removeprefix("torch."), "temperatures": list(TEMPERATURES),
-            "kernels_timed": place.type == "cuda", "note": None if place.type == "cuda" else SAY_CPU, "cases": cases,
+            "kernels_timed": place.type == "cuda", "note": None if place.type == "cuda" else SAY_CPU,
+            "left_out": len(order) - len(cases), "cases": cases,
             "errors": [f"{name_of(case)}: {error}" for case in cases for error in case["errors"]]}
 
 
 def one_case(track: Track, sizes: Sizes, rounds: int, classes: int, kept: int) -> dict[str, Any]:
     """The race over one shape."""
+    least = model_bytes(sizes.rows, classes, kept, len(TEMPERATURES), sizes.dtype.itemsize)
+    out: dict[str, Any] = {"num_classes": classes, "k": kept, "model_bytes": least}
+    try:
+        raced, wrong = race_shape(track, sizes, rounds, classes, kept, least)
+    except Exception as e:
+        return out | {"failed": str(e), "contenders": {}, "errors": [f"{type(e).__name__}: {e}"]}
+    return out | raced | {"errors": [*raced["errors"], *wrong]}
+
+
+def race_shape(track: Track, sizes: Sizes, rounds: int, classes: int, kept: int,
+               least: int) -> tuple[dict[str, Any], list[str]]:
+    """What the track says of a shape, and where the kernel's answer is wrong."""
     generator = torch.Generator(track.device).manual_seed(0)
     logits = torch.randn(sizes.rows, classes, generator=generator, dtype=sizes.dtype, device=track.device) * 3
     labels = torch.randint(classes, (sizes.rows,), generator=generator, device=track.device)
@@ -112,20 +128,26 @@ def one_case(track: Track, sizes: Sizes, rounds: int, classes: int, kept: int) -
         entrants = {"kernel": Entrant(lambda: fused(logits, kept, TEMPERATURES, labels), own=True), **entrants}
         wrong = differs(logits, kept, labels)
     track.release()                     # what the check and the last case held
-    least = model_bytes(sizes.rows, classes, kept, len(TEMPERATURES), sizes.dtype.itemsize)
-    out = track.race(entrants, rounds, least)
-    return {"num_classes": classes, "k": kept, "model_bytes": least, **out, "errors": [*out["errors"], *wrong]}
+    return track.race(entrants, rounds, least), wrong
 
 
 def name_of(case: Mapping[str, Any]) -> str:
     return f"V={case['num_classes']} k={case['k']}"
 
 
+def progress(case: Mapping[str, Any]) -> str:
+    """One line of a case."""
+    times = ", ".join(f"{name} {1000 * found['seconds']['median']:.3g} ms" if "failed" not in found else
+                      f"{name} failed" for name, found in case["contenders"].items())
+    return f"{name_of(case)}: {case.get('failed', times)}"
+
+
 def render(result: Mapping[str, Any]) -> str:
     """The table: one line for each contender in each case."""
     rows: list[list[Any]] = []
     for case in result["cases"]:
-        rows.append([f"{name_of(case)}  copy", "", case["copy_bytes_per_second"] / 1e9, 100.0, ""])
+        if "failed" not in case:
+            rows.append([f"{name_of(case)}  copy", "", case["copy_bytes_per_second"] / 1e9, 100.0, ""])
         for name, found in case["contenders"].items():
             if "failed" in found:
                 rows.append([f"{name_of(case)}  {name}", "failed", "", "", ""])

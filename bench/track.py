@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,27 @@ from kdcache.bench.race import Contender, median_ratio, race, spread, wall_clock
 from kdcache.errors import UsageError
 
 WAIT_CYCLES = 2_000_000             # about 1 ms at 2 GHz: time to queue some hundred launches
+
+
+SECONDS = 420.0                     # of races; a machine is lent by commands of ten minutes
+
+
+def each_case(cases: Iterable[Any], race_of: Callable[..., dict[str, Any]], told: Callable[[dict[str, Any]], str],
+              seconds: float = SECONDS) -> list[dict[str, Any]]:
+    """`race_of(*case)` of each case, told as soon as it is there: a long run says where it is, and what was measured
+    is kept whatever comes.
+
+    A case that raises is one with "failed", and the last: after an error on the device nothing can be measured there.
+    Those that would begin after `seconds` are left out, and said: a killed benchmark keeps nothing.
+    """
+    found: list[dict[str, Any]] = []
+    waiting, until = list(cases), time.monotonic() + seconds
+    while waiting and time.monotonic() < until and not (found and "failed" in found[-1]):
+        found.append(race_of(*waiting.pop(0)))
+        print(told(found[-1]), flush=True)
+    if waiting and "failed" not in found[-1]:
+        print(f"left out, as {seconds:.0f} s are over: {waiting}", flush=True)
+    return found
 
 
 def nothing() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from kdcache.bench import kd_linear
@@ -32,6 +33,13 @@ def test_the_floor_is_what_can_be_counted() -> None:
     assert round(kd_linear.operations(sizes) / 1e12, 1) == 25.8 and round(kd_linear.model_bytes(sizes) / 1e9) == 43
     said = " ".join((kd_linear.__doc__ or "").split())
     assert "25.8 TFLOP" in said and "43 GB" in said and "floor" in said
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_the_line_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kd_linear, "gradient_error", lambda *_: float("nan"))
+    found = kd_linear.kd_linear(quick=True, rounds=1, device="cpu")
+    assert len(found["errors"]) == 3 and "gradient is off by nan" in found["errors"][0]
+    json.dumps(found, allow_nan=False)
 
 
 def test_a_wrong_gradient_is_noticed() -> None:

@@ -220,6 +220,17 @@ def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatc
     json.dumps(found, allow_nan=False)
 
 
+def test_a_race_that_takes_too_long_leaves_the_rest_out_and_keeps_what_it_has(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    clock = iter((0.0, 1.0, 421.0, 422.0))
+    monkeypatch.setattr(track, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    found = track.each_case([(1,), (2,), (3,)], lambda n: {"n": n}, str)
+    assert found == [{"n": 1}] and "left out, as 420 s are over: [(2,), (3,)]" in capsys.readouterr().out
+    cases = kd_loss.CUDA.cases()
+    assert {k for _, _, k in cases[:12]} == {kd_loss.CUDA.compiled_at} and len(set(cases)) == len(cases)
+    kd_loss.draw({"cases": [], "rows": 1, "dtype": "", "kernels_timed": False}, tmp_path / "p.png")
+
+
 def test_table_and_plot_of_a_race_on_a_device(tmp_path: Path) -> None:
     """A made-up result: rivals that ran out of memory or out of numbers."""
     one = {"seconds": {"median": 2e-3, "min": 2e-3, "max": 2e-3}, "bytes_per_second": 1e12, "share_of_copy": 0.25,

@@ -56,6 +56,16 @@ def test_a_case_says_who_was_best_and_what_missed(device: str) -> None:
     assert text.count("V=131 T=2") == len(case["contenders"]) and text.count(" *") == 1
 
 
+def test_a_case_that_breaks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(bench, "one_case", broken)
+    case = bench.try_case(Track(torch.device("cpu"), 16, 16), bench.Sizes(), 1, 131, 2.0)
+    assert bench.progress(case) == "V=131 T=2: RuntimeError: illegal memory access"
+    assert "second read" in bench.render({"rows": 3, "dtype": "float32", "cases": [case]})
+
+
 def test_without_a_device_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="needs a CUDA device"):

@@ -31,6 +31,21 @@ def test_the_floor_can_be_counted_by_hand() -> None:
     assert module.CUDA.rows == 8192 and module.CUDA.flush_bytes > 126 * 2**20
 
 
+def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = module.race_shape
+
+    def broken(track: object, sizes: object, rounds: int, classes: int, *others: int) -> object:
+        if classes == 127:
+            raise RuntimeError("illegal memory access")
+        return race(track, sizes, rounds, classes, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "race_shape", broken)
+    found = module.topk_lse(quick=True, rounds=1, device="cpu")
+    assert found["errors"] == ["V=127 k=8: RuntimeError: illegal memory access"] and found["left_out"] == 0
+    assert found["cases"][0]["contenders"]["exact torch"]["seconds"]["median"] > 0
+    assert "V=100 k=8  exact torch" in module.render(found)
+
+
 def test_the_kernel_is_asked_for_the_same_answer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(3, 127, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     labels = torch.tensor([0, 5, 126], device=device)
