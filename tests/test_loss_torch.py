@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_world import same
 from loss_world import DIVERGENCES, PAIRS, problem, single
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -165,8 +166,8 @@ def test_activation_checkpointing(engine: str, inplace: bool, reentrant: bool, d
         loss = run(h, w)
         loss.backward()
         found.append((loss.detach(), h.grad, w.grad))
-    for a, b in zip(*found, strict=True):
-        assert a is not None and b is not None and torch.equal(a, b)
+    for a, b in zip(*found, strict=True):       # reentrant, the value is of a pass without gradient: another build
+        assert a is not None and b is not None and (same if engine == "triton" else torch.equal)(a, b)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -210,8 +211,8 @@ def test_one_graph_under_torch_compile(engine: str, kind: tuple[str, str, int | 
                 out = run(leaf, labels[:rows].clone(), targets[torch.arange(rows, device=device)])
                 out[0].backward()
                 found.append([*(t.detach() for t in out), leaf.grad])
-            for a, b in zip(*found, strict=True):
-                assert a is not None and b is not None and torch.equal(a, b)
+            for a, b in zip(*found, strict=True):       # the kernel in place and beside: two builds
+                assert a is not None and b is not None and (same if engine == "triton" else torch.equal)(a, b)
     torch._dynamo.reset()
 
 
