@@ -41,3 +41,10 @@ def test_a_cache_is_read_without_torch() -> None:
 
 def test_the_probe_sees_a_heavy_module() -> None:
     assert heavy_after("import numpy") == ["numpy"]
+
+
+@pytest.mark.parametrize("module", ["student.train", "student.linear", "student.loss", "teacher.dump"])
+def test_the_compiler_of_torch_is_not_loaded(module: str) -> None:
+    """It takes as long again as torch itself."""
+    code = f"import sys, kdcache.{module}\nassert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    assert "torch" in heavy_after(code)
