@@ -34,7 +34,7 @@ def reverse_kl(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[
 
 def jsd(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, Tensor | None]:
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
-    top = torch.maximum(log_q, log_p).clamp_(min=torch.finfo(log_p.dtype).min)     # -inf - -inf would be NaN
+    top = torch.maximum(log_q, log_p)       # of -inf makes log m NaN, where neither term looks at it
     log_m = (log_q - top).exp_().mul_(beta).add_((log_p - top).exp_().mul_(1 - beta)).log_().add_(top)
     q, p = log_q.exp(), log_p.exp()
     from_q_R = row_sum(torch.where(q > 0, q * (log_q - log_m), 0))
