@@ -14,6 +14,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """`-m gpu` runs the kernels as they are compiled; without it they run in triton's interpreter, on the CPU."""
     if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:     # as many threads in each as there are cores would wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Deterministic mode refuses products of cuBLAS without it; torch reads it once, at a process's first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for said in ("Synchronization debug mode is a prototype", "Attempting to run cuBLAS, but there was no current"):
