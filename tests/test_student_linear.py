@@ -152,3 +152,13 @@ def test_activation_checkpointing_runs_each_chunk_twice(reentrant: bool, monkeyp
     again = differentiated(lambda *given: checkpoint(loss, *given, use_reentrant=reentrant), leaves)
     assert len(calls) == 3 * ROWS / 3
     assert all(map(torch.equal, plain, again))
+
+
+def test_torch_compile_is_told_that_it_cannot_capture_the_torch_engine() -> None:
+    leaves, labels, targets = given()
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return kdcache.kd_linear_loss(h, w, labels, targets, bias=b, engine="torch") * 2
+
+    with pytest.raises(Exception, match=r"engine 'torch' behind a head is nothing that torch.compile captures"):
+        torch.compile(loss, backend="eager", fullgraph=True)(*leaves)

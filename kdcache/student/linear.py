@@ -56,7 +56,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
                       1000 rows is slow: the gradient of the head is then read and written for little work
 
     Nothing waits for the device; a row without label and teacher is computed for nothing, and its hidden states must be
-    finite: leave such rows out. UsageError (a ValueError) for what does not fit.
+    finite: leave such rows out. torch.compile captures engine "triton" alone. UsageError (a ValueError) for what does
+    not fit.
     """
     _check(hidden, weight, bias, reduction)
     options = Options(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, label_weight=label_weight,
@@ -66,6 +67,9 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
     fused = (AUTO if engine == "auto" else engine) == "triton"
     if fused:
         check_fits(hidden, asked.rows.targets)
+    elif torch.compiler.is_compiling():         # with fullgraph=True an error, else a graph break
+        raise UsageError("engine 'torch' behind a head is nothing that torch.compile captures: call it outside of the "
+                         "compiled function, or use engine 'triton', which is one operator")
     try:
         loss, ce_N, kd_N = kd_linear.kd_linear_loss(
             hidden, weight, bias, memory=memory_size(memory), rows=None if fused else torch_rows,

@@ -132,9 +132,11 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
 
     training = model.module.training
     model.module.eval()
-    with torch.no_grad():
-        run()
-    model.module.train(training)
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        model.module.train(training)
     width = outputs[0].logits.shape[-1] if head is None else head.linear.out_features
     teacher = loader.num_classes
     if teacher is not None and width < teacher:
