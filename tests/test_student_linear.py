@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_world import allowed
 from loss_world import PAIRS, problem, rows_by_definition, single
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -81,7 +82,8 @@ def test_the_kernels_are_as_good_as_plain_float32(divergence: str, tail: str, de
                    memory=THREE_ROWS // 2, **options)
     ulp = torch.finfo(torch.float32).eps
     # float64 products of the same float32 numbers: what rounding the leaves costs is in both.
-    assert all(e <= 2 * p + 2 * ulp for e, p in zip(error([t.cpu() for t in found], truth), plain, strict=True))
+    errors = error([t.cpu() for t in found], truth)
+    assert all(e <= allowed(p, 2 * ulp, 2.0) for e, p in zip(errors, plain, strict=True))
 
 
 @pytest.mark.parametrize("options", [

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cli_world import refused, run
+from kernel_world import allowed
 from teacher_world import Broken, Points, Sentences, Speaker, files, mlp
 from test_teacher_reduce import Looks, normal, oracle_order, oracle_tail, spec_of
 
@@ -72,7 +73,7 @@ def test_rows_are_kept_as_torch_keeps_them(dtype: torch.dtype, labels: list[list
     same(fused, plain)
     assert fused.tail_lse is not None and plain.tail_lse is not None
     truth = tails_of(logits_NV, labels_NJ, spec)
-    assert worst(fused.tail_lse, truth) <= 2 * max(worst(plain.tail_lse, truth), EPS) + EPS
+    assert worst(fused.tail_lse, truth) <= allowed(max(worst(plain.tail_lse, truth), EPS), EPS)
     if not spec.moments:
         assert fused.mean is None and fused.std is None
         return
