@@ -76,6 +76,7 @@ class _TorchRows(torch.autograd.Function):
         ctx.inplace, ctx.used = rows.inplace, False
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(ce_N, kd_N)
+        ctx.set_materialize_grads(False)                        # no zeros for what has no gradient
         return loss_N, ce_N, kd_N
 
     @staticmethod
