@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import UsageError
 from kdcache.models import forward
-from kdcache.student.head import Head
+from kdcache.student.head import FEW, Head
 
 TEXT: dict[str, Any] = {"vocab_size": 61}
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
@@ -71,6 +71,38 @@ def test_a_model_that_changes_its_logits_is_refused(name: str) -> None:
     model = made(name)
     with pytest.raises(UsageError, match="does more to its logits than its head 'lm_head'"):
         Head(model).check(inputs())
+
+
+class Cut(nn.Module):
+    """Cuts its logits, and so the hidden states too where they stand in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 16), nn.Linear(16, 61)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))[..., :5]
+
+
+def test_a_model_that_cuts_its_logits_is_refused() -> None:
+    with pytest.raises(UsageError, match="does more to its logits than its head 'head'"):
+        Head(Cut()).check(inputs())
+
+
+def test_a_few_positions_of_one_record_are_looked_at() -> None:
+    seen = []
+
+    class Long(Cut):
+        def forward(self, input_ids: Tensor, position_ids: Tensor, scale: Tensor) -> Tensor:
+            seen.append((input_ids.shape, position_ids.shape, scale.shape))
+            return self.head(self.embed(input_ids))
+
+    Head(Long()).check({"input_ids": torch.zeros(3, 40, dtype=torch.int64), "scale": torch.ones(3, 40, 2, 2),
+                        "position_ids": torch.zeros(3, 40, dtype=torch.int64)})
+    assert seen == [((1, FEW), (1, FEW), (1, FEW, 2, 2))] * 2
 
 
 class TwoHeads(nn.Module):
