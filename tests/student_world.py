@@ -23,9 +23,11 @@ from kdcache.data.identify import identify
 from kdcache.data.rows import next_token_rows
 from kdcache.data.samples import Samples
 from kdcache.models import forward
+from kdcache.student.train import train_student
 from kdcache.topk import exact_topk, tail_lse
 
 CLASSES, WIDTH, VOCABULARY = 7, 5, 23
+BODY = FeatureSpec(name="body", module="body", recipe="raw", dtype="float32", shape=(32,))
 torch.set_num_threads(1)        # these modules are far too small for two
 
 
@@ -191,3 +193,10 @@ def equal_weights(a: nn.Module, b: nn.Module) -> bool:
     """Bit for bit."""
     x, y = a.state_dict(), b.state_dict()
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def run(out: Path, student: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Train and give the metrics of the steps."""
+    lines: list[dict[str, Any]] = []
+    train_student(student=student, out=out, on_metrics=lines.append, **options)
+    return [line for line in lines if "loss" in line]

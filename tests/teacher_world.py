@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from kdcache.teacher.dump import DumpReport, dump_teacher
 
 torch.set_num_threads(1)        # nets this small only wait for each other's threads
 CLASSES = 12
@@ -107,3 +110,14 @@ class Broken(nn.Module):
 def files(cache: Path) -> dict[str, bytes]:
     """Every file of a cache, by its name within it."""
     return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+
+
+Dump = Callable[..., DumpReport]
+
+
+def dumper(out: Path) -> Dump:
+    """dump_teacher with small defaults, into a folder."""
+    def call(**changes: Any) -> DumpReport:
+        return dump_teacher(**{"teacher": mlp(), "data": Points(), "out": out, "device": "cpu", **changes})
+
+    return call

@@ -1,21 +1,18 @@
-"""The documents of a cache: spec, identity and canonical JSON keep what they are given and refuse the rest by name."""
+"""The spec of a cache: what it keeps of what it is given, its columns, levels and shards, and what is refused by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache import canonical
 from kdcache.cache.columns import NAME, STORAGE, check_offsets
-from kdcache.cache.identity import Identity, difference, require_same
 from kdcache.cache.spec import CacheSpec, FeatureSpec, spec_difference, temperature_name
-from kdcache.errors import CacheCorrupt, IdentityMismatch, NotBuilt, UsageError, near
+from kdcache.errors import CacheCorrupt, NotBuilt, UsageError
 
 FAST = settings(max_examples=100, deadline=None)
 
@@ -242,137 +239,6 @@ def test_offsets_are_checked(offsets, message):
     check_offsets(np.array([0, 0, 2, 3]), 3, 3, "x")
     with pytest.raises(CacheCorrupt, match=message):
         check_offsets(np.array(offsets), 3, 3, "x")
-
-
-# ---- canonical JSON -------------------------------------------------------------------------------------------
-
-plain_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**53 + 1, 2**53 - 1) | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=12)
-plain_documents = st.dictionaries(st.text("abcdefgh_", max_size=5), plain_values, max_size=5)
-
-
-@FAST
-@given(plain_documents)
-def test_a_document_survives_and_has_one_form(document):
-    data = canonical.seal(document)
-    assert canonical.unseal(data, "x") == document
-    body = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    digest = xxhash.xxh3_128_hexdigest(body)
-    glue = b"," if document else b""
-    assert data == body[:-1] + glue + b'"xxh3_128":"' + digest.encode() + b'"}\n'
-
-
-@FAST
-@given(plain_documents, st.data())
-def test_any_flipped_bit_is_found(document, data):
-    sealed = bytearray(canonical.seal(document))
-    at = data.draw(st.integers(0, len(sealed) - 1))
-    sealed[at] ^= 1 << data.draw(st.integers(0, 7))
-    with pytest.raises(CacheCorrupt, match=r"^here: "):
-        canonical.unseal(bytes(sealed), "here")
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_other_bytes_are_refused_by_our_error(data):
-    with pytest.raises(CacheCorrupt):
-        canonical.unseal(data, "x")
-
-
-def resealed(body):
-    """A file with the right digest over a body in a form of its own."""
-    body = body.encode()
-    return body[:-1] + b',"xxh3_128":"' + xxhash.xxh3_128_hexdigest(body).encode() + b'"}\n'
-
-
-@pytest.mark.parametrize("body", [
-    '{"b":1,"a":2}', '{"a": 1}', '{"a":1.0}', '{"a":1e3}', '{"a":-0}', '{"a":01}', '{"a":"é"}', '{"a":"\\u0041"}',
-    '{"a":"\\/"}', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', f'{{"a":{2**53}}}', '{"a":NaN}', '{"a":"\\u00E9"}',
-    '{"a":' + "[" * 20 + "]" * 20 + "}", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", '{"a":' + "9" * 5000 + "}",
-])
-def test_other_forms_are_refused(body):
-    assert canonical.unseal(resealed('{"a":1}'), "x") == {"a": 1}
-    with pytest.raises(CacheCorrupt):
-        canonical.unseal(resealed(body), "x")
-
-
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"\n", lambda d: b" " + d,
-                                    lambda d: b"\xef\xbb\xbf" + d, lambda d: b"[" + d + b"]", lambda d: b""])
-def test_other_frames_are_refused(change):
-    with pytest.raises(CacheCorrupt):
-        canonical.unseal(change(canonical.seal({"a": 1})), "x")
-
-
-@pytest.mark.parametrize("value", [1.0, {1: 2}, 2**53, -(2**53), b"x", {"a": np.int64(1)}, float("nan"), {1, 2}])
-def test_values_without_a_canonical_form(value):
-    with pytest.raises(ValueError):
-        canonical.dumps({"a": value})
-
-
-def test_keys_after_the_digest_are_refused():
-    with pytest.raises(ValueError, match="must sort before"):
-        canonical.seal({"y": 1})
-
-
-# ---- identity -------------------------------------------------------------------------------------------------
-
-
-def identity(**change):
-    base = dict(data={"name": "digits", "num_samples": 10, "class_names": ["a", "b"], "probe": ["00", "11"]},
-                teacher={"weights": "sha256-state-dict:00", "dtype": "float32"},
-                tokenizer={"fingerprint": "ab"}, activation="softmax")
-    return Identity(**{**base, **change})
-
-
-def test_an_identity_survives_its_json():
-    for one in (identity(), identity(tokenizer=None, activation="sigmoid")):
-        assert Identity.from_json(one.to_json()) == one and difference(one, one) == []
-
-
-def test_differences_are_named_field_by_field():
-    other = identity(data={**identity().data, "num_samples": 11, "class_names": ["b", "a"], "probe": ["00"]},
-                     tokenizer=None, teacher={**identity().teacher, "adapters": "lora"})
-    assert [d.field for d in difference(identity(), other)] == [
-        "data.class_names", "data.num_samples", "data.probe", "tokenizer", "teacher.adapters"]
-    said = {d.field: str(d) for d in difference(identity(), other)}
-    assert said["data.class_names"].endswith("cache has \"'a' at 0\", given is \"'b' there; 2 of 2 differ\"")
-    assert said["data.probe"].endswith("cache has '2 entries', given is '1 entries'")
-
-
-def test_what_is_accepted_is_returned_and_the_rest_refused():
-    other = identity(data={**identity().data, "name": "mnist", "num_samples": 11})
-    with pytest.raises(IdentityMismatch, match=r"data.name: cache has 'digits', given is 'mnist'\n.*--acc") as caught:
-        require_same(identity(), other, accept=["data.num_samples"], where="here")
-    assert [d.field for d in caught.value.fields] == ["data.name"]
-    both = ["data.name", "data.num_samples"]
-    assert require_same(identity(), other, accept=both) == both == require_same(identity(), other, accept=["data"])
-    assert require_same(identity(), other, parts=["teacher"]) == []
-    with pytest.raises(UsageError, match=r"--accept data.nam: .*did you mean 'data.name'"):
-        require_same(identity(), other, accept=["data.nam"])
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(data=None), "identity.data: expected an object"),
-    (dict(teacher=[]), "identity.teacher: expected an object"),
-    (dict(tokenizer="x"), "identity.tokenizer: expected an object or null"),
-    (dict(activation="relu"), "identity.activation is 'relu'"),
-    (dict(data={"x": 0.5}), "identity: float 0.5 has no canonical form"),
-])
-def test_an_identity_that_cannot_be_is_refused(change, message):
-    with pytest.raises(UsageError, match=message):
-        identity(**change)
-
-
-@pytest.mark.parametrize("document", [None, [], {}, {"data": {}}, {**identity().to_json(), "more": 1}])
-def test_an_identity_has_exactly_its_keys(document):
-    with pytest.raises(UsageError, match="identity: expected an object with the keys"):
-        Identity.from_json(document)
-
-
-def test_near_names():
-    assert near("digts", ["digits", "text"]) == " (did you mean 'digits'?)"
-    assert near("zzz", ["digits", "text"]) == " (known: digits, text)" and near("x", []) == ""
 
 
 def test_specs_are_frozen():

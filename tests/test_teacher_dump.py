@@ -1,39 +1,27 @@
-"""What a dump leaves behind: spec, columns, defaults, refusals, warnings."""
+"""What a dump leaves behind: spec, columns, defaults, sizes."""
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from teacher_world import CLASSES, WIDTH, Broken, Noisy, Points, Sentences, Speaker, files, mlp
+from teacher_world import CLASSES, Dump, Noisy, Points, Sentences, Speaker, dumper, mlp
 from torch import nn
 
 import kdcache
 from kdcache.cache.codec import decode_rows
-from kdcache.data.samples import Samples
-from kdcache.errors import DataError, IdentityMismatch, KDCacheError, NotBuilt, SpecMismatch, UsageError
-from kdcache.teacher.dump import LABELS_DISAGREE, DumpReport, dump_teacher
-from kdcache.teacher.progress import Progress
-
-Dump = Callable[..., DumpReport]
+from kdcache.errors import KDCacheError, UsageError
 
 
 @pytest.fixture
 def dump(tmp_path: Path) -> Dump:
     """dump_teacher with small defaults, into the folder "c"."""
-
-    def call(**changes: Any) -> DumpReport:
-        options: dict[str, Any] = {"teacher": mlp(), "data": Points(), "out": tmp_path / "c", "device": "cpu"}
-        return dump_teacher(**{**options, **changes})
-
-    return call
+    return dumper(tmp_path / "c")
 
 
 def read(cache: Path, columns: list[str] | None = None) -> Any:
@@ -239,164 +227,3 @@ def test_a_disk_that_is_too_small_is_said_before_the_start(dump: Dump, monkeypat
     assert caught.value.exit_code == 1
     monkeypatch.undo()
     assert dump().complete
-
-
-# ---- refusals -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("options", "said"), [
-    ({"k": 13}, "k is 13, but the teacher has 12 classes"),
-    ({"kind": "topk", "k": 0}, "tiers"),
-    ({"k": 4, "tiers": [5]}, "tier 5 is above k = 4"),
-    ({"kind": "full", "k": 3}, "--k is foreign to kind full"),
-    ({"kind": "full", "tiers": [3]}, "--tier is foreign to kind full"),
-    ({"temperatures": [2]}, "--temperature is foreign to kind full"),
-    ({"kind": "none", "features": ["0"], "values": "uint8"}, "--values is foreign to kind none"),
-    ({"kind": "none", "features": ["0"], "moments": True}, "--moments is foreign to kind none"),
-    ({"kind": "none"}, "name a feature"),
-    ({"kind": "tok"}, "kind 'tok' is unknown.*'topk'"),
-    ({"kind": "topk", "temperatures": [0]}, "temperature 0"),
-    ({"values": "float8"}, "values 'float8' is unknown"),
-    ({"container": "parquet"}, "--format 'parquet' is unknown"),
-    ({"dtype": "half"}, "--dtype 'half' is unknown"),
-    ({"device": "warp:1"}, "--device warp:1 cannot be used"),
-    ({"batch_size": 0}, "--batch-size is 0"),
-    ({"views": 0}, "--views is 0"),
-    ({"records_per_shard": 0}, "--records-per-shard is 0"),
-    ({"teacher": 3}, "teacher is a int"),
-    ({"teacher_args": {"a": 1}}, "teacher_args and teacher_weights go with a teacher SPEC"),
-    ({"data_args": {"a": 1}}, "data_args go with a data SPEC"),
-])
-def test_an_option_that_cannot_be_is_one_line(dump: Dump, tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
-        dump(**options)
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    assert not (tmp_path / "c").exists()
-
-
-def test_names_of_later_versions_are_not_built(dump: Dump) -> None:
-    for options in ({"kind": "sampled"}, {"like": "other"}):
-        with pytest.raises(NotBuilt):
-            dump(**options)
-
-
-def test_another_cache_at_the_place_is_refused_with_the_fields(dump: Dump, tmp_path: Path) -> None:
-    dump(k=4)
-    before = files(tmp_path / "c")
-    with pytest.raises(SpecMismatch, match=r"spec\.tiers.*\[4\].*\[5\]"):
-        dump(k=5)
-    with pytest.raises(IdentityMismatch, match=r"teacher\.weights"):
-        dump(k=4, teacher=mlp(seed=1))
-    other = Points()
-    other.x[0] += 1
-    with pytest.raises(IdentityMismatch, match=r"data\.probe"):
-        dump(k=4, data=other)
-    other.revision = "2"
-    with pytest.raises(IdentityMismatch, match=r"data\.probe"):
-        dump(k=4, data=other, accept=["data.revision"])
-    assert files(tmp_path / "c") == before
-
-
-def test_a_difference_that_is_accepted_continues_the_cache(dump: Dump, tmp_path: Path) -> None:
-    dump(k=4)
-    renamed = Points()
-    renamed.name = "dots"
-    assert dump(k=4, data=renamed, accept=["data.name"]).already_complete
-
-
-def test_a_random_transform_of_its_own_is_refused(dump: Dump) -> None:
-    class Shaky(Points):
-        rng = np.random.default_rng()
-
-        def __getitem__(self, i: int) -> Any:
-            return self.x[i] + float(self.rng.normal()), self.y[i]
-
-    with pytest.raises(DataError, match="a random transform with its own generator"):
-        dump(data=Shaky())
-
-
-@pytest.mark.parametrize("label", [CLASSES, -2, -101])
-def test_a_label_out_of_range_names_its_sample(dump: Dump, tmp_path: Path, label: int) -> None:
-    data = Points()
-    data.y[33] = label
-    with pytest.raises(DataError, match=f"sample 33, view 0: its label is {label}.*expected 0 to 11"):
-        dump(data=data, records_per_shard=10)
-    with kdcache.open(tmp_path / "c", allow_partial=True) as cache:
-        assert cache.missing() == [3, 4]
-    assert dump(data=data, records_per_shard=10, labels=False, out=tmp_path / "unlabelled").complete
-
-
-@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (float("inf"), r"\+inf")])
-def test_a_bad_logit_names_the_record_and_the_cache_can_be_continued(
-        dump: Dump, tmp_path: Path, value: float, said: str) -> None:
-    data, net = Points(), mlp()
-    net.register_buffer("x", data.x[27])                    # so that the weights have one digest in both runs
-    broken = Broken(net, data.x[27], value)
-    with pytest.raises(DataError, match=f"sample 27, view 0: the teacher returned {said}.*at this sample") as caught:
-        dump(teacher=broken, data=data, records_per_shard=10, batch_size=4)
-    assert "\n" not in str(caught.value)
-    broken.value = 0.5
-    report = dump(teacher=broken, data=data, records_per_shard=10, batch_size=4)
-    assert report.complete and report.shards_written == 3
-
-
-def test_labels_of_another_order_are_a_named_warning(dump: Dump, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        report = dump(data=Points(shift=1))
-    assert [code for code, _ in report.warnings] == [LABELS_DISAGREE] == ["labels-disagree"]
-    assert "labels and teacher disagree" in caplog.text and report.accuracy == 0.0
-
-
-def test_views_that_are_all_the_same_are_a_named_warning(dump: Dump) -> None:
-    said: list[str] = []
-    report = dump(views=2, dry_run=True, say=said.append)
-    assert [code for code, _ in report.warnings] == ["views-equal"] and "leave out --views" in said[-1]
-
-    class Global(Points):               # random without view(): from the generators that are seeded for it
-        def __getitem__(self, i: int) -> Any:
-            return self.x[i] + torch.randn(WIDTH), self.y[i]
-
-    for data in (Noisy(), Global()):
-        assert dump(data=data, views=2, dry_run=True).warnings == ()
-    report = dump(data=Points(shift=1), views=2)
-    assert [code for code, _ in report.warnings] == ["views-equal", LABELS_DISAGREE]
-
-
-def test_what_is_asked_for_and_cannot_be_is_refused(dump: Dump, tmp_path: Path) -> None:
-    class Bare(Points):
-        def __getitem__(self, i: int) -> Any:
-            return self.x[i], None
-
-    with pytest.raises(UsageError, match="--labels: the data has none"):
-        dump(data=Bare(), labels=True)
-    with pytest.raises(UsageError, match="--labels is foreign to kind none"):
-        dump(kind="none", features=["0"], labels=True)
-    with pytest.raises(UsageError, match=r"--accept data\.nmae: no such field .*did you mean 'data\.name'"):
-        dump(accept=["data.nmae"])
-    with pytest.raises(UsageError, match="views with seed 4; the seed here is 0"):
-        dump(data=Samples(Points(), seed=4))
-    assert not (tmp_path / "c").exists()
-    dump(data=Bare())
-    with kdcache.open(tmp_path / "c") as cache:
-        assert cache.spec.labels == 0
-
-
-def test_few_labels_of_many_classes_are_no_warning(dump: Dump) -> None:
-    assert dump(teacher=mlp(200), data=Points(classes=200, shift=1)).warnings == ()
-
-
-def test_data_that_changes_its_shape_is_named(dump: Dump) -> None:
-    class Sometimes(Points):
-        def __getitem__(self, i: int) -> Any:
-            return (self.x[i], self.y[i]) if i != 31 else (self.x[i], None)
-
-    with pytest.raises(DataError, match=r"no label|no labels"):
-        dump(data=Sometimes(), batch_size=8)
-
-
-def test_progress_counts_every_record_once(dump: Dump) -> None:
-    seen: list[Progress] = []
-    report = dump(k=3, batch_size=8, progress=seen.append)
-    assert seen[-1].records == seen[-1].total == 50 and seen[-1].bytes == report.bytes
-    assert [p.records for p in seen] == sorted(p.records for p in seen) and len(seen) == 7
-    assert seen[-1].covered_mass == report.covered_mass and seen[-1].accuracy == report.accuracy == 1.0

@@ -1,0 +1,65 @@
+"""Identity: compared field by field."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdcache.cache.identity import Identity, difference, require_same
+from kdcache.errors import IdentityMismatch, UsageError, near
+
+
+def identity(**change):
+    base = dict(data={"name": "digits", "num_samples": 10, "class_names": ["a", "b"], "probe": ["00", "11"]},
+                teacher={"weights": "sha256-state-dict:00", "dtype": "float32"},
+                tokenizer={"fingerprint": "ab"}, activation="softmax")
+    return Identity(**{**base, **change})
+
+
+def test_an_identity_survives_its_json():
+    for one in (identity(), identity(tokenizer=None, activation="sigmoid")):
+        assert Identity.from_json(one.to_json()) == one and difference(one, one) == []
+
+
+def test_differences_are_named_field_by_field():
+    other = identity(data={**identity().data, "num_samples": 11, "class_names": ["b", "a"], "probe": ["00"]},
+                     tokenizer=None, teacher={**identity().teacher, "adapters": "lora"})
+    assert [d.field for d in difference(identity(), other)] == [
+        "data.class_names", "data.num_samples", "data.probe", "tokenizer", "teacher.adapters"]
+    said = {d.field: str(d) for d in difference(identity(), other)}
+    assert said["data.class_names"].endswith("cache has \"'a' at 0\", given is \"'b' there; 2 of 2 differ\"")
+    assert said["data.probe"].endswith("cache has '2 entries', given is '1 entries'")
+
+
+def test_what_is_accepted_is_returned_and_the_rest_refused():
+    other = identity(data={**identity().data, "name": "mnist", "num_samples": 11})
+    with pytest.raises(IdentityMismatch, match=r"data.name: cache has 'digits', given is 'mnist'\n.*--acc") as caught:
+        require_same(identity(), other, accept=["data.num_samples"], where="here")
+    assert [d.field for d in caught.value.fields] == ["data.name"]
+    both = ["data.name", "data.num_samples"]
+    assert require_same(identity(), other, accept=both) == both == require_same(identity(), other, accept=["data"])
+    assert require_same(identity(), other, parts=["teacher"]) == []
+    with pytest.raises(UsageError, match=r"--accept data.nam: .*did you mean 'data.name'"):
+        require_same(identity(), other, accept=["data.nam"])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(data=None), "identity.data: expected an object"),
+    (dict(teacher=[]), "identity.teacher: expected an object"),
+    (dict(tokenizer="x"), "identity.tokenizer: expected an object or null"),
+    (dict(activation="relu"), "identity.activation is 'relu'"),
+    (dict(data={"x": 0.5}), "identity: float 0.5 has no canonical form"),
+])
+def test_an_identity_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        identity(**change)
+
+
+@pytest.mark.parametrize("document", [None, [], {}, {"data": {}}, {**identity().to_json(), "more": 1}])
+def test_an_identity_has_exactly_its_keys(document):
+    with pytest.raises(UsageError, match="identity: expected an object with the keys"):
+        Identity.from_json(document)
+
+
+def test_near_names():
+    assert near("digts", ["digits", "text"]) == " (did you mean 'digits'?)"
+    assert near("zzz", ["digits", "text"]) == " (known: digits, text)" and near("x", []) == ""
