@@ -1,4 +1,4 @@
-"""The spec of a cache: what it keeps of what it is given, its columns, levels and shards, and what is refused by name."""
+"""The spec of a cache: what it keeps of what it is given, its columns, levels and shards, what is refused by name."""
 
 from __future__ import annotations
 
