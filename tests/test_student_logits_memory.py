@@ -48,7 +48,7 @@ def trained(out: Path, student: nn.Module, cache: Any, **options: Any) -> list[d
 
 @pytest.mark.parametrize("options", [
     {}, {"alpha": 0.0}, {"alpha": 1.0, "divergence": "jsd", "beta": 0.3}, {"micro_batch_size": 3}, {"data": DATA},
-    {"eval_data": DATA, "eval_every": 2}], ids=str)
+    {"eval_data": DATA, "eval_every": 2}], ids="-".join)
 def test_the_head_inside_the_loss_changes_nothing(cache: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """In float64 another order of sums leaves 2^-53 of sums of about 100 terms of order 1, in each of 6 steps."""
     students = {size: Headed().double() for size in (None, FEW)}
