@@ -81,14 +81,17 @@ class _TorchRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None]:
+        grad_output = grad_outputs[0]
+        if grad_output is None:             # nothing asked of the loss: it adds nothing
+            return None, None, None
         if ctx.used:
             raise RuntimeError("kd_loss(inplace=True) was differentiated twice, but its gradient took the place of the "
                                "logits and is used up; call it with inplace=False")
         (gradient,) = ctx.saved_tensors
         ctx.used = ctx.inplace
         out = gradient if ctx.inplace else torch.empty_like(gradient)
-        return scale_rows(gradient, grad_outputs[0], out), None, None
+        return scale_rows(gradient, grad_output, out), None, None
 
 
 def gradient_like(logits: Tensor) -> Tensor:
