@@ -18,6 +18,11 @@ def check_engine(engine: str, device: torch.device) -> str:
     check_name(engine)
     if engine == "triton":
         check_device(device)
+    return meant(engine)
+
+
+def meant(engine: str) -> str:
+    """The engine that a name stands for."""
     return AUTO if engine == "auto" else engine
 
 

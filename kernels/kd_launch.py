@@ -118,6 +118,20 @@ def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> Non
                             maxnreg=tiles.registers)
 
 
+def scaled_gradient(ctx: Any, factor_N: Tensor) -> Tensor:
+    """The gradient that forward saved, times a factor per row. ctx has `inplace`, and `used`: whether it was taken."""
+    if ctx.used:
+        raise RuntimeError("the loss was differentiated twice with inplace=True, but its gradient took the place "
+                           "of the logits and is used up; call it with inplace=False")
+    (gradient,) = ctx.saved_tensors
+    ctx.used = ctx.inplace
+    # A graph that is kept may be asked again, for another factor.
+    keep = not ctx.inplace and torch._C._autograd._get_current_graph_task_keep_graph()
+    out: Tensor = gradient_like(gradient) if keep else gradient
+    scale_gradient(gradient, factor_N, out)
+    return out
+
+
 def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
     if len(x_NV) == 0:
         return

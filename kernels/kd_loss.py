@@ -43,7 +43,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdcache.kernels.kd_launch import Call, addressable, gradient_like, launch, scale_gradient
+from kdcache.kernels.kd_launch import Call, addressable, gradient_like, launch, scaled_gradient
 from kdcache.kernels.kd_ops import compiled_rows
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv")
@@ -162,16 +162,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.used:
-            raise RuntimeError("the loss was differentiated twice with inplace=True, but its gradient took the place "
-                               "of the logits and is used up; call it with inplace=False")
-        (gradient,) = ctx.saved_tensors
-        ctx.used = ctx.inplace
-        # A graph that is kept may be asked again, for another factor.
-        keep = not ctx.inplace and torch._C._autograd._get_current_graph_task_keep_graph()
-        out = gradient_like(gradient) if keep else gradient
-        scale_gradient(gradient, grad_outputs[0], out)
-        return out, None, None
+        return scaled_gradient(ctx, grad_outputs[0]), None, None
 
 
 def _check(logits: Tensor, call: Call) -> None:

@@ -51,7 +51,7 @@ from kdcache.kernels.kd_launch import (
     exponents,
     gradient_like,
     kernel_constants,
-    scale_gradient,
+    scaled_gradient,
 )
 from kdcache.kernels.kd_loss import DTYPES, INTERPRETED
 
@@ -185,16 +185,7 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
-            raise RuntimeError("the loss was differentiated twice with inplace=True, but its gradient took the place "
-                               "of the logits and is used up; call it with inplace=False")
-        (gradient,) = ctx.saved_tensors
-        ctx.used = ctx.inplace
-        # A graph that is kept may be asked again, for another factor.
-        keep = not ctx.inplace and torch._C._autograd._get_current_graph_task_keep_graph()
-        out = gradient_like(gradient) if keep else gradient
-        scale_gradient(gradient, grad_outputs[0], out)
-        return out, None, None, None, None, None
+        return scaled_gradient(ctx, grad_outputs[0]), None, None, None, None, None
 
 
 def _launch(kernel: Any, call: Call, shard: VocabShard, **buffers: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kdcache.engines import AUTO
+from kdcache.engines import meant
 from kdcache.errors import UsageError
 from kdcache.kernels import kd_linear
 from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
@@ -64,7 +64,7 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
                       reduction=reduction, normalizer=normalizer, engine=engine)
     asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
-    fused = (AUTO if engine == "auto" else engine) == "triton"
+    fused = meant(engine) == "triton"
     if fused:
         check_fits(hidden, asked.rows.targets)
     elif torch.compiler.is_compiling():         # with fullgraph=True an error, else a graph break

@@ -14,7 +14,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kdcache.engines import AUTO
+from kdcache.engines import meant
 from kdcache.errors import UsageError
 from kdcache.student.compiled import compiled_engine
 from kdcache.student.engine import Engine, torch_engine
@@ -74,7 +74,7 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
                       reduction=reduction, normalizer=normalizer, engine=engine)
     asked = ask(logits, logits.shape[1], labels, targets, options, report=return_parts)
-    run = _engine(AUTO if engine == "auto" else engine, logits, asked.rows.targets)
+    run = _engine(meant(engine), logits, asked.rows.targets)
     # The larger scale is a factor of the whole: a gradient kept in float16 stays of order 1 until backward multiplies,
     # where 1 / N would sink it below the smallest float16. The kernels have a wider dtype's scales in the gradient
     # already, and skip a backward of factor 1.
