@@ -43,6 +43,8 @@ def asked() -> Iterator[tuple[str, int, RowLoss]]:
         yield f"full-{divergence}", 260, RowLoss(classes, labels, None, full, divergence, "bucket", ce, kd, True, 0.3)
     yield "mixup-padded", 264, RowLoss(classes, two, weight, sparse, "forward_kl", "bucket", ce, kd, True)
     yield "full", 260, RowLoss(classes, labels, None, full, "forward_kl", "bucket", ce, kd, True)
+    for name, teacher, width in (("capped", weighted, 257), ("capped full", full, 260)):
+        yield name, width, RowLoss(classes, labels, None, teacher, "forward_kl", "bucket", ce, kd, True, 0.5, 0.6, 4.0)
     yield "labels only", 257, RowLoss(classes, labels, None, None, "forward_kl", "bucket", ce, None, False)
     yield "reported only", 257, RowLoss(classes, labels, None, sparse, "forward_kl", "bucket", None, kd, False)
 

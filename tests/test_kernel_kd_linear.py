@@ -92,17 +92,22 @@ def test_a_teacher_over_all_classes_and_a_padded_vocabulary(device: str) -> None
     as_good(found, truth, plain, torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("asked", [{"softcap": 3.0}, {"logit_scale": 0.3, "z_scale": 0.01},
+@pytest.mark.parametrize("asked", [{"softcap": 3.0, "logit_scale": 0.6}, {"logit_scale": 0.3, "z_scale": 0.01},
                                    {"softcap": 5.0, "logit_scale": 1.7, "z_scale": 0.1}], ids=str)
 def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: str) -> None:
-    given = head(rows=9, bias=True)
+    """Of the torch engine too, but for the z-loss, which it refuses."""
+    given = head(rows=9, bias=True, padding=False)
+    truth = whole(given, torch.float64, **asked)
     plain = [whole(given, torch.float32, chunks=n, **asked) for n in (1, 3)]
-    as_good(linear(given, device, given.memory(3), **asked), whole(given, torch.float64, **asked), plain,
-            torch.finfo(torch.float32).eps)
+    as_good(linear(given, device, given.memory(3), **asked), truth, plain, torch.finfo(torch.float32).eps)
     other = linear(given, device, given.memory(3))
     assert error(other["hidden"], plain[0]["hidden"].double()) > 1e-3
-    with pytest.raises(TypeError, match=r"z_scale|logit_scale|softcap"):
-        linear(given, device, given.memory(3), rows=linear_world.torch_rows, **asked)
+    if "z_scale" in asked:
+        with pytest.raises(TypeError, match="z_scale"):
+            linear(given, device, given.memory(3), rows=linear_world.torch_rows, **asked)
+    else:
+        found = linear(given, device, given.memory(3), rows=linear_world.torch_rows, **asked)
+        as_good(found, truth, plain, torch.finfo(torch.float32).eps)
 
 
 def test_the_size_of_the_chunks_does_not_matter(device: str) -> None:

@@ -9,6 +9,8 @@ gradient with respect to an outcome's score reaches the classes of the tail thro
 which for forward KL is (p_j - q_t * softmax_tail_j) / T, off the head p_j (1 - q_t / p_t) / T: finite however small p_t
 is, because the tail's softmax is taken relative to the tail's own maximum. A teacher whose tail is even adds q_t times
 the divergence within the tail to that: p_j - q_t / (V - K) off the head.
+
+Logits x that are scaled or capped give scores z = softcap * tanh(logit_scale * x / softcap); the gradient is over x.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class RowLoss:
 
     labels_NJ int64, negative where there is none; label_weight_NJ None for 1 everywhere. A scale is a tensor of no
     dimension on the logits' device, or None for a part that is reported and not in the loss. D_N has the targets'
-    weights in it, and no T^2. `inplace`: the gradient takes the place of the logits.
+    weights in it, and no T^2. `inplace`: the gradient takes the place of the logits. All is of `capped` logits.
     """
 
     num_classes: int
@@ -49,6 +51,8 @@ class RowLoss:
     kd_scale: Tensor | None
     inplace: bool
     beta: float = 0.5           # of jsd
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
 
 # logits [N, V' >= V] -> (loss_N, CE_N, D_N), of which only loss_N carries a gradient.
@@ -103,13 +107,37 @@ def loss_rows(logits: Tensor, rows: RowLoss, gradient: Tensor | None) -> tuple[T
     working = _wide(logits.dtype)
     loss_N, ce_N, kd_N = (torch.zeros(len(logits), dtype=working, device=logits.device) for _ in range(3))
     for chunk in _chunks(logits, rows.num_classes):
-        x_RV = logits.detach()[chunk, : rows.num_classes].to(working).contiguous()
-        dense_RV = _chunk(x_RV, rows, chunk, (loss_N[chunk], ce_N[chunk], kd_N[chunk]), gradient is not None)
+        x_RV = logits.detach()[chunk, : rows.num_classes]
+        z_RV = capped(x_RV.to(working).contiguous(), rows.logit_scale, rows.softcap)
+        dense_RV = _chunk(z_RV, rows, chunk, (loss_N[chunk], ce_N[chunk], kd_N[chunk]), gradient is not None)
         if gradient is not None:
             inside_RV = gradient[chunk, : rows.num_classes]
-            inside_RV.zero_() if dense_RV is None else inside_RV.copy_(dense_RV)
+            inside_RV.zero_() if dense_RV is None else inside_RV.copy_(_over_logits(dense_RV, x_RV.to(working), rows))
             gradient[chunk, rows.num_classes :].zero_()
     return loss_N, ce_N, kd_N
+
+
+def capped(x: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """softcap * tanh(logit_scale * x / softcap), or logit_scale * x, in the dtype of x; x itself if that is the same.
+
+    -inf stays -inf: a class that is masked stays out, where tanh alone would make it -softcap.
+    """
+    if softcap is None:
+        return x if logit_scale == 1 else x * logit_scale
+    return (x * (logit_scale / softcap)).tanh_().mul_(softcap).masked_fill_(x == -torch.inf, -torch.inf)
+
+
+def _over_logits(dense_RV: Tensor, x_RV: Tensor, rows: RowLoss) -> Tensor:
+    """The gradient over the logits from that over `capped` logits, which is used up: times scale * (1 - tanh^2).
+
+    Of a = exp(-2 |u|) the slope of tanh u is 4 a / (1 + a)^2, which loses nothing where tanh nears 1. A row that counts
+    for nothing may hold NaN, and keeps its zeros.
+    """
+    if rows.softcap is None:
+        return dense_RV if rows.logit_scale == 1 else dense_RV.mul_(rows.logit_scale)
+    a_RV = x_RV.abs().mul_(-2 * rows.logit_scale / rows.softcap).exp_().nan_to_num_(nan=0.0)
+    dense_RV.mul_(4 * rows.logit_scale).mul_(a_RV)
+    return dense_RV.div_(a_RV.add_(1).square_())
 
 
 def scale_rows(gradient: Tensor, factor_N: Tensor, out: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]
 def in_kernel_words(rows: RowLoss) -> dict[str, Any]:
     """What `kd_loss_rows` and `kd_linear_loss` of the kernels take, but for `inplace`."""
     given: dict[str, Any] = {"num_classes": rows.num_classes, "labels": rows.labels_NJ,
-                             "label_weight": rows.label_weight_NJ, "ce_scale": rows.ce_scale, "kd_scale": rows.kd_scale}
+                             "label_weight": rows.label_weight_NJ, "ce_scale": rows.ce_scale, "kd_scale": rows.kd_scale,
+                             "logit_scale": rows.logit_scale, "softcap": rows.softcap}
     if rows.targets is not None:
         t = rows.targets
         given |= {"ids": t.ids_NK, "log_probs": t.log_probs_NK, "log_tail": t.log_tail_N, "row_weight": t.weight_N,

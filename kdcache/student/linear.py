@@ -2,11 +2,14 @@
 
     L = w_ce * CE(z, y) + w_kd * T^2 * D(q || p)          of logits z = hidden @ weight.T + bias
 
+On request z is scaled and capped before all else, as models do that cap what their head gives.
 `kernels/kd_linear.py` has the chunks and the products; the rows of a chunk go through an engine of `kd_loss`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Literal, overload
 
 import torch
@@ -28,14 +31,16 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = ..., 
                    kd_weight: float | None = ..., label_weight: Tensor | None = ..., temperature: float | None = ...,
                    divergence: str = ..., beta: float | None = ..., tail: str = ..., ignore_index: int = ...,
                    reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ...,
-                   memory: int | str = ..., return_parts: Literal[False] = ...) -> Tensor: ...
+                   memory: int | str = ..., softcap: float | None = ..., logit_scale: float = ...,
+                   return_parts: Literal[False] = ...) -> Tensor: ...
 @overload
 def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *,
                    bias: Tensor | None = ..., alpha: float = ..., ce_weight: float | None = ...,
                    kd_weight: float | None = ..., label_weight: Tensor | None = ..., temperature: float | None = ...,
                    divergence: str = ..., beta: float | None = ..., tail: str = ..., ignore_index: int = ...,
                    reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ...,
-                   memory: int | str = ..., return_parts: Literal[True]) -> LossParts: ...
+                   memory: int | str = ..., softcap: float | None = ..., logit_scale: float = ...,
+                   return_parts: Literal[True]) -> LossParts: ...
 
 
 def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, targets: SoftTargets | None = None, *,
@@ -43,8 +48,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
                    kd_weight: float | None = None, label_weight: Tensor | None = None, temperature: float | None = None,
                    divergence: str = "forward_kl", beta: float | None = None, tail: str = "bucket",
                    ignore_index: int = -100, reduction: str = "mean", normalizer: tuple[Count, Count] | None = None,
-                   engine: str = "auto", memory: int | str = "512 MB",
-                   return_parts: bool = False) -> Tensor | LossParts:
+                   engine: str = "auto", memory: int | str = "512 MB", softcap: float | None = None,
+                   logit_scale: float = 1.0, return_parts: bool = False) -> Tensor | LossParts:
     """`kd_loss(hidden @ weight.T + bias, ...)`, whose logits are made, used and overwritten a chunk of rows at a time.
 
     hidden [N, H], weight [V' >= V, H], bias [V'], of one floating dtype; under autocast all are taken in its dtype.
@@ -54,26 +59,31 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
     labels to engine  as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a sum over the rows
     memory            bytes, or text as "512 MB" or "0.5 GiB", for the logits of a chunk. What holds fewer than about
                       1000 rows is slow: the gradient of the head is then read and written for little work
+    softcap           and logit_scale, above 0: all is of softcap * tanh(logit_scale * z / softcap), or logit_scale * z,
+                      in float32 (float64) from the logits z. A logit of -inf stays -inf: its class stays out
 
     Nothing waits for the device; a row without label and teacher is computed for nothing, and its hidden states must be
     finite: leave such rows out. torch.compile captures engine "triton" alone. UsageError (a ValueError) for what does
     not fit.
     """
     _check(hidden, weight, bias, reduction)
+    if not 0 < logit_scale < math.inf or not (softcap is None or 0 < softcap < math.inf):
+        raise UsageError(f"logit_scale is {logit_scale}, softcap {softcap}; expected finite numbers above 0")
     options = Options(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, label_weight=label_weight,
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
                       reduction=reduction, normalizer=normalizer, engine=engine)
     asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
+    rows = dataclasses.replace(asked.rows, logit_scale=logit_scale, softcap=softcap)
     fused = meant(engine) == "triton"
     if fused:
-        check_fits(hidden, asked.rows.targets)
+        check_fits(hidden, rows.targets)
     elif torch.compiler.is_compiling():         # with fullgraph=True an error, else a graph break
         raise UsageError("engine 'torch' behind a head is nothing that torch.compile captures: call it outside of the "
                          "compiled function, or use engine 'triton', which is one operator")
     try:
         loss, ce_N, kd_N = kd_linear.kd_linear_loss(
             hidden, weight, bias, memory=memory_size(memory), rows=None if fused else torch_rows,
-            **in_kernel_words(asked.rows))
+            **in_kernel_words(rows))
     except ValueError as e:             # of memory, or of shapes: it says what it found and what it expected
         raise UsageError(str(e)) from e
     return asked.parts(loss, ce_N, kd_N) if return_parts else loss
@@ -100,14 +110,15 @@ def torch_rows(logits: Tensor, *, labels: Tensor | None = None, ids: Tensor | No
                log_probs: Tensor | None = None, log_tail: Tensor | None = None, temperature: float = 1.0,
                ce_scale: Tensor | None = None, kd_scale: Tensor | None = None, num_classes: int | None = None,
                label_weight: Tensor | None = None, row_weight: Tensor | None = None, divergence: str = "forward_kl",
-               tail: str = "bucket", beta: float = 0.5, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+               tail: str = "bucket", beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
+               inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The torch engine as a row function of `kernels/kd_linear.py`; ids must be valid."""
     classes = logits.shape[1] if num_classes is None else num_classes
     targets = None if log_probs is None else SoftTargets(
         temperature, classes, ids, log_probs, log_tail, row_weight, ids_checked=True)
     labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
     return torch_engine(logits, RowLoss(classes, labels_NJ, label_weight, targets, divergence, tail, ce_scale,
-                                        kd_scale, inplace, beta))
+                                        kd_scale, inplace, beta, logit_scale, softcap))
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> None:
