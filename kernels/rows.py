@@ -3,14 +3,15 @@
 Units. With T = P / Q in small integers and c = log2(e) / P, the base of a logit x is u = 2^(x c - ref), where `ref` is
 a running maximum of x c. Then exp(x - m) = u^P and exp((x - m) / T) = u^Q: one exponential serves both temperatures. P
 is 0 where temperature 1 is not wanted, Q is 0 where T is not, and TWO says that T is not on the list, so that c2 =
-log2(e) / T has an exponential of its own, relative to ref2 = ref c2 / c. x c - ref is one fused multiply-add: a large
-common offset of the logits costs no digits.
+log2(e) / T has an exponential of its own. x c - ref is one fused multiply-add: a large common offset of the logits
+costs no digits. Compilers fuse a b - d into one operation: where d is the same product rounded, its rounding is left
+(of FLOOR, 1e22) and not 0. So no such difference is written here, or a maximum keeps its product apart.
 
 `ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf. Scores below it count as
 -inf; it is far enough from the largest float that ref c2 / c is one too.
 
 Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of u^P s, for the
-entropy at temperature 1; SCORES the sum of s (of x c2 - ref2 with TWO) over the finite logits, and their number, for a
+entropy at temperature 1; SCORES the sum of s (of s c2 / c with TWO) over the finite logits, and their number, for a
 teacher's tail that is spread evenly. They follow `ref` when it rises, as the exponentials do.
 """
 
@@ -42,7 +43,7 @@ def power(u, N: tl.constexpr):
 
 
 @triton.jit
-def add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr,
+def add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P: tl.constexpr, Q: tl.constexpr,
              TWO: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
     """Adds a tile x [R, C] to the running state [C] of its lanes; the R rows of a lane lie in one thread."""
     top = tl.max(x, axis=0)
@@ -57,9 +58,8 @@ def add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P: tl.cons
     if P > 0:
         one = tl.fma(one, power(keep, P), tl.sum(power(u, P), axis=0))
     if TWO:
-        new2 = new * ratio
-        rise = ref * ratio - new2
-        s = tl.fma(x, c2, -new2[None, :])
+        s *= ratio
+        rise *= ratio
         soft = tl.fma(soft, tl.exp2(rise), tl.sum(tl.exp2(s), axis=0))
     elif Q > 0 and Q != P:
         soft = tl.fma(soft, power(keep, Q), tl.sum(power(u, Q), axis=0))
@@ -79,16 +79,22 @@ def sum_pair(a, b):
 @triton.jit
 def merge(ref, one, soft, edge, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
           EDGES: tl.constexpr):
-    """The state of all lanes and of the edge elements as four scalars: the only reductions across the program."""
+    """The state of all lanes and of the edge elements as scalars, by the only reductions across the program: the
+    references at 1 and at T, what the latter's rounding left out, and both sums."""
     at = tl.max(ref, axis=0)
     if EDGES:
         at = tl.maximum(at, tl.max(edge, axis=0) * c)
-    at2 = at * ratio if TWO else at
+    at2 = at
+    left = 0.0
+    if TWO:         # the logit at the reference, and what rounding it at T leaves out; see above for the maximum
+        logit = at / c
+        at2 = tl.maximum(logit * c2, FLOOR)
+        left = tl.where(at > FLOOR, tl.fma(logit, c2, -at2) - ratio * tl.fma(logit, c, -at), 0.0)
     scale = tl.exp2(ref - at)
     sum_one = 0.0
     sum_soft = 0.0
     if TWO:
-        sum_one, sum_soft = sum_pair(one * power(scale, P), soft * tl.exp2(ref * ratio - at2))
+        sum_one, sum_soft = sum_pair(one * power(scale, P), soft * tl.exp2((ref - at) * ratio))
     elif P > 0 and Q > 0 and P != Q:
         sum_one, sum_soft = sum_pair(one * power(scale, P), soft * power(scale, Q))
     elif P > 0:
@@ -96,22 +102,26 @@ def merge(ref, one, soft, edge, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr, 
     else:
         sum_soft = tl.sum(soft * power(scale, Q), axis=0)
     if EDGES:
-        u = tl.exp2(tl.fma(edge, c, -at))
+        s = tl.fma(edge, c, -at)
+        u = tl.exp2(s)
         if P > 0:
             sum_one += tl.sum(power(u, P), axis=0)
         if TWO:
-            sum_soft += tl.sum(tl.exp2(tl.fma(edge, c2, -at2)), axis=0)
+            sum_soft += tl.sum(tl.exp2(s * ratio), axis=0)
         elif Q > 0 and Q != P:
             sum_soft += tl.sum(power(u, Q), axis=0)
-    if Q == P and not TWO:
+    if TWO:
+        sum_soft *= tl.exp2(left)
+    elif Q == P:
         sum_soft = sum_one
-    return at, at2, sum_one, sum_soft
+    return at, at2, left, sum_one, sum_soft
 
 
 @triton.jit
-def merge_scores(ref, at, at2, one, moment, scores, finite, edge, c, c2, ratio, P: tl.constexpr, TWO: tl.constexpr,
-                 EDGES: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
-    """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to `at` (`at2`)."""
+def merge_scores(ref, at, left, one, moment, scores, finite, edge, c, ratio, P: tl.constexpr, EDGES: tl.constexpr,
+                 MOMENT: tl.constexpr, SCORES: tl.constexpr):
+    """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to the references of
+    `merge`; `ratio` is 1 but with TWO."""
     sum_moment = 0.0
     sum_scores = 0.0
     number = 0
@@ -121,13 +131,13 @@ def merge_scores(ref, at, at2, one, moment, scores, finite, edge, c, c2, ratio, 
             s = tl.fma(edge, c, -at)
             sum_moment += tl.sum(power(tl.exp2(s), P) * tl.maximum(s, -1000.0), axis=0)
     if SCORES:
-        sum_scores = tl.sum(tl.fma(finite, (ref * ratio - at2) if TWO else (ref - at), scores), axis=0)
+        sum_scores = tl.sum(tl.fma(finite, (ref - at) * ratio, scores), axis=0)
         number = tl.sum(finite.to(tl.int32), axis=0)
         if EDGES:
             held = edge > -float("inf")
-            s = tl.fma(edge, c2 if TWO else c, -(at2 if TWO else at))
-            sum_scores += tl.sum(tl.where(held, s, 0.0), axis=0)
+            sum_scores += tl.sum(tl.where(held, tl.fma(edge, c, -at) * ratio, 0.0), axis=0)
             number += tl.sum(held.to(tl.int32), axis=0)
+        sum_scores = tl.fma(number.to(tl.float32), left, sum_scores)
     return sum_moment, sum_scores, number
 
 
@@ -242,19 +252,19 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
         x = logits_at(start + at + offsets, None, None, rate, EVICT)
-        ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P, Q,
+        ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
                                                           TWO, MOMENT, SCORES)
     x = logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT)
-    ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, c2, ratio, P, Q,
+    ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
                                                       TWO, MOMENT, SCORES)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         edge = logits_at(row + column, held, -float("inf"), rate, "")
-    at, at2, sum_one, sum_soft = merge(ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED)
+    at, at2, left, sum_one, sum_soft = merge(ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED)
     if MOMENT or SCORES:
-        sum_moment, sum_scores, number = merge_scores(ref, at, at2, one, moment, scores, finite, edge, c, c2, ratio, P,
-                                                      TWO, not ALIGNED, MOMENT, SCORES)
+        sum_moment, sum_scores, number = merge_scores(ref, at, left, one, moment, scores, finite, edge, c, ratio, P,
+                                                      not ALIGNED, MOMENT, SCORES)
         return at, at2, sum_one, sum_soft, sum_moment, sum_scores, number
     else:
         return at, at2, sum_one, sum_soft
