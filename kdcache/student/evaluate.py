@@ -16,9 +16,8 @@ from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.models import Model, Output, forward, load_model, pick_device
 from kdcache.student import checkpoint
-from kdcache.student.head import Head, bypassed
+from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
-from kdcache.student.linear import rows_in
 from kdcache.student.loader import as_samples
 from kdcache.student.loop import autocast
 from kdcache.student.run import RECORDED, TABLE, is_run, read_options, weights_folder
@@ -50,11 +49,11 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
-                    precision: str = "float32", num_classes: int | None = None, head: Head | None = None,
-                    logits_memory: int | str = "") -> dict[str, Any]:
+                    precision: str = "float32", num_classes: int | None = None,
+                    head: Head | None = None) -> dict[str, Any]:
     """`evaluate` of a module that is there; its mode of training is put back.
 
-    head: of the module, for logits that are never whole: rows go through it in chunks of `logits_memory`.
+    head: of the module, for logits that are never whole.
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
@@ -68,17 +67,19 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
         with torch.inference_mode():
             for collated in batches:
                 inputs = to_device(collated.inputs, device, non_blocking=True)
-                with autocast(device, precision), bypassed(head):
-                    output = forward(module, inputs)
+                with autocast(device, precision):
+                    output = (forward if head is None else head.trunk)(module, inputs)
                 classes = slice(num_classes)
-                wide = len(range(output.logits.shape[-1] if head is None else head.linear.out_features)[classes])
+                wide = len(range(output.logits.shape[-1] if head is None else head.num_classes)[classes])
                 language = output.logits.dim() == 3 and collated.lengths is not None
                 rows_N, labels_N = _rows(output, collated, wide)
+                labels_N = labels_N.to(device)
                 if head is None:
-                    sums += _sums(rows_N[:, classes], labels_N.to(device))
+                    sums += _sums(rows_N[:, classes], labels_N)
                 else:
                     with autocast(device, precision):
-                        sums += _chunked_sums(rows_N, labels_N.to(device), *head.classes(classes), logits_memory)
+                        for rows, logits_NV in head.chunks(rows_N, classes):
+                            sums += _sums(logits_NV, labels_N[rows])
     finally:
         batches.close()
         module.train(training)
@@ -109,15 +110,6 @@ def _sums(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     top_NK = logits_NV.topk(min(TOP, logits_NV.shape[1]), dim=-1).indices == labels_N[:, None]
     return torch.stack([ce_N.double().sum(), top_NK[:, 0].double().sum(), top_NK.double().sum(),
                         torch.tensor(float(len(labels_N)), dtype=torch.float64, device=logits_NV.device)])
-
-
-def _chunked_sums(hidden_NH: Tensor, labels_N: Tensor, weight_VH: Tensor, bias_V: Tensor | None,
-                  memory: int | str) -> Tensor:
-    """`_sums` of hidden states, through the head in chunks of rows."""
-    step = rows_in(memory, len(hidden_NH), len(weight_VH), weight_VH.dtype)
-    chunks = (slice(at, at + step) for at in range(0, len(hidden_NH), step))
-    parts = [_sums(nn.functional.linear(hidden_NH[rows], weight_VH, bias_V), labels_N[rows]) for rows in chunks]
-    return torch.stack(parts).sum(0) if parts else _sums(hidden_NH, labels_N)
 
 
 def _metrics(sums: list[float], samples: Samples, language: bool, num_classes: int) -> dict[str, Any]:

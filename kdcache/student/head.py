@@ -1,87 +1,190 @@
 """A student's head taken apart from its trunk: the trunk gives hidden states, and the logits are never whole.
 
-While the head is bypassed the module's forward runs as it is written, with an identity where its last linear layer
-stands, so that what it returns as logits are the hidden states. That is the same model only if nothing comes after
-the layer; `check` runs both forms of it on a few positions and compares.
+The module's forward runs as it is written, with a stand-in where its last linear layer is, which keeps what the layer
+would be given. That is the same model only if it is known what comes after the layer: nothing, or a scale and a soft
+cap, softcap * tanh(scale * x / softcap) of the layer's x. The config says which, and the module has to prove it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.data.samples import Inputs
 from kdcache.errors import UsageError
-from kdcache.models import forward
+from kdcache.models import Output, forward
+from kdcache.student.engine import capped
+from kdcache.student.linear import kd_linear_loss, rows_in
+from kdcache.student.request import LossParts
+from kdcache.student.targets import SoftTargets
 
-FEW = 16                # positions of one record: what `check` makes whole logits of
+FEW = 16                # positions of one record: what the proof makes whole logits of
+# As configs of transformers name them: Gemma, RecurrentGemma, xLSTM; Cohere, Granite, which divides by it (HyperCLOVA X
+# multiplies), Falcon-H1, Muse.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+# Units of relative rounding, eps: scale, division and product are off by half of one each, tanh by two, and so is each
+# constant that a module holds in its dtype, the cap twice: 5 together, and as many in what it is compared with.
+ROUNDINGS = 10
 
 
 class Head:
-    """The nn.Linear that `module.get_output_embeddings()` returns, as causal models of transformers do.
+    """The nn.Linear that `module.get_output_embeddings()` returns, as causal models of transformers do, with the memory
+    for its logits, and the scale and soft cap that the module gives them.
 
-    UsageError where there is none, or where it is not a plain nn.Linear (an adapter, a quantised layer).
+    For the proof the first FEW positions of the first of `inputs` go through the module (in eval mode, under the
+    caller's autocast) as it is, and with chosen logits in place of the head's, from 2^-8 to 2^12 and of both signs.
+    These and the head's own the module leaves as they are, bit for bit, or makes of them what its config says, within
+    ROUNDINGS. UsageError if not; where there is no such layer, or no plain nn.Linear (an adapter, a quantised layer);
+    and for a memory, bytes or text, that holds no row.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        found = getattr(module, "get_output_embeddings", lambda: None)()
-        name = type(module).__name__
-        if type(found) is not nn.Linear:
-            what = "returns none" if found is None else f"returns a {type(found).__name__}"
-            raise UsageError(f"logits_memory: {name}.get_output_embeddings() is not there or {what}; the head must be "
-                             f"an nn.Linear of its own. Leave logits_memory out for this student")
-        places = [path for path, child in module.named_modules(remove_duplicate=False) if child is found]
-        if len(places) != 1:
-            raise UsageError(f"logits_memory: the head stands {len(places)} times in {name}; expected once. Leave "
-                             f"logits_memory out for this student")
-        self.linear, self.module, self.path = found, module, places[0]
+    def __init__(self, module: nn.Module, memory: int | str, inputs: Inputs) -> None:
+        self.module, self.memory = module, memory
+        self.linear, self.path = _find(module)
         parent, _, self._attribute = self.path.rpartition(".")
-        self._parent, self._identity = module.get_submodule(parent), nn.Identity()
+        self._parent, self._stand_in = module.get_submodule(parent), _StandIn(self.linear)
+        self.scale, self.softcap = self._proven(_first(inputs))
 
-    def classes(self, wanted: slice) -> tuple[Tensor, Tensor | None]:
+    def __str__(self) -> str:
+        after = "" if self.scale == 1 else f", scale {self.scale:g}"
+        after += "" if self.softcap is None else f", soft cap {self.softcap:g}"
+        return f"never whole, in chunks of {self.memory} inside the loss{after}"
+
+    @property
+    def num_classes(self) -> int:
+        return self.linear.out_features
+
+    def trunk(self, run: nn.Module, inputs: Inputs) -> Output:
+        """`forward(run, inputs)` with hidden states in place of logits; `run` is the module, or it compiled."""
+        output, hidden = self._without_head(run, inputs, torch.zeros_like)
+        return dataclasses.replace(output, logits=hidden)
+
+    def loss(self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, classes: slice,
+             **options: Any) -> LossParts:
+        """`kd_linear_loss` over these classes, with its parts."""
+        weight, bias = self._of(classes)
+        return kd_linear_loss(hidden_NH, weight, labels, targets, bias=bias, memory=self.memory, softcap=self.softcap,
+                              logit_scale=self.scale, return_parts=True, **options)
+
+    def chunks(self, hidden_NH: Tensor, classes: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows, and their logits of these classes, scaled and capped, in float32 (float64)."""
+        weight, bias = self._of(classes)
+        step = rows_in(self.memory, len(hidden_NH), len(weight), weight.dtype)
+        for rows in (slice(at, at + step) for at in range(0, len(hidden_NH), step)):
+            x_RV = nn.functional.linear(hidden_NH[rows], weight, bias)
+            yield rows, capped(x_RV.to(_wide(x_RV)), self.scale, self.softcap)
+
+    def _of(self, classes: slice) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias [V] of these classes; of all of them the parameters themselves, not views."""
         weight, bias = self.linear.weight, self.linear.bias
-        if len(range(*wanted.indices(len(weight)))) == len(weight):
+        if len(range(*classes.indices(len(weight)))) == len(weight):
             return weight, bias
-        return weight[wanted], None if bias is None else bias[wanted]
+        return weight[classes], None if bias is None else bias[classes]
 
-    @contextmanager
-    def bypassed(self) -> Iterator[None]:
-        """Within, the module returns what its head would be given."""
-        setattr(self._parent, self._attribute, self._identity)
+    def _without_head(self, run: nn.Module, inputs: Inputs,
+                      logits: Callable[[Tensor], Tensor]) -> tuple[Output, Tensor]:
+        """What the module makes of `logits` of the hidden states, and the hidden states."""
+        given = self._stand_in.given = []
+        self._stand_in.logits = logits
+        setattr(self._parent, self._attribute, self._stand_in)
         try:
-            yield
+            output = forward(run, inputs)
         finally:
             setattr(self._parent, self._attribute, self.linear)
+            self._stand_in.given = []
+        if len(given) != 1:
+            raise UsageError(f"logits_memory: {type(self.module).__name__} runs its head {self.path!r} {len(given)} "
+                             f"times in a forward pass; expected once. Leave logits_memory out for this student")
+        return output, given[0]
 
     @torch.no_grad()
-    def check(self, inputs: Inputs) -> None:
-        """UsageError unless the head's product of the hidden states is, bit for bit, what the module gives as logits.
+    def _proven(self, inputs: Inputs) -> tuple[float, float | None]:
+        """Scale and soft cap."""
+        whole = forward(self.module, inputs).logits
+        made, hidden = self._without_head(self.module, inputs, self._chosen)
+        own = nn.functional.linear(hidden, *self._of(slice(None)))
+        rows_in(self.memory, 1, self.num_classes, own.dtype)
+        said = _said(self.module)
+        scales = [s for name in SCALES if name in said for s in (said[name], 1 / said[name])]
+        caps: list[float | None] = [said[name] for name in CAPS if name in said]
+        for scale, softcap in itertools.product(scales or [1.0], caps or [None]):
+            if _follows(made.logits, self._chosen(hidden), scale, softcap) and _follows(whole, own, scale, softcap):
+                return scale, softcap
+        names = ", ".join(f"{name} {value:g}" for name, value in said.items())
+        after = f"with its config's {names}" if said else "(a scale or a cap, say, that its config does not name)"
+        raise UsageError(f"logits_memory: {type(self.module).__name__} makes other logits than its head {self.path!r} "
+                         f"{after}, so they cannot be taken apart from it. Leave logits_memory out for this student")
 
-        Two forward passes in eval mode over the first FEW positions of the first record, on inputs that are on the
-        module's device and in the caller's autocast. A scale of the logits by a power of two passes, as it may: it
-        scales the hidden states just as well.
-        """
-        inputs, training = _first(inputs), self.module.training
-        self.module.eval()
-        try:
-            whole = forward(self.module, inputs).logits
-            with self.bypassed():
-                hidden = forward(self.module, inputs).logits
-        finally:
-            self.module.train(training)
-        if hidden.shape[-1] != self.linear.in_features or not torch.equal(self.linear(hidden).float(), whole.float()):
-            raise UsageError(f"logits_memory: {type(self.module).__name__} does more to its logits than its head "
-                             f"{self.path!r} (a scale or a soft cap, say), so they cannot be taken apart from it. "
-                             f"Leave logits_memory out for this student")
+    def _chosen(self, hidden: Tensor) -> Tensor:
+        """Logits of every size at which a cap may be met; of 8 bits, for a module that takes them in another dtype."""
+        x = torch.logspace(-8, 12, hidden[..., 0].numel() * self.num_classes, base=2, device=hidden.device)
+        x[1::2] *= -1
+        return x.bfloat16().to(_wide(hidden)).view(*hidden.shape[:-1], self.num_classes)
 
 
-def bypassed(head: Head | None) -> AbstractContextManager[None]:
-    """`head.bypassed()`, and nothing for a student whose logits are whole."""
-    return nullcontext() if head is None else head.bypassed()
+class _StandIn(nn.Linear):
+    """In place of the head, with its parameters, which some models look at: keeps what it is given, and answers with
+    other logits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.given: list[Tensor] = []
+        self.logits: Callable[[Tensor], Tensor] = torch.zeros_like
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.given.append(hidden)
+        return self.logits(hidden)
+
+
+def _find(module: nn.Module) -> tuple[nn.Linear, str]:
+    """The head and its path."""
+    found = getattr(module, "get_output_embeddings", lambda: None)()
+    name = type(module).__name__
+    if type(found) is not nn.Linear:
+        what = "returns none" if found is None else f"returns a {type(found).__name__}"
+        raise UsageError(f"logits_memory: {name}.get_output_embeddings() is not there or {what}; the head must be an "
+                         f"nn.Linear of its own. Leave logits_memory out for this student")
+    places = [path for path, child in module.named_modules(remove_duplicate=False) if child is found]
+    if len(places) != 1:
+        raise UsageError(f"logits_memory: the head stands {len(places)} times in {name}; expected once. Leave "
+                         f"logits_memory out for this student")
+    return found, places[0]
+
+
+def _said(module: nn.Module) -> dict[str, float]:
+    """What the module's config says of a scale and a cap, by name."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in (*SCALES, *CAPS)}
+    return {name: float(value) for name, value in found.items()
+            if isinstance(value, int | float) and 0 < value < math.inf}
+
+
+def _follows(found: Tensor, x: Tensor, scale: float, softcap: float | None) -> bool:
+    """Whether `found` is what scale and cap make of logits x; to the bit, if that is x itself."""
+    if found.shape != x.shape:
+        return False
+    if scale == 1 and softcap is None:
+        dtype = torch.promote_types(found.dtype, x.dtype)
+        return torch.equal(found.to(dtype), x.to(dtype))
+    dtypes = [torch.finfo(t.dtype) for t in (found, x)]
+    eps = ROUNDINGS * max(info.eps for info in dtypes)
+    least = ROUNDINGS * max(info.eps * info.tiny for info in dtypes) * (softcap or 1)   # x / softcap may be subnormal
+    return torch.allclose(found.double(), capped(x.double(), scale, softcap), rtol=eps, atol=least)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _first(inputs: Inputs) -> Inputs:

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.models import Output, forward
 from kdcache.student.batches import Micro, student_rows
-from kdcache.student.head import Head, bypassed
-from kdcache.student.linear import kd_linear_loss
+from kdcache.student.head import Head
 from kdcache.student.loader import Loader, LoaderBatch, Step
 from kdcache.student.loss import kd_loss
 from kdcache.student.match import Matches
@@ -46,17 +45,18 @@ class Loop:
     """Trains `student` with an optimizer on the steps of a loader.
 
     CE is averaged over the labelled rows and KD over the teacher's rows of the whole global batch, whatever the
-    micro-batches; hint losses are averaged over its records (its rows, for features of level row).
+    micro-batches; hint losses are averaged over its records (its rows, for features of level row). With a `head` the
+    student's logits are never whole.
     """
 
     def __init__(self, student: nn.Module, loader: Loader, settings: Settings, *, optimizer: Optimizer,
-                 parameters: Named, schedule: Schedule, matches: Matches | None = None) -> None:
-        self.student, self.loader, self.settings = student, loader, settings
+                 parameters: Named, schedule: Schedule, matches: Matches | None = None,
+                 head: Head | None = None) -> None:
+        self.student, self.loader, self.settings, self.head = student, loader, settings, head
         self.optimizer, self.schedule, self.matches = optimizer, schedule, matches
         self.parameters = [parameter for _, parameter in parameters]
         if matches is not None and settings.compile:
             raise UsageError("compile and match cannot be used together: compiled code does not run the hooks")
-        self.head = None if settings.logits_memory is None else Head(student)
         levels = {feature.level for feature in loader.features}
         if len(levels) > 1 and loader.micro < loader.batch_size:
             raise UsageError("features of records and of rows are averaged by different counts; with micro-batches "
@@ -116,8 +116,8 @@ class Loop:
     def _backward(self, micro: Micro, step: Step) -> Tensor:
         """Gradients of one micro-batch; its part of (loss, CE, KD, each match)."""
         batch = self.loader.place(micro)
-        with autocast(self.loader.device, self.settings.precision), bypassed(self.head):
-            output = forward(self._run, batch["inputs"])
+        with autocast(self.loader.device, self.settings.precision):
+            output = (forward if self.head is None else self.head.trunk)(self._run, batch["inputs"])
         zero = torch.zeros((), device=self.loader.device)
         loss, parts = zero, [zero, zero]
         if batch["labels"] is not None or batch["targets"] is not None:
@@ -144,10 +144,8 @@ class Loop:
             parts = kd_loss(rows_N[:, classes], batch["labels"], batch["targets"], inplace=ours, return_parts=True,
                             **asked)
         else:
-            weight, bias = self.head.classes(classes)
             with autocast(self.loader.device, self.settings.precision):
-                parts = kd_linear_loss(rows_N, weight, batch["labels"], batch["targets"], bias=bias,
-                                       memory=self.settings.logits_memory or "", return_parts=True, **asked)
+                parts = self.head.loss(rows_N, batch["labels"], batch["targets"], classes, **asked)
         return parts.loss, [parts.ce.to(torch.float32), parts.kd.to(torch.float32)]
 
     def _update(self) -> Tensor:

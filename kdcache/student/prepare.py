@@ -23,12 +23,11 @@ from kdcache.loading import describe
 from kdcache.models import Model, Output, forward, load_model
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
-from kdcache.student.head import Head, bypassed
-from kdcache.student.linear import rows_in
+from kdcache.student.head import Head
 from kdcache.student.loader import Loader, as_cache, as_samples
 from kdcache.student.loop import attention_mask, autocast, row_mask
 from kdcache.student.match import Matches
-from kdcache.student.settings import PRECISIONS, Settings
+from kdcache.student.settings import Settings
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -110,8 +109,10 @@ def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | No
     return Model(student, "", f"{type(student).__name__} as given", None, "", save)
 
 
-def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated: bool = False) -> Matches | None:
-    """One forward pass over a few records in eval mode; the projections of --match are built from it.
+def check_student(model: Model, loader: Loader, settings: Settings, *,
+                  evaluated: bool = False) -> tuple[Head | None, Matches | None]:
+    """One forward pass over a few records in eval mode; the head that is to run inside the loss is found by it, and the
+    projections of --match are built from it.
 
     UsageError for a student with fewer classes than the teacher, for no labels under a hard loss, for a metric that
     there is not, and for a head that cannot run inside the loss as logits_memory asks; DataError for inputs that the
@@ -121,62 +122,50 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     if settings.weight_ce and micro.labels is None:
         raise UsageError("the hard loss has a weight, but neither the cache nor the data has labels; give alpha 1, or "
                          "ce_weight 0")
-    batch, outputs, head = loader.place(micro), list[Output](), _head(model.module, settings)
+    batch, module = loader.place(micro), model.module
 
-    def run() -> None:
-        with _running(model.module, batch["inputs"]), autocast(loader.device, settings.precision):
-            if head is not None and not outputs:
-                head.check(batch["inputs"])
-            with bypassed(head):
-                outputs.append(forward(model.module, batch["inputs"]))
+    with _trying(module, batch["inputs"]), autocast(loader.device, settings.precision):
+        head = None if settings.logits_memory is None else Head(module, settings.logits_memory, batch["inputs"])
 
-    training = model.module.training
-    model.module.eval()
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        model.module.train(training)
-    width = outputs[0].logits.shape[-1] if head is None else head.linear.out_features
-    teacher = loader.num_classes
+    def run() -> Output:
+        with _trying(module, batch["inputs"]), autocast(loader.device, settings.precision):
+            return (forward if head is None else head.trunk)(module, batch["inputs"])
+
+    output = run()
+    width, teacher = output.logits.shape[-1] if head is None else head.num_classes, loader.num_classes
     if teacher is not None and width < teacher:
         raise UsageError(f"the student has {width} classes, the teacher {teacher}; a student needs at least as many")
     if micro.labels is not None or batch["targets"] is not None:
-        student_rows(outputs[0], micro, batch["rows"])
+        student_rows(output, micro, batch["rows"])
     gives = [f"eval_{name}" for name in
-             metric_names(outputs[0].logits.dim() == 3 and micro.collated.lengths is not None, teacher or width)]
+             metric_names(output.logits.dim() == 3 and micro.collated.lengths is not None, teacher or width)]
     if evaluated and settings.best_by not in gives:
         raise UsageError(f"best_by is {settings.best_by}, but evaluating this student gives {', '.join(gives)}")
     if not settings.match or loader.spec is None:
-        return None
-    matches = Matches(model.module, settings.matches, loader.spec.features, seed=settings.seed)
-    matches.prepare(run, mask=attention_mask(batch), row_mask=row_mask(batch, outputs[0].logits))
-    return matches
-
-
-def _head(module: nn.Module, settings: Settings) -> Head | None:
-    """The head that runs inside the loss, if one is to: UsageError if it cannot, or not in chunks of that size."""
-    if settings.logits_memory is None:
-        return None
-    head = Head(module)
-    if any(match.module == head.path for match in settings.matches):
+        return head, None
+    if head is not None and any(match.module == head.path for match in settings.matches):
         raise UsageError(f"match names {head.path!r}, the head, which with logits_memory does not run as a module of "
                          "its own; leave out one of them")
-    dtype = head.linear.weight.dtype if settings.precision == "float32" else PRECISIONS[settings.precision]
-    rows_in(settings.logits_memory, 1, head.linear.out_features, dtype)
-    return head
+    matches = Matches(module, settings.matches, loader.spec.features, seed=settings.seed)
+    matches.prepare(run, mask=attention_mask(batch), row_mask=row_mask(batch, output.logits))
+    return head, matches
 
 
 @contextmanager
-def _running(module: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """DataError for whatever the user's model raises."""
+def _trying(module: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """The user's model in eval mode, without gradients: DataError for whatever it raises."""
+    training = module.training
+    module.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     except KDCacheError:
         raise
     except Exception as e:
         raise DataError(f"the student ({type(module).__name__}) cannot be run on {_shapes(inputs)}: "
                         f"{describe(e)}") from e
+    finally:
+        module.train(training)
 
 
 def _shapes(inputs: Inputs) -> str:

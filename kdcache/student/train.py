@@ -57,7 +57,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     loss           ce_weight * CE + kd_weight * T^2 * D (alpha sets 1 - alpha and alpha), + weight * each of `match`,
                    "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, beta, tail, engine: see `kd_loss`
     logits_memory  "512 MB": the student's head runs inside the loss (see `kd_linear_loss`), its logits never whole, in
-                   chunks of this size; for models whose head is an nn.Linear with nothing after it, as `Head` checks
+                   chunks of this size; for models whose head is an nn.Linear with nothing after it but a scale or soft
+                   cap that the config names, as `Head` has them prove
     epochs         or max_steps: how long. batch_size records make a step, in forward passes of micro_batch_size
     optimizer      adamw, adam or sgd; biases and norms are not decayed. warmup: steps, or a part of all below 1; then
                    half a cosine to 0. clip: largest norm of the gradient, 0 for none

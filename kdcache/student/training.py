@@ -86,7 +86,8 @@ class Training:
             epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
             features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
             num_classes=sources.num_classes)
-        self.matches = check_student(model, self.loader, settings, evaluated=sources.eval_samples is not None)
+        self.head, self.matches = check_student(model, self.loader, settings,
+                                                evaluated=sources.eval_samples is not None)
         modules: list[tuple[str, nn.Module]] = [("", model.module)]
         modules += [] if self.matches is None else [("match:", self.matches)]
         self.parameters = trainable(*modules)
@@ -94,7 +95,7 @@ class Training:
                                         weight_decay=settings.weight_decay)
         schedule = Schedule(settings.lr, self.loader.total_steps, settings.warmup)
         self.loop = Loop(model.module, self.loader, settings, optimizer=self.optimizer, parameters=self.parameters,
-                         schedule=schedule, matches=self.matches)
+                         schedule=schedule, matches=self.matches, head=self.head)
         self.step = self.position = self.continued_from = 0
         self.training: dict[str, float] = {}
         self.evaluation: dict[str, Any] = {}
@@ -197,8 +198,7 @@ class Training:
         size = self.settings.micro_batch_size or self.settings.batch_size
         self.evaluation = evaluate_module(self.model.module, samples, batch_size=size, device=self.device,
                                           workers=self.workers, precision=self.settings.precision,
-                                          num_classes=self.loader.num_classes, head=self.loop.head,
-                                          logits_memory=self.settings.logits_memory or "")
+                                          num_classes=self.loader.num_classes, head=self.head)
         line = {f"eval_{key}": value for key, value in self.evaluation.items()}
         metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
                        **line})
@@ -266,8 +266,8 @@ class Training:
         yield (f"{loader.total_steps} steps of {settings.batch_size} records, {settings.optimizer}, "
                f"lr {settings.lr:g}, {settings.precision} on {self.device}, "
                f"engine {check_engine(settings.engine, self.device)}")
-        if settings.logits_memory is not None:
-            yield f"logits: never whole, in chunks of {settings.logits_memory} inside the loss"
+        if self.head is not None:
+            yield f"logits: {self.head}"
         yield from (f"default: {line}" for line in self._defaults())
         yield from (f"accepted: {name} differs" for name in self.sources.accepted)
         if self.continued_from:
