@@ -1,11 +1,12 @@
 # make demo: install, then train a teacher once, cache it, and distil several students from the cache (real digits)
-# make test: install, then every test with coverage
+# make test: install, then every test with coverage, then the kernels as they are compiled, in an interpreter of PTX
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OUT ?= bench/results
 WHEELS ?=
 STEPS ?=
+COMPILED := $(addprefix tests/test_kernel_,kd_loss.py terms.py ptx.py shards.py topk_lse.py)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint bench gpu clean
@@ -16,6 +17,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	rm -f .coverage .coverage.*
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m gpu --ptx $(COMPILED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", action="store_true", help="with -m gpu: run what triton compiles without a GPU, on CPU "
+                     "tensors, in the interpreter of PTX of ptx_machine.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """`-m gpu` runs the kernels as they are compiled; without it they run in triton's interpreter, on the CPU."""
     if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or ""):
+        if config.getoption("ptx"):
+            raise pytest.UsageError("--ptx is a way to run the tests marked gpu: pytest -m gpu --ptx")
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if "PYTEST_XDIST_WORKER" in os.environ:     # as many threads in each as there are cores would wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +51,19 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.ReduceOps, "sum", tree_sum)
 
 
+def on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take CPU tensors, and what was compiled for sm_90 runs on them."""
+    import ptx_driver
+
+    from kdcache.kernels import kd_loss, kd_shards, topk_lse
+
+    ptx_driver.install(90)
+    monkeypatch.setattr(ptx_driver.BENCH, "slack", ptx_driver.Slack(1.0))
+    monkeypatch.setattr(ptx_driver.BENCH, "fuse", True)
+    for module in (kd_loss, kd_shards, topk_lse):
+        monkeypatch.setattr(module, "INTERPRETED", True)
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the kernels run. Memory that torch leaves as it finds it is filled with NaN: what is unwritten shows."""
@@ -54,11 +74,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     interprets = triton.knobs.runtime.interpret
     if request.param == "interpreter" and not interprets:
         pytest.skip("triton compiles in this process (-m gpu)")
-    if request.param == "cuda" and (interprets or not torch.cuda.is_available()):
+    ptx = request.config.getoption("ptx")
+    if request.param == "cuda" and (interprets or not (ptx or torch.cuda.is_available())):
         pytest.skip("no CUDA device, or triton interprets in this process: run pytest -m gpu")
     if interprets:
         as_on_a_device(monkeypatch)
+    elif ptx:
+        on_the_machine(monkeypatch)
     torch.use_deterministic_algorithms(True)
     with np.errstate(all="ignore"):
-        yield "cpu" if interprets else "cuda"
+        yield "cpu" if interprets or ptx else "cuda"
     torch.use_deterministic_algorithms(False)

@@ -57,8 +57,8 @@ class Twice:
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_launch_computes_what_two_do(case: Case, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device != "cpu":
-        pytest.skip("the counters are told the truth on a device")
+    if world.compiled():
+        pytest.skip("compiled, programs wait for each other in truth: see below, and test_kernel_ptx.py")
     problem, counters = world.problem(case), []
     expected = world.run(problem, device, parts=parts)
 
