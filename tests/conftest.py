@@ -13,6 +13,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ptx", action="store_true", help="with -m gpu: run what triton compiles without a GPU, on CPU "
                      "tensors, in the interpreter of PTX of ptx_machine.py")
+    parser.addoption("--arch", type=int, default=90, help="with --ptx: what to compile for, as 80, 90 or 100")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,13 +52,13 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.ReduceOps, "sum", tree_sum)
 
 
-def on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels take CPU tensors, and what was compiled for sm_90 runs on them."""
+def on_the_machine(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
+    """Kernels take CPU tensors, and what was compiled for an architecture runs on them."""
     import ptx_driver
 
     from kdcache.kernels import kd_loss, kd_shards, topk_lse
 
-    ptx_driver.install(90)
+    ptx_driver.install(arch)
     monkeypatch.setattr(ptx_driver.BENCH, "slack", ptx_driver.Slack(1.0))
     monkeypatch.setattr(ptx_driver.BENCH, "fuse", True)
     for module in (kd_loss, kd_shards, topk_lse):
@@ -80,7 +81,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if interprets:
         as_on_a_device(monkeypatch)
     elif ptx:
-        on_the_machine(monkeypatch)
+        on_the_machine(monkeypatch, request.config.getoption("arch"))
     torch.use_deterministic_algorithms(True)
     with np.errstate(all="ignore"):
         yield "cpu" if interprets or ptx else "cuda"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-WIDTH = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "s16x2": 32, "u16x2": 32}
+WIDTH = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "s16x2": 32, "u16x2": 32, "f32x2": 64}
 WIDTH |= {f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)}
 
 
@@ -109,6 +109,9 @@ def _operand(text: str) -> Operand:
     return text
 
 
+SINGLE = (("f32",), ("f32x2",))
+
+
 def fused(kernel: Kernel) -> Kernel:
     """The kernel as ptxas may make it: products and sums of float32 without a rounding of their own (PTX's `mul.f32`,
     `add.f32`, `sub.f32`) as one operation, wherever both stand in one block. ptxas does so by default (-fmad=true)."""
@@ -117,7 +120,7 @@ def fused(kernel: Kernel) -> Kernel:
     for i, ins in enumerate(kernel.instructions):
         if i in starts or ins.op[0] == "bra":
             products = {}
-        if ins.op in (("add", "f32"), ("sub", "f32")):
+        if ins.op[0] in ("add", "sub") and ins.op[1:] in SINGLE:
             for which in (1, 2):
                 product = products.get(str(ins.args[which]))
                 if product is not None:
@@ -125,7 +128,7 @@ def fused(kernel: Kernel) -> Kernel:
                     break
         written = {name for a in ins.args[:1] for name in (a if isinstance(a, tuple) else str(a).split("|"))}
         products = {name: p for name, p in products.items() if not written & {name, *map(str, p.args)}}
-        if ins.op == ("mul", "f32") and not ins.guard:
+        if ins.op[0] == "mul" and ins.op[1:] in SINGLE and not ins.guard:
             products[str(ins.args[0])] = ins
     return replace(kernel, instructions=out)
 
@@ -135,4 +138,4 @@ def _one_operation(ins: Instruction, product: Instruction, which: int) -> Instru
     less = ins.op[0] == "sub"
     signs = ("plus" if not less or which == 1 else "minus", "plus" if not less or which == 2 else "minus")
     args = (ins.args[0], *product.args[1:], ins.args[3 - which])
-    return replace(ins, op=("fma", *signs, "f32"), args=args, text=f"{ins.text} fused with {product.text}")
+    return replace(ins, op=("fma", *signs, ins.op[-1]), args=args, text=f"{ins.text} fused with {product.text}")

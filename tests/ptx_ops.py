@@ -8,6 +8,7 @@ result that holds for every device that keeps to the manual, not for one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ Array = np.ndarray[Any, Any]
 NUMPY = {"b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
          "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f32": np.float32, "f64": np.float64, "f16": np.float16,
          "bf16": np.uint16, "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "bf16x2": np.uint32,
-         "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32}
+         "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64}
 TINY = np.float32(2.0**-126)
 
 
@@ -56,6 +57,11 @@ def to_bf16(x: Array) -> Array:
     bits = np.ascontiguousarray(x).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def single(x: Array, kind: str) -> Array:
+    """Of 16 bits in float32."""
+    return from_bf16(x) if kind == "bf16" else x.astype(np.float32)
 
 
 def to_integer(x: Array, kind: type[Any]) -> Array:
@@ -152,12 +158,15 @@ def wide(kind: str) -> Any:
 def arithmetic(op: tuple[str, ...], slack: Slack) -> Callable[..., Array]:
     """The function of an arithmetic instruction over operands of its type; KeyError for one that is not known."""
     name, kind = op[0], op[-1]
-    if kind.endswith("16x2"):
-        halves = arithmetic((*op[:-1], kind[:-2]), slack)
-        return lambda *given: halves(*(np.ascontiguousarray(x).view(NUMPY[kind[:-2]]) for x in given)).view(np.uint32)
+    if kind.endswith("x2"):
+        halves, pair = arithmetic((*op[:-1], kind[:-2]), slack), NUMPY[kind]
+        return lambda *given: halves(*(np.ascontiguousarray(x).view(NUMPY[kind[:-2]]) for x in given)).view(pair)
+    if op[-2] == "f32" and kind in ("bf16", "f16"):     # a sum, or the factors of a product, of 16 bits; exact in 32
+        run, narrow = arithmetic(op[:-1], slack), 2 if op[0] == "fma" else 1
+        return lambda *given: run(*(single(x, kind) for x in given[:narrow]), *given[narrow:])
     if kind == "bf16" and op[0] in ("abs", "neg", "max", "min"):        # exact: nothing is rounded
-        single = arithmetic((*op[:-1], "f32"), slack)
-        return lambda *given: to_bf16(single(*map(from_bf16, given)))
+        exact = arithmetic((*op[:-1], "f32"), slack)
+        return lambda *given: to_bf16(exact(*map(from_bf16, given)))
     np_kind: Any = NUMPY[kind]
     real = kind == "f32"
     if name == "fma" and ("plus" in op or "minus" in op):       # of ptx_code.fused
@@ -173,8 +182,9 @@ def arithmetic(op: tuple[str, ...], slack: Slack) -> Callable[..., Array]:
     elif name in ("shl", "shr"):
         run = shift(np_kind, name == "shl")
     elif name in ("max", "min"):
-        run = {"max": np.fmax, "min": np.fmin}[name] if real else {"max": np.maximum, "min": np.minimum}[name]
+        of_two: Any = getattr(np, f"f{name}" if real else f"{name}imum")
         assert not (real and "NaN" in op), op
+        run = lambda *given: reduce(of_two, given)          # noqa: E731    sm_100 has max of three
     else:
         run = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma, "neg": np.negative, "abs": np.abs,
                "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "bfe": bit_field,

@@ -81,6 +81,9 @@ class Steps:
             raise NotImplementedError(f"the machine does not know the instruction {ins.text}") from None
         wide = op[-1][0] + str(2 * WIDTH[op[-1]]) if "wide" in op else op[-1]
         kinds = [op[-1], op[-1], wide]
+        if op[-2] == "f32" and op[-1] in ("bf16", "f16"):           # of mixed precision
+            wide = "f32"
+            kinds = [op[-1], op[-1] if op[0] == "fma" else wide, wide]
         if op[0] in ("shl", "shr"):
             kinds[1] = "u32"
         elif op[0] == "bfe":
