@@ -43,30 +43,35 @@ def power(u, N: tl.constexpr):
 
 
 @triton.jit
+def total(x):
+    """Sums [L] over the elements of each lane of x [R, L, VEC]."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
 def add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P: tl.constexpr, Q: tl.constexpr,
              TWO: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
-    """Adds a tile x [R, C] to the running state [C] of its lanes; the R rows of a lane lie in one thread."""
-    top = tl.max(x, axis=0)
+    """Adds a tile x [R, L, VEC] to the running state [L] of its lanes; all elements of a lane lie in one thread."""
+    top = tl.max(tl.max(x, axis=2), axis=0)
     new = tl.maximum(ref, top * c)
     keep = tl.exp2(ref - new)
-    s = tl.fma(x, c, -new[None, :])
+    s = tl.fma(x, c, -new[None, :, None])
     u = tl.exp2(s)
     rise = ref - new
     if MOMENT:          # 0 * -inf is no number: a score is taken from -1000 on, where its exponential is long 0
-        moment = tl.fma(power(keep, P), tl.fma(one, rise, moment),
-                        tl.sum(power(u, P) * tl.maximum(s, -1000.0), axis=0))
+        moment = tl.fma(power(keep, P), tl.fma(one, rise, moment), total(power(u, P) * tl.maximum(s, -1000.0)))
     if P > 0:
-        one = tl.fma(one, power(keep, P), tl.sum(power(u, P), axis=0))
+        one = tl.fma(one, power(keep, P), total(power(u, P)))
     if TWO:
         s *= ratio
         rise *= ratio
-        soft = tl.fma(soft, tl.exp2(rise), tl.sum(tl.exp2(s), axis=0))
+        soft = tl.fma(soft, tl.exp2(rise), total(tl.exp2(s)))
     elif Q > 0 and Q != P:
-        soft = tl.fma(soft, power(keep, Q), tl.sum(power(u, Q), axis=0))
+        soft = tl.fma(soft, power(keep, Q), total(power(u, Q)))
     if SCORES:
         held = x > -float("inf")
-        scores = tl.fma(finite, rise, scores) + tl.sum(tl.where(held, s, 0.0), axis=0)
-        finite += tl.sum(held.to(tl.float32), axis=0)
+        scores = tl.fma(finite, rise, scores) + total(tl.where(held, s, 0.0))
+        finite += total(held.to(tl.float32))
     return new, one, soft, moment, scores, finite
 
 
@@ -241,20 +246,21 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
     With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted.
     """
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
-    ref = tl.full([C], FLOOR, tl.float32)
-    one = tl.zeros([C], tl.float32)
-    soft = tl.zeros([C], tl.float32)
-    moment = tl.zeros([C], tl.float32)
-    scores = tl.zeros([C], tl.float32)
-    finite = tl.zeros([C], tl.float32)
+    L: tl.constexpr = C // VEC
+    ref = tl.full([L], FLOOR, tl.float32)
+    one = tl.zeros([L], tl.float32)
+    soft = tl.zeros([L], tl.float32)
+    moment = tl.zeros([L], tl.float32)
+    scores = tl.zeros([L], tl.float32)
+    finite = tl.zeros([L], tl.float32)
     ratio = c2 / c if TWO else 1.0
     offsets = tile_offsets(R, C)
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
-        x = logits_at(start + at + offsets, None, None, rate, EVICT)
+        x = tl.reshape(logits_at(start + at + offsets, None, None, rate, EVICT), [R, L, VEC])
         ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
                                                           TWO, MOMENT, SCORES)
-    x = logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT)
+    x = tl.reshape(logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT), [R, L, VEC])
     ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
                                                       TWO, MOMENT, SCORES)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
