@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -20,7 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import UsageError
+from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +37,7 @@ TRAIN_DATA: dict[str, Any] = {"data": "digits", "data_args": {"split": "train"}}
 EVAL_DATA: dict[str, Any] = {"eval_data": "digits", "eval_data_args": {"split": "test"}}
 MODES: dict[str, dict[str, Any]] = {"hard": {"alpha": 0.0}, "distilled": {"alpha": ALPHA, "temperature": TEMPERATURE}}
 ROUNDS, EPOCHS = 5, 4       # of the timing
+RESULT = "demo.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +81,43 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
          say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Train and dump a teacher, train every student with and without it, write OUT/demo.json and OUT/demo.png.
 
-    seeds: students of each kind. shorten: divides the epochs (for tests; the accuracies then mean little). A second
-    call continues: finished runs are not run again. Returns what demo.json holds. Raises UsageError without
-    scikit-learn or matplotlib.
+    seeds: students of each kind. shorten: divides the epochs (for tests; the accuracies then mean little). The same
+    call again goes on with an interrupted demo, runs that are finished are not run again; a finished demo says so, and
+    its plot is drawn anew. Returns what demo.json holds. Raises UsageError without scikit-learn or matplotlib,
+    Interrupted on SIGINT or SIGTERM.
     """
+    from kdcache.student.run import write_whole
+
     _require("sklearn", "matplotlib")
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; expected at least 1")
-    tell, start = say or (lambda text: None), time.perf_counter()
-    with _one_thread():
-        result = _demo(Path(out), seeds, shorten, tell)
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    (Path(out) / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    _plot(result, Path(out) / "demo.png")
-    return {**result, "plot": str(Path(out) / "demo.png")}
+    tell, start, folder = say or (lambda text: None), time.perf_counter(), Path(out)
+    result = _finished(folder, seeds, shorten)
+    if result is not None:
+        tell(f"{folder} is finished already: this is its table; name another --out to run it again")
+    else:
+        message = f"the demo in {folder} is not finished; give the same command again to go on"
+        try:
+            with _one_thread(), Signals(message):
+                result = {**_demo(folder, seeds, shorten, tell), "shorten": shorten}
+        except Interrupted as e:                # that of a run says where the run is
+            raise Interrupted(message, e.signum) from e
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        write_whole(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    _plot(result, folder / "demo.png")
+    return {**result, "plot": str(folder / "demo.png")}
+
+
+def _finished(folder: Path, seeds: int, shorten: int) -> dict[str, Any] | None:
+    """What a finished demo of so many seeds found."""
+    try:
+        result = dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise CacheCorrupt(f"{folder / RESULT}: not readable as JSON ({e}); delete it, and the same command makes it "
+                           "again from the runs") from e
+    return result if (result.get("seeds"), result.get("shorten")) == (seeds, shorten) else None
 
 
 def _demo(folder: Path, seeds: int, shorten: int, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -160,10 +186,8 @@ def render(result: dict[str, Any]) -> str:
 
 def _students(folder: Path, seeds: int, shorten: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every student of every seed: one process a core, one thread each, all reading the same cache."""
-    import torch
-
     out = []
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _worker) as pool, _all_or_nothing(pool):
         def start(student: Student, mode: str, seed: int) -> Future[float]:
             return pool.submit(_train, cache=folder / "cache", out=folder / "runs" / f"{student.name}-{mode}-{seed}",
                                seed=seed, student=student.spec, student_args=student.args, lr=student.lr,
@@ -177,6 +201,24 @@ def _students(folder: Path, seeds: int, shorten: int, tell: Callable[[str], None
             tell(f"    {student.name:<7} {mode:<10} {100 * mean:6.2f} % ± {100 * std:.2f}")
             out.append({"student": student.name, "mode": mode, "mean": mean, "std": std, "accuracies": accuracies})
     return out
+
+
+@contextmanager
+def _all_or_nothing(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """After an error nothing new is begun; the `with` block of the pool waits for what is at work."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _worker() -> None:
+    """One thread; Ctrl-C reaches every process, and between two runs only the first is to answer it."""
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _train(**options: Any) -> float:

@@ -17,7 +17,10 @@ class Interrupted(KDCacheError):
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        return Interrupted, (str(self), self.signum)        # from a worker process to the one that waits for it
 
 
 class Signals:

@@ -1,13 +1,17 @@
 """The demo in small: every number of its table is one of the runs it left behind."""
 
 import json
+import os
+import signal
 import statistics
+from pathlib import Path
 
 import pytest
 
 from kdcache import demo
 from kdcache.cache.reader import open as open_cache
 from kdcache.errors import UsageError
+from kdcache.signals import Interrupted
 from kdcache.student.run import read_summary
 
 
@@ -29,6 +33,26 @@ def test_the_demo_reports_what_its_runs_say(tmp_path):
     assert set(result["epoch_seconds"]) == {"no teacher", "cached", "live teacher"}
     table = demo.render(result)
     assert all(f"{100 * row['mean']:.2f}%" in table for row in result["students"])
+    (tmp_path / "out" / "demo.png").unlink()
+    again = demo.demo(tmp_path / "out", seeds=2, shorten=30, say=said.append)
+    assert "is finished already" in said[-1] and demo.render(again) == table
+    assert (tmp_path / "out" / "demo.png").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_goes_on_with_the_runs_that_it_has(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "STUDENTS", demo.STUDENTS[:2])
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    kept: dict[Path, bytes] = {}
+    for stage, finished in (("1/4", 0), ("    conv-4  hard", 4), ("4/4", 5)):
+        with pytest.raises(Interrupted, match="is not finished; give the same command again to go on") as caught:
+            demo.demo(tmp_path / "out", seeds=1, shorten=30,
+                      say=lambda line, stage=stage: os.kill(os.getpid(), signal.SIGINT) if stage in line else None)
+        assert caught.value.exit_code == 130 and not (tmp_path / "out" / "demo.json").exists()
+        kept |= {path: path.read_bytes() for path in (tmp_path / "out").rglob("summary.json")}
+        assert len(kept) >= finished
+    assert len(demo.demo(tmp_path / "out", seeds=1, shorten=30)["students"]) == 4
+    assert all(path.read_bytes() == summary for path, summary in kept.items())
 
 
 def test_a_demo_without_what_it_needs_says_what_to_install(monkeypatch, tmp_path):

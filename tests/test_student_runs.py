@@ -212,7 +212,7 @@ def test_a_finished_run_says_so_and_trains_no_more(tmp_path: Path) -> None:
     assert again.already_finished and not first.already_finished and "is finished already" in said[0]
     assert (again.evaluation, again.best, again.steps, again.training) == (
         first.evaluation, first.best, first.steps, first.training)
-    assert equal_weights(student, here.make())
+    assert not equal_weights(student, here.make())
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "best", "last", "metrics.jsonl", "run.toml", "summary.json"]

@@ -14,7 +14,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcache.errors import CacheCorrupt
+from kdcache.errors import CacheCorrupt, UsageError
 from kdcache.models import Model, load_weights
 
 MODEL, TENSORS, VALUES = "model.safetensors", "state.safetensors", "state.json"
@@ -70,7 +70,12 @@ def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
                            "or name another --out") from e
     missing = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
     if missing:
-        module.load_state_dict({**missing, **_saved(folder, module)}, strict=False)
+        state = {**missing, **_saved(folder, module)}
+        if left := _left(module, {name for name, value in module.state_dict().items()
+                                  if name in state and state[name].shape == value.shape}):
+            raise UsageError(f"{folder} does not fit {type(module).__name__}: it has no {next(iter(left))} of shape "
+                             f"{list(next(iter(left.values())).shape)}")
+        module.load_state_dict(state, strict=False)
     else:
         load_weights(module, folder)
     return tensors, dict(values)
@@ -123,12 +128,17 @@ def _saved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
 
 def _unsaved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
     """The weights of `module`, each once, that stand under no name of theirs in model.safetensors."""
+    return _left(module, set(_saved(folder, module)))
+
+
+def _left(module: nn.Module, names: Set[str]) -> dict[str, Tensor]:
+    """The weights of `module`, each once, that are none of `names` nor tied to one."""
     own = module.state_dict()
-    done = {(own[name].data_ptr(), own[name].shape) for name in _saved(folder, module)}
+    done = {(own[name].data_ptr(), own[name].shape) for name in names}
     out = {}
     for name, value in own.items():
         place = (value.data_ptr(), value.shape)
-        if place not in done or not value.numel():
+        if name not in names and (place not in done or not value.numel()):
             out[name] = value
             done.add(place)
     return out

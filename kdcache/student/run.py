@@ -45,6 +45,14 @@ class RunFolder:
         """The checkpoint to continue from."""
         return checkpoint.find(self.path / LAST) if self.exists else None
 
+    def last_of_finished(self) -> Path:
+        """The checkpoint that a finished run ended with; CacheCorrupt if it is gone."""
+        last = self.last()
+        if last is None:
+            raise CacheCorrupt(f"{self.path} is finished, but its {LAST}/ is gone: there are no weights to load; "
+                               f"delete {SUMMARY} to train again")
+        return last
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: the run is finished."""
         write_whole(self.path / SUMMARY, json.dumps(plain(summary), indent=1, sort_keys=True) + "\n")

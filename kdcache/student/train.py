@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kdcache.errors import CacheCorrupt
 from kdcache.models import pick_device
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
@@ -18,7 +19,7 @@ from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
 from kdcache.student.prepare import check_weights, load_student, open_sources, refuse_ranks
-from kdcache.student.run import RunFolder
+from kdcache.student.run import SUMMARY, RunFolder
 from kdcache.student.settings import Settings, texts
 from kdcache.student.training import Training, TrainReport
 
@@ -47,8 +48,9 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     """Train `student` on what a teacher said, and keep run and weights in the folder `out`.
 
     The same call again continues from the last checkpoint, inside an epoch too; on the CPU to the same losses and
-    weights, bit for bit. Other options are refused (SpecMismatch lists them), a finished run returns its report, and
-    anything else at `out` is CacheExists.
+    weights, bit for bit. Other options are refused (SpecMismatch lists them), a finished run returns its report and
+    puts its last weights into a student that is an object, as the first call did, and anything else at `out` is
+    CacheExists.
 
     cache          of `dump_teacher`, or its path; without one only alpha 0 (hard labels), on the same batches
     student        a model SPEC with student_args and student_weights, a module or a `Model`
@@ -101,7 +103,11 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                          if value is not None and not isinstance(value, str | Path)}
     folder = RunFolder(out, options, sources.recorded)
     if folder.summary is not None:
-        return _finished(folder, say)
+        report = _finished(folder, say)
+        if not dry_run and not isinstance(student, str | Path):
+            model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
+            checkpoint.load(folder.last_of_finished(), model.module.to(picked))
+        return report
     with Signals(NOTHING_YET) as signals, _own_generators(), deterministic_mode(settings.deterministic):
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         model.module.to(picked)
@@ -118,7 +124,11 @@ def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainRe
     values = {f.name: summary[f.name] for f in dataclasses.fields(TrainReport) if f.name in summary}
     numbers = {key.removeprefix("eval_"): value for key, value in summary.items() if key.startswith("eval_")}
     values |= {"accepted": tuple(summary.get("accepted", ())), "defaults": tuple(summary.get("defaults", ()))}
-    return TrainReport(**{**values, "evaluation": numbers, "already_finished": True, "out": str(folder.path)})
+    try:
+        return TrainReport(**{**values, "evaluation": numbers, "already_finished": True, "out": str(folder.path)})
+    except TypeError as e:
+        raise CacheCorrupt(f"{folder.path / SUMMARY}: not the summary of a run ({e}); delete it to train on from "
+                           "last/") from e
 
 
 @contextmanager

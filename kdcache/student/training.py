@@ -35,20 +35,20 @@ LOST = "the steps since the last checkpoint in {} are lost; give the same comman
 OPTIMIZER, PROJECTIONS = "optimizer/", "projections/"       # in state.safetensors
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
     """What a run came to.
 
-    finished: all steps are done. already_finished: they were before this call, which did nothing. continued_from: the
-    step of the checkpoint that this call began with, 0 for the beginning. training: loss, ce, kd, ... of the last step.
-    evaluation: of the last weights, as `evaluate` gives it. best: step and `eval_...` of the checkpoint in best/, {}
-    without evaluation data. seconds: spent training, over all calls. defaults: sentences about what was not given.
+    finished: all steps are done. already_finished: they were before this call, which trained nothing. continued_from:
+    the step of the checkpoint that this call began with, 0 for the beginning. training: loss, ce, kd, ... of the last
+    step. evaluation: of the last weights, as `evaluate` gives it. best: step and `eval_...` of the checkpoint in best/,
+    {} without evaluation data. seconds: spent training, over all calls. defaults: sentences about what was not given.
     """
 
     out: str
     student: str
     device: str
-    cache: str | None
+    cache: str | None = None
     steps: int
     epochs: float
     position: int
