@@ -129,7 +129,7 @@ def test_a_kill_at_any_file_operation_of_a_checkpoint_leaves_one_to_continue_fro
         survived.append(json.loads((checkpoint.find(run / "last") / "state.json").read_text())["step"])
         assert equal_weights(here.train(run.name), whole)
         assert here.lines(run.name) == here.lines("whole")
-        assert sorted(p.name for p in run.iterdir()) == ["last", "metrics.jsonl", "run.toml", "summary.json"]
+        assert sorted(p.name for p in run.iterdir()) == [".lock", "last", "metrics.jsonl", "run.toml", "summary.json"]
         at += 1
     assert survived == sorted(survived) and set(survived) == {3, 6}     # the old one, then the new one, never none
     assert at >= 12
@@ -215,7 +215,7 @@ def test_a_finished_run_says_so_and_trains_no_more(tmp_path: Path) -> None:
     assert not equal_weights(student, here.make())
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "best", "last", "metrics.jsonl", "run.toml", "summary.json"]
+        ".lock", "best", "last", "metrics.jsonl", "run.toml", "summary.json"]
 
 
 def test_other_options_are_refused_with_the_fields(tmp_path: Path) -> None:
@@ -270,7 +270,8 @@ def test_run_toml_says_what_was_asked_and_with_what(tmp_path: Path) -> None:
     options, recorded = document["train-student"], document["recorded"]
     assert options["lr"] == 0.01 and options["batch-size"] == 16 and options["shuffle"] is True
     assert recorded["cache-content-id"] == here.options["cache"].content_id
-    assert recorded["data"] == {"name": "points", "revision": "1", "num-samples": 48}
+    assert {**recorded["data"], "probe": ""} == {"name": "points", "revision": "1", "num-samples": 48, "probe": ""}
+    assert recorded["data"]["probe"].split() == here.options["cache"].identity.data["probe"]
     assert recorded["versions"]["torch"] == torch.__version__
     assert recorded["temperature-used"] == 2.0 and recorded["num-classes"] == 7
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

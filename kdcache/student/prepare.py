@@ -16,8 +16,9 @@ from torch import nn
 
 from kdcache.cache.identity import Identity, require_same
 from kdcache.data.collate import read_batch
-from kdcache.data.identify import identify
+from kdcache.data.identify import identify, probe_ids
 from kdcache.data.samples import Inputs, Samples
+from kdcache.engines import meant
 from kdcache.errors import DataError, KDCacheError, NotBuilt, UsageError
 from kdcache.loading import describe
 from kdcache.models import Model, Output, forward, load_model
@@ -27,10 +28,13 @@ from kdcache.student.head import Head
 from kdcache.student.loader import Loader, as_cache, as_samples
 from kdcache.student.loop import attention_mask, autocast, row_mask
 from kdcache.student.match import Matches
+from kdcache.student.optim import OPTIMIZERS
+from kdcache.student.run import check_accept
 from kdcache.student.settings import Settings
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+    from kdcache.cache.spec import CacheSpec
 
 PACKAGES = ("kdcache", "torch", "numpy", "safetensors", "transformers")
 VIEW_KEY = "view_key"                   # --accept it: no field of the identity, but a column compared while training
@@ -69,15 +73,39 @@ def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[st
         identity, tokenizer = identify(samples)
         given = Identity(data=identity, tokenizer=tokenizer, teacher=cache.identity.teacher,
                          activation=cache.identity.activation)
-        accepted = require_same(cache.identity, given, accept=[a for a in accept if a != VIEW_KEY],
-                                parts=("data", "tokenizer"), where=str(cache.path))
-    elif accept and cache is None:
-        raise UsageError(f"accept {list(accept)}: there is no cache whose identity could differ")
+        of_identity = [name for name in accept if name != VIEW_KEY and not name.startswith("eval_data")]
+        accepted = require_same(cache.identity, given, accept=of_identity, parts=("data", "tokenizer"),
+                                where=str(cache.path))
+    elif cache is None:
+        check_accept(accept)
     _check_eval(cache, samples, eval_samples)
-    about = None if samples is None else {"name": samples.name, "revision": samples.revision,
-                                          "num-samples": len(samples)}
-    recorded = {"cache-content-id": None if cache is None else cache.content_id, "data": about}
+    recorded = {"cache-content-id": None if cache is None else cache.content_id,
+                "data": None if samples is None else _about(samples),
+                "eval-data": None if eval_samples is None else _about(eval_samples)}
     return Sources(cache, samples, eval_samples, accepted, recorded)
+
+
+def resolved(options: Mapping[str, Any], spec: CacheSpec | None) -> dict[str, Any]:
+    """The options of a run (as `Settings.table` gives them, or as run.toml has them) with what they stand for."""
+    out = dict(options)
+    if spec is not None and spec.kind in ("topk", "full"):
+        out.setdefault("k", spec.k if spec.kind == "topk" else spec.num_classes)
+    out.setdefault("temperature", 1.0 if spec is not None and spec.rows == "ragged" else 2.0)
+    out.setdefault("weight-decay", OPTIMIZERS.get(out.get("optimizer", ""), (None, None))[1])
+    out.setdefault("micro-batch-size", out.get("batch-size"))
+    out["engine"] = meant(out.get("engine", "auto"))
+    if out.get("divergence") == "jsd":
+        out.setdefault("beta", 0.5)
+    alpha = out.pop("alpha", None)
+    if isinstance(alpha, int | float):
+        out = {"ce-weight": 1 - alpha, "kd-weight": alpha, **out}
+    return out
+
+
+def _about(samples: Samples) -> dict[str, Any]:
+    """Whose data it is, as run.toml keeps it: `probe` are the keys of the samples that a cache's identity keeps."""
+    return {"name": samples.name, "revision": samples.revision, "num-samples": len(samples),
+            "probe": " ".join(f"{samples.sample_key(i):016x}" for i in probe_ids(len(samples)))}
 
 
 def check_weights(settings: Settings, sources: Sources, live_teacher: nn.Module | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from kdcache.student import checkpoint
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
-from kdcache.student.prepare import check_weights, load_student, open_sources, refuse_ranks
+from kdcache.student.prepare import check_weights, load_student, open_sources, refuse_ranks, resolved
 from kdcache.student.run import SUMMARY, RunFolder
 from kdcache.student.settings import Settings, texts
 from kdcache.student.training import Training, TrainReport
@@ -48,9 +49,11 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     """Train `student` on what a teacher said, and keep run and weights in the folder `out`.
 
     The same call again continues from the last checkpoint, inside an epoch too; on the CPU to the same losses and
-    weights, bit for bit. Other options are refused (SpecMismatch lists them), a finished run returns its report and
-    puts its last weights into a student that is an object, as the first call did, and anything else at `out` is
-    CacheExists.
+    weights, bit for bit. Other options are refused (SpecMismatch lists them) but for those that leave the mathematics
+    as it is: cache (the content counts, not the place), workers, report_to, accept, eval_every, save_every,
+    micro_batch_size, engine, logits_memory, compile and deterministic; run.toml keeps what changed. Other data is a
+    DataError. A finished run returns its report and puts its last weights into a student that is an object, as the
+    first call did; anything else at `out` is CacheExists, and one process at a time trains there.
 
     cache          of `dump_teacher`, or its path; without one only alpha 0 (hard labels), on the same batches
     student        a model SPEC with student_args and student_weights, a module or a `Model`
@@ -69,7 +72,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     eval_every     steps between evaluations, save_every between checkpoints; once an epoch by default, and at the end
     best_by        eval_loss, eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by
     report_to      "tensorboard", "wandb"; metrics.jsonl is always written
-    accept         identity fields, or "view_key", whose difference is harmless; recorded in run.toml
+    accept         identity fields, or "view_key", whose difference is harmless; also "data.probe", "eval_data.name",
+                   ... where a run goes on with other data; recorded in run.toml
     dry_run        check everything, train nothing, write nothing
     live_teacher   a module run in the loop in place of the cache's rows
     on_step        called with a `StepInfo` after each step; on_metrics with each line of metrics.jsonl; say with lines
@@ -101,14 +105,18 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     sources.recorded |= {key: type(value).__name__ for key, value in
                          (("student", student), ("live-teacher", live_teacher))
                          if value is not None and not isinstance(value, str | Path)}
-    folder = RunFolder(out, options, sources.recorded)
-    if folder.summary is not None:
-        report = _finished(folder, say)
-        if not dry_run and not isinstance(student, str | Path):
-            model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
-            checkpoint.load(folder.last_of_finished(), model.module.to(picked))
-        return report
-    with Signals(NOTHING_YET) as signals, _own_generators(), deterministic_mode(settings.deterministic):
+    spec = None if sources.cache is None else sources.cache.spec
+    with (Signals(NOTHING_YET) as signals, _own_generators(), deterministic_mode(settings.deterministic),
+          RunFolder(out, options, sources.recorded, accept=settings.accept,
+                    resolve=partial(resolved, spec=spec)) as folder):
+        if not dry_run:
+            folder.hold()
+        if folder.summary is not None:
+            report = _finished(folder, say)
+            if not dry_run and not isinstance(student, str | Path):
+                model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
+                checkpoint.load(folder.last_of_finished(), model.module.to(picked))
+            return report
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         model.module.to(picked)
         training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say,

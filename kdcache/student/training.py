@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kdcache.engines import check_engine
+from kdcache.errors import SpecMismatch
 from kdcache.models import Model
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
@@ -32,6 +33,7 @@ from kdcache.student.settings import BEST_BY, Settings
 SAY_EVERY = 60.0            # seconds between lines of progress
 SAVED = "step {} of {} is saved in {}; give the same command again to go on"
 LOST = "the steps since the last checkpoint in {} are lost; give the same command again to go on from it"
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OPTIMIZER, PROJECTIONS = "optimizer/", "projections/"       # in state.safetensors
 
 
@@ -88,6 +90,7 @@ class Training:
             num_classes=sources.num_classes)
         self.head, self.matches = check_student(model, self.loader, settings,
                                                 evaluated=sources.eval_samples is not None)
+        self._check_micro_batches()
         modules: list[tuple[str, nn.Module]] = [("", model.module)]
         modules += [] if self.matches is None else [("match:", self.matches)]
         self.parameters = trainable(*modules)
@@ -111,6 +114,7 @@ class Training:
                             "num-classes": self.loader.num_classes, "versions": versions(), **self._resolved()})
         if (last := self.folder.last()) is not None:
             self._restore(last)
+        self.folder.amend(self.step)
         for line in self._start_block():
             self.say(line)
         metrics = Metrics(self.folder.path, step=self.step, report_to=report_to, options=self.folder.options,
@@ -232,6 +236,15 @@ class Training:
         self.best, self.evaluation, self.training = state["best"], state["evaluation"], state["training"]
         self.loader.start, self.continued_from = self.position, self.step
 
+    def _check_micro_batches(self) -> None:
+        """SpecMismatch where another micro-batch size would change what is learned."""
+        change = self.folder.changes.get("micro-batch-size", "").partition(":")[0]
+        norms = [name for name, module in self.model.module.named_modules() if isinstance(module, BATCH_NORMS)]
+        if change and norms:
+            raise SpecMismatch(f"{self.folder.path} is a run with another micro-batch size ({change}): batch norms, "
+                               f"such as the student's {norms[0]!r}, take their statistics over a micro-batch, so the "
+                               "same one is needed to continue; or name another --out")
+
     def _view_key(self) -> list[str]:
         return [VIEW_KEY] if VIEW_KEY in self.settings.accept else []
 
@@ -269,9 +282,12 @@ class Training:
         if self.head is not None:
             yield f"logits: {self.head}"
         yield from (f"default: {line}" for line in self._defaults())
-        yield from (f"accepted: {name} differs" for name in self.sources.accepted)
+        yield from (f"accepted: {name} differs" for name in dict.fromkeys((*self.sources.accepted,
+                                                                         *self.folder.accepted)))
         if self.continued_from:
             yield f"continuing {self.folder.path} after step {self.step} (position {self.position})"
+        yield from (f"from here on: {line}" for line in self.folder.changes.values())
+        yield from self.folder.notes
 
 
 def _summary(report: TrainReport) -> dict[str, Any]:
