@@ -260,9 +260,11 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
         x = tl.reshape(logits_at(start + at + offsets, None, None, rate, EVICT), [R, L, VEC])
         ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
                                                           TWO, MOMENT, SCORES)
-    x = tl.reshape(logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT), [R, L, VEC])
-    ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
-                                                      TWO, MOMENT, SCORES)
+    if whole < body:
+        x = tl.reshape(logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT),
+                       [R, L, VEC])
+        ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
+                                                          TWO, MOMENT, SCORES)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
@@ -291,10 +293,11 @@ def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl
         g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
         tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy="evict_first")
     whole = tiles * (R * C)
-    inside = whole + offsets < body
-    x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
-    tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    if whole < body:
+        inside = whole + offsets < body
+        x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
+        tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
