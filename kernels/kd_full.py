@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdcache.kernels.kd_rows import ROW_POINTERS
 from kdcache.kernels.rows import LN2, outcome, row_start, sum_pair
 from kdcache.kernels.softcap import capped
 
@@ -29,7 +30,8 @@ def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_lab
     return tl.where(known, y, 0).to(tl.int32), weight
 
 
-@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"])
+@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"],      # LOG_Q is read as vectors
+            do_not_specialize_on_alignment=[name for name in ROW_POINTERS if name not in ("IDS", "LOG_Q", "LOG_TAIL")])
 def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, Z_SCALE, x_stride,
             g_stride, label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, c, temperature, beta,
             unit, gain, rate, BJ: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

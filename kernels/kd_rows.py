@@ -73,8 +73,15 @@ def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexp
     return ref, ref2, one, soft, moment, scores
 
 
+# Of pointers that are read or written a few times a row, the compiler is not told whether they are multiples of 16
+# bytes: each slice of a batch would be another build, and no access of theirs would be wider.
+ROW_POINTERS = ("LOSS", "CE", "KD", "STATS", "LABELS", "LABEL_WEIGHT", "IDS", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT",
+                "CE_SCALE", "KD_SCALE", "Z_SCALE")
+
+
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
-                               "parts"])
+                               "parts"],
+            do_not_specialize_on_alignment=ROW_POINTERS)
 def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
             Z_SCALE, x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width,
             kept, num_labels, c, c2, temperature, beta, gain, rate, STATE, KEPT, LABELLED, COUNTERS, part, parts,
@@ -232,7 +239,7 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
             tl.store(STATS + n * 4 + 3, agrees)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor_stride"], do_not_specialize_on_alignment=["FACTOR"])
 def scale_rows(G, OUT, FACTOR, g_stride, out_stride, factor_stride, width, R: tl.constexpr, C: tl.constexpr,
                VEC: tl.constexpr, ALIGNED: tl.constexpr, INPLACE: tl.constexpr):
     """OUT = G times one factor per row; in place a row of factor 1 is left unread. The test is made on the device."""

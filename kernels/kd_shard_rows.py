@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdcache.kernels.kd_rows import known_labels
+from kdcache.kernels.kd_rows import ROW_POINTERS, known_labels
 from kdcache.kernels.kd_values import teacher
 from kdcache.kernels.rows import FLOOR, LN2, dense_gradient, fill_zeros, power, row_start, sweep_gradient, sweep_sums
 
@@ -58,7 +58,7 @@ def power_of_two(ref, top, c):
 
 
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
-                               "first"])
+                               "first"], do_not_specialize_on_alignment=[*ROW_POINTERS, "SUMS"])
 def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, x_stride, label_stride,
                label_weight_stride, id_stride, q_stride, first, count, num_classes, kept, num_labels, c, c2,
                temperature, BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr,
@@ -208,7 +208,7 @@ def sweep_factors(top, tail, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.co
 
 
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
-                               "first"])
+                               "first"], do_not_specialize_on_alignment=[*ROW_POINTERS, "SUMS"])
 def shard_gradient(X, G, SUMS, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
                    x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, first, count, width,
                    num_classes, kept, num_labels, c, c2, temperature, BK: tl.constexpr, BJ: tl.constexpr,

@@ -177,7 +177,7 @@ def keep_row(start, lead, body, best, sums, SCRATCH, IDS, VALUES, LSE, TAIL, n, 
                BASES, TEMPERATURES, B, PART, EDGES, SHIFT)
 
 
-@triton.jit(do_not_specialize=["label_stride", "id_bits", "k"])
+@triton.jit(do_not_specialize=["label_stride", "id_bits", "k"], do_not_specialize_on_alignment=["LABELS"])
 def topk_rows(X, IDS, VALUES, LSE, TAIL, LABEL_LOGIT, MEAN, STD, FLAG, LABELS, SCRATCH, x_stride, label_stride,
               num_classes, id_bits, k, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr,
               TEMPERATURES: tl.constexpr, J: tl.constexpr, CAP: tl.constexpr, A: tl.constexpr, L: tl.constexpr,
