@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import signal
+import stat
 import subprocess
 import sys
 import tomllib
@@ -17,7 +20,8 @@ from student_world import Net, Points, TinyLM, Windows, equal_weights, write_cac
 from torch import nn
 
 from kdcache.errors import DataError, KDCacheError, SpecMismatch, UsageError
-from kdcache.student import run
+from kdcache.models import Model
+from kdcache.student import checkpoint, metrics, run
 from kdcache.student.loop import StepInfo
 from kdcache.student.run import RunFolder
 from kdcache.student.train import train_student
@@ -182,3 +186,59 @@ def test_batch_norms_keep_their_micro_batches(tmp_path: Path) -> None:
     with pytest.raises(SpecMismatch, match=r"micro-batch-size 4, was 8\): batch norms, such as the student's 'norm'"):
         train_student(student=Net(8, norm=True), out=tmp_path / "run", **{**given, "micro_batch_size": 4})
     assert train_student(student=Net(8, norm=True), out=tmp_path / "run", **given).finished
+
+
+# ---- its files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_full_disk_keeps_the_checkpoints_and_says_so(tmp_path: Path, best: bool) -> None:
+    evaluated = {"eval_data": Points(9, seed=5), "eval_every": 1} if best else {}
+    given = begin(tmp_path / "run", Net(2000), save_every=2, **evaluated)     # its weights take 104 kB
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(KDCacheError, match=r"disk full while saving a checkpoint \(File too large\); free "
+                                               "space and run the same command again; kept: last/ of step 2") as caught:
+            train_student(student=Net(2000), out=tmp_path / "run", **given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ("best/ of step" in str(caught.value)) is best
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock", *(["best"] if best else []), "last", "metrics.jsonl", "run.toml"]
+    train_student(student=(student := Net(2000)), out=tmp_path / "run", **given)
+    train_student(student=(whole := Net(2000)), out=tmp_path / "whole", **given)
+    assert equal_weights(student, whole)
+
+
+def test_a_full_disk_under_the_metrics_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = begin(tmp_path / "run")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.os, "fsync", full)
+        with pytest.raises(KDCacheError, match=r"metrics.jsonl: disk full while writing metrics .*; kept: last/ of st"):
+            train_student(student=Net(8), out=tmp_path / "run", **given)
+    assert train_student(student=Net(8), out=tmp_path / "run", **given).finished
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_are_as_readable_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        train_student(student=Net(8), out=tmp_path / "run", data=Points(8), alpha=0.0, max_steps=1)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) == 7 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+
+
+def test_an_infinite_gradient_norm_is_kept_in_a_checkpoint(tmp_path: Path) -> None:
+    """As in the first steps in float16, where the loss itself is finite."""
+    with RunFolder(tmp_path / "run", {}, {}) as folder:
+        folder.create({})
+        model = Model(Net(8), "", "", None, "", None)
+        checkpoint.save(tmp_path / "run" / "last", model, {}, {"step": 1, "training": {"grad_norm": float("inf")}})
+    assert checkpoint.load(tmp_path / "run" / "last", Net(8, seed=3))[1]["training"] == {"grad_norm": float("inf")}

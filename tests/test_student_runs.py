@@ -257,10 +257,17 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     here = points_world(tmp_path)
     here.train("run", stop_after=4)
-    state = tmp_path / "run" / "last" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:200])
-    with pytest.raises(CacheCorrupt, match="not a whole checkpoint"):
-        here.train("run")
+    whole, last = here.train("whole"), tmp_path / "run" / "last"
+    for name in ("model.safetensors", "state.safetensors", "state.json"):
+        good = (last / name).read_bytes()
+        flipped = bytearray(good)
+        flipped[-40] ^= 1                               # in a weight, in a state; a digit of the digest
+        for bad in (bytes(flipped), good[:200], None):
+            (last / name).unlink() if bad is None else (last / name).write_bytes(bad)
+            with pytest.raises(CacheCorrupt, match=rf"last/{name}.*delete .*last to start over"):
+                here.train("run")
+            (last / name).write_bytes(good)
+    assert equal_weights(here.train("run"), whole)
 
 
 def test_run_toml_says_what_was_asked_and_with_what(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     NAME/ model.safetensors (as `Model.save` writes it; for hf: what from_pretrained opens)
           state.safetensors   optimizer, projections, generators, and weights that model.safetensors lacks
-          state.json          plain values
+          state.json          plain values, the digests of the other two (XXH3-128) and, last, that of all before it
 
 A new one is written as NAME.new and flushed to disk; then NAME -> NAME.old, NAME.new -> NAME, and NAME.old goes.
 Between the two renames only NAME is missing, and NAME.new is whole: `find` completes the swap. No pickle anywhere.
@@ -13,41 +13,86 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Mapping, Set
+import stat
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.cache.store import explain
+from kdcache.canonical import DIGEST_KEY, digest
+from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
 from kdcache.models import Model, load_weights
 
-MODEL, TENSORS, VALUES = "model.safetensors", "state.safetensors", "state.json"
+MODEL, TENSORS, VALUES, FILES = "model.safetensors", "state.safetensors", "state.json", "files"
 WEIGHTS = "weights/"                                # in state.safetensors: what model.safetensors lacks
 
 
-def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that `find` finds."""
+def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *,
+         standing: Callable[[], str] = str) -> None:
+    """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that `find` finds.
+
+    KDCacheError for a full disk and the like, with what `standing` says of the checkpoints that are there.
+    """
     new, old = _siblings(folder)
     find(folder)
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        with explain(folder, "saving a checkpoint", standing), _as_os_errors():
+            new.mkdir(parents=True)
+            _write(new, model, tensors, values)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(new, folder)
+            sync(folder.parent)
+    except KDCacheError:
+        shutil.rmtree(new, ignore_errors=True)      # half of one, and its space is wanted
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(new: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     model.save(new)
     state = {**{WEIGHTS + name: value for name, value in _unsaved(new, model.module).items()}, **tensors}
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(new / TENSORS))
-    (new / VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
+    files = {path.relative_to(new).as_posix(): _digest(path) for path in sorted(new.rglob("*.safetensors"))}
+    text = json.dumps({**values, FILES: files})     # a gradient norm may be infinite: Python reads that back
+    sealed = json.dumps({**values, FILES: files, DIGEST_KEY: digest(text.encode())})
+    (new / VALUES).write_text(sealed, encoding="utf-8")
+    mode = stat.S_IMODE((new / VALUES).stat().st_mode)      # by the umask; safetensors' own are 0600
     for path in (*(p for p in new.rglob("*") if p.is_file()), new):
+        if path.name in files and stat.S_IMODE(path.stat().st_mode) != mode:
+            os.chmod(path, mode)
         sync(path)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """What safetensors met in the operating system, as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as e:
+        found = re.search(r"os error (\d+)", str(e))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
+
+
+def _digest(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            hasher.update(part)
+    return hasher.hexdigest()
 
 
 def find(folder: Path) -> Path | None:
@@ -60,14 +105,29 @@ def find(folder: Path) -> Path | None:
     return folder if folder.exists() else None
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The values of a checkpoint; CacheCorrupt naming the file that is not what was saved."""
+    advice = f"delete {folder} to start over, or put another checkpoint in its place"
+    try:
+        values = dict(json.loads((folder / VALUES).read_text(encoding="utf-8")))
+        expected, files = values.pop(DIGEST_KEY), dict(values[FILES])
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise CacheCorrupt(f"{folder / VALUES}: not the state of a checkpoint ({type(e).__name__}: {str(e)[:120]}); "
+                           f"{advice}") from e
+    for name, wanted in {VALUES: expected, **files}.items():
+        path = folder / name
+        if not path.is_file():
+            raise CacheCorrupt(f"{path} is missing; {advice}")
+        found = digest(json.dumps(values).encode()) if name == VALUES else _digest(path)
+        if found != wanted:
+            raise CacheCorrupt(f"{path} is not what was saved: its digest is {found}, {VALUES} says {wanted}; the file "
+                               f"is damaged: {advice}")
+    return values
+
+
 def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Put the weights of a checkpoint into `module`; the rest of its tensors, and its values."""
-    try:
-        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-        tensors = load_file(str(folder / TENSORS))
-    except Exception as e:                          # safetensors has an exception type of its own for damaged files
-        raise CacheCorrupt(f"{folder}: not a whole checkpoint ({str(e)[:120]}); delete the folder to start over, "
-                           "or name another --out") from e
+    values, tensors = read(folder), load_file(str(folder / TENSORS))
     missing = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
     if missing:
         state = {**missing, **_saved(folder, module)}
@@ -78,7 +138,7 @@ def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
         module.load_state_dict(state, strict=False)
     else:
         load_weights(module, folder)
-    return tensors, dict(values)
+    return tensors, values
 
 
 def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache.cache.store import explain
 from kdcache.errors import UsageError, near
 
 FILE = "metrics.jsonl"
@@ -32,17 +34,20 @@ class Metrics:
     """Where the lines of a run go. Lines of steps after `step` are dropped first: they will be written again."""
 
     def __init__(self, folder: Path, *, step: int, report_to: Sequence[str] = (),
-                 options: Mapping[str, Any] | None = None, on_metrics: OnMetrics | None = None) -> None:
-        self.path = folder / FILE
-        truncate(self.path, step)
-        self._file = open(self.path, "a", encoding="utf-8")
+                 options: Mapping[str, Any] | None = None, on_metrics: OnMetrics | None = None,
+                 standing: Callable[[], str] = str) -> None:
+        self.path, self._standing = folder / FILE, standing
+        with explain(self.path, "writing metrics", standing):
+            truncate(self.path, step)
+            self._file = open(self.path, "a", encoding="utf-8")
         self._on_metrics = on_metrics
         self._reports = [REPORTERS[name](folder, step, options or {}) for name in report_to]
 
     def write(self, line: dict[str, Any]) -> None:
         """One line: `step` and numbers. What is not finite stands as null in the file."""
         plain = {key: None if isinstance(v, float) and not abs(v) < float("inf") else v for key, v in line.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        with explain(self.path, "writing metrics", self._standing):
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         numbers = {key: v for key, v in line.items() if isinstance(v, int | float) and key != "step"}
         for report, _ in self._reports:
             report(int(line["step"]), numbers)
@@ -51,11 +56,13 @@ class Metrics:
 
     def sync(self) -> None:
         """Flush the lines to disk: before a checkpoint that counts on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with explain(self.path, "writing metrics", self._standing):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):      # what a checkpoint counts on is on disk; the rest will be written again
+            self._file.close()
         for _, close in self._reports:
             close()
 

@@ -110,6 +110,13 @@ class RunFolder:
         """The checkpoint to continue from."""
         return checkpoint.find(self.path / LAST) if self.exists else None
 
+    def standing(self) -> str:
+        """What checkpoints there are, to end an error with."""
+        found = {name: checkpoint.find(self.path / name) for name in (LAST, BEST)}
+        steps = [f"{name}/ of step {json.loads((path / checkpoint.VALUES).read_text(encoding='utf-8'))['step']}"
+                 for name, path in found.items() if path is not None]
+        return f"; kept: {' and '.join(steps)}" if steps else "; there is no checkpoint yet"
+
     def last_of_finished(self) -> Path:
         """The checkpoint that a finished run ended with; CacheCorrupt if it is gone."""
         last = self.last()
@@ -120,7 +127,8 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: the run is finished."""
-        write_whole(self.path / SUMMARY, json.dumps(plain(summary), indent=1, sort_keys=True) + "\n")
+        with explain(self.path / SUMMARY, "writing it"):
+            write_whole(self.path / SUMMARY, json.dumps(plain(summary), indent=1, sort_keys=True) + "\n")
 
     def _check(self) -> bool:
         """Whether a run with these options stands at the path."""

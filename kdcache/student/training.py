@@ -110,7 +110,7 @@ class Training:
         """Train to the end, from the last checkpoint if there is one. Interrupted, after saving, at the end of a step
         in which a signal came."""
         _seed(self.settings.seed)
-        self.folder.create({"loaded": self.model.loaded, "accepted": [*self.sources.accepted, *self._view_key()],
+        self.folder.create({"loaded": self.model.loaded, "accepted": self._accepted(),
                             "num-classes": self.loader.num_classes, "versions": versions(), **self._resolved()})
         if (last := self.folder.last()) is not None:
             self._restore(last)
@@ -118,7 +118,7 @@ class Training:
         for line in self._start_block():
             self.say(line)
         metrics = Metrics(self.folder.path, step=self.step, report_to=report_to, options=self.folder.options,
-                          on_metrics=on_metrics)
+                          on_metrics=on_metrics, standing=self.folder.standing)
         self.since = self.said = time.perf_counter()
         self.loop.rest_clock()
         self.signals.message = LOST.format(self.folder.path)
@@ -161,7 +161,7 @@ class Training:
             epochs=(self.loader.total if flags.get("dry_run") else self.position) / self.loader.num_samples,
             continued_from=self.continued_from, training=self.training, evaluation=self.evaluation, best=self.best,
             seconds=done, samples_per_second=self.position / done if done and self.position else 0.0,
-            accepted=(*self.sources.accepted, *self._view_key()), defaults=tuple(self._defaults()), **flags)
+            accepted=tuple(self._accepted()), defaults=tuple(self._defaults()), **flags)
 
     def _after_step(self, metrics: Metrics, start: int) -> None:
         last = self.position == self.loader.total
@@ -222,7 +222,7 @@ class Training:
         state = {"step": self.step, "position": self.position, "best": self.best, "evaluation": self.evaluation,
                  "training": self.training, "seconds": self.seconds + time.perf_counter() - self.since,
                  "scaler": None if self.loop.scaler is None else self.loop.scaler.state_dict(), "generators": values}
-        checkpoint.save(self.folder.path / name, self.model, tensors, state)
+        checkpoint.save(self.folder.path / name, self.model, tensors, state, standing=self.folder.standing)
 
     def _restore(self, folder: Path) -> None:
         tensors, state = checkpoint.load(folder, self.model.module)
@@ -245,8 +245,9 @@ class Training:
                                f"such as the student's {norms[0]!r}, take their statistics over a micro-batch, so the "
                                "same one is needed to continue; or name another --out")
 
-    def _view_key(self) -> list[str]:
-        return [VIEW_KEY] if VIEW_KEY in self.settings.accept else []
+    def _accepted(self) -> list[str]:
+        views = [VIEW_KEY] if VIEW_KEY in self.settings.accept else []
+        return list(dict.fromkeys([*self.sources.accepted, *self.folder.accepted, *views]))
 
     def _resolved(self) -> dict[str, Any]:
         return {"temperature-used": self.loader.temperature, "ce-weight-used": self.settings.weight_ce,
@@ -282,8 +283,7 @@ class Training:
         if self.head is not None:
             yield f"logits: {self.head}"
         yield from (f"default: {line}" for line in self._defaults())
-        yield from (f"accepted: {name} differs" for name in dict.fromkeys((*self.sources.accepted,
-                                                                         *self.folder.accepted)))
+        yield from (f"accepted: {name} differs" for name in self._accepted() if name != VIEW_KEY)
         if self.continued_from:
             yield f"continuing {self.folder.path} after step {self.step} (position {self.position})"
         yield from (f"from here on: {line}" for line in self.folder.changes.values())
