@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
 from kdcache.kernels.kd_chunks import Job, RowFunction, memory_bytes, run
 
 
@@ -36,7 +36,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
                    z_scale: Tensor | float | None = None, logit_scale: float = 1.0, softcap: float | None = None,
                    memory: int | str = "512 MB", skip_ignored: bool = False, counted_rows: int | None = None,
                    rows: RowFunction | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, CE_N, D_N): their scaled sum, a scalar, and each row's parts, float32 [N]; only the loss has a gradient.
+    """(loss, CE_N, D_N): their scaled sum, a scalar, and each row's parts, float32 [N]; only the loss has a gradient,
+    and first derivatives only: to differentiate a gradient is a RuntimeError.
 
     hidden, weight, bias   [N, H], [V', H], [V'] of one dtype. Under autocast all three are taken in its dtype, and a
                   float32 weight gets its gradient from the float32 sums, unrounded
@@ -88,15 +89,21 @@ class _Linear(torch.autograd.Function):
                 job: Job) -> tuple[Tensor, Tensor, Tensor]:
         loss, ce_N, kd_N, *gradients = run(hidden, weight, bias, job)
         ctx.save_for_backward(*gradients)
+        if any(job.wants):
+            link(ctx, hidden, weight, bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(ce_N, kd_N)
+        ctx.set_materialize_grads(False)        # no zeros for what has no gradient
         return loss, ce_N, kd_N
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @first_derivatives_only("kd_linear_loss")
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Gradients:
+        factor = grad_outputs[0]
+        if factor is None:
+            return None, None, None, None
         keep = torch._C._autograd._get_current_graph_task_keep_graph()      # it may be asked again
-        out = (None if gradient is None else _times(gradient, grad_outputs[0], dtype, keep)
+        out = (None if gradient is None else _times(gradient, factor, dtype, keep)
                for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *out, None
 
@@ -129,7 +136,8 @@ def _unit(scales: list[Tensor | None]) -> Tensor | float:
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, given: dict[str, Tensor | None],
            counted: int | None) -> None:
     """ValueError for shapes and dtypes that do not go together; the row function checks the rest."""
-    wrong = []
+    if wrong := split_over_devices(hidden=hidden, weight=weight, bias=bias):
+        raise ValueError("; ".join(wrong))
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1:] != weight.shape[1:]:
         wrong.append(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, H] and [V, H]")
     elif bias is not None and bias.shape != weight.shape[:1]:
@@ -180,7 +188,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.wants, ctx.inputs = inputs[-1], len(inputs)
 
 
-def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+@first_derivatives_only("kd_linear_loss")
+def _backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
     out = ((gradient * grad_outputs[0].reshape([1] * gradient.dim())).to(dtype) if wanted else None
            for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True))
     return *out, *(None for _ in range(ctx.inputs - 3))

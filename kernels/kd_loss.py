@@ -18,7 +18,7 @@ factor 1 moves nothing: each program reads its row's factor on the device and st
 
 Bytes moved, at least (bf16, V classes, N rows): 2 N V read, 2 N V written, and N (K (size of an id + 4) + 24) of the
 rest. Sweep 2 reads the row again, from L2 while (rows in flight) * 2 V bytes stay there; else 6 N V in all.
-Exponentials per element: 1 + 1 / R in sweep 1, 1 in sweep 2; twice that for a T that is not on the list of `powers`; a
+Exponentials per element: 1 + 1 / 8R in sweep 1, 1 in sweep 2; twice that for a T that is not on the list of `powers`; a
 softcap takes one more, and an rsqrt, in each sweep. Statistics and the uniform tail add sums to sweep 1; logit scale
 and z-loss are in numbers of the row and cost no instruction per element.
 Compiled for sm_90 (bf16, K = 64, one label; triton 3.7.1), instructions per element of sweep 1 + sweep 2:
@@ -41,8 +41,8 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
 from kdcache.kernels.kd_launch import Call, addressable, gradient_like, launch, scaled_gradient
 from kdcache.kernels.kd_ops import compiled_rows
 
@@ -92,7 +92,8 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                  z_scale: Tensor | float | None = None, logit_scale: float = 1.0, softcap: float | None = None,
                  inplace: bool = False, parts: int | None = None, form: str = "two launches",
                  stats: bool = False) -> tuple[Tensor, ...]:
-    """(loss, CE, D) of each row, float32 [N]; only the loss carries a gradient. With `stats` a fourth, [N, 4].
+    """(loss, CE, D) of each row, float32 [N]; only the loss carries a gradient. With `stats` a fourth, [N, 4]. First
+    derivatives only: to differentiate the gradient is a RuntimeError.
 
     logits        [N, V' >= V], float16, bfloat16 or float32; rows may be strided (a slice of a padded vocabulary).
                   Columns from V = num_classes on are padding: unread, zero gradient
@@ -148,6 +149,7 @@ class _Rows(torch.autograd.Function):
         gradient = None
         if wants_gradient:
             gradient = x_NV if call.inplace else gradient_like(x_NV)
+            link(ctx, logits)
         loss_N, ce_N, kd_N = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device).unbind()
         stats_N4 = loss_N.new_empty((len(logits), 4)) if call.stats else None
         launch(x_NV, gradient, (loss_N, ce_N, kd_N, stats_N4), call)
@@ -157,16 +159,19 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         others = (ce_N, kd_N) if stats_N4 is None else (ce_N, kd_N, stats_N4)
         ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)        # no zeros for what has no gradient
         return loss_N, *others
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return scaled_gradient(ctx, grad_outputs[0]), None, None
+    @first_derivatives_only("kd_loss_rows")
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Gradients:
+        return None if grad_outputs[0] is None else scaled_gradient(ctx, grad_outputs[0]), None, None
 
 
 def _check(logits: Tensor, call: Call) -> None:
     """ValueError for what does not fit together; only shapes and dtypes are looked at, never a value."""
+    if split := split_over_devices(logits=logits):
+        raise ValueError(split[0])
     if logits.dim() != 2 or logits.dtype not in DTYPES:
         raise ValueError(f"logits are {list(logits.shape)} of {logits.dtype}; expected [N, V] of "
                          f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only
 from kdcache.kernels.kd_launch import Call, addressable, gradient_like, gradient_stride, launch, scale_gradient
 
 LIBRARY = "kdcache_kernels"
@@ -31,7 +32,8 @@ def kd_rows_op(logits: Tensor, labels: Tensor | None, label_weight: Tensor | Non
                 beta, ce_scale, kd_scale, False, parts, logit_scale=logit_scale, softcap=softcap, z_scale=z_scale,
                 stats=stats)
     x_NV = addressable(logits)
-    x_NV = x_NV if x_NV.data_ptr() % 16 == 0 else x_NV.clone(memory_format=torch.contiguous_format)
+    if x_NV.data_ptr() % 16:            # rows as the fake says: its strides are known before any address is
+        x_NV = x_NV.new_empty_strided(x_NV.shape, (gradient_stride(x_NV), 1)).copy_(x_NV)
     gradient = gradient_like(x_NV) if wants_gradient else None
     *values, stats_N4 = _values(logits, stats)
     launch(x_NV, gradient, (values[0], values[1], values[2], stats_N4 if stats else None), call)
@@ -73,7 +75,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.inputs = len(inputs)
 
 
-def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+@first_derivatives_only("kd_loss_rows")
+def _backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
     (gradient,) = ctx.saved_tensors
     return scale_rows_op(gradient, grad_outputs[0]), *(None for _ in range(ctx.inputs - 1))
 

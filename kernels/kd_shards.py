@@ -41,9 +41,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdcache.kernels import kd_shard_rows
+from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
 from kdcache.kernels.kd_launch import (
     Call,
     Tiles,
@@ -137,9 +137,10 @@ def sharded_loss(logits: Tensor, sums_N8: Tensor, shard: VocabShard, *,
                  inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, CE, D) of whole rows, float32 [N], from their merged sums and the logits that those are of.
 
-    Only the loss carries a gradient. Every rank gets the same values (to the bit where shards are equally wide), and by
-    its own backward the gradient of its own columns: nothing is exchanged there. With `inplace` it takes the place of
-    the logits. A row without label and teacher gives 0 and a zero gradient. ValueError for what does not fit.
+    Only the loss carries a gradient, first derivatives only. Every rank gets the same values (to the bit where shards
+    are equally wide), and by its own backward the gradient of its own columns: nothing is exchanged there. With
+    `inplace` it takes the place of the logits. A row without label and teacher gives 0 and a zero gradient. ValueError
+    for what does not fit.
     """
     call = _checked(logits, shard)
     if sums_N8.shape != (len(logits), SUMS) or sums_N8.dtype != torch.float32 or sums_N8.device != logits.device:
@@ -171,6 +172,7 @@ class _Shard(torch.autograd.Function):
         gradient = None
         if wants_gradient:
             gradient = x_NV if inplace else gradient_like(x_NV)
+            link(ctx, logits)
         out = torch.empty((3, len(logits)), dtype=torch.float32, device=logits.device).unbind()
         if len(logits):
             _launch(kd_shard_rows.shard_gradient, call, shard, X=x_NV, G=gradient, SUMS=sums_N8, LOSS=out[0], CE=out[1],
@@ -180,12 +182,14 @@ class _Shard(torch.autograd.Function):
         ctx.inplace, ctx.used = inplace, False
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*out[1:])
+        ctx.set_materialize_grads(False)        # no zeros for what has no gradient
         return out[0], out[1], out[2]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled_gradient(ctx, grad_outputs[0]), None, None, None, None, None
+    @first_derivatives_only("sharded_loss")
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Gradients:
+        gradient = None if grad_outputs[0] is None else scaled_gradient(ctx, grad_outputs[0])
+        return gradient, None, None, None, None, None
 
 
 def _launch(kernel: Any, call: Call, shard: VocabShard, **buffers: Tensor | None) -> None:
@@ -218,6 +222,8 @@ def _width(tensor: Tensor | None) -> int:
 
 def _checked(logits: Tensor, shard: VocabShard) -> Call:
     """The call of one shard; ValueError for what does not go together. Only shapes and dtypes are looked at."""
+    if split := split_over_devices(logits=logits):
+        raise ValueError(split[0])
     if logits.dim() != 2 or logits.dtype not in DTYPES or not (logits.is_cuda or INTERPRETED):
         raise ValueError(f"logits are {list(logits.shape)} of {logits.dtype} on {logits.device}; expected [N, V_r] of "
                          f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)} on a CUDA device, or "

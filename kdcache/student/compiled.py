@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only
 from kdcache.student.engine import RowLoss, gradient_like, loss_rows, scale_rows
 from kdcache.student.targets import SoftTargets
 
@@ -56,7 +57,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.inputs = len(inputs)
 
 
-def _backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+@first_derivatives_only("kd_loss")
+def _backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
     (gradient,) = ctx.saved_tensors
     return scale_rows_op(gradient, grad_outputs[0]), *(None for _ in range(ctx.inputs - 1))
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kdcache.errors import UsageError
+from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
 from kdcache.student.divergences import DIVERGENCES, row_sum, sampled_kl
 from kdcache.student.targets import SoftTargets
 from kdcache.topk import row_chunk
@@ -62,8 +63,10 @@ Engine = Callable[[Tensor, RowLoss], tuple[Tensor, Tensor, Tensor]]
 def torch_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
     """Any device and floating dtype; arithmetic in float32, or float64 for float64 logits.
 
-    A row's results depend on that row alone: on the CPU the same bits in every chunk and batch.
+    A row's results depend on that row alone: on the CPU the same bits in every chunk and batch. First derivatives only.
     """
+    if split := split_over_devices(logits=logits):
+        raise UsageError(split[0])
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     out: tuple[Tensor, Tensor, Tensor] = _TorchRows.apply(logits, rows, wants_gradient)  # type: ignore[no-untyped-call]
     return out
@@ -76,6 +79,7 @@ class _TorchRows(torch.autograd.Function):
         gradient = None
         if wants_gradient:
             gradient = logits.detach() if rows.inplace else gradient_like(logits)
+            link(ctx, logits)
         loss_N, ce_N, kd_N = loss_rows(logits, rows, gradient)
         ctx.inplace, ctx.used = rows.inplace, False
         ctx.save_for_backward(gradient)
@@ -84,8 +88,8 @@ class _TorchRows(torch.autograd.Function):
         return loss_N, ce_N, kd_N
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None]:
+    @first_derivatives_only("kd_loss")
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Gradients:
         grad_output = grad_outputs[0]
         if grad_output is None:             # nothing asked of the loss: it adds nothing
             return None, None, None
