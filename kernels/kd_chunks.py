@@ -79,8 +79,8 @@ def _gradients(h_NH: Tensor, w_VH: Tensor, job: Job,
                sparse: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Buffers of those that are wanted; the chunks fill them."""
     wide = torch.promote_types(job.dtype, torch.float32)
-    return ((torch.zeros_like(h_NH) if sparse else torch.empty_like(h_NH, memory_format=torch.contiguous_format))
-            if job.wants[0] else None,
+    make = torch.zeros_like if sparse else torch.empty_like
+    return (make(h_NH, memory_format=torch.contiguous_format) if job.wants[0] else None,
             w_VH.new_empty(w_VH.shape, dtype=wide) if job.wants[1] else None,
             w_VH.new_zeros(len(w_VH), dtype=wide) if job.wants[2] else None)
 

@@ -6,6 +6,7 @@ On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on th
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from typing import Any
 
@@ -147,19 +148,54 @@ def test_one_graph_under_torch_compile(changed: dict[str, Any], parts: int, devi
     torch._dynamo.reset()
 
 
-def test_the_operators_keep_their_promises_to_torch(device: str) -> None:
+LAYOUTS = ("whole", "columns from 1 on", "rows apart", "off 16 bytes", "transposed")
+
+
+def rows_of(layout: str, x: Tensor) -> Tensor:
+    """x [N, V] in a layout."""
+    rows, classes = x.shape
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    stride, offset = {"whole": (classes, 0), "columns from 1 on": (classes + 1, 1), "rows apart": (classes + 6, 0),
+                      "off 16 bytes": (classes, 2)}[layout]
+    out = torch.empty_strided((rows * stride + offset,), (1,), dtype=x.dtype, device=x.device)
+    return out.as_strided((rows, classes), (stride, 1), offset).copy_(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")     # torch's own, of inductor
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inductor_finds_the_strides_that_it_was_told(layout: str, device: str) -> None:
+    """It asserts them; `aot_eager` takes what comes."""
+    torch._dynamo.reset()
+    problem = usual(dtype=torch.bfloat16)
+    expected, gradient, *_ = run(problem, device)
+    logits = rows_of(layout, problem.logits.to(device)).requires_grad_()
+    compiled = torch.compile(kd_loss_rows, backend="inductor", fullgraph=True)
+    out = compiled(logits, **on(device, problem.keywords))
+    (found,) = torch.autograd.grad(out[0].sum(), logits)
+    # Rows that start elsewhere within 16 bytes are summed in another order, of 123 terms each; then one rounding.
+    for a, b in zip(out, expected, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b, rtol=16 * 2**-23, atol=16 * 2**-23)
+    torch.testing.assert_close(found.cpu(), gradient.cpu(), rtol=2**-7, atol=16 * 2**-23)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_operators_keep_their_promises_to_torch(layout: str, device: str) -> None:
     from kdcache.kernels.kd_ops import kd_rows_op, scale_rows_op
 
     problem = usual(num_classes=1272)
     k = on(device, problem.keywords)
-    logits = problem.logits.to(device).requires_grad_()
+    logits = rows_of(layout, problem.logits.to(device)).requires_grad_()
     inputs = (logits, k["labels"][:, None], None, k["ids"], k["log_probs"], k["log_tail"], None, k["ce_scale"],
               k["kd_scale"], torch.tensor(0.1, device=device), 1272, 2.0, "forward_kl", "bucket", 0.5, 1.5, 30.0, None,
               True)
     torch.use_deterministic_algorithms(False)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)
-    torch.library.opcheck(scale_rows_op, (logits.detach(), torch.rand(3, device=device)), test_utils=tests)
+    gradient = kd_rows_op(*inputs, True)[4].detach()
+    torch.library.opcheck(scale_rows_op, (gradient, torch.rand(3, device=device)), test_utils=tests)
 
 
 def test_on_a_device_products_may_be_deterministic_and_waits_be_watched() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,6 +155,25 @@ def test_one_graph_under_torch_compile(dtype: torch.dtype, skip: bool, device: s
     with pytest.raises(Exception, match=r"torch.compiler.disable"):
         torch.compile(kd_linear_loss, backend="aot_eager", fullgraph=True)(*leaves, rows=linear_world.torch_rows,
                                                                            **keywords)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")     # torch's own, of inductor
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("left_out", [{}, {"skip_ignored": True}, {"counted_rows": 9}], ids=str)
+def test_inductor_finds_the_strides_that_it_was_told(left_out: dict[str, Any], device: str) -> None:
+    """It asserts them, of hidden states whose rows are apart or that are transposed too; `aot_eager` does not."""
+    given = head(rows=9, classes=257, bias=True)
+    keywords = world.on(device, given.keywords) | {"memory": given.memory(3), **left_out}
+    compiled = torch.compile(kd_linear_loss, backend="inductor", fullgraph=True)
+    leaves = given.leaves(device)
+    for hidden in (leaves[0].detach().t().contiguous().t(), leaves[0].detach().repeat(1, 2)[:, : leaves[0].shape[1]]):
+        answers = []
+        for function in (compiled, kd_linear_loss):
+            h, w, b = (t.detach().requires_grad_() for t in (hidden, *leaves[1:]))
+            assert h.stride() == hidden.stride() and not h.is_contiguous()
+            out = function(h, w, b, **keywords)
+            answers.append([*(t.detach() for t in out), *torch.autograd.grad(out[0], (h, w, b))])
+        assert all(world.same(a, b) for a, b in zip(*answers, strict=True))
 
 
 def test_the_operator_keeps_its_promises_to_torch(device: str) -> None:
