@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.signals import Interrupted
 
 
 def parse_args(items: Iterable[str], option: str = "--data-arg") -> dict[str, Any]:
@@ -90,7 +91,20 @@ def call(function: Callable[..., Any], args: Mapping[str, Any], *, where: str,
     except KDCacheError:
         raise
     except Exception as e:
+        let_through(e)
         raise UsageError(f"{where}: {describe(e)}") from e
+
+
+def let_through(error: BaseException) -> None:
+    """Raise the Interrupted that `error` is or came of: a signal is no fault of the code that it fell into.
+
+    Libraries wrap what they catch, as transformers does around its imports.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Interrupted):
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def describe(error: BaseException) -> str:
@@ -140,6 +154,7 @@ def _file_module(text: str) -> ModuleType:
         del sys.modules[name]
         if not isinstance(e, Exception):
             raise
+        let_through(e)
         raise UsageError(f"{text} could not be run: {describe(e)}") from e
     return module
 
@@ -150,8 +165,10 @@ def _named_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
+        let_through(e)
         if e.name is not None and (name == e.name or name.startswith(e.name + ".")):
             raise UsageError(f"there is no module {e.name!r} to import (install it, or use file.py:name)") from e
         raise UsageError(f"module {name} could not be imported: {describe(e)}") from e
     except Exception as e:
+        let_through(e)
         raise UsageError(f"module {name} could not be imported: {describe(e)}") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 
 from kdcache.data.views import seeded_generators
 from kdcache.errors import UsageError, near
-from kdcache.loading import accepts, call, describe, resolve_spec
+from kdcache.loading import accepts, call, describe, let_through, resolve_spec
 
 # Task -> the transformers class that builds it, and how the names of its architectures end.
 TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -29,6 +30,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "preprocessor_config.json",
 )
+
+POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "pos_embed", "position_embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +59,15 @@ class Wanted:
 
 @dataclass(slots=True)
 class Built:
-    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved."""
+    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved, and
+    the local folder that it came from, if any."""
 
     module: nn.Module
     loaded: str
     num_classes: int | None
     task: str = ""
     save: Callable[[Path], None] | None = None
+    folder: Path | None = None
 
 
 def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
@@ -179,7 +184,39 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
     width = int(config.get_text_config().vocab_size if task == "causal-lm" else config.num_labels)
     if wanted.num_classes is not None and width < wanted.num_classes:
         raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}")
-    return Built(module, loaded, width, task, partial(_save_hf, module, path))
+    folder = Path(path)
+    return Built(module, loaded, width, task, partial(_save_hf, module, path), folder if folder.is_dir() else None)
+
+
+def own_tokenizer(folder: Path) -> tuple[str, Path] | None:
+    """The fingerprint (data/text.py) of the tokenizer that a model's folder is for, and the file that says so.
+
+    That is its tokenizer.json, or for best/ and last/ of a run what run.toml recorded; None without either.
+    """
+    file, run = folder / "tokenizer.json", folder.resolve().parent / "run.toml"
+    if file.is_file():
+        from kdcache.data.text import fingerprint, load_tokenizer
+        return fingerprint(load_tokenizer(str(file))), file
+    try:
+        recorded = tomllib.loads(run.read_text(encoding="utf-8")).get("recorded", {}).get("tokenizer")
+    except (OSError, ValueError, AttributeError):       # no run: the folder says nothing about a tokenizer
+        return None
+    return (recorded, run) if isinstance(recorded, str) else None
+
+
+def position_limit(module: nn.Module) -> tuple[int, bool] | None:
+    """max_position_embeddings of a Hugging Face config, and whether a learned table of that length sets it: beyond it
+    such a model cannot run; rotary ones can, on angles that they were not trained on. None where no config says."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if type(limit) is not int or limit < 1:
+        return None
+    # OPT and RoBERTa keep two rows more, for padding.
+    learned = any(isinstance(part, nn.Embedding) and limit <= part.num_embeddings <= limit + 2
+                  and name.rpartition(".")[2] in POSITION_TABLES for name, part in module.named_modules())
+    return limit, learned
 
 
 @contextmanager
@@ -227,6 +264,7 @@ def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, **overrides)
     except Exception as e:          # OSError, ValueError, and for damaged files what the reading library raises
+        let_through(e)
         raise UsageError(f"model {prefix}:{path} has no config that transformers can read: {describe(e)}") from e
 
 
@@ -248,6 +286,7 @@ def _import(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as e:          # a torchvision built for another torch fails with RuntimeError, not ImportError
+        let_through(e)
         raise UsageError(f"{name} cannot be imported ({describe(e)}): pip install '{extra}'") from e
 
 

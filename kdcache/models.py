@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import nn
 from kdcache.data.keys import array_header
 from kdcache.data.samples import Inputs
 from kdcache.data.views import seeded_generators
-from kdcache.errors import DataError, UsageError, near
-from kdcache.loading import accepts, describe
-from kdcache.model_specs import Wanted, build, first_few
+from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
+from kdcache.loading import accepts, describe, let_through
+from kdcache.model_specs import Wanted, build, first_few, own_tokenizer, position_limit
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WRAPPED = ("state_dict", "model")       # what training scripts call the weights among the other things they save
@@ -29,7 +30,8 @@ class Model:
 
     spec: the SPEC. loaded: a sentence saying what was loaded from where. num_classes: width of its logits, None if
     unknown before a forward pass. task: causal-lm, sequence-classification or image-classification for hf: and
-    hf-config:, else "". Training or eval mode, and the device, are the caller's to set.
+    hf-config:, else "". folder: the local one it is from, for these. Training or eval mode, and the device, are the
+    caller's to set.
     """
 
     module: nn.Module
@@ -38,6 +40,7 @@ class Model:
     num_classes: int | None
     task: str
     save_files: Callable[[Path], None] | None
+    folder: Path | None = None
 
     @property
     def dtype(self) -> str:
@@ -85,7 +88,8 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
         built.loaded = load_weights(built.module, weights)
     if wanted.dtype is not None:
         built.module.to(wanted.dtype)
-    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save)
+    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save,
+                 built.folder)
 
 
 def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -> torch.device:
@@ -140,6 +144,54 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
         raise DataError(f"{name} returned row_mask {tuple(mask.shape)} with logits {tuple(logits.shape)}; "
                         "expected (records, positions) of both")
     return Output(logits, None if mask is None else mask != 0)
+
+
+@contextmanager
+def trying(role: str, module: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """A forward pass of the user's model, which has that role: DataError in one line for whatever it raises."""
+    try:
+        yield
+    except KDCacheError:
+        raise
+    except Exception as e:
+        let_through(e)
+        raise DataError(f"the {role} ({type(module).__name__}) cannot be run on {_shapes(inputs)}: "
+                        f"{describe(e)}") from e
+
+
+def _shapes(inputs: Inputs) -> str:
+    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+    return ", ".join(f"{name} {list(x.shape)} of {str(x.dtype).removeprefix('torch.')}" for name, x in named.items())
+
+
+def require_tokenizer(model: Model, tokenizer: Mapping[str, Any] | None, *, role: str,
+                      accept: Sequence[str] = ()) -> list[str]:
+    """IdentityMismatch if the folder of `model` names another tokenizer than that of the data (an identity's
+    `tokenizer`, with its fingerprint); ["tokenizer"] if `accept` names it, [] where both agree or one is unknown."""
+    wanted = (tokenizer or {}).get("fingerprint")
+    found = None if model.folder is None or wanted is None else own_tokenizer(model.folder)
+    if found is None or found[0] == wanted:
+        return []
+    if "tokenizer" in accept:
+        return ["tokenizer"]
+    raise IdentityMismatch(
+        f"the {role} {model.spec} is for another tokenizer than the data's: an id is another token to it:\n"
+        f"  tokenizer.fingerprint: the data has {wanted}\n  {found[1]} has {found[0]}\n  give the tokenizer of the "
+        f"{role} to the data; a difference known to be harmless: --accept tokenizer",
+        [FieldDifference("tokenizer.fingerprint", wanted, found[0])])
+
+
+def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:
+    """A warning where sequences of up to `longest` tokens pass the positions that the model was made for, None where
+    they do not; UsageError where it has a learned table of them and cannot run beyond its end."""
+    limit = position_limit(model.module)
+    if limit is None or longest <= limit[0]:
+        return None
+    said = (f"the {role} {model.spec} is made for {limit[0]} positions (max_position_embeddings), the data has "
+            f"sequences of up to {longest} tokens")
+    if limit[1]:
+        raise UsageError(f"{said}: take windows of at most {limit[0]} (text: --data-arg window={limit[0]})")
+    return f"{said}; what it says beyond them is extrapolated"
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype | None:
@@ -222,6 +274,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             return dict(load_file(path))
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:          # each library and version raises its own for damaged and for foreign files
+        let_through(e)
         raise UsageError(f"weights {path} cannot be read as plain tensors: {describe(e)}") from e
     for key in WRAPPED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -17,6 +17,7 @@ from torch import nn
 
 from kdcache.errors import DataError, UsageError
 from kdcache.models import find_module, forward, load_model, load_weights, weights_digest
+from kdcache.signals import Interrupted
 
 MINE = '''
 import torch
@@ -220,3 +221,28 @@ def test_inputs_take_the_dtype_of_the_weights_and_padding_its_mask(mine):
     assert forward(NoMask(), {"input_ids": ids["input_ids"]}).logits.shape == (2, 3, 5)
     with pytest.raises(DataError, match=r"NoMask\.forward takes no attention_mask"):
         forward(NoMask(), ids)
+
+
+def test_a_signal_while_a_model_is_loaded_is_no_fault_of_the_model(mine, tmp_path, monkeypatch):
+    """Also where a library wraps it: transformers does around its late imports."""
+    transformers = pytest.importorskip("transformers")
+
+    def interrupted(*args, **options):
+        raise Interrupted("SIGINT: go on", 2)
+
+    def wrapped(*args, **options):
+        try:
+            interrupted()
+        except Exception as e:
+            raise RuntimeError("failed to import transformers.models.llama") from e
+
+    (tmp_path / "config.json").write_text("{}")
+    for fails in (interrupted, wrapped):
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fails)
+        with pytest.raises(Interrupted, match=r"^SIGINT: go on$") as caught:
+            load_model(f"hf:{tmp_path}")
+        assert caught.value.exit_code == 130
+    late = tmp_path / "late.py"
+    late.write_text("from kdcache.signals import Interrupted\nraise Interrupted('SIGTERM: go on', 15)\n")
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        load_model(f"{late}:Net")

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from kdcache.errors import DataError, UsageError
-from kdcache.loading import describe
+from kdcache.loading import describe, let_through
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CROP_AREA = (0.35, 1.0)         # part of the picture an augmented view keeps; milder than ImageNet training's 0.08
@@ -73,6 +73,7 @@ class ImageFolder:
             with Image.open(file) as image:
                 return image.convert("RGB"), label
         except Exception as e:          # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
+            let_through(e)
             raise DataError(f"{file} cannot be decoded: {describe(e)}") from e
 
     def _tensor(self, image: Any, box: Box, flip: bool = False) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from kdcache.data.keys import arrays_of, given_key, sample_key
 from kdcache.data.views import read_view
 from kdcache.errors import DataError, UsageError
-from kdcache.loading import describe
+from kdcache.loading import describe, let_through
 
 LABELS = ("labels", "label")                                    # a dict may use either, (x, y) gives the second
 NOT_INPUTS = (*LABELS, "label_weight", "document_start")        # what no model is given
@@ -42,7 +42,8 @@ class Samples:
     """A map-style dataset: `item(sample_id, view)` is a pure function of its arguments and `seed`.
 
     Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown), tokenizer_identity (dict or None),
-    window (int, 0 none), has_view_keys. UsageError unless the dataset has __len__ and __getitem__; DataError if empty.
+    window (int, 0 none), token_lengths (int64, tokens of each sample, None unless the dataset knows), has_view_keys.
+    UsageError unless the dataset has __len__ and __getitem__; DataError if empty.
     """
 
     def __init__(self, dataset: Any, *, seed: int = 0) -> None:
@@ -63,6 +64,7 @@ class Samples:
         self.class_names = [str(name) for name in getattr(dataset, "class_names", None) or ()]
         self.tokenizer_identity: dict[str, Any] | None = getattr(dataset, "tokenizer_identity", None)
         self.window = int(getattr(dataset, "window", None) or 0)
+        self.token_lengths: npt.NDArray[np.int64] | None = getattr(dataset, "token_lengths", None)
         self._own_key, self._own_view = (callable(getattr(dataset, name, None)) for name in ("key", "view"))
         self.has_view_keys = self._own_key or self._own_view
         self._keys: npt.NDArray[np.uint64] | None = None
@@ -119,6 +121,7 @@ class Samples:
         except DataError:
             raise
         except Exception as e:
+            let_through(e)
             raise DataError(f"dataset {self.name}, sample {sample_id} cannot be read: {describe(e)}") from e
 
 

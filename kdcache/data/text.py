@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from kdcache.errors import DataError, UsageError, near
-from kdcache.loading import describe
+from kdcache.loading import describe, let_through
 
 SPLITS = ("all", "train", "eval")
 FILES_PER_BATCH = 256           # the tokenizer works on a batch in parallel; its text is all that is held at once
@@ -24,8 +24,8 @@ FILES_PER_BATCH = 256           # the tokenizer works on a batch in parallel; it
 class TextWindows:
     """Windows of tokens: items {"input_ids": int64 [l], "document_start": uint8 [l]}, 2 <= l <= window.
 
-    document_start is 1 at the first token of a document. Attributes: window, tokenizer_identity (fingerprint,
-    template, packing), vocab_size, tokenizer (a tokenizers.Tokenizer).
+    document_start is 1 at the first token of a document. Attributes: window, token_lengths (int64, l of each),
+    tokenizer_identity (fingerprint, template, packing), vocab_size, tokenizer (a tokenizers.Tokenizer).
     """
 
     pure_items = True           # no generator is drawn from: see data/views.py
@@ -43,6 +43,7 @@ class TextWindows:
                  for begin, end in zip([0, *ends.tolist()], ends.tolist(), strict=False)
                  for start in range(begin, end - 1, window)]        # end - 1: a window of one token predicts nothing
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
+        self.token_lengths = self._spans[:, 1] - self._spans[:, 0]
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -112,6 +113,7 @@ def load_tokenizer(path: str) -> Any:
             from transformers import AutoTokenizer
             made = getattr(AutoTokenizer.from_pretrained(str(path)), "backend_tokenizer", None)
     except Exception as e:              # tokenizers raises bare Exception
+        let_through(e)
         raise UsageError(f"--data-arg tokenizer={path} cannot be read: {describe(e)}; "
                          "expected a tokenizer.json or a folder with one") from e
     if made is None:
