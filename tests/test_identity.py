@@ -63,3 +63,15 @@ def test_an_identity_has_exactly_its_keys(document):
 def test_near_names():
     assert near("digts", ["digits", "text"]) == " (did you mean 'digits'?)"
     assert near("zzz", ["digits", "text"]) == " (known: digits, text)" and near("x", []) == ""
+
+
+def test_only_a_field_that_differs_alone_may_be_harmless():
+    def said(**changes):
+        with pytest.raises(IdentityMismatch) as caught:
+            require_same(identity(), identity(**changes))
+        return str(caught.value)
+
+    data = identity().data
+    assert said(data={**data, "name": "other"}).endswith("harmless: --accept data.name")
+    assert "--accept" not in said(data={**data, "name": "other", "num_samples": 7})
+    assert "--accept" not in said(data={**data, "probe": ["0" * 16]})

@@ -13,7 +13,9 @@ from forge import Forge, load
 from strategies import CONTAINERS, IDENTITY, full_seed, image_spec, token_spec, tree, write_cache
 
 import kdcache
+from kdcache.cache.catalog import HEADER
 from kdcache.cache.identity import Identity
+from kdcache.cache.repair import MEND
 from kdcache.canonical import seal
 from kdcache.errors import CacheCorrupt, CacheIncomplete, IdentityMismatch, KDCacheError, NotBuilt
 
@@ -77,6 +79,7 @@ def flip_bits(cache: Path, stride: int) -> int:
             read_all(cache)
         said = str(caught.value)
         assert str(path) in said, (path, at, said)
+        assert said.count(MEND) == (path.name != HEADER) and said.count(f"{path}:") <= 1, said
         if path.parent.name == "data":
             column = column_at(cache, path.name, at)
             assert f"column {column}:" in said if column else "outside the columns" in said, (at, said)

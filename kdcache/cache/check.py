@@ -74,8 +74,9 @@ def problem(spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, g
     counts = level_rows(spec, records, rows)
     level = layout(spec).offsets.get(name)
     if level is not None:
+        offsets = get(name)             # outside: what is wrong with the file is said by who reads it
         try:
-            check_offsets(get(name), counts[level.parent], counts[level.name], f"column {name}")
+            check_offsets(offsets, counts[level.parent], counts[level.name], f"column {name}")
         except CacheCorrupt as e:
             return str(e)
         return None

@@ -57,15 +57,18 @@ def open(path: str | os.PathLike[str], *, expect: Identity | None = None, accept
         data = directory.read(HEADER)
         if data is None:
             if any(directory.names(folder) for folder in repair.FOLDERS):
-                raise CacheCorrupt(f"{directory.full(HEADER)}: missing, and the folder has other files of a cache")
+                raise CacheCorrupt(f"{directory.full(HEADER)}: missing, and the folder has other files of a cache; "
+                                   "nothing else says what they are: put back a copy of it, or dump to another place")
             raise CacheIncomplete(f"{directory.path}: no cache here (no {HEADER}); dump-teacher makes one")
         header = catalog.parse_header(data, directory.full(HEADER))
         accepted = [] if expect is None else require_same(header.identity, expect, accept=accept, where=str(path))
-        chain = repair.read_manifests(directory, header)
+        with repair.mendable():
+            chain = repair.read_manifests(directory, header)
         if not chain and not allow_partial:
             present = len([n for n in directory.names("commit") if repair.NUMBERED.fullmatch(n)])
             raise CacheIncomplete(f"{directory.path}: not finished: {present} of {header.spec.num_shards} shards are "
-                                  f"committed and it is not sealed; run its dump-teacher command again")
+                                  "committed and it is not sealed; run its dump-teacher command again, which "
+                                  "writes what is missing alone")
         return Cache(directory, header, chain[-1] if chain else None, accepted)
 
 
@@ -116,7 +119,7 @@ class Cache:
             raise UsageError(f"shard {shard}: the cache has 0 to {self.spec.num_shards - 1}")
         if self._manifest is not None:
             return self._manifest.facts(shard)
-        with explain(self.path, "reading a commit record"):
+        with explain(self.path, "reading a commit record"), repair.mendable():
             found = repair.read_commit(self._directory, self._header, shard)
         if found is None:
             raise CacheIncomplete(f"{self.path}: shard {shard} is not committed yet")
@@ -174,7 +177,7 @@ class Cache:
             raise UsageError(f"{self.path}: {e}") from e
         parts, back = groups(shard_B, index_B)
         levels = self._layout.levels
-        with explain(self.path, "reading"):
+        with explain(self.path, "reading"), repair.mendable():
             used = {self._columns[name].level for name in names}
             offsets = [key for key, level in self._layout.offsets.items() if level.name in used]
             found = [self._shard(part.shard).get([*offsets, *names]) for part in parts]
@@ -198,12 +201,12 @@ class Cache:
 
     def shard_columns(self, shard: int) -> Columns:
         """Every column of one shard as read-only views of the mapped file, and the offsets of its ragged levels."""
-        with explain(self.path, "reading"):
+        with explain(self.path, "reading"), repair.mendable():
             return self._shard(shard).get(self._layout.names)
 
     def shard_measured(self, shard: int) -> dict[str, float]:
         """What the writer measured of one shard."""
-        with explain(self.path, "reading"):
+        with explain(self.path, "reading"), repair.mendable():
             return {name: float(text) for name, text in self._shard(shard).measured().items()}
 
     def _shard(self, shard: int) -> Shard:

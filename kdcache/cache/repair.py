@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from functools import partial
 
 from kdcache.cache import catalog
@@ -13,7 +15,19 @@ from kdcache.errors import CacheCorrupt
 
 FOLDERS = ("data", "commit", "manifest")
 NUMBERED = re.compile(r"(\d{8})\.json")
+MEND = "the dump-teacher command that made the cache, given again, puts the bad files aside and writes only them anew"
 SHARD_FILE = re.compile(r"(\d{8})-([0-9a-f]{32})\.(arrow|h5)")
+
+
+@contextlib.contextmanager
+def mendable() -> Iterator[None]:
+    """What is found corrupt while a cache with a good header is read is said with what mends it."""
+    try:
+        yield
+    except CacheCorrupt as e:
+        if MEND in str(e):
+            raise
+        raise CacheCorrupt(f"{e}; {MEND}") from e
 
 
 def read_commit(directory: Directory, header: Header, shard: int) -> Facts | None:
