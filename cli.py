@@ -17,8 +17,8 @@ import click
 from kdcache import __version__
 from kdcache.bench.races import RACES, Race
 from kdcache.commands import dump_teacher, evaluate, train_student, verify
-from kdcache.errors import KDCacheError, NotBuilt, UsageError
-from kdcache.options import PATH, answer, config_and_json, given, lines, quiet_stdout, tell
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.options import PATH, Once, answer, config_and_json, given, lines, quiet_stdout, tell
 
 CACHE = click.argument("cache", type=PATH)
 
@@ -33,11 +33,15 @@ class StderrLog(logging.Handler):
 class Door(click.Group):
     """A group whose commands end in one line and an exit code when they meet an error that is not a bug."""
 
+    command_class = Once
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KDCacheError as e:
             refuse(ctx, str(e), e.exit_code)
+        except BrokenPipeError:                 # `| head` has seen enough: click ends without a word
+            raise
         except OSError as e:                    # a full disk, a folder that may not be read: no bug of ours
             refuse(ctx, str(e), 1)
         except KeyboardInterrupt:
@@ -175,21 +179,11 @@ def _race_command(race: Race) -> click.Command:
     run = click.option("--results", type=PATH, metavar="FOLDER", help="Keep the JSON line there, dated.")(run)
     run = click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.")(run)
     run = click.option("--quick", is_flag=True, help="Tiny sizes: shows that it works, measures nothing.")(run)
-    return click.command(race.name, help=race.help)(run)
+    return click.command(race.name, cls=Once, help=race.help)(run)
 
 
 for one_race in RACES:
     bench.add_command(_race_command(one_race))
-
-
-UNKNOWN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
-
-
-@main.command(context_settings=UNKNOWN)
-@click.argument("rest", nargs=-1, type=click.UNPROCESSED)
-def estimate(rest: tuple[str, ...]) -> NoReturn:
-    """Not built yet: dump-teacher --dry-run predicts the bytes of a cache."""
-    raise NotBuilt("estimate is not built yet; dump-teacher --dry-run predicts the bytes of a cache")
 
 
 if __name__ == "__main__":

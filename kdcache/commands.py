@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kdcache.options import FOLDER, PATH, answer, config_and_json, given, lines, quiet_stdout, size, tell
+from kdcache.options import FOLDER, PATH, Once, answer, config_and_json, given, lines, quiet_stdout, size, tell
 
 F = TypeVar("F", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
@@ -52,12 +52,12 @@ def run_options(function: F) -> F:
 
 
 DUMPED = ("out", "content_id", "num_records", "predicted_bytes", "bytes", "seconds", "covered_mass", "truncation_kl",
-          "quantisation_kl", "accuracy")
+          "quantisation_kl", "accuracy", "warnings")
 TRAINED = ("out", "finished", "steps", "epochs", "training", "evaluation", "best", "seconds", "samples_per_second")
 DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.module:name."
 
 
-@click.command("dump-teacher")
+@click.command("dump-teacher", cls=Once)
 @model_options("teacher", required=True)
 @data_options("data", True, DATA)
 @click.option("--out", type=FOLDER, required=True, metavar="CACHE", help="Folder to create, or to continue.")
@@ -81,8 +81,8 @@ DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.m
 @click.option("--engine", metavar="NAME", help="auto (torch so far), torch or triton (fused top-k).  [default: auto]")
 @run_options
 @click.option("--seed", type=click.IntRange(min=0), help="Decides the views.  [default: 0]")
-@click.option("--like", type=PATH, metavar="CACHE", help="Take views, seed and shards from this cache.")
-@click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless. Repeatable.")
+@click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless; unsteady: keep "
+              "the answers of a teacher that are left to chance. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written and how large, and write nothing.")
 @config_and_json
 def dump_teacher(as_json: bool, **options: Any) -> None:
@@ -96,7 +96,7 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
     answer(result, as_json, partial(lines, only=DUMPED))
 
 
-@click.command("train-student")
+@click.command("train-student", cls=Once)
 @click.option("--cache", type=PATH, multiple=True, metavar="CACHE", help="What dump-teacher wrote.")
 @model_options("student", required=True)
 @click.option("--out", type=FOLDER, required=True, metavar="RUN", help="Folder to create, or to continue.")
@@ -151,7 +151,7 @@ def train_student(as_json: bool, **options: Any) -> None:
     answer(result, as_json, partial(lines, only=TRAINED))
 
 
-@click.command()
+@click.command(cls=Once)
 @model_options("student", required=True)
 @data_options("data", True, DATA)
 @click.option("--batch-size", type=COUNT, help="Records per forward pass.  [default: 128]")
@@ -167,7 +167,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
     answer(result, as_json, lines)
 
 
-@click.command()
+@click.command(cls=Once)
 @click.argument("cache", type=PATH)
 @click.option("--quick", is_flag=True, help="Sizes and the proofs of commitment, not every byte.")
 @model_options("teacher", required=False)
@@ -184,5 +184,6 @@ def verify(as_json: bool, **options: Any) -> None:
         result = function(**given(options))
     answer(result, as_json, lines)
     if not result.ok:
-        click.echo(f"Error: {options['cache']} is not as it should be: {'; '.join(result.problems)}", err=True)
+        said = "; ".join([*result.problems, *([result.advice] if result.advice else [])])
+        click.echo(f"Error: {options['cache']} is not as it should be: {said}", err=True)
         click.get_current_context().exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,14 +12,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
 from kdcache.config import read_config
+from kdcache.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
+CONFIG = "kdcache.config"       # where a context keeps the file that it was given
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -34,15 +37,49 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 PATH = click.Path(path_type=Path)
 
 
+class Once(click.Command):
+    """A command that refuses an option which takes one value and is given several times: the last would win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; UsageError naming the option."""
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for param in order:
+            if isinstance(param, click.Option) and not param.multiple and not param.count and order.count(param) > 1:
+                name = "/".join([*param.opts, *param.secondary_opts])
+                raise click.UsageError(f"{name} is given {order.count(param)} times; it takes one value", ctx)
+        return super().parse_args(ctx, args)
+
+
 def config_and_json(function: F) -> F:
-    """Give a command `--config FILE` and `--json`."""
+    """Give a command `--config FILE` and `--json`, and its errors the file that an option they name is from."""
+    function = _naming_the_file(function)
     function = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")(function)
     return click.option("--config", type=PATH, metavar="FILE", is_eager=True, expose_value=False, callback=_use_config,
                         help="Options from this TOML file's table of the command; the command line wins.")(function)
 
 
+def _naming_the_file(function: F) -> F:
+    """A UsageError over an option of the command line and one of a `--config` file ends with which is the file's."""
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except UsageError as e:
+            ctx = click.get_current_context()
+            said = re.split(r"[^a-z0-9_]+", str(e).lower().replace("-", "_"))
+            named = {name: ctx.get_parameter_source(name) for name in options if name in said}
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name, source in named.items()
+                                 if source is ParameterSource.DEFAULT_MAP)
+            if flags and ParameterSource.COMMANDLINE in named.values():
+                e.args = (f"{e} ({flags} of {ctx.meta[CONFIG]})", *e.args[1:])
+            raise
+
+    return cast(F, run)
+
+
 def _use_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
     if path is not None:
+        ctx.meta[CONFIG] = path
         commands = ctx.parent.command.commands if ctx.parent and isinstance(ctx.parent.command, click.Group) else ()
         ctx.default_map = {**(ctx.default_map or {}), **read_config(path, ctx.command, commands)}
 

@@ -22,7 +22,7 @@ OPTIONS = {
     "dump-teacher": [
         "teacher", "teacher-arg", "teacher-weights", "data", "data-arg", "out", "kind", "k", "tier", "temperature",
         "values", "feature", "labels", "moments", "views", "format", "shard-size", "records-per-shard", "batch-size",
-        "dtype", "engine", "device", "workers", "seed", "like", "accept", "dry-run", "config", "json"],
+        "dtype", "engine", "device", "workers", "seed", "accept", "dry-run", "config", "json"],
     "train-student": [
         "cache", "student", "student-arg", "student-weights", "out", "data", "data-arg", "eval-data", "eval-data-arg",
         "temperature", "k", "alpha", "ce-weight", "kd-weight", "divergence", "beta", "tail", "match", "engine",
@@ -43,7 +43,6 @@ OPTIONS = {
     "bench loss": ["quick", "rounds", "results", "json", "device", "plot"],
     "bench kd-linear": ["quick", "rounds", "results", "json", "device"],
     "bench topk-lse": ["quick", "rounds", "results", "json", "device"],
-    "estimate": [],
 }
 REPEATABLE = {"teacher-arg", "student-arg", "data-arg", "eval-data-arg", "tier", "feature", "accept", "match", "by"}
 
@@ -91,6 +90,12 @@ def test_help(name: str) -> None:
         assert f"--{flag}" in result.stdout
 
 
+def test_every_command_refuses_an_option_given_twice() -> None:
+    from kdcache.options import Once
+
+    assert all(isinstance(command, Once) for command in commands().values())
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"kdcache, version {kdcache.__version__}\n"
 
@@ -103,7 +108,13 @@ def test_version() -> None:
     (["train-student", "--student", "s", "--out", "x", "--alpha", "1.5"], "--alpha"),
     (["inspect"], "Missing argument 'CACHE'"),
     (["report"], "Missing argument"),
-    (["estimate", "--teacher", "x"], "estimate is not built yet"),
+    (["estimate", "--teacher", "x"], "No such command 'estimate'"),
+    (["train-student", "--student", "s", "--out", "x", "--lr", "1", "--lr", "2"], "--lr is given 2 times"),
+    (["train-student", "--student", "s", "--out", "x", "--shuffle", "--no-shuffle"], "--shuffle/--no-shuffle is given"),
+    (["dump-teacher", "--teacher", "t", "--data", "a", "--data", "b", "--out", "x"], "--data is given 2 times"),
+    (["bench", "loss", "--rounds", "1", "--rounds", "2"], "--rounds is given 2 times"),
+    (["verify", "c", "--samples", "3"], "--samples is about asking the teacher again"),
+    (["verify", "c", "--data-arg", "a=3"], "--data-arg is about asking the teacher again"),
     (["bench", "loss", "--quick", "--device", "tpu"], "device"),
 ])
 def test_wrong_use_ends_in_exit_code_2(args: list[str], said: str) -> None:
@@ -185,9 +196,18 @@ def test_sizes(given: str, expected: int) -> None:
 
 
 def test_the_module_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "kdcache", "estimate"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr == "Error: estimate is not built yet; dump-teacher --dry-run predicts the bytes of a cache\n"
+    command = [sys.executable, "-m", "kdcache", "report", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "Error: none is no run: it has no run.toml; expected the --out folder of train-student\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)                              # as of `| head` that is gone
+    done = subprocess.run([sys.executable, "-m", "kdcache", "env"], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert done.stderr == b"" and done.returncode == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -68,7 +68,7 @@ def user(tmp_path: Path) -> Path:
 
 def dump(user: Path, *args: Any, teacher: str = "Net", data: str = "Data", out: str = "cache") -> Result:
     return run("dump-teacher", "--teacher", f"{user}:{teacher}", "--data", f"{user}:{data}",
-               "--out", user.parent / out, "--device", "cpu", *args)
+               "--out", user.parent / out, *(() if "--device" in args else ("--device", "cpu")), *args)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,9 @@ def files(folder: Path) -> dict[str, bytes]:
     (["--feature", "boddy"], ["boddy", "body"]),
     (["--feature", "body:poool"], ["poool", "pool"]),
     (["--feature", "body:raw:float61"], ["float61"]),
-    (["--like", "other"], ["--like", "not built yet"]),
+    (["--like", "other"], ["No such option", "--like"]),
+    (["--kind", "topk", "--k", "2", "--k", "3"], ["--k is given 2 times"]),
+    (["--shard-size", "1GB", "--records-per-shard", "3"], ["--shard-size", "--records-per-shard 3", "give one"]),
     (["--teacher-arg", "clases=3"], ["clases", "classes"]),
     (["--teacher-arg", "classes"], ["--teacher-arg", "key=value"]),
     (["--teacher-weights", "none.safetensors"], ["none.safetensors"]),

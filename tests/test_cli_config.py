@@ -100,3 +100,13 @@ def test_config_options_have_a_type_that_toml_has() -> None:
         if not isinstance(command, click.Group):
             for option in flags(command).values():
                 assert set(_toml_types(option)) <= set(TYPE_NAMES)
+
+
+def test_a_clash_says_which_side_the_file_gave(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[train-student]\nepochs = 3\nstudent = "kdcache.demo:convnet"\nalpha = 0.0\ndata = "digits"\n')
+    result = CliRunner().invoke(main, ["train-student", "--config", str(file), "--max-steps", "2", "--device", "cpu",
+                                       "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "epochs" in result.stderr and "max_steps" in result.stderr
+    assert result.stderr.rstrip().endswith(f"(--epochs of {file})")

@@ -222,7 +222,7 @@ def test_a_dry_run_writes_nothing(dump: Dump, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_before_the_start(dump: Dump, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(KDCacheError, match=r"1 of 1 shards .* about 2\.0 KiB, the disk has 100 B free") as caught:
+    with pytest.raises(KDCacheError, match=r"1 of 1 shards .* about 10\.0 KiB, the disk has 100 B free") as caught:
         dump()
     assert caught.value.exit_code == 1
     monkeypatch.undo()

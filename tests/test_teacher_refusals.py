@@ -43,6 +43,7 @@ def dump(tmp_path: Path) -> Dump:
     ({"batch_size": 0}, "--batch-size is 0"),
     ({"views": 0}, "--views is 0"),
     ({"records_per_shard": 0}, "--records-per-shard is 0"),
+    ({"records_per_shard": 3, "shard_size": 10**9}, "--shard-size 1000000000 and --records-per-shard 3 both say"),
     ({"teacher": 3}, "teacher is a int"),
     ({"teacher_args": {"a": 1}}, "teacher_args and teacher_weights go with a teacher SPEC"),
     ({"data_args": {"a": 1}}, "data_args go with a data SPEC"),
@@ -55,9 +56,8 @@ def test_an_option_that_cannot_be_is_one_line(dump: Dump, tmp_path: Path, option
 
 
 def test_names_of_later_versions_are_not_built(dump: Dump) -> None:
-    for options in ({"kind": "sampled"}, {"like": "other"}):
-        with pytest.raises(NotBuilt):
-            dump(**options)
+    with pytest.raises(NotBuilt):
+        dump(kind="sampled")
 
 
 def test_another_cache_at_the_place_is_refused_with_the_fields(dump: Dump, tmp_path: Path) -> None:
@@ -125,6 +125,30 @@ def test_labels_of_another_order_are_a_named_warning(dump: Dump, caplog: pytest.
         report = dump(data=Points(shift=1))
     assert [code for code, _ in report.warnings] == [LABELS_DISAGREE] == ["labels-disagree"]
     assert "labels and teacher disagree" in caplog.text and report.accuracy == 0.0
+
+
+RANDOM = """
+from teacher_world import mlp as made
+def mlp(classes=12):
+    return made(classes)
+"""
+
+
+def test_a_teacher_without_weights_is_warned_of_at_the_start_at_the_end_and_in_the_report(
+        dump: Dump, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "mine.py").write_text(RANDOM)
+    said: list[str] = []
+    spec = f"{tmp_path / 'mine.py'}:mlp"
+    with caplog.at_level(logging.WARNING):
+        report = dump(teacher=spec, say=said.append)
+    assert [code for code, _ in report.warnings] == ["random-teacher"]
+    assert [line for line in said if line.startswith(f"warning: THE TEACHER IS NOT TRAINED, unless {spec} loads")]
+    assert "THE TEACHER IS NOT TRAINED" in caplog.text
+    save_file(mlp().state_dict(), tmp_path / "net.safetensors")
+    weights = tmp_path / "net.safetensors"
+    assert dump(teacher=spec, teacher_weights=weights, out=tmp_path / "d").warnings == ()
 
 
 def test_views_that_are_all_the_same_are_a_named_warning(dump: Dump) -> None:

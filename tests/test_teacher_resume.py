@@ -39,7 +39,7 @@ def dump(out: Path, **changes: Any) -> DumpReport:
 def test_an_exception_in_the_dataset_loses_its_shard_only(tmp_path: Path, container: str, fail_at: int) -> None:
     whole = dump(tmp_path / "whole", container=container)
     data = Points()
-    # The probe reads every sample of so small a dataset: it must fail only once the dump is under way.
+    # The probe and the first question read every sample of so small a dataset: it must fail only after them.
     probed = threading.Event()
     read = Points.__getitem__
 
@@ -50,7 +50,7 @@ def test_an_exception_in_the_dataset_loses_its_shard_only(tmp_path: Path, contai
             return read(self, i)
 
     def started(text: str) -> None:
-        if text.startswith("keeping"):
+        if text.startswith("the first batch asked twice"):
             probed.set()
 
     with pytest.raises(DataError, match=f"sample {fail_at} cannot be read: RuntimeError: the disk ate it"):
@@ -69,6 +69,32 @@ def test_a_finished_cache_says_so_and_is_left_alone(tmp_path: Path) -> None:
     assert again.already_complete and again.complete and again.shards_written == again.shards_left == 0
     assert again.content_id == first.content_id and files(tmp_path / "c") == before
     assert any("nothing to do" in line for line in said)
+
+
+MEANS = ("bytes", "covered_mass", "truncation_kl", "quantisation_kl", "accuracy")
+
+
+@pytest.mark.parametrize("data", [{}, {"teacher": Speaker(), "data": Sentences(40), "features": ()}],
+                         ids=["rows", "tokens"])
+def test_a_report_is_of_the_whole_whoever_wrote_it(
+        tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call, continued, already complete, and by the rank that ends last: one and the same."""
+    whole = dump(tmp_path / "whole", **data).to_json()
+    with kdcache.open(tmp_path / "whole") as cache:
+        assert whole["bytes"] == sum(cache.column_bytes().values())
+        assert whole["accuracy"] == cache.measured["correct"] / cache.measured["labelled"]
+    victim = sorted((tmp_path / "whole/data").iterdir())[1]
+    victim.unlink()
+    mended = dump(tmp_path / "whole", **data).to_json()
+    assert mended["shards_written"] == 1 and mended["records_written"] == 10
+    again = dump(tmp_path / "whole", **data).to_json()
+    assert again["already_complete"] and again["shards_written"] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        last = dump(tmp_path / "shared", **data).to_json()
+    for report in (mended, again, last):
+        assert report["complete"] and {name: report[name] for name in MEANS} == {name: whole[name] for name in MEANS}
 
 
 def test_a_finished_cache_without_its_manifest_is_sealed_again(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_without_a_teacher_every_byte_is_read_and_quickly_only_sizes(tmp_path: P
     seen: list[tuple[int, int]] = []
     report = verify(tmp_path / "c", progress=lambda done, total: seen.append((done, total)))
     assert report.ok and report.shards == 3 and report.content_id and seen[-1] == (3, 3)
+    assert report.records is None and report.advice is None
     assert verify(tmp_path / "c", quick=True).ok
     victim = sorted((tmp_path / "c/data").iterdir())[1]
     victim.chmod(0o644)
@@ -89,11 +90,22 @@ def test_without_a_teacher_every_byte_is_read_and_quickly_only_sizes(tmp_path: P
     assert verify(tmp_path / "c", quick=True).ok
     report = verify(tmp_path / "c")
     assert not report.ok and victim.name in report.problems[0]
+    assert report.advice is not None and "given again" in report.advice
     victim.write_bytes(data[:-8])
     report = verify(tmp_path / "c", quick=True)
     assert not report.ok and f"expected {len(data)}" in report.problems[0]
     victim.unlink()
     assert victim.name in verify(tmp_path / "c", quick=True).problems[0]
+    dump_teacher(teacher=mlp(), data=Points(), out=tmp_path / "c", device="cpu", records_per_shard=20)
+    assert verify(tmp_path / "c").ok
+
+
+def test_a_cut_file_is_named_once(tmp_path: Path) -> None:
+    dump_teacher(teacher=Speaker(), data=Sentences(), out=tmp_path / "c", device="cpu", k=2)
+    (victim,) = (tmp_path / "c/data").iterdir()
+    victim.chmod(0o644)
+    victim.write_bytes(victim.read_bytes()[:-8])
+    assert verify(tmp_path / "c").problems[0].count(str(victim)) == 1
 
 
 def test_a_damaged_header_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
@@ -128,20 +140,20 @@ def test_other_views_of_the_same_samples_are_named_as_such(tmp_path: Path) -> No
     assert len(report.problems) == 1 and "sample 17: view_key in the cache" in report.problems[0]
 
 
-def test_a_teacher_that_changes_from_run_to_run_is_allowed_its_own_noise(tmp_path: Path) -> None:
+def test_a_teacher_whose_last_digits_change_from_run_to_run_is_allowed_that(tmp_path: Path) -> None:
     class Wobbly(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.by = mlp(), 0.0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.by += 1e-3
+            self.by += 1e-6
             return self.net(x) * (1 + self.by)
 
     net = Wobbly()
     dump_teacher(teacher=net, data=Points(), out=tmp_path / "c", device="cpu", values="float32", batch_size=50)
     report = check(tmp_path / "c", net, Points())
-    assert report.ok and report.live_difference is not None and report.live_difference > 1e-3
+    assert report.ok and report.live_difference is not None and report.live_difference > 1e-5
 
 
 def test_a_teacher_of_other_shapes_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:

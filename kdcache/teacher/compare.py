@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError
-from kdcache.models import forward
+from kdcache.models import forward, trying
 from kdcache.teacher.batches import read, rows_of
 from kdcache.teacher.features import Taps, requests_of
+from kdcache.teacher.steady import explained, unit
 from kdcache.topk import tail_lse
 
 HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}      # of a value's size, when rounded to nearest
@@ -31,7 +32,8 @@ class Saying:
     """What is said of one record: part -> float64 values, and for the cached one the most that rounding moved each.
 
     Parts: "logits" [N, K] relative to the row's maximum, "tails" [N, T], and one for each feature. `ids` int64 [N, K]
-    or None (all). `size` is the largest |value| before it was taken relative, `eps` of the dtype it was computed in.
+    or None (all). `size` is the largest |value| before it was taken relative, `eps` of the dtype of the logits, `unit`
+    the coarsest on the way to them.
     """
 
     parts: dict[str, Array]
@@ -40,6 +42,7 @@ class Saying:
     kept: Array | None = None
     size: float = 0.0
     eps: float = 0.0
+    unit: float = 0.0
 
 
 def cached_saying(spec: CacheSpec, batch: Batch) -> Saying:
@@ -95,7 +98,8 @@ def live_sayings(module: torch.nn.Module, samples: Samples, spec: CacheSpec, sai
             batch = read(samples, view, ids)
             inputs = to_device(batch.inputs, device)
             taps.start(inputs)
-            output = forward(module, inputs)
+            with trying("teacher", module, inputs):
+                output = forward(module, inputs)
             rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
             features = taps.take(rows.mask_BL)
             logits = output.logits if rows.mask_BL is None else output.logits[rows.mask_BL.to(device)]
@@ -103,7 +107,8 @@ def live_sayings(module: torch.nn.Module, samples: Samples, spec: CacheSpec, sai
                 at = slice(int(rows.offsets[b]), int(rows.offsets[b + 1]))
                 own = {f.name: features[f.name][at] if f.level == "row" else features[f.name][b : b + 1]
                        for f in spec.features}
-                out[record] = _live(spec, said[record], logits[at], own, record)
+                out[record] = replace(_live(spec, said[record], logits[at], own, record),
+                                      unit=unit(module, logits.dtype, device))
     return out
 
 
@@ -151,11 +156,15 @@ def gaps(said: Saying, live: Saying) -> dict[str, tuple[float, float]]:
         if name == "logits" and said.kept is not None:
             apart = np.where(said.kept | (live.parts[name] < -100), apart, np.inf)
             apart = np.where(said.kept, apart, 0)
-        size = live.size
-        if name == "tails":         # about log V where the logits are near 0, and rounded as a number of that size
-            size = max(size, float(np.abs(cached[np.isfinite(cached)]).max(initial=0)))
-        out[name] = (float(apart.max(initial=0)), size)
+        out[name] = (float(apart.max(initial=0)), _size(name, cached, live))
     return out
+
+
+def _size(name: str, values: Array, live: Saying) -> float:
+    """How large the numbers are that a part was computed from. Tails are about log V where the logits are near 0, and
+    rounded as numbers of that size."""
+    own = float(np.abs(values[np.isfinite(values)]).max(initial=0)) if name == "tails" else 0.0
+    return max(live.size, own)
 
 
 def _apart(a: Array, b: Array, rounding: Any = 0.0) -> Array:
@@ -171,4 +180,13 @@ def noise(first: Mapping[int, Saying], second: Mapping[int, Saying]) -> dict[str
         for name, values in saying.parts.items():
             apart = float(_apart(values, second[record].parts[name]).max(initial=0))
             out[name] = max(out.get(name, 0.0), apart)
+    return out
+
+
+def most_noise(live: Mapping[int, Saying]) -> dict[str, float]:
+    """Part -> the most that two live runs may differ by and still differ by rounding alone."""
+    out: dict[str, float] = {}
+    for saying in live.values():
+        for name, values in saying.parts.items():
+            out[name] = max(out.get(name, 0.0), explained(_size(name, values, saying), saying.unit))
     return out

@@ -13,35 +13,42 @@ from time import monotonic
 from typing import Any
 
 from kdcache import __version__
+from kdcache.cache.catalog import HEADER
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create
+from kdcache.data.samples import Samples
 from kdcache.engines import check_engine
-from kdcache.errors import KDCacheError, NotBuilt, UsageError, near
-from kdcache.models import Model, pick_device
+from kdcache.errors import DataError, KDCacheError, UsageError, near
+from kdcache.models import Model, pick_device, require_tokenizer
 from kdcache.signals import Signals
+from kdcache.teacher.batches import spans
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.fused import check_fits
-from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, Plan, Wanted, make_plan, temperature_names
+from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, RANDOM_TEACHER, Plan, Wanted, make_plan, temperature_names
 from kdcache.teacher.progress import Progress, readable_bytes
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
 from kdcache.teacher.sources import Rank, pick_samples, pick_teacher, this_rank
+from kdcache.teacher.steady import UNSTEADY, steadiness
 
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")
 LABELS_DISAGREE = "labels-disagree"
+SAID_AGAIN = (LABELS_DISAGREE, RANDOM_TEACHER)              # when the dump ends
+FILE_BYTES = 8192               # of a shard beyond its columns: container, commit, manifest; 4.5 KB for ten columns
 GO_ON = "the open shard was dropped, the written ones stay; give the same command again to go on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DumpReport:
-    """What a dump did. Means and accuracy are over the rows that this call computed; None or {} where there are none.
+    """What a dump did; None or {} where there is nothing to say.
 
     complete: the cache is sealed, content_id is its id. already_complete: it was before this call, which did nothing.
-    engine: what reduces rows. predicted_bytes: of the whole cache, from the columns; bytes: of what this call wrote,
-    before the container. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what was not given;
-    warnings: (code, text).
+    bytes (of the columns, before the container), means and accuracy are of the whole cache once it is complete, until
+    then of what this call wrote; shards, records, rows and seconds are this call's. predicted_bytes: of the whole, from
+    the columns. engine: what reduces rows. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what
+    was not given; warnings: (code, text).
     """
 
     out: str
@@ -87,12 +94,12 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                  tiers: Sequence[int] | None = None, temperatures: Sequence[float | str] | None = None,
                  features: Sequence[str] = (), views: int = 1, container: str = "arrow", values: str = "float16",
                  batch_size: int = 32, dtype: str | None = None, engine: str = "auto", device: str = "auto",
-                 workers: int = 0, seed: int = 0, shard_size: int = DEFAULT_SHARD_SIZE,
+                 workers: int = 0, seed: int = 0, shard_size: int | None = None,
                  records_per_shard: int | None = None, labels: bool | None = None, moments: bool = False,
                  teacher_args: Mapping[str, Any] | None = None, teacher_weights: str | Path | None = None,
                  data_args: Mapping[str, Any] | None = None,
-                 accept: Sequence[str] = (), like: str | Path | None = None, limit_samples: int | None = None,
-                 dry_run: bool = False, progress: Callable[[Progress], None] | None = None,
+                 accept: Sequence[str] = (), limit_samples: int | None = None, dry_run: bool = False,
+                 progress: Callable[[Progress], None] | None = None,
                  say: Callable[[str], None] | None = None) -> DumpReport:
     """Run `teacher` once over `data` and write what it says to the cache `out`; the same call again continues.
 
@@ -100,23 +107,29 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
     (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
     reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
-    the data; None: if it has any. shard_size: wanted bytes of a shard, unless `records_per_shard` is given. progress is
-    called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the shards.
+    the data; None: if it has any. shard_size: wanted bytes of a shard, 256 MiB, or `records_per_shard` instead. accept:
+    fields of the identity whose difference is harmless; "tokenizer" also for a teacher's own, which is not the data's;
+    "unsteady" for a teacher that does not answer one question once, which costs two forward passes of the first batch
+    and one of a record to find out. progress is called after every batch, say with a sentence at a time. Under torchrun
+    each rank writes a share of the shards.
 
-    Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache,
-    DataError naming a sample, Interrupted on SIGINT or SIGTERM, KDCacheError for a full disk.
+    Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
+    or the tokenizer is not the teacher's, DataError naming a sample or an unsteady teacher, Interrupted on SIGINT or
+    SIGTERM, KDCacheError for a full disk.
     """
     rank = this_rank()
     tell = _teller(rank, say)
-    _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples, like)
+    _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples)
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
-                    features=parse_features(features), views=views, values=values, seed=seed, shard_size=shard_size,
+                    features=parse_features(features), views=views, values=values, seed=seed,
+                    shard_size=DEFAULT_SHARD_SIZE if shard_size is None else shard_size,
                     records_per_shard=records_per_shard, labels=labels, moments=moments, limit_samples=limit_samples)
     found = pick_device(device, rank.local)
     compute = Compute(batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found))
     with Signals(GO_ON) as signals:
         model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
         samples = pick_samples(data, data_args, seed)
+        overlooked = require_tokenizer(model, samples.tokenizer_identity, role="teacher", accept=accept)
         model.module.to(compute.device)
         with evaluating(model.module):
             plan = make_plan(model, samples, wanted, compute.device)
@@ -126,27 +139,36 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             if dry_run:
                 return report
             identity = _accepted(Path(out), plan.identity, accept, tell)
-            with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model),
+            begun = (Path(out) / HEADER).exists()
+            if not begun:                           # before anything stands there of a teacher that is refused
+                report = _steady(report, model, samples, rank.share(list(range(plan.spec.num_shards))), plan, compute,
+                                 accept, tell)
+            recorded = {**_recorded(compute, model), **({"accepted": ", ".join(overlooked)} if overlooked else {})}
+            with create(out, plan.spec, identity, container=container, recorded=recorded,
                         share=(rank.rank, rank.world)) as writer:
                 missing = writer.missing()
                 if not missing:
                     tell(f"{out} is complete; there is nothing to do")
-                    return dataclasses.replace(report, complete=True, already_complete=True, shards_left=0,
-                                               content_id=writer.seal())
+                    return dataclasses.replace(_sealed(report, writer), already_complete=True)
+                if begun:
+                    report = _steady(report, model, samples, rank.share(missing), plan, compute, accept, tell)
                 _check_disk(writer, plan, missing)
                 _say_start(plan, missing, rank, tell)
                 _say_compute(writer, compute, model, missing, tell)
                 signals.defer()
                 start = monotonic()
                 totals = run_teacher(model.module, samples, writer, rank.share(missing), compute, signals, progress)
-                report = _measured(report, totals, monotonic() - start)
+                report = dataclasses.replace(
+                    _measured(report, totals), shards_written=totals.shards, records_written=totals.records,
+                    rows_written=totals.rows, seconds=monotonic() - start)
                 return _finish(report, writer, rank, tell)
 
 
-def _check_options(container: str, batch_size: int, workers: int, views: int, shard_size: int,
-                   records_per_shard: int | None, limit_samples: int | None, like: str | Path | None) -> None:
-    if like is not None:
-        raise NotBuilt("--like is not built yet: a cache that extends another comes later")
+def _check_options(container: str, batch_size: int, workers: int, views: int, shard_size: int | None,
+                   records_per_shard: int | None, limit_samples: int | None) -> None:
+    if shard_size is not None and records_per_shard is not None:
+        raise UsageError(f"--shard-size {shard_size} and --records-per-shard {records_per_shard} both say how large a "
+                         "shard is; give one of them")
     if container not in CONTAINERS:
         raise UsageError(f"--format {container!r} is unknown{near(container, CONTAINERS)}")
     least = {"--batch-size": (batch_size, 1), "--workers": (workers, 0), "--views": (views, 1),
@@ -205,14 +227,36 @@ def _introduce(report: DumpReport, asked: str, tell: Callable[[str], None]) -> N
 
 def _accepted(out: Path, identity: Identity, accept: Sequence[str], tell: Callable[[str], None]) -> Identity:
     """The identity to continue with: the cache's own where `accept` names all that differs from it."""
-    if not (out / "header.json").exists():
+    accept = [name for name in accept if name != UNSTEADY]
+    if not (out / HEADER).exists():
         require_same(identity, identity, accept=accept)         # refuses a name that no field has
-    if not accept or not (out / "header.json").exists():
+    if not accept or not (out / HEADER).exists():
         return identity
     with open_cache(out, allow_partial=True) as cache:
         found = require_same(cache.identity, identity, accept=accept, where=str(out))
         tell(f"accepted differences: {', '.join(found) or 'none were found'}")
         return cache.identity
+
+
+def _steady(report: DumpReport, model: Model, samples: Samples, shards: Sequence[int], plan: Plan, compute: Compute,
+            accept: Sequence[str], tell: Callable[[str], None]) -> DumpReport:
+    """Ask the teacher about the first batch of `shards` again. DataError where chance or the batch decide its answer,
+    a warning in the report where that is accepted."""
+    if not shards:
+        return report
+    start, first = monotonic(), spans(plan.spec, shards[:1], compute.batch_size)[0]
+    found = steadiness(model.module, samples, first, compute.device)
+    if found is None:
+        return report
+    if found.problem is None:
+        tell(f"the first batch asked twice and one of its records alone, in {monotonic() - start:.1f} s: logits differ "
+             f"by at most {max(found.again, found.alone or 0):.2g}; rounding may make it {found.rounding:.2g}")
+        return report
+    if UNSTEADY not in accept:
+        raise DataError(f"{found.problem} A cache keeps one answer for good; to keep it all the same: "
+                        f"--accept {UNSTEADY}")
+    tell(f"warning: {found.problem} Accepted.")
+    return dataclasses.replace(report, warnings=(*report.warnings, (UNSTEADY, found.problem)))
 
 
 def _recorded(compute: Compute, model: Model) -> dict[str, str]:
@@ -224,7 +268,7 @@ def _recorded(compute: Compute, model: Model) -> dict[str, str]:
 
 
 def _check_disk(writer: Writer, plan: Plan, missing: list[int]) -> None:
-    needed = plan.predicted_bytes * len(missing) // plan.spec.num_shards
+    needed = plan.predicted_bytes * len(missing) // plan.spec.num_shards + FILE_BYTES * len(missing)
     free = shutil.disk_usage(writer.path).free
     if needed > free:
         raise KDCacheError(f"{writer.path}: {len(missing)} of {plan.spec.num_shards} shards are still to write and "
@@ -252,31 +296,37 @@ def _say_compute(writer: Writer, compute: Compute, model: Model, missing: list[i
         tell(f"begun with other compute: {'; '.join(other)}; allowed, but the bytes may differ from those of one run")
 
 
-def _measured(report: DumpReport, totals: Totals, seconds: float) -> DumpReport:
-    """The report with what was counted, and with the warnings that follow from it."""
-    warnings = list(report.warnings)
+def _measured(report: DumpReport, totals: Totals) -> DumpReport:
+    """The report with the means over what was counted, and with the warnings that follow from them."""
+    warnings = [warning for warning in report.warnings if warning[0] != LABELS_DISAGREE]
     chance = totals.labelled / max(report.num_classes, 1)
     # Two standard deviations of a Poisson count: few labels of many classes are often all missed by chance alone.
     if totals.accuracy is not None and totals.correct + 2 * (totals.correct + 1) ** 0.5 < chance:
         warnings.append((LABELS_DISAGREE, f"labels and teacher disagree: it agrees with {totals.correct} of "
                          f"{totals.labelled} labels, chance would be {chance:.0f}; are the classes in the same order?"))
     return dataclasses.replace(
-        report, shards_written=totals.shards, records_written=totals.records, rows_written=totals.rows,
-        bytes=totals.bytes, seconds=seconds, covered_mass=running(totals, "mass"),
-        truncation_kl=running(totals, "truncation"), quantisation_kl=running(totals, "kl"), accuracy=totals.accuracy,
-        warnings=tuple(warnings))
+        report, bytes=totals.bytes, covered_mass=running(totals, "mass"), truncation_kl=running(totals, "truncation"),
+        quantisation_kl=running(totals, "kl"), accuracy=totals.accuracy, warnings=tuple(warnings))
+
+
+def _sealed(report: DumpReport, writer: Writer) -> DumpReport:
+    """Seal the cache, and report on all of it: on what other calls and ranks wrote too."""
+    content_id = writer.seal()
+    with open_cache(writer.path) as cache:
+        totals = Totals(bytes=sum(cache.column_bytes().values()), measured=cache.measured)
+    return dataclasses.replace(_measured(report, totals), complete=True, shards_left=0, content_id=content_id)
 
 
 def _finish(report: DumpReport, writer: Writer, rank: Rank, tell: Callable[[str], None]) -> DumpReport:
     """Seal if nothing is missing any more: whichever rank ends last does."""
-    for code, text in report.warnings:
-        if code == LABELS_DISAGREE:
-            log.warning("warning: %s", text)
     left = writer.missing()
+    report = dataclasses.replace(report, shards_left=len(left)) if left else _sealed(report, writer)
+    for code, text in report.warnings:
+        if code in SAID_AGAIN:
+            log.warning("warning: %s", text)
     if left:
         tell(f"this process has written its {report.shards_written} shards; {len(left)} of other ranks are still "
              "missing, and the last rank to end seals the cache")
-        return dataclasses.replace(report, shards_left=len(left))
-    content_id = writer.seal()
-    tell(f"{report.out} is complete: {report.num_records} records, content id {content_id}")
-    return dataclasses.replace(report, complete=True, shards_left=0, content_id=content_id)
+    else:
+        tell(f"{report.out} is complete: {report.num_records} records, content id {report.content_id}")
+    return report

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,11 @@ from kdcache.cache.columns import MAX_ELEMENTS, ROOT
 from kdcache.cache.identity import Identity
 from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
 from kdcache.data.collate import Collated, to_device
-from kdcache.data.identify import identify
+from kdcache.data.identify import identify, probe_ids
 from kdcache.data.samples import Samples
 from kdcache.errors import UsageError
-from kdcache.models import Model, forward
+from kdcache.loading import is_code
+from kdcache.models import Model, beyond_positions, forward, trying
 from kdcache.teacher.batches import BatchRows, read, rows_of
 from kdcache.teacher.features import FeatureRequest, Taps, feature_specs
 
@@ -28,7 +30,7 @@ DEFAULT_K = 64
 DEFAULT_TEMPERATURES = {"one": ("1", "2", "4"), "ragged": ("1", "2")}
 DEFAULT_SHARD_SIZE = 256 * 2**20
 PROBE_RECORDS = 8               # a number of its own: the batch size is compute, and must not decide a cache's content
-VIEWS_EQUAL = "views-equal"
+VIEWS_EQUAL, RANDOM_TEACHER, BEYOND_POSITIONS = "views-equal", "random-teacher", "beyond-positions"
 LONGER_THAN_PROBED = 4          # how many times more rows a record may have than any of the probe, if no window says
 
 
@@ -77,6 +79,7 @@ class Probe:
     rows: BatchRows
     features: dict[str, Tensor]
     dtype: torch.dtype
+    warning: str | None
 
     @property
     def ragged(self) -> bool:
@@ -104,18 +107,31 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
         kept |= {"rows": "one", "tokens": False}
     spec = CacheSpec(samples=(0, count), views=(0, wanted.views), seed=wanted.seed, view_keys=samples.has_view_keys,
                      records_per_shard=1, features=specs, **kept)
-    record_bytes, most = _record_bytes(spec, probed, samples.window)
+    record_bytes, most = _record_bytes(spec, probed, samples.window, _usual_length(samples, probed.batch, count))
     chosen = wanted.records_per_shard or min(max(1, wanted.shard_size // record_bytes), most)
     if wanted.records_per_shard is not None and wanted.records_per_shard > most:
         raise UsageError(f"--records-per-shard is {chosen}; at most {most} keep every column below 2^31 elements")
     spec = dataclasses.replace(spec, records_per_shard=min(chosen, count))
-    return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes,
-                _warn_of_equal_views(samples, count) if wanted.views > 1 else (), probed.dtype)
+    warnings = _warn_of_random(model)
+    if probed.warning is not None:
+        warnings += ((BEYOND_POSITIONS, probed.warning),)
+    if wanted.views > 1:
+        warnings += _warn_of_equal_views(samples, count)
+    return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes, warnings,
+                probed.dtype)
 
 
 def _probe_ids(count: int) -> list[int]:
     number = min(PROBE_RECORDS, count)
     return sorted({i * (count - 1) // max(number - 1, 1) for i in range(number)})
+
+
+def _warn_of_random(model: Model) -> tuple[tuple[str, str], ...]:
+    if "random weights" not in model.loaded:
+        return ()
+    unless = f", unless {model.spec} loads weights of its own" if is_code(model.spec) else ""
+    return ((RANDOM_TEACHER, f"THE TEACHER IS NOT TRAINED{unless}: {model.loaded}, so that its answers are noise; give "
+             "--teacher-weights, or a SPEC that names trained weights"),)
 
 
 def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str], ...]:
@@ -132,17 +148,40 @@ def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str],
 def _probe(model: Model, samples: Samples, requests: tuple[FeatureRequest, ...], count: int,
            device: torch.device) -> Probe:
     batch = read(samples, 0, _probe_ids(count))
+    longest, warning = _longest(samples, batch, count), None
+    if longest:
+        warning = beyond_positions(model, longest, role="teacher")
     inputs = to_device(batch.inputs, device)
     with Taps(model.module, requests) as taps, torch.inference_mode():
         taps.start(inputs)
-        output = forward(model.module, inputs)
+        with trying("teacher", model.module, inputs):
+            output = forward(model.module, inputs)
         rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
         features = taps.take(rows.mask_BL)
     width = output.logits.shape[-1]
     classes = model.num_classes or width
     if classes > width:
         raise UsageError(f"teacher {model.spec} says it has {classes} classes, but gives {width} logits")
-    return Probe(classes, batch, rows, features, output.logits.dtype)
+    return Probe(classes, batch, rows, features, output.logits.dtype, warning)
+
+
+def _longest(samples: Samples, batch: Collated, count: int) -> int:
+    """Tokens of the longest sample, as far as it is known: to the dataset, by its window, or of `batch`."""
+    if batch.lengths is None:
+        return 0
+    if samples.token_lengths is not None:
+        return int(np.max(samples.token_lengths[:count]))
+    return samples.window or int(batch.lengths.max())
+
+
+def _usual_length(samples: Samples, batch: Collated, count: int) -> float:
+    """Mean tokens of a sample: exact where the dataset knows, else over those that an identity probes."""
+    if batch.lengths is None:
+        return 0.0
+    if samples.token_lengths is not None:
+        return float(np.mean(samples.token_lengths[:count]))
+    lengths = read(samples, 0, probe_ids(count)).lengths
+    return 0.0 if lengths is None else float(np.mean(lengths))
 
 
 def _kept(wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -204,11 +243,17 @@ def _tiers(wanted: Wanted, classes: int, defaults: list[str]) -> tuple[int, ...]
     return tuple(sorted({*wanted.tiers, k}))
 
 
-def _record_bytes(spec: CacheSpec, probed: Probe, window: int) -> tuple[int, int]:
-    """Predicted bytes of a record, and the most records of a shard that keep every column below 2^31 elements."""
+def _record_bytes(spec: CacheSpec, probed: Probe, window: int, usual_length: float) -> tuple[int, int]:
+    """Predicted bytes of a record, and the most records of a shard that keep every column below 2^31 elements.
+
+    usual_length: mean tokens of a record, 0 without any; eight records are too few to tell it, the last window of a
+    document being shorter than the others.
+    """
     records = len(probed.batch)
     lengths = probed.batch.lengths if probed.batch.lengths is not None else [0]
-    usual = {ROOT: 1.0, "row": probed.rows.count / records, "token": float(sum(lengths)) / records}
+    # A record has as many rows fewer than tokens as those of the probe: one, where each position predicts the next.
+    longer = usual_length - float(sum(lengths)) / records
+    usual = {ROOT: 1.0, "row": max(0.0, probed.rows.count / records + longer), "token": usual_length}
     rows_most = int((probed.rows.offsets[1:] - probed.rows.offsets[:-1]).max(initial=1))
     most = {ROOT: 1, "row": 1, "token": window or int(max(lengths)) * LONGER_THAN_PROBED}
     if spec.rows == "ragged":

@@ -16,7 +16,7 @@ from kdcache.cache.writer import Writer
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.models import forward
+from kdcache.models import forward, trying
 from kdcache.signals import Signals
 from kdcache.teacher.batches import BatchRows, Span, batches, row_namer, rows_of, spans
 from kdcache.teacher.features import Taps, check_shapes, requests_of
@@ -84,7 +84,8 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
     """What the teacher says about one batch, reduced and on the host. DataError names a sample it cannot be kept of."""
     inputs = to_device(batch.inputs, compute.device, non_blocking=True)
     taps.start(inputs)
-    output = forward(module, inputs)
+    with trying("teacher", module, inputs):
+        output = forward(module, inputs)
     rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
     if (rows.mask_BL is not None) != (spec.rows == "ragged") and spec.kind != "none":
         raise DataError(f"sample {span.start}, view {span.view}: the teacher gave logits {list(output.logits.shape)}; "

@@ -37,20 +37,27 @@ class HostBatch:
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over what was encoded; `measured` as the codec gives it."""
+    """Sums over what was encoded; `measured` as the codec gives it, with the rows that have a label and those of them
+    whose label is the teacher's first class."""
 
     records: int = 0
     rows: int = 0
     bytes: int = 0
     shards: int = 0
-    labelled: int = 0
-    correct: int = 0
     measured: dict[str, float] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
         """The mean over rows of one of the codec's sums."""
         rows = self.measured.get("rows")
         return self.measured[name] / rows if rows and name in self.measured else None
+
+    @property
+    def labelled(self) -> int:
+        return int(self.measured.get("labelled", 0))
+
+    @property
+    def correct(self) -> int:
+        return int(self.measured.get("correct", 0))
 
     @property
     def accuracy(self) -> float | None:
@@ -107,6 +114,7 @@ class Sink:
             measured: dict[str, float] = {}
             while (batch := self._queue.get()) is not None:
                 columns, cost = encode(self._writer.spec, batch)
+                cost = {**cost, **agreement(batch)}
                 parts.append(columns)
                 add(measured, cost)
                 self._count(batch, columns, cost)
@@ -123,11 +131,15 @@ class Sink:
         totals.rows += batch.rows.count
         totals.bytes += sum(array.nbytes for array in columns.values())
         add(totals.measured, measured)
-        if batch.reduced is not None and batch.rows.labels is not None:
-            label_NJ = batch.rows.labels.numpy()
-            known_N = (label_NJ >= 0).any(1)
-            totals.labelled += int(known_N.sum())
-            totals.correct += int((label_NJ == batch.reduced.top.numpy()[:, None]).any(1).sum())
+
+
+def agreement(batch: HostBatch) -> dict[str, float]:
+    """Rows of a batch with a label, and those where one of them is the teacher's first class; {} without labels."""
+    if batch.reduced is None or batch.rows.labels is None:
+        return {}
+    label_NJ = batch.rows.labels.numpy()
+    return {"labelled": float((label_NJ >= 0).any(1).sum()),
+            "correct": float((label_NJ == batch.reduced.top.numpy()[:, None]).any(1).sum())}
 
 
 def add(sums: dict[str, float], more: dict[str, float]) -> None:

@@ -57,7 +57,7 @@ def pick_teacher(teacher: Any, *, args: Mapping[str, Any] | None, weights: str |
         raise UsageError("teacher_args and teacher_weights go with a teacher SPEC; a module was given")
     if isinstance(teacher, Model):
         return Model(_cast(teacher.module, dtype), teacher.spec, teacher.loaded, teacher.num_classes, teacher.task,
-                     teacher.save_files)
+                     teacher.save_files, teacher.folder)
     if not isinstance(teacher, nn.Module):
         raise UsageError(f"teacher is a {type(teacher).__name__}; expected a SPEC or a torch.nn.Module")
     classes = getattr(teacher, "num_classes", None)

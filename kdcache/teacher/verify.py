@@ -13,15 +13,17 @@ import torch
 from kdcache.cache.identity import Identity, difference
 from kdcache.cache.reader import Cache
 from kdcache.cache.reader import open as open_cache
+from kdcache.cache.repair import MEND
 from kdcache.data.identify import check_same_key, identify
 from kdcache.data.samples import Samples
 from kdcache.errors import CacheCorrupt, DataError, FieldDifference, UsageError
 from kdcache.models import DTYPES, Model, pick_device
-from kdcache.teacher.compare import Saying, cached_saying, gaps, live_sayings, noise
+from kdcache.teacher.compare import Saying, cached_saying, gaps, live_sayings, most_noise, noise
 from kdcache.teacher.run import evaluating
 from kdcache.teacher.sources import pick_samples, pick_teacher, this_rank
 
 NOISE_FACTOR = 4.0              # room above what running the teacher in two groupings of the same records differs by
+SAMPLES = 32                    # records that the teacher sees again
 GROUPS = (32, 1)                # records per forward pass of the two live runs, where the cache does not say
 
 
@@ -29,8 +31,9 @@ GROUPS = (32, 1)                # records per forward pass of the two live runs,
 class VerifyReport:
     """What a check found. `problems` is empty exactly if `ok`; `notes` are no damage.
 
-    With a teacher: `records` it saw again, the record that is worst, by how much its logits (or features) differ
-    beyond what the codec rounds, the most that was allowed, and what two live runs differ by.
+    advice: what mends it, None where nothing is damaged. With a teacher: `records` it saw again, the record that is
+    worst, by how much its logits (or features) differ beyond what the codec rounds, the most that was allowed, and what
+    two live runs differ by.
     """
 
     cache: str
@@ -40,7 +43,8 @@ class VerifyReport:
     content_id: str | None
     shards: int
     notes: tuple[str, ...] = ()
-    records: int = 0
+    advice: str | None = None
+    records: int | None = None
     worst_record: int | None = None
     worst_difference: float | None = None
     tolerance: float | None = None
@@ -51,34 +55,45 @@ class VerifyReport:
         return {**asdict(self), "problems": list(self.problems), "notes": list(self.notes)}
 
 
-def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data: Any = None, samples: int = 32,
+def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data: Any = None, samples: int | None = None,
            teacher_args: Mapping[str, Any] | None = None, teacher_weights: str | Path | None = None,
-           data_args: Mapping[str, Any] | None = None, dtype: str | None = None, device: str = "auto",
+           data_args: Mapping[str, Any] | None = None, dtype: str | None = None, device: str | None = None,
            progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Check every digest of the cache at `cache` and that no file is foreign; `quick` stays with names, sizes, proofs.
 
     With `teacher` and `data` (SPECs or objects): compare their identity, and run the teacher again on up to `samples`
-    evenly spaced records, in the dtype of the cache's teacher unless `dtype` is given. What is cached is looked up in
-    its logits by plain torch, whichever engine wrote it. A difference is a problem when it exceeds the codec's own
-    rounding by more than 4 times what two live runs in other batches differ by.
+    (32) evenly spaced records, in the dtype of the cache's teacher unless `dtype` is given. What is cached is looked up
+    in its logits by plain torch, whichever engine wrote it. A difference is a problem when it exceeds the codec's own
+    rounding by more than 4 times what two live runs in other batches differ by. These may differ by rounding alone:
+    more is a problem of its own.
     UsageError for a teacher without data, CacheIncomplete if the dump has not ended; damage is listed, not raised.
     """
     if (teacher is None) != (data is None):
         raise UsageError("verify runs the teacher on the data: give --teacher and --data, or neither")
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise UsageError(f"--samples is {samples}; expected at least 1")
+    if teacher is None:
+        _refuse_idle({"--samples": samples, "--dtype": dtype, "--device": device, "--teacher-arg": teacher_args,
+                      "--teacher-weights": teacher_weights, "--data-arg": data_args})
     try:
         with open_cache(cache) as opened:
             problems = opened.check_all(progress, quick=quick)
             report = VerifyReport(cache=str(cache), ok=not problems, quick=quick, problems=tuple(problems),
                                   notes=tuple(opened.notes()), content_id=opened.content_id,
-                                  shards=opened.spec.num_shards)
+                                  shards=opened.spec.num_shards, advice=MEND if problems else None)
             if teacher is None or problems:
                 return report
-            return _ask_teacher(opened, report, teacher, data, samples, dtype, device,
+            return _ask_teacher(opened, report, teacher, data, samples or SAMPLES, dtype, device or "auto",
                                 dict(args=teacher_args, weights=teacher_weights), data_args)
     except CacheCorrupt as e:
         return VerifyReport(cache=str(cache), ok=False, quick=quick, problems=(str(e),), content_id=None, shards=0)
+
+
+def _refuse_idle(options: Mapping[str, Any]) -> None:
+    """UsageError for an option that nothing reads when no teacher is asked."""
+    for flag, value in options.items():
+        if value is not None:
+            raise UsageError(f"{flag} is about asking the teacher again: give --teacher and --data, or leave it out")
 
 
 def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, count: int, dtype: str | None,
@@ -97,8 +112,10 @@ def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, co
             said, first, second = _sayings(cache, model, samples, records, found)
     except DataError as e:
         return _with(report, [*problems, str(e)], records=len(records))
-    allowed = noise(first, second)
-    live = max(allowed.values())
+    found_noise, most = noise(first, second), most_noise(first)
+    live = max(found_noise.values())
+    problems += _unsteady(found_noise, most)
+    allowed = {part: min(apart, most[part]) for part, apart in found_noise.items()}
     worst, beyond, tolerance = _worst(said, first, allowed)
     if beyond > tolerance:
         _, view, start, _ = cache.spec.shard(int(cache.spec.locate(np.array([worst]))[0][0]))
@@ -110,6 +127,16 @@ def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, co
             f"(cached on {made})")
     return _with(report, problems, records=len(records), worst_record=worst, worst_difference=beyond,
                  tolerance=tolerance, live_difference=live)
+
+
+def _unsteady(found: Mapping[str, float], most: Mapping[str, float]) -> list[str]:
+    """A problem where two live runs differ by more than rounding: nothing could then be told from the cache."""
+    part = max(found, key=lambda name: found[name] - most[name])
+    if found[part] <= most[part]:
+        return []
+    return ["the teacher answers differently each time, or by what shares its batch: its "
+            f"{part} of the same records in two groupings differ by {found[part]:.3g}, rounding explains "
+            f"{most[part]:.3g}; is something random on in eval mode (dropout), or does it normalise over the batch?"]
 
 
 def _with(report: VerifyReport, problems: Sequence[str], **found: Any) -> VerifyReport:

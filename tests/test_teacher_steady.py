@@ -1,0 +1,163 @@
+"""A teacher whose answers are left to chance or to its batch is found out, in a dump before its first shard."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from teacher_world import Points, Sentences, Speaker, dumper, files, mlp
+from torch import nn
+
+from kdcache.data.samples import Samples
+from kdcache.errors import DataError
+from kdcache.teacher.batches import Span
+from kdcache.teacher.dump import dump_teacher
+from kdcache.teacher.steady import explained, steadiness, unit
+from kdcache.teacher.verify import verify
+
+CPU = torch.device("cpu")
+
+
+class Dropping(nn.Module):
+    """Dropout that nobody turns off, as F.dropout without training= is."""
+
+    def __init__(self, part: float = 0.1) -> None:
+        super().__init__()
+        self.net, self.part = mlp(), part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(nn.functional.dropout(x, self.part))
+
+
+class Normed(nn.Module):
+    """Answers by the statistics of the batch, and cannot take a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.net = nn.BatchNorm1d(6, track_running_stats=False), mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(self.norm(x))
+
+
+class Centred(nn.Module):
+    """As Normed, and one record is taken too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x - x.mean(0))
+
+
+class Wide(Speaker):
+    """Attends to padding: the mean over all positions is in every answer."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(input_ids) + self.head(self.embed(input_ids).mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(("teacher", "data", "said"), [
+    (Dropping, Points, "answers differently each time: asked twice about samples 0 to 7"),
+    (Normed, Points, r"the teacher \(Normed\) cannot be run on inputs \[1, 6\] of float32: ValueError"),
+    (Centred, Points, "answers by what shares its batch: the logits of sample 0"),
+    (Wide, Sentences, "answers by what shares its batch: the logits of sample"),
+])
+def test_it_is_refused_before_anything_is_written_and_kept_where_that_is_accepted(
+        tmp_path: Path, teacher: Any, data: Any, said: str) -> None:
+    dump = dumper(tmp_path / "c")
+    options = {"teacher": teacher(), "data": data(), "batch_size": 8, "k": 3}
+    with pytest.raises(DataError, match=said) as caught:
+        dump(**options)
+    assert "\n" not in str(caught.value) and "--accept unsteady" in str(caught.value)
+    assert not (tmp_path / "c").exists()
+    told: list[str] = []
+    report = dump(**options, accept=["unsteady"], say=told.append)
+    assert report.complete and "unsteady" in [code for code, _ in report.warnings]
+    assert any(line.startswith("warning: ") and "Accepted" in line for line in told)
+
+
+def test_it_is_refused_where_a_dump_goes_on_and_the_shards_there_stay(tmp_path: Path) -> None:
+    class Later(Dropping):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if self.part else self.net(x)
+
+    net, dump = Later(0.0), dumper(tmp_path / "c")
+    with pytest.raises(ZeroDivisionError):
+        dump(teacher=net, batch_size=10, records_per_shard=10, progress=lambda now: 1 // (30 - now.records))
+    before = {name: data for name, data in files(tmp_path / "c").items() if name.startswith("commit/")}
+    net.part = 0.1
+    with pytest.raises(DataError, match="answers differently each time"):
+        dump(teacher=net, batch_size=10, records_per_shard=10)
+    assert before.items() <= files(tmp_path / "c").items() and before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_steady_teacher_passes_with_a_difference_that_rounding_can_explain(dtype: torch.dtype) -> None:
+    net, data = mlp().to(dtype), Points()
+    found = steadiness(net, Samples(data), Span(0, 0, 0, 32, False), CPU)
+    assert found is not None and found.problem is None and found.again == 0.0
+    assert found.alone is not None and found.alone <= found.rounding
+    with torch.inference_mode():
+        size = float(net(data.x[:32].to(dtype)).float().abs().max())
+    assert found.rounding == pytest.approx(math.sqrt(torch.finfo(dtype).eps) * size)
+
+
+def test_padding_is_no_reason_and_the_shortest_record_is_the_one_asked_alone() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    class Heard(Speaker):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            asked.append(tuple(input_ids.shape))
+            return super().forward(input_ids)
+
+    found = steadiness(Heard(), Samples(Sentences()), Span(0, 0, 0, 10, False), CPU)
+    assert found is not None and found.problem is None
+    assert asked[:2] == [(10, 6)] * 2 and asked[2][0] == 1 and asked[2][1] < 6
+
+
+def test_a_batch_of_one_is_asked_twice_alone() -> None:
+    found = steadiness(mlp(), Samples(Points()), Span(0, 0, 3, 4, True), CPU)
+    assert found is not None and found.problem is None and found.alone is None
+
+
+def test_nan_is_left_to_what_names_its_sample_and_infinity_is_a_difference() -> None:
+    class Odd(nn.Module):
+        def __init__(self, *values: float) -> None:
+            super().__init__()
+            self.values = list(values)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(x), 2), self.values.pop(0) if len(self.values) > 1 else self.values[0])
+
+    span, samples = Span(0, 0, 0, 4, True), Samples(Points())
+    found = steadiness(Odd(math.nan), samples, span, CPU)
+    assert found is not None and found.problem is None
+    found = steadiness(Odd(1.0, -math.inf), samples, span, CPU)
+    assert found is not None and found.problem is not None and found.again == math.inf
+
+
+def test_the_unit_is_the_coarsest_on_the_way() -> None:
+    assert unit(mlp().bfloat16(), torch.float32, CPU) == 2.0**-7
+    assert unit(mlp(), torch.float32, CPU) == 2.0**-23
+    assert unit(mlp(), torch.float32, torch.device("cuda")) == 2.0**-10
+    assert explained(8.0, 2.0**-8) == 0.5
+
+
+@pytest.mark.parametrize("teacher", [Dropping, Centred])
+def test_verify_does_not_allow_for_noise_that_is_no_rounding(tmp_path: Path, teacher: Any) -> None:
+    net = teacher()
+    dump_teacher(teacher=net, data=Points(), out=tmp_path / "c", device="cpu", accept=["unsteady"])
+    report = verify(tmp_path / "c", teacher=net, data=Points(), device="cpu")
+    assert not report.ok and "rounding explains" in report.problems[0]
+    assert report.tolerance is not None and report.tolerance < 0.1      # 4 sqrt(eps) of logits below 20, and the floor
+
+
+def test_verify_of_a_teacher_that_takes_no_single_record_is_a_problem_and_no_traceback(tmp_path: Path) -> None:
+    dump_teacher(teacher=Normed(), data=Points(), out=tmp_path / "c", device="cpu", accept=["unsteady"])
+    report = verify(tmp_path / "c", teacher=Normed(), data=Points(), device="cpu")
+    assert "the teacher (Normed) cannot be run on inputs [1, 6] of float32: ValueError" in report.problems[0]
