@@ -17,7 +17,7 @@ from torch import Tensor
 from kdcache.engines import meant
 from kdcache.errors import UsageError
 from kdcache.student.compiled import compiled_engine
-from kdcache.student.engine import Engine, torch_engine
+from kdcache.student.engine import Engine, RowLoss, torch_engine
 from kdcache.student.fused import check_fits, fused_engine
 from kdcache.student.request import Count, LossParts, Options, ask, over
 from kdcache.student.targets import SoftTargets
@@ -75,18 +75,24 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
                       reduction=reduction, normalizer=normalizer, engine=engine)
     asked = ask(logits, logits.shape[1], labels, targets, options, report=return_parts)
     run = _engine(meant(engine), logits, asked.rows.targets)
-    # The larger scale is a factor of the whole: a gradient kept in float16 stays of order 1 until backward multiplies,
-    # where 1 / N would sink it below the smallest float16. The kernels have a wider dtype's scales in the gradient
-    # already, and skip a backward of factor 1.
-    scale_2 = asked.scale_2
-    factor = torch.ones_like(scale_2[0]) if run is fused_engine and logits.dtype != torch.float16 else scale_2.max()
-    ce_scale, kd_scale = over(scale_2, factor).unbind()
-    rows = dataclasses.replace(asked.rows, inplace=inplace,
-                               ce_scale=None if asked.rows.ce_scale is None else ce_scale,
-                               kd_scale=None if asked.rows.kd_scale is None else kd_scale)
+    rows, factor = dataclasses.replace(asked.rows, inplace=inplace), None
+    # The kernels have a wider dtype's scales in the gradient, and skip a backward of factor 1.
+    if run is not fused_engine or logits.dtype == torch.float16:
+        rows, factor = _of_order_1(rows, asked.scales)
     loss_N, ce_N, kd_N = run(logits, rows)
-    loss = factor * (loss_N if reduction == "none" else loss_N.sum())
+    loss = loss_N if reduction == "none" else loss_N.sum()
+    loss = loss if factor is None else factor * loss
     return asked.parts(loss, ce_N, kd_N) if return_parts else loss
+
+
+def _of_order_1(rows: RowLoss, scales: tuple[Tensor, Tensor]) -> tuple[RowLoss, Tensor]:
+    """The larger scale as a factor of the whole: a gradient kept in float16 stays of order 1 until backward multiplies,
+    where 1 / N would sink it below the smallest float16."""
+    scale_2 = torch.stack(scales)
+    factor = scale_2.max()
+    ce_scale, kd_scale = over(scale_2, factor).unbind()
+    return dataclasses.replace(rows, ce_scale=None if rows.ce_scale is None else ce_scale,
+                               kd_scale=None if rows.kd_scale is None else kd_scale), factor
 
 
 def _engine(name: str, logits: Tensor, targets: SoftTargets | None) -> Engine:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,20 +58,21 @@ class Options(TypedDict):
 class Asked:
     """A request that fits. `rows` has the scales of the whole loss: weight, T^2 and, for a mean, 1 / count.
 
-    scale_2, count_2: of CE and D, 0 too for a part that is not in the loss.
+    scales: of CE and D, also of a part that is not in the loss. counts: what a mean divides by, where it is needed.
     """
 
     rows: RowLoss
-    scale_2: Tensor
-    count_2: Tensor
+    scales: tuple[Tensor, Tensor]
+    counts: tuple[Count, Count]
     reduction: str
 
     def parts(self, loss: Tensor, ce_N: Tensor, kd_N: Tensor) -> LossParts:
         """The parts as they are reported."""
+        ce_count, kd_count = (_number(count, ce_N.dtype, ce_N) for count in self.counts)
         ce, kd = (ce_N, kd_N) if self.reduction == "none" else (ce_N.sum(), kd_N.sum())
         if self.reduction == "mean":
-            ce, kd = over(torch.stack([ce, kd]), self.count_2).unbind()
-        return LossParts(loss, ce, kd, *self.count_2.unbind())
+            ce, kd = over(ce, ce_count), over(kd, kd_count)
+        return LossParts(loss, ce, kd, ce_count, kd_count)
 
 
 def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | None, options: Options, *,
@@ -91,15 +93,16 @@ def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | 
     # A part of weight 0 is never multiplied into the loss (0 * inf).
     labels_NJ = labels_NJ if ce_weight or report else None
     targets = _teacher(targets, divergence, tail, like.device) if kd_weight or report else None
-    counts = row_counts(labels_NJ, targets) if options["normalizer"] is None else options["normalizer"]
-    count_2 = _numbers(*counts, working, like)
-    scale_2 = _numbers(ce_weight, kd_weight * (1.0 if targets is None else targets.temperature**2), working, like)
-    if options["reduction"] == "mean":
-        scale_2 = over(scale_2, count_2)
-    ce_scale, kd_scale = scale_2.unbind()
+    mean, counts = options["reduction"] == "mean", options["normalizer"]
+    if counts is None:
+        counts = _own_counts(labels_NJ, targets) if mean or report else (1.0, 1.0)
+    ce_count, kd_count = (_number(n, working, like) if isinstance(n, Tensor) else n for n in counts)
+    kd_weight_T2 = kd_weight * (1.0 if targets is None else targets.temperature**2)
+    ce_scale = _scale(ce_weight, ce_count if mean else 1.0, working, like)
+    kd_scale = _scale(kd_weight_T2, kd_count if mean else 1.0, working, like)
     rows = RowLoss(num_classes, labels_NJ, label_weight_NJ, targets, divergence, tail, ce_scale if ce_weight else None,
                    kd_scale if kd_weight else None, False, beta)
-    return Asked(rows, scale_2, count_2, options["reduction"])
+    return Asked(rows, (ce_scale, kd_scale), (ce_count, kd_count), options["reduction"])
 
 
 def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_index: int = -100) -> tuple[Count, Count]:
@@ -215,26 +218,49 @@ def _check_tails(targets: SoftTargets) -> None:
                          "its tail nothing; use tail 'conditional', or another divergence")
 
 
-def _numbers(a: Count, b: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Two numbers as a tensor [2] on a device. Those of the host are written there, not copied: a copy would wait."""
-    both = (n.to(like.device, dtype) if isinstance(n, Tensor) else torch.full((), n, dtype=dtype, device=like.device)
-            for n in (a, b))
-    return torch.stack(list(both))
+def _own_counts(labels_NJ: Tensor | None, targets: SoftTargets | None) -> tuple[Count, Count]:
+    """`row_counts` of one call: a number where nothing has to be counted."""
+    ce_count: Count = 0.0
+    if labels_NJ is not None:
+        known_NJ = labels_NJ >= 0
+        ce_count = (known_NJ[:, 0] if known_NJ.shape[1] == 1 else known_NJ.any(1)).sum()
+    if targets is None:
+        return ce_count, 0.0
+    return ce_count, float(len(targets)) if targets.weight_N is None else targets.weight_N.sum()
+
+
+def _number(n: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A number on a device. One of the host is written there, not copied: a copy would wait."""
+    return n.to(like.device, dtype) if isinstance(n, Tensor) else torch.full((), n, dtype=dtype, device=like.device)
+
+
+def _scale(weight: float, count: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """`over` of two numbers, on a device; divided on the host if both are there, to the bits of a division in `dtype`.
+
+    That is one operation of the device in place of five. A quotient of two float32 rounded from float64 is that of
+    float32: 53 bits are more than 2 * 24 + 1 (Figueroa 1995).
+    """
+    if isinstance(count, Tensor) or torch.compiler.is_compiling():      # what a graph captures has no numbers of rows
+        return over(_number(weight, dtype, like), _number(count, dtype, like))
+    a, b = (float(np.float32(n)) if dtype == torch.float32 else float(n) for n in (weight, count))
+    return _number(a / b if b > 0 else 0.0, dtype, like)
 
 
 def _labels(labels: Tensor | None, weight: Tensor | None, ignore_index: int, num_classes: int,
             device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Labels as int64 [N, J], -1 where there is none, and their weights [N, J] or None."""
+    """Labels as int64 [N, J], negative where there is none, and their weights [N, J] or None."""
     if labels is None:
         if weight is not None:
             raise UsageError("label_weight is given without labels")
         return None, None
     labels_NJ = _columns(labels).to(device, torch.int64)
-    labels_NJ = torch.where(labels_NJ == ignore_index, -1, labels_NJ)
+    if ignore_index >= 0:               # to every engine a negative label is none
+        labels_NJ = labels_NJ.masked_fill(labels_NJ == ignore_index, -1)
     if readable(labels_NJ):
-        low, high = int(labels_NJ.min()), int(labels_NJ.max())
-        if low < -1 or high >= num_classes:
-            row = int(((labels_NJ < -1) | (labels_NJ >= num_classes)).any(1).nonzero()[0])
+        none_NJ = (labels_NJ == -1) | (labels_NJ == ignore_index)
+        wrong_N = (~none_NJ & ((labels_NJ < 0) | (labels_NJ >= num_classes))).any(1)
+        if bool(wrong_N.any()):
+            row = int(wrong_N.nonzero()[0])
             raise UsageError(f"labels of row {row} are {labels_NJ[row].tolist()}; expected 0 to {num_classes - 1}, "
                              f"or {ignore_index} or -1 for no label")
     if weight is None:
@@ -252,4 +278,4 @@ def _columns(x: Tensor) -> Tensor:
 
 def over(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0: nothing was counted."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+    return (a / b).masked_fill_(b <= 0, 0)
