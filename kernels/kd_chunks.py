@@ -50,7 +50,10 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Done:
     given = job.given if index_M is None else {k: t if t is None else t[index_M] for k, t in job.given.items()}
     total, width = len(h_NH) if index_M is None else len(index_M), len(w_VH)
     step = chunk_rows(total, width, h_NH.element_size(), job.memory)
-    buffer = h_NH.new_empty((min(step, total), row_stride(width)))
+    # cuBLASLt adds a bias within the product where the result is contiguous; else torch writes the bias into the chunk
+    # first, and the product reads it: 4 V bytes a row. Rows of whole vectors of 16 bytes need no more between them.
+    dense = b_V is not None and width * h_NH.element_size() % 16 == 0
+    buffer = h_NH.new_empty((min(step, total), width if dense else row_stride(width)))
     dh_NH, dw_VH, db_V = _gradients(h_NH, w_VH, job, index_M is not None)
     parts = []
     for at in range(0, max(total, 1), step):            # without rows one chunk of none: all is checked and written

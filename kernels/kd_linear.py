@@ -12,9 +12,11 @@ units of the larger scale, and that unit is part of the number: 1 / N is never i
 
 Floors: 6 N V H operations, 4 of a frozen head or trunk, 2 without gradients. Bytes a chunk of R rows, bf16: 6 V R of
 logits (written, read by both products) and 4 V R of the row function, 4 V H of the head, and 8 V H of the float32
-gradient. Held at most: the budget, 2 N H of one gradient, 4 V H of the other, and while backward rounds that to 16 bits
-2 V H more, when the budget is free again. So memory is saved where 4 V H is less than the 2 N V of whole logits (N > 2
-H), or the head is frozen, or its gradient is float32 anyway. No time has been measured.
+gradient; for a bias nothing, or 4 V R where V is no multiple of 8: torch then writes it into the chunk first. Held at
+most: the budget, 2 N H of one gradient, 4 V H of the other, and while backward rounds that to 16 bits 2 V H more, when
+the budget is free again. Under autocast a float32 head is copied to 16 bits at every call: 2 V H more in forward. So
+memory is saved where 4 V H is less than the 2 N V of whole logits (N > 2 H), or the head is frozen, or its gradient is
+float32 anyway. No time has been measured.
 """
 
 from __future__ import annotations

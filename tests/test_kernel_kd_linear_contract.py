@@ -189,6 +189,21 @@ def test_the_operator_keeps_its_promises_to_torch(device: str) -> None:
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+@pytest.mark.parametrize(("classes", "bias", "stride"), [(1000, False, 1024), (1000, True, 1000), (1002, True, 1024)])
+def test_rows_of_a_chunk_that_a_bias_is_added_to_are_contiguous_where_vectors_stay_whole(classes: int, bias: bool,
+                                                                                         stride: int) -> None:
+    """Then cuBLASLt adds it within the product; 1002 float32 are no whole vectors of 16 bytes."""
+    given, strides = head(rows=9, classes=classes, bias=bias, padding=False), []
+
+    def rows(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        strides.append(logits.stride())
+        return linear_world.torch_rows(logits, **options)
+
+    found = linear(given, "cpu", given.memory(2), rows=rows)
+    assert strides == [(stride, 1)] * 2
+    assert error(found["loss"], linear_world.whole(given, torch.float64)["loss"]) <= 16 * torch.finfo(torch.float32).eps
+
+
 def test_rows_of_a_chunk() -> None:
     assert chunk_rows(8192, 128_256, 2, memory_bytes("512 MB")) == 1664         # 5 chunks: 4 of these, one of 1536
     assert chunk_rows(8192, 128_256, 2, memory_bytes("512 MiB")) == 2048
