@@ -191,6 +191,48 @@ def test_a_damaged_cache(user: Path) -> None:
     refused(run("convert", cache, user.parent / "copy"), 1, victim.name)
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(data))
+
+
+def cut(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def swap(path: Path) -> None:
+    other = next(p for p in sorted(path.parent.iterdir()) if p != path)
+    aside = path.with_name("aside")
+    path.rename(aside), other.rename(path), aside.rename(other)
+
+
+HARMS = {"flipped": flip, "cut": cut, "missing": Path.unlink, "swapped": swap}      # there is one manifest only
+
+
+@pytest.mark.parametrize(("folder", "harm"), [(folder, harm) for folder in ("data", "commit", "manifest")
+                                              for harm in HARMS if (folder, harm) != ("manifest", "swapped")])
+def test_what_mends_a_cache_is_said_and_mends_it(user: Path, folder: str, harm: str) -> None:
+    assert dump(user, *BIG).exit_code == 0
+    cache = user.parent / "cache"
+    before = files(cache)
+    HARMS[harm](sorted((cache / folder).iterdir())[-1])
+    harmed = files(cache)
+    for command in ("verify", "inspect"):
+        result = run(command, cache)
+        assert result.exit_code == 1 and "dump-teacher command" in result.stderr, command
+        assert result.stderr.count("dump-teacher command") == 1
+    trained = run("train-student", "--cache", cache, "--student", f"{user}:Net", "--data", f"{user}:Data", "--device",
+                  "cpu", "--temperature", "1", "--out", user.parent / "run", "--epochs", "1")
+    refused(trained, 1, "dump-teacher command")
+    assert files(cache) == harmed                           # nobody mends what was only read
+    assert dump(user, *BIG).exit_code == 0
+    after = {name: data for name, data in files(cache).items() if not name.startswith("quarantine/")}
+    assert after == before and run("verify", cache).exit_code == 0
+
+
 def test_a_cache_is_not_converted_into_itself_or_over_another(user: Path) -> None:
     assert dump(user, *BIG).exit_code == 0
     cache = user.parent / "cache"
