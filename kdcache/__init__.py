@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["CacheSpec", "FeatureSpec", "Identity", "Loader", "create", "dump_teacher", "kd_linear_loss", "kd_loss",
+           "open", "row_counts", "soft_targets", "targets_from_logits", "train_student"]
 
 if TYPE_CHECKING:
     from kdcache.cache.identity import Identity as Identity

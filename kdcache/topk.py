@@ -25,8 +25,9 @@ def row_chunk(num_classes: int, elements: int = CHUNK_ELEMENTS) -> int:
 def exact_topk(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, logit descending, then id ascending: (ids int64 [N, k], values float32 [N, k]).
 
-    Compared as float32 (exact for bfloat16 and float16); -0.0 equals +0.0. The caller has refused NaN. UsageError
-    unless logits are [N, V] and 1 <= k <= V.
+    Compared as float32 (exact for bfloat16 and float16); -0.0 equals +0.0. The caller has refused NaN; on CUDA, where
+    that would wait, NaN counts as +inf, and the other rows are right. UsageError unless logits are [N, V] and 1 <= k
+    <= V.
     """
     if logits_NV.dim() != 2 or not 1 <= k <= logits_NV.shape[1]:
         raise UsageError(f"exact_topk of logits {list(logits_NV.shape)} with k = {k}: expected [N, V] and 1 <= k <= V")
@@ -39,6 +40,8 @@ def exact_topk(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _topk_chunk(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits_NV = logits_NV.float()
+    if logits_NV.is_cuda:       # a NaN is never picked below: ids of the rows after it would move up
+        logits_NV = logits_NV.nan_to_num(torch.inf, torch.inf, -torch.inf)
     # torch.topk does not say which of several equal logits it takes, but the k-th largest value itself is unique:
     # take all above it, then the lowest ids among those equal to it.
     threshold_N1 = logits_NV.topk(k, dim=-1).values[:, -1:]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loss_world import DIVERGENCES, PAIRS, double_targets, problem, value_and_gradient
@@ -15,7 +16,7 @@ from kdcache.errors import UsageError
 from kdcache.student import engine
 from kdcache.student.loss import kd_loss
 from kdcache.student.request import LossParts, row_counts
-from kdcache.student.targets import SoftTargets
+from kdcache.student.targets import SoftTargets, targets_from_logits
 
 KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
 DRAWS = SoftTargets(2.0, 6, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), None)
@@ -184,6 +185,27 @@ def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
     ({"labels": torch.tensor([1.0, 2.0])}, "expected integers"),
     ({"labels": None, "label_weight": torch.ones(2)}, "without labels"),
     ({"label_weight": torch.ones(2, 2)}, "expected one shape"),
+    ({"label_weight": torch.ones(2, dtype=torch.int64)}, "of torch.int64, .* and a floating dtype"),
+    ({"label_weight": torch.tensor([1.0, -0.5])}, r"label_weight of row 1 is \[-0.5\]; expected finite weights of at"),
+    ({"label_weight": torch.tensor([torch.nan, 1.0])}, r"label_weight of row 0 is \[nan\]"),
+    ({"label_weight": torch.tensor([1.0, torch.inf])}, r"label_weight of row 1 is \[inf\]"),
+    ({"targets": replace(CERTAIN, weight_N=torch.tensor([1.0, -1.0]))}, "weight of soft targets of row 1 is -1.0"),
+    ({"labels": torch.nn.functional.one_hot(torch.tensor([1, 3]), 6)}, r"\[2, 6\], one for each of 6 classes"),
+    ({"labels": torch.zeros(2, 6, dtype=torch.int64, device="meta")}, r"labels.argmax\(1\)"),      # by the shape alone
+    ({"labels": torch.zeros(2, 7, dtype=torch.int64), "logits": torch.zeros(2, 7)}, "looks one-hot"),
+    ({"labels": torch.zeros(2, 17, dtype=torch.int64)}, r"labels are \[2, 17\]; expected at most 16 labels a row"),
+    ({"labels": [1, 2]}, r"labels is \[1, 2\] \(list\); expected integers .*torch.as_tensor"),
+    ({"labels": np.array([1, 2])}, r"labels is a numpy array \[2\] of int64; expected integers \[N\] or \[N, J\]"),
+    ({"logits": np.zeros((2, 6))}, r"logits is a numpy array \[2, 6\] of float64; expected floating \[N, V\]"),
+    ({"targets": torch.zeros(2, 6)}, r"targets is a tensor \[2, 6\]; expected SoftTargets: .* targets_from_logits"),
+    ({"targets": np.zeros((2, 6))}, "targets is a numpy array .* expected SoftTargets"),
+    ({"label_weight": [1.0, 1.0]}, r"label_weight is \[1.0, 1.0\] \(list\)"),
+    ({"alpha": "0.5"}, r"alpha is '0.5' \(str\); expected a number"),
+    ({"alpha": torch.tensor(0.5)}, r"alpha is a tensor \[\] of torch.float32; expected a number"),
+    ({"kd_weight": "1", "ce_weight": 1.0}, r"kd_weight is '1' \(str\)"),
+    ({"temperature": "2"}, r"temperature is '2' \(str\)"), ({"beta": "0.5", "divergence": "jsd"}, "beta is '0.5'"),
+    ({"ignore_index": 1.0}, r"ignore_index is 1.0 \(float\); expected an integer"),
+    ({"reduction": None}, "reduction is None"), ({"engine": 3}, "engine is 3"), ({"tail": 3}, r"tail is 3 \(int\)"),
     ({"labels": None, "targets": None}, "neither labels nor targets"),
     ({"targets": None, "temperature": 2.0}, "without targets"),
     ({"logits": torch.zeros(3, 6), "labels": None}, "3 rows of the student but 2 of soft targets"),
@@ -196,7 +218,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"logits": logits, "labels": labels, "targets": targets, **options}
     with pytest.raises(UsageError, match=message) as caught:
         kd_loss(**arguments)
-    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
 
 
 def test_matching_temperature_and_ignore_index_are_taken() -> None:
@@ -207,3 +229,39 @@ def test_matching_temperature_and_ignore_index_are_taken() -> None:
     other[1] = -100
     assert torch.equal(kd_loss(logits, ignored, targets, temperature=2.0, ignore_index=5),
                        kd_loss(logits, torch.where(labels == 5, -1, other), targets))
+
+
+def test_two_labels_of_two_classes_are_labels_where_they_have_weights() -> None:
+    logits, labels, targets = problem(32, 3, 2, 2.0, None)
+    both, weight = torch.stack([labels, 1 - labels], 1), torch.full((3, 2), 0.5)
+    want = (kd_loss(logits, labels, targets) + kd_loss(logits, 1 - labels, targets)) / 2
+    torch.testing.assert_close(kd_loss(logits, both, targets, label_weight=weight), want, rtol=1e-12, atol=0)
+    with pytest.raises(UsageError, match="one-hot"):
+        kd_loss(logits, both, targets)
+
+
+def test_a_temperature_of_float32_is_the_decimal_it_was_rounded_from() -> None:
+    logits, labels, _ = problem(33, 3, 6, 2.0, None)
+    targets = targets_from_logits(logits, temperature=np.float32(1.1))
+    assert targets.temperature == 1.1
+    assert torch.equal(*(kd_loss(logits, labels, targets, temperature=t) for t in (1.1, np.float32(1.1))))
+    with pytest.raises(UsageError, match="but the targets are at"):
+        kd_loss(logits, labels, targets, temperature=np.float32(1.2))
+
+
+def test_counts_are_two_tensors_that_add_exactly() -> None:
+    targets = problem(34, 4, 6, 2.0, 3)[2]
+    labels = torch.tensor([-1, 5, 2, 0])
+    weighted = replace(targets, weight_N=torch.tensor([1.0, 0.0, 2.0, 2.0**-24]))
+    cases: list[tuple[Any, Any, int, tuple[float, float]]] = [
+        (labels, targets, -100, (3, 4)), (labels, None, 5, (2, 0)), (None, weighted, -100, (0, 3 + 2.0**-24)),
+        (torch.stack([labels, labels.flip(0)], 1), weighted, -100, (4, 3 + 2.0**-24))]
+    for given, teacher, ignored, want in cases:
+        counts = row_counts(given, teacher, ignore_index=ignored)
+        assert [(n.dtype, n.dim(), n.item()) for n in counts] == [(torch.float64, 0, n) for n in want]
+    meta = row_counts(None, targets.to("meta"))
+    assert [n.device.type for n in meta] == ["meta", "meta"]
+    with pytest.raises(UsageError, match="neither labels nor targets"):
+        row_counts(None, None)
+    # 2^24 + 1 rows, which float32 cannot count.
+    assert row_counts(torch.zeros(1, dtype=torch.int8).expand(2**24 + 1), None)[0].item() == 2**24 + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_world import allowed
@@ -130,6 +131,11 @@ def test_a_frozen_head_and_no_gradient_at_all() -> None:
     ({"weight": torch.zeros(CLASSES, WIDTH)}, "expected one dtype"), ({"engine": "cuda"}, "engine 'cuda' is unknown"),
     ({"engine": "triton"}, "logits are torch.float64"),
     ({"labels": torch.zeros(3, dtype=torch.long)}, "but 3 of labels"),
+    ({"hidden": np.zeros((2, 3))}, "hidden is a numpy array"), ({"weight": [[1.0]]}, r"weight is \[\[1.0\]\] \(list\)"),
+    ({"bias": 0.0}, r"bias is 0.0 \(float\)"), ({"softcap": "30"}, r"softcap is '30' \(str\)"),
+    ({"memory": None}, "memory is"),
+    ({"labels": [1, 2]}, r"labels is \[1, 2\] \(list\)"), ({"targets": torch.zeros(2, 6)}, "expected SoftTargets"),
+    ({"labels": torch.zeros(ROWS, CLASSES, dtype=torch.long)}, "one for each of 61 classes"),
     ({"bias": torch.zeros(3, dtype=torch.float64)}, "bias is"), ({"tail": "drop"}, "tail 'drop'")])
 def test_refusals(changed: dict[str, Any], message: str) -> None:
     (h, w, b), labels, targets = given()

@@ -16,6 +16,7 @@ from kdcache.cache.codec import decode_rows, encode_rows, pack_high
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.errors import UsageError
+from kdcache.student.door import check_temperature
 from kdcache.student.targets import SoftTargets, _plane, soft_targets, targets_from_logits
 from kdcache.topk import exact_topk, tail_lse
 
@@ -200,14 +201,31 @@ def test_refusals() -> None:
         (lambda: soft_targets(batch, temperature=0), "expected a number above 0"),
         (lambda: soft_targets(batch, temperature=1, k=3), "k is 3, which is no tier of the cache; tiers: 2, 4"),
         (lambda: soft_targets(full_batch(teacher(1, 2, 5)), temperature=1, k=4), "k is 4"),
-        (lambda: targets_from_logits(torch.zeros(2, 3, 4), temperature=1.0), "expected \\[N, V\\]"),
+        (lambda: targets_from_logits(torch.zeros(2, 3, 4), temperature=1.0), "expected floating \\[N, V\\]"),
         (lambda: targets_from_logits(torch.zeros(2, 3), temperature=1.0, k=4), "k is 4"),
         (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 4), None), "4 entries are kept of 5 classes"),
         (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 5), torch.zeros(2)), "log_tail_N is given without ids_NK"),
         (lambda: SoftTargets(1.0, 5, torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6), None), "6 entries"),
         (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 5), None, torch.ones(3)), "weight_N is \\[3\\]"),
         (lambda: SoftTargets(0.0, 5, None, torch.zeros(2, 5), None), "positive"),
+        (lambda: SoftTargets(1.0, 5, None, np.zeros((2, 5)), None), r"log_probs_NK is a numpy array \[2, 5\]"),
+        (lambda: SoftTargets(1.0, 5, None, torch.zeros(5), None), r"log_probs_NK is \[5\] of torch.float32; expected"),
+        (lambda: SoftTargets("1", 5, None, torch.zeros(2, 5), None), r"temperature is '1' \(str\); expected a number"),
+        (lambda: SoftTargets(1.0, 5, None, torch.zeros(2, 5), None, [1.0, 1.0]), r"weight_N is \[1.0, 1.0\] \(list\)"),
+        (lambda: soft_targets(batch, temperature=1, k=2.0), r"k is 2.0 \(float\); expected an integer"),
+        (lambda: soft_targets(batch, temperature=1, k="4"), r"k is '4' \(str\); expected an integer"),
+        (lambda: soft_targets(batch, temperature=1, k=True), r"k is True \(bool\)"),
+        (lambda: soft_targets(batch, temperature=1, device="gpu"), "device is 'gpu'"),
+        (lambda: soft_targets(batch, temperature=None), "temperature is None"),
+        (lambda: soft_targets(batch, temperature=torch.tensor(1.0)), "temperature is a tensor .* expected a number"),
+        (lambda: soft_targets(batch, temperature=1.1234567), "at most 6 decimals"),
+        (lambda: soft_targets(teacher(1, 2, 5), temperature=1), "batch is a Tensor; expected what cache.read"),
+        (lambda: targets_from_logits(np.zeros((2, 5)), temperature=1), "teacher logits is a numpy array"),
+        (lambda: targets_from_logits(torch.zeros(2, 5).long(), temperature=1), "of torch.int64; expected floating"),
+        (lambda: targets_from_logits(torch.zeros(2, 5), temperature=1, k=3.0), r"k is 3.0 \(float\)"),
     ]
+    if not torch.cuda.is_available():
+        cases.append((lambda: soft_targets(batch, temperature=1, device="cuda"), "device is 'cuda', and torch sees no"))
     for call, message in cases:
         with pytest.raises(UsageError, match=message):
             call()
@@ -235,3 +253,42 @@ def test_ids_are_looked_at_where_targets_are_made(ids: list[list[int]], message:
     assert good.to("cpu")[:1].ids_checked and good == replace(good, ids_checked=True)
     # What cannot be looked at without waiting is not: there it is the caller's word.
     SoftTargets(2.0, 6, torch.tensor(ids, device="meta"), torch.zeros(2, 2, device="meta"), None)
+
+
+@pytest.mark.parametrize("k", [None, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_of_a_teacher_that_is_no_distribution_is_named(dtype: torch.dtype, k: int | None) -> None:
+    logits = teacher(12, 4, 5).to(dtype)
+    for at, value, found in (((2, 3), torch.nan, "row 2 have nan"), ((1, 0), torch.inf, "row 1 have inf"),
+                             ((3, slice(None)), -torch.inf, "row 3 are all -inf")):
+        bad = logits.clone()
+        bad[at] = value
+        with pytest.raises(UsageError, match=f"teacher logits of {found}; expected finite ones, or -inf for classes"):
+            targets_from_logits(bad, temperature=2.0, k=k)
+    logits[0, :4] = -torch.inf          # what rules out all classes but one is a distribution
+    assert bool(targets_from_logits(logits, temperature=2.0, k=k).log_probs_NK.isnan().logical_not().all())
+    assert len(targets_from_logits(logits[:0], temperature=2.0, k=k)) == 0
+
+
+@pytest.mark.parametrize(("value", "name"), [
+    (np.float32(1.1), "1.1"), (np.float32(0.3) * np.float32(3), "0.9"), (1.1 * 1.1, "1.21"), (np.float64(1.21), "1.21"),
+    (np.float16(1.5), "1.5"), (np.float16(1.1), "1.1"), (np.float32(123.456), "123.456"), (np.int64(3), "3"), (2, "2"),
+    ("1.50", "1.5")])
+def test_temperatures_of_every_dtype_are_decimals(value: Any, name: str) -> None:
+    assert check_temperature(value) == name
+    assert targets_from_logits(torch.zeros(1, 3), temperature=value).temperature == float(name)
+
+
+@pytest.mark.parametrize("value", [1.1234567, np.float64(1.1234567), np.float32("nan"), np.float32(0), np.float32(1e9)])
+def test_what_is_no_decimal_of_6_digits_is_refused_in_every_dtype(value: Any) -> None:
+    with pytest.raises(UsageError, match="above 0 and below 1000 with at most 6 decimals"):
+        check_temperature(value)
+
+
+def test_a_short_repr() -> None:
+    targets = targets_from_logits(teacher(13, 400, 50), temperature=1.5, k=20)
+    assert repr(targets) == ("SoftTargets(400 rows at temperature 1.5, 20 of 50 classes (largest and tail), "
+                             "torch.float32 on cpu)")
+    assert "50 of 50 classes (all)" in repr(targets_from_logits(teacher(13, 4, 50), temperature=1.5))
+    draws = replace(targets, log_tail_N=None, weight_N=torch.ones(400))
+    assert "(draws), with weights, " in repr(draws)

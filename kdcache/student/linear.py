@@ -19,6 +19,7 @@ from kdcache.engines import meant
 from kdcache.errors import UsageError
 from kdcache.kernels import kd_linear
 from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
+from kdcache.student.door import check_number, check_tensor
 from kdcache.student.engine import RowLoss, torch_engine
 from kdcache.student.fused import check_fits, in_kernel_words
 from kdcache.student.request import Count, LossParts, Options, ask
@@ -56,17 +57,20 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
     Their gradients are complete when this returns; that of the head is summed over the chunks in float32. A frozen head
     or trunk gets no gradient, and its products are not made.
 
-    labels to engine  as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a sum over the rows
+    labels to engine  as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a sum over the rows.
+                      With `normalizer`, DistributedDataParallel averages here too: times the world size
     memory            bytes, or text as "512 MB" or "0.5 GiB", for the logits of a chunk. What holds fewer than about
                       1000 rows is slow: the gradient of the head is then read and written for little work
     softcap           and logit_scale, above 0: all is of softcap * tanh(logit_scale * z / softcap), or logit_scale * z,
                       in float32 (float64) from the logits z. A logit of -inf stays -inf: its class stays out
 
     Nothing waits for the device; a row without label and teacher is computed for nothing, and its hidden states must be
-    finite: leave such rows out. torch.compile captures engine "triton" alone. UsageError (a ValueError) for what does
-    not fit.
+    finite: leave such rows out. torch.compile captures engine "triton" alone. First derivatives only, by autograd: no
+    create_graph, no torch.func.grad. UsageError (a ValueError) for what does not fit.
     """
     _check(hidden, weight, bias, reduction)
+    check_number("logit_scale", logit_scale)
+    check_number("softcap", softcap, optional=True)
     if not 0 < logit_scale < math.inf or not (softcap is None or 0 < softcap < math.inf):
         raise UsageError(f"logit_scale is {logit_scale}, softcap {softcap}; expected finite numbers above 0")
     options = Options(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, label_weight=label_weight,
@@ -122,6 +126,8 @@ def torch_rows(logits: Tensor, *, labels: Tensor | None = None, ids: Tensor | No
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        check_tensor(name, tensor, "a floating tensor", optional=name == "bias")
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise UsageError(f"hidden is {list(hidden.shape)} of {hidden.dtype}; expected floating [N, H]: select the rows "
                          f"of a sequence first (the loss never shifts labels)")

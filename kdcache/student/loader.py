@@ -6,13 +6,14 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.spec import CacheSpec, temperature_name
+from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.samples import Inputs, Samples
 from kdcache.data.sources import load_data
@@ -28,6 +29,7 @@ from kdcache.student.batches import (
     needed_columns,
     student_rows,
 )
+from kdcache.student.door import check_device, check_integer, check_number, check_temperature, check_type
 from kdcache.student.inputs import Fetch, Pairs, data_batches, prefetchable, token_batch
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
@@ -104,7 +106,7 @@ class Loader:
         self.spec: CacheSpec | None = None if cache is None else cache.spec
         self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed)
         self._check_sources()
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
         self.workers, self.accept, self.kind = workers, tuple(accept), rows
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
@@ -256,7 +258,7 @@ class Loader:
 
     def _temperature(self, asked: float | str | None) -> float:
         ragged = self.spec is not None and self.spec.rows == "ragged"
-        name = temperature_name((1.0 if ragged else 2.0) if asked is None else asked)
+        name = check_temperature((1.0 if ragged else 2.0) if asked is None else asked)
         stored = self.spec.temperatures if self.spec is not None and self.spec.kind == "topk" else (name,)
         if self.reads_targets and name not in stored:
             raise UsageError(f"temperature {name} was not stored in the cache; stored: {', '.join(stored)}; "
@@ -264,6 +266,7 @@ class Loader:
         return float(name)
 
     def _k(self, k: int | None) -> int | None:
+        check_integer("k", k, optional=True)
         if k is None or not self.reads_targets or self.spec is None:
             return k
         tiers = self.spec.tiers if self.spec.kind == "topk" else (self.spec.num_classes,)
@@ -274,10 +277,10 @@ class Loader:
 
 def as_cache(cache: Cache | str | Path | None) -> Cache | None:
     """An open cache; a path is opened."""
-    if cache is None or not isinstance(cache, str | Path):
-        return cache
+    from kdcache.cache.reader import Cache
     from kdcache.cache.reader import open as open_cache
-    return open_cache(cache)
+    check_type("cache", cache, (Cache, str, Path, NoneType), "a path, or what kdcache.open gives")
+    return open_cache(cache) if isinstance(cache, str | Path) else cache
 
 
 def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0) -> Samples | None:
@@ -295,6 +298,8 @@ def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | 
 
 
 def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
+    check_integer("batch_size", batch_size)
+    check_integer("micro_batch_size", micro, optional=True)
     if batch_size < 1 or (micro is not None and not 1 <= micro <= batch_size):
         raise UsageError(f"batch size {batch_size}, micro-batch size {micro}; expected at least 1, and the micro-batch "
                          "no larger than the batch")
@@ -303,6 +308,8 @@ def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
 
 def _total(epochs: float | None, max_steps: int | None, num_samples: int, batch_size: int) -> int:
     """Positions in all."""
+    check_number("epochs", epochs, optional=True)
+    check_integer("max_steps", max_steps, optional=True)
     if epochs is not None and max_steps is not None:
         raise UsageError(f"epochs is {epochs} and max_steps {max_steps}; give one of them")
     if max_steps is not None:

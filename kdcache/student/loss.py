@@ -17,6 +17,7 @@ from torch import Tensor
 from kdcache.engines import meant
 from kdcache.errors import UsageError
 from kdcache.student.compiled import compiled_engine
+from kdcache.student.door import check_tensor
 from kdcache.student.engine import Engine, RowLoss, torch_engine
 from kdcache.student.fused import check_fits, fused_engine
 from kdcache.student.request import Count, LossParts, Options, ask, over
@@ -46,8 +47,9 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     """The loss of N rows of student logits; float32, or float64 for float64 logits.
 
     logits [N, V' >= V], any floating dtype; classes from V (of the targets) on are padding: cut off, zero gradient.
-    labels integer [N] or [N, J], never shifted; `ignore_index` and -1 mean no label. label_weight [N, J] weighs the
-    labels of a row. A part without rows, or not given, is 0; the weight of the other stays.
+    labels integer [N] or [N, J], J up to 16, never shifted; `ignore_index` and -1 mean no label. label_weight, floating
+    and at least 0, of their shape, weighs the labels of a row. A part without rows, or not given, is 0; the weight of
+    the other stays.
 
     temperature    if given, must be the targets' own
     divergence     D(q || p): forward_kl, reverse_kl, tv (1/2 sum |p - q|), or jsd: beta KL(q || m) +
@@ -57,16 +59,19 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
                    sampled: of targets that are draws, whose weights stay as they are (arXiv 2503.16870)
     reduction      mean | sum | none (per row, [N]). With targets' weights, D is averaged by them.
     normalizer     (CE count, KD count), numbers or tensors, that the sums are divided by instead of this call's own:
-                   the counts over all ranks and micro-batches, see `row_counts`
+                   the counts over all ranks and micro-batches, see `row_counts`. DistributedDataParallel averages
+                   gradients over the ranks: multiply the loss by the world size then
     inplace        when a gradient is wanted, write it over the logits: their values are gone after the call, and the
                    loss can be differentiated once. Under activation checkpointing it is for logits that the
                    checkpointed function computes itself; compiled graphs leave it out
     return_parts   LossParts instead of the loss
 
     Nothing waits for the device where all tensors are on the logits' own; what is elsewhere is copied there, and that
-    waits. Values are checked on the CPU alone, and not in compiled graphs: labels, ids of draws, and for reverse_kl
-    that a teacher gives its tail something (else it is infinite). UsageError (a ValueError) for what does not fit.
+    waits. Values are checked on the CPU alone, and not in compiled graphs: labels, weights, ids of draws, and for
+    reverse_kl that a teacher gives its tail something (else it is infinite). First derivatives only, by autograd: no
+    create_graph, no torch.func.grad. UsageError (a ValueError) for what does not fit.
     """
+    check_tensor("logits", logits, "floating [N, V]")
     if logits.dim() != 2 or not logits.is_floating_point():
         raise UsageError(f"logits are {list(logits.shape)} of {logits.dtype}; expected floating [N, V]: "
                          f"select the rows of a sequence first (the loss never shifts labels)")

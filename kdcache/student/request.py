@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, TypedDict
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from kdcache.engines import check_name
 from kdcache.errors import UsageError, near
 from kdcache.student.divergences import DIVERGENCES
+from kdcache.student.door import check_integer, check_number, check_tensor, check_type, plain_temperature
 from kdcache.student.engine import RowLoss
 from kdcache.student.targets import SoftTargets, readable
 
@@ -20,6 +23,7 @@ TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
 FORWARD_ONLY = {"uniform": "the others are not built for an even tail; use tail 'bucket'",
                 "sampled": "weights of any sum estimate what is linear in the teacher, and are no distribution"}
 REDUCTIONS = ("mean", "sum", "none")
+MOST_LABELS = 16        # of a row, as of a cache's (docs/format.md 3.1)
 Count = float | Tensor
 
 
@@ -82,11 +86,12 @@ def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | 
     report: both parts are wanted, also one of weight 0; without it such a part is not computed.
     """
     divergence, tail = options["divergence"], options["tail"]
+    _check_types(labels, targets, options)
     check_name(options["engine"])
     beta = check_loss_names(divergence, tail, options["beta"])
     _check_reduction(options["reduction"], options["normalizer"])
     ce_weight, kd_weight = _weights(options["alpha"], options["ce_weight"], options["kd_weight"])
-    num_classes = _check_rows(len(like), width, labels, targets, options["temperature"])
+    num_classes = _check_rows(len(like), width, labels, targets, options)
     working = torch.float64 if like.dtype == torch.float64 else torch.float32
     labels_NJ, label_weight_NJ = _labels(labels, options["label_weight"], options["ignore_index"], num_classes,
                                          like.device)
@@ -105,18 +110,24 @@ def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | 
     return Asked(rows, (ce_scale, kd_scale), (ce_count, kd_count), options["reduction"])
 
 
-def row_counts(labels: Tensor | None, targets: SoftTargets | None, *, ignore_index: int = -100) -> tuple[Count, Count]:
+def row_counts(labels: Tensor | None, targets: SoftTargets | None, *,
+               ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """What a mean of the loss divides by: rows with a label ([N] or [N, J]); rows with a teacher, or their weights.
 
-    Sum them over micro-batches and ranks for `normalizer`. Tensors on the inputs' device, or plain numbers.
+    Two tensors of no dimension on the device of the targets, without targets of the labels; of float64, which adds
+    counts exactly; 0 of what is None. Sum them over micro-batches, and by `dist.all_reduce` over ranks, for
+    `normalizer`. DistributedDataParallel averages gradients over the ranks: multiply the loss by the world size then.
     """
+    _check_given(labels, targets)
     ce_count: Count = 0.0
+    kd_count: Count = 0.0 if targets is None else float(len(targets))
     if labels is not None:
-        known = (labels >= 0) & (labels != ignore_index)
-        ce_count = _columns(known).any(1).sum()
-    if targets is None:
-        return ce_count, 0.0
-    return ce_count, float(len(targets)) if targets.weight_N is None else targets.weight_N.sum()
+        ce_count = _columns((labels >= 0) & (labels != ignore_index)).any(1).sum()
+    if targets is not None and targets.weight_N is not None:
+        kd_count = targets.weight_N.sum(dtype=torch.float64)
+    like = labels if targets is None else targets.log_probs_NK
+    assert like is not None                     # _check_given
+    return _number(ce_count, torch.float64, like), _number(kd_count, torch.float64, like)
 
 
 def check_loss_names(divergence: str, tail: str, beta: float | None = None) -> float:
@@ -135,6 +146,29 @@ def check_loss_names(divergence: str, tail: str, beta: float | None = None) -> f
     if beta is not None and not 0 < beta < 1:
         raise UsageError(f"beta is {beta}; expected between 0 and 1, where jsd is not 0 for every student")
     return 0.5 if beta is None else beta
+
+
+def _check_given(labels: Tensor | None, targets: SoftTargets | None) -> None:
+    check_tensor("labels", labels, "integers [N] or [N, J]", optional=True)
+    if isinstance(targets, Tensor):
+        raise UsageError(f"targets is a tensor {list(targets.shape)}; expected SoftTargets: of a teacher's logits by "
+                         "targets_from_logits(logits, temperature=...)")
+    check_type("targets", targets, (SoftTargets, NoneType), "SoftTargets, of soft_targets or targets_from_logits")
+    if labels is None and targets is None:
+        raise UsageError("neither labels nor targets are given; the loss needs at least one")
+
+
+def _check_types(labels: Tensor | None, targets: SoftTargets | None, options: Options) -> None:
+    """UsageError for an argument of another type than the call says."""
+    _check_given(labels, targets)
+    check_tensor("label_weight", options["label_weight"], "floating, of the shape of labels", optional=True)
+    check_number("alpha", options["alpha"])
+    given: Mapping[str, object] = options
+    for name in ("ce_weight", "kd_weight", "temperature", "beta"):
+        check_number(name, given[name], optional=True)
+    check_integer("ignore_index", options["ignore_index"])
+    for name in ("divergence", "tail", "reduction", "engine"):
+        check_type(name, given[name], str, "a name")
 
 
 def _check_reduction(reduction: str, normalizer: tuple[Count, Count] | None) -> None:
@@ -167,27 +201,39 @@ def _weights(alpha: float, ce_weight: float | None, kd_weight: float | None) -> 
 
 
 def _check_rows(count: int, width: int, labels: Tensor | None, targets: SoftTargets | None,
-                temperature: float | None) -> int:
+                options: Options) -> int:
     """V; UsageError where the student's rows of `width` classes, labels and targets are not about the same rows."""
-    if labels is None and targets is None:
-        raise UsageError("neither labels nor targets are given; the loss needs at least one")
+    temperature = options["temperature"]
     if labels is not None and (labels.dim() not in (1, 2) or labels.is_floating_point() or labels.is_complex()
                                or labels.dtype == torch.bool):
         raise UsageError(f"labels are {list(labels.shape)} of {labels.dtype}; expected integers [N] or [N, J]")
     if labels is not None and len(labels) != count:
         raise UsageError(f"{count} rows of the student but {len(labels)} of labels")
+    if labels is not None and labels.dim() == 2:
+        _check_columns(labels, {width, width if targets is None else targets.num_classes}, options["label_weight"])
     if targets is None:
         if temperature is not None:
             raise UsageError("temperature is given without targets; cross-entropy is at temperature 1")
         return width
     if len(targets) != count:
         raise UsageError(f"{count} rows of the student but {len(targets)} of soft targets")
-    if temperature is not None and float(temperature) != targets.temperature:
+    if temperature is not None and targets.temperature not in (temperature, plain_temperature(temperature)):
         raise UsageError(f"temperature is {temperature}, but the targets are at {targets.temperature}; leave it out, "
                          f"or take targets at temperature {temperature}")
     if width < targets.num_classes:
         raise UsageError(f"the student has {width} classes, the teacher {targets.num_classes}")
     return targets.num_classes
+
+
+def _check_columns(labels_NJ: Tensor, classes: set[int], weight: Tensor | None) -> None:
+    """UsageError for one number per class where labels were expected; decided by the shape, no value is looked at."""
+    count = labels_NJ.shape[1]
+    if 1 < count and count in classes and weight is None:
+        raise UsageError(f"labels are {list(labels_NJ.shape)}, one for each of {count} classes, which looks one-hot; "
+                         "expected the class of each row: labels.argmax(1). Where they are classes, give label_weight")
+    if count > MOST_LABELS:
+        raise UsageError(f"labels are {list(labels_NJ.shape)}; expected at most {MOST_LABELS} labels a row: of one-hot "
+                         "rows give the class, labels.argmax(1)")
 
 
 def _teacher(targets: SoftTargets | None, divergence: str, tail: str, device: torch.device) -> SoftTargets | None:
@@ -200,6 +246,8 @@ def _teacher(targets: SoftTargets | None, divergence: str, tail: str, device: to
     if tail == "sampled" and not targets.drawn:
         kept = "all classes" if targets.ids_NK is None else "the largest classes and a tail"
         raise UsageError(f"tail 'sampled' is for targets that are draws, these are {kept}; use tail 'bucket'")
+    if targets.weight_N is not None:
+        _check_weights("the weight of soft targets", targets.weight_N)
     if (divergence, tail) == ("reverse_kl", "bucket"):
         _check_tails(targets)
     return targets.to(device)
@@ -266,9 +314,18 @@ def _labels(labels: Tensor | None, weight: Tensor | None, ignore_index: int, num
     if weight is None:
         return labels_NJ, None
     weight_NJ = _columns(weight).to(device)
-    if weight_NJ.shape != labels_NJ.shape:
-        raise UsageError(f"label_weight is {list(weight.shape)}, labels are {list(labels.shape)}; expected one shape")
+    if weight_NJ.shape != labels_NJ.shape or not weight.is_floating_point():
+        raise UsageError(f"label_weight is {list(weight.shape)} of {weight.dtype}, labels are {list(labels.shape)}; "
+                         "expected one shape, and a floating dtype")
+    _check_weights("label_weight", weight_NJ)
     return labels_NJ, weight_NJ
+
+
+def _check_weights(name: str, weight: Tensor) -> None:
+    """UsageError for a weight below 0, NaN or infinite, as docs/format.md 5.1 refuses it."""
+    if readable(weight) and not bool(((weight >= 0) & (weight < math.inf)).all()):
+        row = int((~((weight >= 0) & (weight < math.inf))).nonzero()[0, 0])
+        raise UsageError(f"{name} of row {row} is {weight[row].tolist()}; expected finite weights of at least 0")
 
 
 def _columns(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from kdcache.engines import check_engine
 from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.student.door import check_integer, check_number, check_type
 from kdcache.student.linear import memory_size
 from kdcache.student.match import Match, parse_match
 from kdcache.student.request import check_loss_names
@@ -56,6 +57,7 @@ class Settings:
     accept: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        self._check_types()
         if (self.epochs is None) == (self.max_steps is None):
             raise UsageError("give either epochs or max_steps: how long to train")
         _named("precision", self.precision, PRECISIONS)
@@ -87,6 +89,18 @@ class Settings:
                              "alpha from 0 to 1 and weights of at least 0")
         if not (self.weight_ce or self.weight_kd or self.match):
             raise UsageError("every weight of the loss is 0; there is nothing to learn from")
+
+    def _check_types(self) -> None:
+        for name in ("alpha", "lr", "warmup", "clip"):
+            check_number(name, getattr(self, name))
+        for name in ("temperature", "ce_weight", "kd_weight", "beta", "epochs", "weight_decay"):
+            check_number(name, getattr(self, name), optional=True)
+        for name in ("batch_size", "seed"):
+            check_integer(name, getattr(self, name))
+        for name in ("k", "max_steps", "micro_batch_size", "eval_every", "save_every"):
+            check_integer(name, getattr(self, name), optional=True)
+        for name in ("divergence", "tail", "engine", "optimizer", "precision", "best_by"):
+            check_type(name, getattr(self, name), str, "a name")
 
     @property
     def weight_ce(self) -> float:

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.columns import Array
-from kdcache.cache.spec import RELATIVE_VALUES, CacheSpec, temperature_name
+from kdcache.cache.spec import RELATIVE_VALUES, CacheSpec
 from kdcache.errors import UsageError
+from kdcache.student.door import check_device, check_integer, check_number, check_temperature, check_tensor
 from kdcache.topk import exact_topk, row_logsumexp, tail_lse
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SoftTargets:
     """Teacher distributions of N rows at `temperature`, over `num_classes` = V classes.
 
@@ -46,9 +47,10 @@ class SoftTargets:
     log_probs_NK: Tensor
     log_tail_N: Tensor | None
     weight_N: Tensor | None = None
-    ids_checked: bool = field(default=False, repr=False, compare=False, kw_only=True)
+    ids_checked: bool = field(default=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_types()
         rows, kept = self.log_probs_NK.shape
         wrong = [
             f"{name} is {list(tensor.shape)}; expected {shape}"
@@ -66,6 +68,22 @@ class SoftTargets:
             raise UsageError(f"soft targets of {rows} rows: {'; '.join(wrong)}")
         if not self.ids_checked and self.ids_NK is not None and readable(self.ids_NK):
             _check_ids(self.ids_NK, self.num_classes)
+
+    def _check_types(self) -> None:
+        check_tensor("log_probs_NK", self.log_probs_NK, "floating [N, K]")
+        for name in ("ids_NK", "log_tail_N", "weight_N"):
+            check_tensor(name, getattr(self, name), "a tensor of N rows, or None", optional=True)
+        check_number("temperature", self.temperature)
+        if self.log_probs_NK.dim() != 2 or not self.log_probs_NK.is_floating_point():
+            raise UsageError(f"log_probs_NK is {list(self.log_probs_NK.shape)} of {self.log_probs_NK.dtype}; expected "
+                             "floating [N, K]")
+
+    def __repr__(self) -> str:
+        what = "draws" if self.drawn else "all" if self.ids_NK is None else "largest and tail"
+        weights = "" if self.weight_N is None else ", with weights"
+        log_probs = self.log_probs_NK
+        return (f"SoftTargets({len(self)} rows at temperature {self.temperature}, {log_probs.shape[1]} of "
+                f"{self.num_classes} classes ({what}){weights}, {log_probs.dtype} on {log_probs.device})")
 
     def __len__(self) -> int:
         return len(self.log_probs_NK)
@@ -115,12 +133,15 @@ def soft_targets(batch: Batch, *, spec: CacheSpec | None = None, temperature: fl
                  device: torch.device | str = "cpu") -> SoftTargets:
     """The teacher's rows in a batch of cached records, unpacked on `device`, at a stored temperature.
 
-    A `full` cache takes any temperature. `k`: a tier of the cache, by default the largest. UsageError for a temperature
-    that was not stored, a k that is no tier, or a cache without rows.
+    batch: what `cache.read(records)` gives. A `full` cache takes any temperature. `k`: a tier of the cache, by default
+    the largest. Temperatures are exact to 6 decimals; one of numpy's float32 is taken as the decimal it was rounded
+    from. UsageError for a temperature that was not stored, a k that is no tier, or a cache without rows.
     """
+    if not hasattr(batch, "columns"):
+        raise UsageError(f"batch is a {type(batch).__name__}; expected what cache.read(records) gives")
     spec = batch.spec if spec is None else spec
-    name = temperature_name(temperature)
-    device = torch.device(device)
+    name = check_temperature(temperature)
+    device = check_device(device)
     if spec.kind == "none":
         raise UsageError("the cache is of kind 'none': it has features and no rows, so no soft targets")
     if spec.kind == "topk" and name not in spec.temperatures:
@@ -149,11 +170,18 @@ def targets_from_logits(logits_NV: Tensor, *, temperature: float | str, k: int |
     """Targets of a teacher in the loop: all V classes, or the k largest and the tail. No gradient reaches the teacher.
 
     Equal, bit for bit on the CPU, to the targets of a cache of the same logits with float32 values and no label.
+
+    logits_NV: floating [N, V]. UsageError, on the CPU, for a row with NaN or +inf, or of nothing but -inf, as
+    docs/format.md 8.1 refuses it. On a device a look would wait: there the targets of such a row, of no other, are NaN.
     """
-    if logits_NV.dim() != 2:
-        raise UsageError(f"teacher logits are {list(logits_NV.shape)}; expected [N, V]: select the rows first")
-    value = float(temperature_name(temperature))
+    check_tensor("teacher logits", logits_NV, "floating [N, V]")
+    check_integer("k", k, optional=True)
+    if logits_NV.dim() != 2 or not logits_NV.is_floating_point():
+        raise UsageError(f"teacher logits are {list(logits_NV.shape)} of {logits_NV.dtype}; expected floating [N, V]: "
+                         "select the rows first")
+    value = float(check_temperature(temperature))
     num_classes = logits_NV.shape[1]
+    _check_logits(logits_NV)
     if k is None or k == num_classes:
         return _full(logits_NV.float(), value, None)
     if not 1 <= k < num_classes:
@@ -162,6 +190,16 @@ def targets_from_logits(logits_NV: Tensor, *, temperature: float | str, k: int |
     max_N = values_NK[:, 0]
     tail_N = tail_lse(logits_NV, ids_NK, max_N, (value,))[:, 0]
     return _sparse(ids_NK, values_NK - max_N[:, None], tail_N, value, num_classes, None)
+
+
+def _check_logits(logits_NV: Tensor) -> None:
+    """UsageError naming the first row that is no distribution: its largest logit is NaN, +inf or -inf."""
+    if readable(logits_NV) and not bool((finite_N := logits_NV.amax(1).isfinite()).all()):
+        row = int((~finite_N).nonzero()[0])
+        largest = float(logits_NV[row].amax())
+        found = "are all -inf" if largest < 0 else f"have {largest}"
+        raise UsageError(f"teacher logits of row {row} {found}; expected finite ones, or -inf for classes that are "
+                         "ruled out: look at the teacher's input and precision")
 
 
 def _full(values_NV: Tensor, temperature: float, weight_N: Tensor | None) -> SoftTargets:
@@ -191,6 +229,7 @@ def _with_labels(tail_N: Tensor, ids_NK: Tensor, label_NJ: Tensor, logit_NJ: Ten
 def _tier(spec: CacheSpec, k: int | None) -> int:
     """`k` if the cache has it, its largest if None."""
     tiers = spec.tiers if spec.kind == "topk" else (spec.num_classes,)
+    check_integer("k", k, optional=True)
     if k is not None and k not in tiers:
         raise UsageError(f"k is {k}, which is no tier of the cache; tiers: {', '.join(map(str, tiers))}")
     return tiers[-1] if k is None else k
