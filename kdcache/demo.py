@@ -32,9 +32,9 @@ TEMPERATURE, ALPHA = 2.0, 0.9
 TEACHER: dict[str, Any] = {"student": "kdcache.demo:convnet", "student_args": {"width": 32}, "epochs": 30, "lr": 3e-3}
 NEVER = 10**6               # steps: the last weights alone are evaluated and kept
 TRAINING: dict[str, Any] = {"batch_size": 64, "optimizer": "adamw", "weight_decay": 1e-2, "warmup": 0.05,
-                            "device": "cpu", "eval_every": NEVER, "save_every": NEVER}
+                            "device": "cpu", "save_every": NEVER}
 TRAIN_DATA: dict[str, Any] = {"data": "digits", "data_args": {"split": "train"}}
-EVAL_DATA: dict[str, Any] = {"eval_data": "digits", "eval_data_args": {"split": "test"}}
+EVAL_DATA: dict[str, Any] = {"eval_data": "digits", "eval_data_args": {"split": "test"}, "eval_every": NEVER}
 MODES: dict[str, dict[str, Any]] = {"hard": {"alpha": 0.0}, "distilled": {"alpha": ALPHA, "temperature": TEMPERATURE}}
 ROUNDS, EPOCHS = 5, 4       # of the timing
 RESULT = "demo.json"

@@ -43,17 +43,18 @@ def data(place: Path, option: str = "data", name: str = "data") -> list[Any]:
 
 def train(place: Path, out: Path, *args: Any, cache: bool = True) -> Result:
     return run("train-student", *(["--cache", place / "cache"] if cache else []), "--student", f"{place}/models.py:net",
-               *data(place), "--out", out, "--batch-size", "16", "--device", "cpu", *args)
+               *data(place), "--out", out, "--batch-size", "16", *([] if "--device" in args else ["--device", "cpu"]),
+               *args)
 
 
 def test_the_divergence_its_beta_and_the_tail_are_options_of_a_run(folder: Path, tmp_path: Path) -> None:
-    asked = ("--epochs", "1", "--divergence", "jsd", "--beta", "0.25", "--tail", "renormalise")
-    done = train(folder, tmp_path / "a", *asked)
+    asked = ("--epochs", "1", "--divergence", "jsd", "--tail", "renormalise", "--beta")
+    done = train(folder, tmp_path / "a", *asked, "0.25")
     assert done.exit_code == 0 and "0.5 T^2 jsd (tail renormalise, beta 0.25) at T = 2" in done.stderr
     options = tomllib.loads((tmp_path / "a" / "run.toml").read_text())["train-student"]
     assert (options["divergence"], options["beta"], options["tail"]) == ("jsd", 0.25, "renormalise")
-    refused(train(folder, tmp_path / "a", *asked, "--beta", "0.5"), 1, "beta: the run has 0.25, given is 0.5")
-    assert "finished already" in train(folder, tmp_path / "a", *asked).stderr
+    refused(train(folder, tmp_path / "a", *asked, "0.5"), 1, "beta: the run has 0.25, given is 0.5")
+    assert "finished already" in train(folder, tmp_path / "a", *asked, "0.25").stderr
     for wrong, said in ((("--beta", "1"), "--beta"), (("--beta", "0.5"), "divergence 'forward_kl' has none"),
                         (("--tail", "sampled"), "needs draws of the teacher"),
                         (("--divergence", "tv", "--tail", "uniform"), "goes with divergence 'forward_kl' alone")):
@@ -133,7 +134,7 @@ def test_options_training_refuses(folder: Path, tmp_path: Path, args: list[str],
 def test_other_data_is_refused_with_the_fields(folder: Path, tmp_path: Path) -> None:
     result = run("train-student", "--cache", folder / "cache", "--student", f"{folder}/models.py:net",
                  *data(folder, name="shuffled"), "--out", tmp_path / "run", "--max-steps", "1")
-    refused(result, 1, "data.probe", "--accept data.")
+    refused(result, 1, "data.probe")
     accepted = run("train-student", "--cache", folder / "cache", "--student", f"{folder}/models.py:net",
                    *data(folder, name="shuffled"), "--out", tmp_path / "run", "--max-steps", "1", "--accept", "data")
     refused(accepted, 1, "sample_key")              # no override for the keys of the records themselves

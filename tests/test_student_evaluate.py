@@ -103,8 +103,16 @@ def test_a_run_is_evaluated_with_its_best_weights(tmp_path: Path) -> None:
         {key: value for key, value in report.best.items() if key != "step"})
     weights = tmp_path / "run" / "best"
     assert evaluate(spec, test, student_args={"hidden": 12, "num_classes": CLASSES}, student_weights=weights) == found
-    with pytest.raises(UsageError, match="it has its own arguments"):
-        evaluate(tmp_path / "run", test, student_weights=weights)
+    assert evaluate(tmp_path / "run" / "best", test) == found
+    last = evaluate(f"{tmp_path}/run/last/", test)
+    assert last == pytest.approx({key.removeprefix("eval_"): value for key, value in report.evaluation.items()})
+    for run in (tmp_path / "run", tmp_path / "run" / "best"):
+        with pytest.raises(UsageError, match="it has its own arguments"):
+            evaluate(run, test, student_weights=weights)
+    with pytest.raises(UsageError, match=r"no run of train-student .*; expected a RUN, its best/ or last/, or hf:"):
+        evaluate(tmp_path, test)
+    with pytest.raises(UsageError, match=r"nowhere: no such .* SPEC; .*; or a RUN, its best/ or last/"):
+        evaluate("nowhere", test)
     train_student(student=Net(8), out=tmp_path / "object", data=data, alpha=0.0, max_steps=1)
     with pytest.raises(UsageError, match=r"trained Net, an object.*last/model.safetensors"):
         evaluate(tmp_path / "object", test)

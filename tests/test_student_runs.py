@@ -68,9 +68,10 @@ def points_world(tmp_path: Path, **options: Any) -> World:
     data, teacher = Points(48), Net(32, seed=7)
     cache = write_cache(tmp_path / "cache", data, teacher, features=[
         FeatureSpec(name="body", module="body", recipe="raw", dtype="float32", shape=(32,))])
+    evaluated = {"eval_data": Points(20, seed=5), "eval_every": 4} if "eval_data" not in options else {}
     return World(tmp_path, lambda: Net(8, dropout=0.4, norm=True), **{
-        "cache": cache, "data": data, "eval_data": Points(20, seed=5), "epochs": 2.5, "batch_size": 16, "lr": 0.01,
-        "save_every": 3, "eval_every": 4, "warmup": 2, **options})
+        "cache": cache, "data": data, **evaluated, "epochs": 2.5, "batch_size": 16, "lr": 0.01, "save_every": 3,
+        "warmup": 2, **options})
 
 
 def language_world(tmp_path: Path) -> World:
@@ -101,10 +102,12 @@ def test_continued_runs_are_the_uninterrupted_one_bit_for_bit(tmp_path: Path, wo
 
 def test_the_projections_of_hint_losses_are_part_of_the_state(tmp_path: Path) -> None:
     here = match_world(tmp_path)
-    here.train("whole", epochs=60, lr=0.05, save_every=1000, eval_data=None)
+    said: list[str] = []
+    here.train("whole", epochs=60, lr=0.05, save_every=1000, eval_data=None, eval_every=None, say=said.append)
     state = load_file(tmp_path / "whole" / "last" / "state.safetensors")
     assert state["projections/0.weight"].shape == (32, 8)
     assert "optimizer/momentum_buffer/match:projections.0.weight" in state
+    assert "match body=body:mse:0.5: through a learned projection from 8 to 32, kept in state.safetensors" in said[3]
     losses = [line["match body=body:mse:0.5"] for line in here.lines("whole") if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -166,7 +169,7 @@ train_student(student=Net(8, dropout=0.4, norm=True), out={out!r}, cache={cache!
 
 
 def test_a_killed_process_is_continued(tmp_path: Path) -> None:
-    here = points_world(tmp_path, eval_data=None, eval_every=None)
+    here = points_world(tmp_path, eval_data=None)
     code = CHILD.format(tests=str(Path(__file__).parent), out=str(tmp_path / "killed"), cache=str(tmp_path / "cache"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -301,13 +304,17 @@ def test_best_is_the_best_and_last_the_last(tmp_path: Path) -> None:
 
 
 def test_diverged_training_names_the_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    here = points_world(tmp_path, eval_data=None, lr=1e30, optimizer="sgd", save_every=1, epochs=10)
-    with pytest.raises(KDCacheError, match=r"step [2-9] \(position \d+\): the loss is (nan|inf)"):
-        here.train("run")
+    here = points_world(tmp_path, eval_data=None, lr=1e30, optimizer="sgd", epochs=10)
+    with pytest.raises(KDCacheError, match=r"step [2-9] \(position \d+\): the loss is (nan|inf).* or a clip") as caught:
+        here.train("run", save_every=1)
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["loss"] is None
     state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
     assert state["step"] == lines[-1]["step"] - 1
+    assert str(caught.value).endswith(f"a longer warmup or a clip, under another --out; the last checkpoint is of step "
+                                      f"{state['step']}")
+    with pytest.raises(KDCacheError, match=r"a warmup or a smaller clip, under another --out; no checkpoint was save"):
+        here.train("unsaved", save_every=1000, warmup=0.0, clip=1e30)
 
 
 def test_torn_metrics_lose_only_the_torn_line(tmp_path: Path) -> None:

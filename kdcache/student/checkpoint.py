@@ -105,6 +105,12 @@ def find(folder: Path) -> Path | None:
     return folder if folder.exists() else None
 
 
+def look(folder: Path) -> Path | None:
+    """Where the checkpoint of `folder` is now, as `find` would have it; nothing is moved: a run may be training."""
+    new, old = _siblings(folder)
+    return folder if folder.exists() else None if not old.exists() else new if new.exists() else old
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The values of a checkpoint; CacheCorrupt naming the file that is not what was saved."""
     advice = f"delete {folder} to start over, or put another checkpoint in its place"

@@ -20,7 +20,7 @@ from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
 from kdcache.student.loader import as_samples
 from kdcache.student.loop import autocast
-from kdcache.student.run import RECORDED, TABLE, is_run, read_options, weights_folder
+from kdcache.student.run import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options, weights_folder
 from kdcache.student.settings import PRECISIONS
 
 TOP = 5
@@ -37,8 +37,8 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     `tokens`.
 
     student: a module, a `Model`, a model SPEC (with `student_args` and `student_weights`), or the folder of a run,
-    whose best/ (else last/) is taken. data: a dataset, `Samples` or data SPEC. num_classes: logits are cut to so many
-    first; a run knows its own. DataError if nothing is labelled.
+    whose best/ (else last/) is taken, or one of these two. data: a dataset, `Samples` or data SPEC. num_classes: logits
+    are cut to so many first; a run knows its own. DataError if nothing is labelled.
     """
     module, known = _module(student, student_args, student_weights)
     samples = as_samples(data, data_args, seed=None)
@@ -141,19 +141,27 @@ def _module(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | N
         if args or weights is not None:
             raise UsageError("student arguments or weights are given for a student that is an object")
         return (student, None) if isinstance(student, nn.Module) else (student.module, student.num_classes)
-    if is_run(student):
+    path = Path(student)
+    of_run = path.name in (BEST, LAST) and is_run(path.parent)
+    if is_run(path) or of_run:
         if args or weights is not None:
             raise UsageError(f"{student} is a run: it has its own arguments and weights; give none")
-        return load_run(Path(student))
-    model = load_model(str(student), args=args, weights=weights)
+        return load_run(path.parent, path.name) if of_run else load_run(path)
+    if path.is_dir():
+        raise UsageError(f"{student} is a folder, and no run of train-student (it has no {OPTIONS}); expected a RUN, "
+                         f"its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face")
+    try:
+        model = load_model(str(student), args=args, weights=weights)
+    except UsageError as e:
+        raise UsageError(f"{e}; or a RUN, its {BEST}/ or {LAST}/") if ":" not in str(student) else e from e
     return model.module, model.num_classes
 
 
-def load_run(path: Path) -> tuple[nn.Module, int | None]:
-    """The student of a run with the weights of its best (else last) checkpoint, and its number of classes."""
+def load_run(path: Path, name: str | None = None) -> tuple[nn.Module, int | None]:
+    """The student of a run with the weights of its checkpoint `name` (best, else last), and its number of classes."""
     document = read_options(path)
     options, recorded = document[TABLE], document[RECORDED]
-    spec, folder, classes = options.get("student"), weights_folder(path), recorded.get("num-classes")
+    spec, folder, classes = options.get("student"), weights_folder(path, name), recorded.get("num-classes")
     if spec is None:
         raise UsageError(f"{path} trained {recorded.get('student')}, an object: no SPEC says how to make it again; "
                          f"load {folder / checkpoint.MODEL} into one, and evaluate that")

@@ -96,14 +96,19 @@ class Loop:
         self._pending, self._consumed, self._since = [], 0, now
         return lines
 
-    def check(self, lines: list[dict[str, Any]]) -> None:
-        """KDCacheError naming the first step whose loss is no finite number."""
+    def check(self, lines: list[dict[str, Any]], saved: int | None = None) -> None:
+        """KDCacheError naming the first step whose loss is no finite number. saved: the step of the last checkpoint."""
+        settings = self.settings
         for line in lines:
             if not math.isfinite(line["loss"]):
+                advice = ["a lower lr", "a longer warmup" if settings.warmup else "a warmup",
+                          "a smaller clip" if settings.clip else "a clip",
+                          *(["precision float32"] if settings.precision != "float32" else [])]
                 raise KDCacheError(
                     f"step {line['step']} (position {line['position']}): the loss is {line['loss']} "
-                    f"(ce {line['ce']:.4g}, kd {line['kd']:.4g}); training has diverged: take a lower lr, a warmup, a "
-                    "smaller clip, or precision float32; the last checkpoint is from before this step")
+                    f"(ce {line['ce']:.4g}, kd {line['kd']:.4g}); training has diverged: take {', '.join(advice[:-1])} "
+                    f"or {advice[-1]}, under another --out; "
+                    f"{'no checkpoint was saved' if saved is None else f'the last checkpoint is of step {saved}'}")
 
     @property
     def pending(self) -> int:

@@ -152,6 +152,13 @@ class Matches(nn.Module):
         self._seen.clear()
         return total
 
+    def learned(self) -> list[str]:
+        """A sentence about each projection that is learned."""
+        found = [(match, list(projection.parameters())) for match, projection in
+                 zip(self.matches, self.projections, strict=True)]
+        return [f"match {match}: through a learned projection from {weights[0].shape[1]} to {weights[0].shape[0]}, "
+                "kept in state.safetensors and no part of the student" for match, weights in found if weights]
+
     def close(self) -> None:
         """Take the hooks off the student."""
         for hook in self._hooks:

@@ -58,6 +58,22 @@ class Sources:
         return None if self.samples is None else len(self.samples.class_names) or None
 
 
+def check_used(*, alpha: Any, ce_weight: Any, kd_weight: Any, data: Any, data_args: Any, eval_data: Any,
+               eval_data_args: Any, eval_every: Any, best_by: Any) -> None:
+    """UsageError for an option that beside, or without, another one would have no effect."""
+    if alpha is not None and ce_weight is not None and kd_weight is not None:
+        raise UsageError(f"alpha is {alpha}, beside ce_weight {ce_weight} and kd_weight {kd_weight}, which say all; "
+                         "give alpha, or the two weights")
+    for name, given, value in (("data", data, data_args), ("eval_data", eval_data, eval_data_args)):
+        if value and not isinstance(given, str):
+            found = "is not given" if given is None else f"is an object, the {name} is an object"
+            raise UsageError(f"{name}_args {sorted(value)} (--{name.replace('_', '-')}-arg): {name} {found}; arguments "
+                             "belong to a SPEC")
+    for name, value in (("eval_every", eval_every), ("best_by", best_by)):
+        if value is not None and eval_data is None:
+            raise UsageError(f"{name} is {value}, but there is nothing to evaluate on; give eval_data, or leave it out")
+
+
 def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[str, Any] | None,
                  eval_data_args: Mapping[str, Any] | None, accept: Sequence[str]) -> Sources:
     """Open what a run reads. IdentityMismatch lists the fields in which the data is not what the teacher saw."""

@@ -220,13 +220,13 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / OPTIONS).is_file()
 
 
-def weights_folder(path: Path) -> Path:
-    """best/ if the run has one, else last/; CacheExists never, CacheCorrupt if there is neither."""
-    for name in (BEST, LAST):
-        found = checkpoint.find(path / name)
+def weights_folder(path: Path, name: str | None = None) -> Path:
+    """The checkpoint `name` of a run; None: best/ if the run has one, else last/. CacheCorrupt if there is none."""
+    for one in (BEST, LAST) if name is None else (name,):
+        found = checkpoint.look(path / one)
         if found is not None:
             return found
-    raise CacheCorrupt(f"{path} has no checkpoint yet; train it first")
+    raise CacheCorrupt(f"{path} has no checkpoint {name or 'yet'}; train it first")
 
 
 def write_whole(path: Path, text: str) -> None:

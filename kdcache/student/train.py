@@ -19,7 +19,7 @@ from kdcache.student import checkpoint
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
-from kdcache.student.prepare import check_weights, load_student, open_sources, refuse_ranks, resolved
+from kdcache.student.prepare import check_used, check_weights, load_student, open_sources, refuse_ranks, resolved
 from kdcache.student.run import SUMMARY, RunFolder
 from kdcache.student.settings import Settings, texts
 from kdcache.student.training import Training, TrainReport
@@ -31,7 +31,7 @@ NOTHING_YET = "no step was trained yet; give the same command again"
 
 
 def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
-                  data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float = 0.5,
+                  data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float | None = None,
                   ce_weight: float | None = None, kd_weight: float | None = None, divergence: str = "forward_kl",
                   beta: float | None = None, tail: str = "bucket", k: int | None = None, match: Sequence[str] = (),
                   epochs: float | None = None, max_steps: int | None = None, batch_size: int = 128,
@@ -39,7 +39,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                   weight_decay: float | None = None, warmup: float = 0.0, clip: float = 0.0,
                   precision: str = "float32", compile: bool = False, device: str | torch.device | None = None,
                   workers: int = 0, seed: int = 0, shuffle: bool = True, deterministic: bool = False,
-                  eval_every: int | None = None, save_every: int | None = None, best_by: str = "eval_loss",
+                  eval_every: int | None = None, save_every: int | None = None, best_by: str | None = None,
                   report_to: Sequence[str] = (), accept: Sequence[str] = (), dry_run: bool = False,
                   student_args: Mapping[str, Any] | None = None, student_weights: str | Path | None = None,
                   data_args: Mapping[str, Any] | None = None, eval_data_args: Mapping[str, Any] | None = None,
@@ -59,7 +59,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     student        a model SPEC with student_args and student_weights, a module or a `Model`
     data           a dataset or data SPEC; None takes inputs from the cache's tokens. eval_data: evaluated on
     temperature    of soft targets; 2 by default, 1 for token caches. k: a tier of the cache, by default the largest
-    loss           ce_weight * CE + kd_weight * T^2 * D (alpha sets 1 - alpha and alpha), + weight * each of `match`,
+    loss           ce_weight * CE + kd_weight * T^2 * D (alpha, 0.5, sets 1 - alpha and alpha), + weight * each `match`,
                    "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, beta, tail, engine: see `kd_loss`
     logits_memory  "512 MB": the student's head runs inside the loss (see `kd_linear_loss`), its logits never whole, in
                    chunks of this size; for models whose head is an nn.Linear with nothing after it but a scale or soft
@@ -70,7 +70,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     precision      float32, bfloat16 or float16 (autocast; float16 not on the CPU)
     seed           of initial weights, order and dropout; the caller's generators are left as they were
     eval_every     steps between evaluations, save_every between checkpoints; once an epoch by default, and at the end
-    best_by        eval_loss, eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by
+    best_by        eval_loss (the default), eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by
     report_to      "tensorboard", "wandb"; metrics.jsonl is always written
     accept         identity fields, or "view_key", whose difference is harmless; also "data.probe", "eval_data.name",
                    ... where a run goes on with other data; recorded in run.toml
@@ -86,13 +86,15 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     refuse_ranks()
     picked = pick_device(device)
     settings = Settings(
-        temperature=temperature, k=k, alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, divergence=divergence,
-        beta=beta, tail=tail, match=texts(match), engine=engine,
+        temperature=temperature, k=k, alpha=0.5 if alpha is None else alpha, ce_weight=ce_weight, kd_weight=kd_weight,
+        divergence=divergence, beta=beta, tail=tail, match=texts(match), engine=engine,
         logits_memory=None if logits_memory is None else str(logits_memory), epochs=epochs, max_steps=max_steps,
         batch_size=batch_size, micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
         warmup=warmup, clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
-        deterministic=deterministic, eval_every=eval_every, save_every=save_every, best_by=best_by,
-        accept=texts(accept))
+        deterministic=deterministic, eval_every=eval_every, save_every=save_every,
+        best_by="eval_loss" if best_by is None else best_by, accept=texts(accept))
+    check_used(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, data=data, data_args=data_args,
+               eval_data=eval_data, eval_data_args=eval_data_args, eval_every=eval_every, best_by=best_by)
     check_reporters(texts(report_to))
     sources = open_sources(cache, data, eval_data, data_args=data_args, eval_data_args=eval_data_args,
                            accept=settings.accept)
@@ -102,6 +104,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     args = {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args}
     options = {**{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
                **{key: dict(value) for key, value in args.items() if value}, "workers": workers, **settings.table()}
+    unused = ([] if ce_weight is None else ["alpha"]) + ([] if eval_data is not None else ["best-by"])
+    options = {key: value for key, value in options.items() if key not in unused}
     sources.recorded |= {key: type(value).__name__ for key, value in
                          (("student", student), ("live-teacher", live_teacher))
                          if value is not None and not isinstance(value, str | Path)}

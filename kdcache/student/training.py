@@ -100,6 +100,7 @@ class Training:
         self.loop = Loop(model.module, self.loader, settings, optimizer=self.optimizer, parameters=self.parameters,
                          schedule=schedule, matches=self.matches, head=self.head)
         self.step = self.position = self.continued_from = 0
+        self.saved: int | None = None                   # the step of last/
         self.training: dict[str, float] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
@@ -172,13 +173,14 @@ class Training:
             lines = self.loop.drain()
             for line in lines:
                 metrics.write(line)
-            self.loop.check(lines)
+            self.loop.check(lines, self.saved)
             self.training = {key: value for key, value in lines[-1].items() if key not in ("step", "epoch", "position")}
         if evaluate:
             self._evaluate(metrics)
         if save:
             metrics.sync()
             self._save(LAST)
+            self.saved = self.step
         if evaluate or save:
             self.loop.rest_clock()
         if evaluate or time.perf_counter() - self.said > SAY_EVERY:
@@ -235,6 +237,7 @@ class Training:
         self.step, self.position, self.seconds = state["step"], state["position"], state["seconds"]
         self.best, self.evaluation, self.training = state["best"], state["evaluation"], state["training"]
         self.loader.start, self.continued_from = self.position, self.step
+        self.saved = self.step
 
     def _check_micro_batches(self) -> None:
         """SpecMismatch where another micro-batch size would change what is learned."""
@@ -277,7 +280,10 @@ class Training:
         yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} "
                f"(tail {settings.tail}{beta}) at T = "
                f"{loader.temperature:g}" + "".join(f" + {match.weight:g} {match}" for match in settings.matches))
-        yield (f"{loader.total_steps} steps of {settings.batch_size} records, {settings.optimizer}, "
+        if self.matches is not None:
+            yield from self.matches.learned()
+        yield (f"{loader.total_steps} step{'s' * (loader.total_steps != 1)} of {settings.batch_size} "
+               f"record{'s' * (settings.batch_size != 1)}, {settings.optimizer}, "
                f"lr {settings.lr:g}, {settings.precision} on {self.device}, "
                f"engine {check_engine(settings.engine, self.device)}")
         if self.head is not None:
