@@ -1,7 +1,8 @@
 """Who is raced over the distillation loss: the fused kernel, the torch engine, the definition, compiled, and Liger.
 
 All are asked for the same: (1 - alpha) mean CE + alpha T^2 mean KL of N rows of logits, and its gradient with respect
-to the logits, which is what each returns. Their teacher is sparse, K classes and a tail, but for Liger's.
+to the logits, which is what each returns. Their teacher is sparse, K classes and a tail, but for Liger's, which gives
+the gradient in units of (1 - alpha) / N.
 """
 
 from __future__ import annotations
@@ -117,16 +118,18 @@ def liger(problem: Problem, q_NV: Tensor) -> Tensor:
     """Liger's fused cross-entropy, and its KL over torch's log-softmax, in the dtype of the logits throughout.
 
     Its teacher is dense: N V probabilities are read beside the logits. The cross-entropy reads the logits twice and
-    writes their gradient over them; the log-softmax reads them and writes N V more, which the KL reads.
+    writes their gradient over them; the log-softmax reads them and writes N V more, which the KL reads. A factor of
+    either part, 1 / N among them, would be another read and write of N V in backward, which only one of 1 is spared:
+    so both are sums, and the loss is in units of (1 - alpha) / N. What is left is alpha / (1 - alpha) T^2 of the KL,
+    for which its API has no place: 1 at T = 1.
     """
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
 
     temperature = problem.targets.temperature
     score_NV = problem.logits_NV if temperature == 1 else problem.logits_NV / temperature
-    kd = LigerKLDIVLoss(reduction="batchmean")(torch.log_softmax(score_NV, -1), q_NV)
-    ce = LigerCrossEntropyLoss()(problem.logits_NV, problem.labels_N)       # last: it destroys the logits
-    value = (1 - ALPHA) * ce + ALPHA * temperature**2 * kd
-    return torch.autograd.grad(value, problem.logits_NV)[0]
+    kd = LigerKLDIVLoss(reduction="sum")(torch.log_softmax(score_NV, -1), q_NV)
+    ce = LigerCrossEntropyLoss(reduction="sum")(problem.logits_NV, problem.labels_N)    # last: it destroys the logits
+    return torch.autograd.grad(ce + ALPHA / (1 - ALPHA) * temperature**2 * kd, problem.logits_NV)[0]
 
 
 def contenders(problem: Problem, compiled: bool, q_NV: Tensor | None) -> dict[str, Entrant]:
@@ -155,7 +158,7 @@ def gradient_errors(problem: Problem, run: Callable[[], object], q_NV: Tensor | 
     """How far a contender's gradient is from that in float64, on a few rows.
 
     "max": the greatest difference over the greatest entry. "tail": over the classes that are neither kept nor labels,
-    whose entries are small and many, the norm of the difference over the norm. `q_NV`: the contender's dense teacher.
+    whose entries are small and many, the norm of the difference over the norm. `q_NV`: the dense teacher of Liger's.
     """
     problem.restore()
     found_NV = run()
@@ -167,11 +170,12 @@ def gradient_errors(problem: Problem, run: Callable[[], object], q_NV: Tensor | 
     if q_NV is None:
         assert t.ids_NK is not None and t.log_tail_N is not None
         value = sparse_loss(x, labels, t.ids_NK, t.log_probs_NK.double(), t.log_tail_N.double(), t.temperature)
+        value = value * (len(rows) / len(problem.labels_N))
     else:
         ce = definitions.cross_entropy(x, labels[:, None], torch.ones_like(labels, dtype=x.dtype)[:, None])
         kd = definitions.full(x, q_NV[rows].double().log(), t.temperature)
-        value = ((1 - ALPHA) * ce + ALPHA * t.temperature**2 * kd).mean()
-    truth = torch.autograd.grad(value * (len(rows) / len(problem.labels_N)), x)[0]
+        value = (ce + ALPHA / (1 - ALPHA) * t.temperature**2 * kd).sum()
+    truth = torch.autograd.grad(value, x)[0]
     assert t.ids_NK is not None
     named = torch.cat([t.ids_NK, labels[:, None]], 1)
     tail = torch.ones_like(truth).scatter_(1, named, 0)

@@ -54,7 +54,7 @@ class Sizes:
         return sorted(product(self.classes, self.temperatures, self.kept), key=lambda case: case[2] != self.compiled_at)
 
 
-CUDA = Sizes(rows=8192, classes=(1000, 32_000, 50_257, 128_256, 151_936, 262_144))
+CUDA = Sizes(rows=8192, classes=(1000, 4096, 10_000, 32_000, 50_257, 128_256, 151_936, 262_144))
 CPU = Sizes(rows=256, classes=(1000, 32_000), kept=(64,), dtype=torch.float32, rounds=7, copy_bytes=2**26,
             flush_bytes=2**26)
 QUICK = {"cuda": Sizes(rows=256, classes=(1000, 1271), temperatures=(2.0,), kept=(16,), compiled_at=16, rounds=2,

@@ -10,7 +10,7 @@ read and written. Every rate here is those least bytes over the time, whatever a
 
 A kernel's share above 100 % of the copy would not be wrong: it reads, and a copy reads and writes. Logits of one case
 (16 MB at V = 1000, else 0.5 GB and more) are read by all contenders, each time after a buffer larger than the caches
-was written.
+was written and read: no line is left to be written back while they are timed.
 
 On a CPU the kernel cannot be timed: there the two torch forms are raced alone.
 

@@ -1,8 +1,9 @@
 """Where kernels are raced: one device, cold caches, a copy in the same turns as the roof, memory and failures noted.
 
-On CUDA a run is timed by events around it. Before each run what the last one destroyed is put back and a buffer larger
-than the caches is written; then the device waits for about a millisecond while the run's launches queue up behind, so
-that what is timed is the device and not the launching, unless a contender itself waits for the device. On a CPU the
+On CUDA a run is timed by events around it. Before each run what the last one destroyed is put back, and a buffer larger
+than the caches is written and then read: what it leaves there is clean, where lines that were only written would be
+written back within the timed run. Then the device waits for some milliseconds while the run's launches queue up behind,
+so that what is timed is the device and not the launching, unless a contender itself waits for the device. On a CPU the
 wall clock is taken, after the same preparations.
 """
 
@@ -20,8 +21,7 @@ import torch
 from kdcache.bench.race import Contender, median_ratio, race, spread, wall_clock
 from kdcache.errors import UsageError
 
-WAIT_CYCLES = 2_000_000             # about 1 ms at 2 GHz: time to queue some hundred launches
-
+WAIT_CYCLES = 10_000_000            # about 5 ms at 2 GHz: some 35 launches from Python take about one to queue
 
 SECONDS = 420.0                     # of races; a machine is lent by commands of ten minutes
 
@@ -79,7 +79,7 @@ class Track:
         self.device = device
         self.source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
         self.target = torch.empty_like(self.source)
-        self.dirt = torch.zeros(flush_bytes, dtype=torch.uint8, device=device)
+        self.dirt = torch.zeros(-(-flush_bytes // 8), dtype=torch.int64, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
@@ -113,6 +113,11 @@ class Track:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def flush(self) -> None:
+        """Writes and reads more than the caches hold."""
+        self.dirt.zero_()
+        self.dirt.sum()
+
     def copy(self) -> None:
         self.target.copy_(self.source)
 
@@ -144,7 +149,7 @@ class Track:
     def seconds(self, run: Contender, prepare: Contender = nothing) -> float:
         """One run, timed, cold."""
         prepare()
-        self.dirt.zero_()
+        self.flush()
         if self.device.type != "cuda":
             return wall_clock("", run)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
