@@ -292,3 +292,16 @@ def test_a_short_repr() -> None:
     assert "50 of 50 classes (all)" in repr(targets_from_logits(teacher(13, 4, 50), temperature=1.5))
     draws = replace(targets, log_tail_N=None, weight_N=torch.ones(400))
     assert "(draws), with weights, " in repr(draws)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_on_a_device_a_bad_row_spoils_no_other(value: float) -> None:
+    logits = teacher(14, 5, 40)
+    want = targets_from_logits(logits, temperature=2.0, k=4)
+    logits[2, 7] = value
+    found = targets_from_logits(logits.cuda(), temperature=2.0, k=4).to("cpu")
+    keep = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(found.ids_NK[keep], want.ids_NK[keep]) and bool(found.log_probs_NK[2].isnan().any())
+    torch.testing.assert_close(found.log_probs_NK[keep], want.log_probs_NK[keep], rtol=1e-6, atol=1e-6)

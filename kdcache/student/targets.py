@@ -172,7 +172,8 @@ def targets_from_logits(logits_NV: Tensor, *, temperature: float | str, k: int |
     Equal, bit for bit on the CPU, to the targets of a cache of the same logits with float32 values and no label.
 
     logits_NV: floating [N, V]. UsageError, on the CPU, for a row with NaN or +inf, or of nothing but -inf, as
-    docs/format.md 8.1 refuses it. On a device a look would wait: there the targets of such a row, of no other, are NaN.
+    docs/format.md 8.1 refuses it. On a device a look would wait: there the targets of such a row, and of no other, are
+    NaN, and so is the gradient; the loss of the row may be 0.
     """
     check_tensor("teacher logits", logits_NV, "floating [N, V]")
     check_integer("k", k, optional=True)
