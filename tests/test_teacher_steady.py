@@ -87,13 +87,15 @@ def test_it_is_refused_where_a_dump_goes_on_and_the_shards_there_stay(tmp_path: 
             return super().forward(x) if self.part else self.net(x)
 
     net, dump = Later(0.0), dumper(tmp_path / "c")
-    with pytest.raises(ZeroDivisionError):
-        dump(teacher=net, batch_size=10, records_per_shard=10, progress=lambda now: 1 // (30 - now.records))
-    before = {name: data for name, data in files(tmp_path / "c").items() if name.startswith("commit/")}
+    dump(teacher=net, batch_size=10, records_per_shard=10)
+    before = files(tmp_path / "c")
+    sorted((tmp_path / "c/data").iterdir())[3].unlink()
     net.part = 0.1
-    with pytest.raises(DataError, match="answers differently each time"):
+    with pytest.raises(DataError, match="asked twice about samples 30 to 39"):
         dump(teacher=net, batch_size=10, records_per_shard=10)
-    assert before.items() <= files(tmp_path / "c").items() and before
+    net.part = 0.0
+    assert dump(teacher=net, batch_size=10, records_per_shard=10).shards_written == 1
+    assert before.items() <= files(tmp_path / "c").items()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -104,7 +106,8 @@ def test_a_steady_teacher_passes_with_a_difference_that_rounding_can_explain(dty
     assert found.alone is not None and found.alone <= found.rounding
     with torch.inference_mode():
         size = float(net(data.x[:32].to(dtype)).float().abs().max())
-    assert found.rounding == pytest.approx(math.sqrt(torch.finfo(dtype).eps) * size)
+    eps = max(torch.finfo(dtype).eps, 2.0**-23)             # what is kept and compared is float32 at the finest
+    assert found.rounding == pytest.approx(math.sqrt(eps) * size)
 
 
 def test_padding_is_no_reason_and_the_shortest_record_is_the_one_asked_alone() -> None:
@@ -143,7 +146,7 @@ def test_nan_is_left_to_what_names_its_sample_and_infinity_is_a_difference() -> 
 
 def test_the_unit_is_the_coarsest_on_the_way() -> None:
     assert unit(mlp().bfloat16(), torch.float32, CPU) == 2.0**-7
-    assert unit(mlp(), torch.float32, CPU) == 2.0**-23
+    assert unit(mlp(), torch.float32, CPU) == unit(mlp().double(), torch.float64, CPU) == 2.0**-23
     assert unit(mlp(), torch.float32, torch.device("cuda")) == 2.0**-10
     assert explained(8.0, 2.0**-8) == 0.5
 

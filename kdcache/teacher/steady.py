@@ -35,8 +35,8 @@ class Steadiness:
 
 
 def unit(module: nn.Module, logits: torch.dtype, device: torch.device) -> float:
-    """The coarsest unit of rounding on the way from weights to logits, 2^-23 for float32."""
-    eps = max(torch.finfo(dtype).eps for dtype in (logits, weights_dtype(module) or logits))
+    """The coarsest unit of rounding on the way from weights to what is compared, which is float32: 2^-23 for that."""
+    eps = max(torch.finfo(dtype).eps for dtype in (torch.float32, logits, weights_dtype(module) or logits))
     return max(float(eps), TENSOR_FLOAT) if device.type == "cuda" else float(eps)
 
 
@@ -77,8 +77,9 @@ def steadiness(module: nn.Module, samples: Samples, span: Span, device: torch.de
     if len(batch) == 1:
         return Steadiness(again, None, rounding)
     sample = span.start + one
+    single = read(samples, span.view, [sample])
     try:
-        alone_NV, _ = _rows(module, read(samples, span.view, [sample]), device)
+        alone_NV, _ = _rows(module, single, device)
     except DataError as e:
         return Steadiness(again, math.inf, rounding, f"{e}, which is sample {sample} alone. {SHARED}")
     alone = _apart(mine, alone_NV[own].float()) if len(alone_NV) == counts_B[one] else math.inf
