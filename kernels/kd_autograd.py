@@ -17,8 +17,9 @@ def first_derivatives_only(call: str) -> Callable[[Callable[..., Gradients]], Ca
 
     torch's `once_differentiable` makes it one only where the incoming gradient requires a gradient, which that of a
     loss does not: a gradient penalty or a Hessian would be that of a constant, zero without a word. An ordinary
-    backward runs without grad mode and is as it was. Which inputs the returned is of is known from what was saved by an
-    operator, or from `link` in the forward of a Function.
+    backward runs without grad mode and is as it was. Which inputs the returned is of is known from what an operator
+    saved, or from `link` in the forward of a Function. A backward that torch.compile has captured is torch's own: where
+    the graph saved one of its inputs that is an error too ("double backward"), else there is no second derivative.
     """
 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
