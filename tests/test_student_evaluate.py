@@ -85,6 +85,8 @@ def test_what_cannot_be_evaluated() -> None:
     data.y = torch.zeros((10, 2), dtype=torch.int64)
     with pytest.raises(DataError, match=r"one label for each of 10 rows; the data gives \[10, 2\]"):
         evaluate(Net(), data)
+    with pytest.raises(DataError, match=r"student \(TinyLM\) cannot be run on input_ids \[4, 9\] of int64: IndexError"):
+        evaluate(TinyLM(vocabulary=3), Windows(4, equal=True))
     for options, message in (({"batch_size": 0}, "batch size 0"), ({"precision": "int8"}, "precision 'int8'"),
                              ({"student_args": {"a": 1}}, "an object")):
         with pytest.raises(UsageError, match=message):

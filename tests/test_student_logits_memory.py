@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -158,11 +159,14 @@ def test_a_run_is_continued_and_its_chunks_are_an_option_of_it(cache: Path, tmp_
 
     with pytest.raises(Stop):
         trained(tmp_path / "run", Headed(dropout=0.2), cache, logits_memory=FEW, save_every=1, on_step=stop)
-    with pytest.raises(Exception, match="logits-memory"):
-        trained(tmp_path / "run", Headed(dropout=0.2), cache, save_every=1)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
     rest = trained(tmp_path / "run", Headed(dropout=0.2), cache, logits_memory=FEW, save_every=1)
     losses = [line["loss"] for line in whole]
     assert [line["loss"] for line in rest] == losses[-len(rest):] and 0 < len(rest) < len(losses)
+    other = trained(tmp_path / "other", Headed(dropout=0.2), cache, save_every=1, say=said.append)
+    assert f"from here on: logits-memory nothing, was '{FEW}': the same mathematics to other bits" in said
+    # Up to 64 rows are summed in another order, which moves a sum by at most 64 * 2^-24 = 4e-6 of it, in up to 5 steps.
+    assert [line["loss"] for line in other] == pytest.approx(losses[-len(rest):], rel=2e-5)
 
 
 def test_a_hint_from_the_head_itself_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.models import Model, Output, forward, load_model, pick_device
+from kdcache.models import Model, Output, forward, load_model, pick_device, trying
 from kdcache.student import checkpoint
 from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
@@ -38,7 +38,7 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
 
     student: a module, a `Model`, a model SPEC (with `student_args` and `student_weights`), or the folder of a run,
     whose best/ (else last/) is taken, or one of these two. data: a dataset, `Samples` or data SPEC. num_classes: logits
-    are cut to so many first; a run knows its own. DataError if nothing is labelled.
+    are cut to so many first; a run knows its own. DataError if nothing is labelled, or the student cannot take it.
     """
     module, known = _module(student, student_args, student_weights)
     samples = as_samples(data, data_args, seed=None)
@@ -67,7 +67,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
         with torch.inference_mode():
             for collated in batches:
                 inputs = to_device(collated.inputs, device, non_blocking=True)
-                with autocast(device, precision):
+                with trying("student", module, inputs), autocast(device, precision):
                     output = (forward if head is None else head.trunk)(module, inputs)
                 classes = slice(num_classes)
                 wide = len(range(output.logits.shape[-1] if head is None else head.num_classes)[classes])

@@ -19,9 +19,8 @@ from kdcache.data.collate import read_batch
 from kdcache.data.identify import identify, probe_ids
 from kdcache.data.samples import Inputs, Samples
 from kdcache.engines import meant
-from kdcache.errors import DataError, KDCacheError, NotBuilt, UsageError
-from kdcache.loading import describe
-from kdcache.models import Model, Output, forward, load_model
+from kdcache.errors import DataError, NotBuilt, UsageError
+from kdcache.models import Model, Output, forward, load_model, trying
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
 from kdcache.student.head import Head
@@ -201,20 +200,10 @@ def _trying(module: nn.Module, inputs: Inputs) -> Iterator[None]:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), trying("student", module, inputs):
             yield
-    except KDCacheError:
-        raise
-    except Exception as e:
-        raise DataError(f"the student ({type(module).__name__}) cannot be run on {_shapes(inputs)}: "
-                        f"{describe(e)}") from e
     finally:
         module.train(training)
-
-
-def _shapes(inputs: Inputs) -> str:
-    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
-    return ", ".join(f"{name} {list(x.shape)} of {str(x.dtype).removeprefix('torch.')}" for name, x in named.items())
 
 
 def refuse_ranks() -> None:
