@@ -189,19 +189,23 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
 
 
 def own_tokenizer(folder: Path) -> tuple[str, Path] | None:
-    """The fingerprint (data/text.py) of the tokenizer that a model's folder is for, and the file that says so.
+    """The fingerprint (data/text.py) of the tokenizer that the model in a folder is for, and the file that says so.
 
-    That is its tokenizer.json, or for best/ and last/ of a run what run.toml recorded; None without either.
+    For best/ and last/ of a run that is what run.toml recorded: what it was trained on, whatever tokenizer came along.
+    Else it is the folder's tokenizer.json; None without either.
     """
     file, run = folder / "tokenizer.json", folder.resolve().parent / "run.toml"
-    if file.is_file():
-        from kdcache.data.text import fingerprint, load_tokenizer
-        return fingerprint(load_tokenizer(str(file))), file
     try:
         recorded = tomllib.loads(run.read_text(encoding="utf-8")).get("recorded", {}).get("tokenizer")
-    except (OSError, ValueError, AttributeError):       # no run: the folder says nothing about a tokenizer
+    except (OSError, ValueError, AttributeError):       # no run
+        recorded = None
+    if isinstance(recorded, str):
+        return recorded, run
+    if not file.is_file():
         return None
-    return (recorded, run) if isinstance(recorded, str) else None
+    from kdcache.data.text import fingerprint, load_tokenizer
+
+    return fingerprint(load_tokenizer(str(file))), file
 
 
 def position_limit(module: nn.Module) -> tuple[int, bool] | None:

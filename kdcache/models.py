@@ -165,20 +165,21 @@ def _shapes(inputs: Inputs) -> str:
 
 
 def require_tokenizer(model: Model, tokenizer: Mapping[str, Any] | None, *, role: str,
-                      accept: Sequence[str] = ()) -> list[str]:
+                      accept: Sequence[str] | None = None) -> list[str]:
     """IdentityMismatch if the folder of `model` names another tokenizer than that of the data (an identity's
-    `tokenizer`, with its fingerprint); ["tokenizer"] if `accept` names it, [] where both agree or one is unknown."""
+    `tokenizer`, with its fingerprint); ["tokenizer"] if `accept` names it, [] where both agree or one is unknown.
+    accept None: of a command that takes none."""
     wanted = (tokenizer or {}).get("fingerprint")
     found = None if model.folder is None or wanted is None else own_tokenizer(model.folder)
     if found is None or found[0] == wanted:
         return []
-    if "tokenizer" in accept:
+    if "tokenizer" in (accept or ()):
         return ["tokenizer"]
+    harmless = "" if accept is None else "; a difference known to be harmless: --accept tokenizer"
     raise IdentityMismatch(
         f"the {role} {model.spec} is for another tokenizer than the data's: an id is another token to it:\n"
         f"  tokenizer.fingerprint: the data has {wanted}\n  {found[1]} has {found[0]}\n  give the tokenizer of the "
-        f"{role} to the data; a difference known to be harmless: --accept tokenizer",
-        [FieldDifference("tokenizer.fingerprint", wanted, found[0])])
+        f"{role} to the data{harmless}", [FieldDifference("tokenizer.fingerprint", wanted, found[0])])
 
 
 def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:

@@ -96,6 +96,9 @@ def test_a_run_says_what_its_weights_were_trained_on(tmp_path: Path, text: dict[
     assert require_tokenizer(model, data.tokenizer_identity, role="student") == []
     with pytest.raises(IdentityMismatch, match=r"the student hf:.* is for another tokenizer"):
         require_tokenizer(model, {"fingerprint": "0"}, role="student")
+    tokenizer_file(folder / "tokenizer.json", WORDS[::-1])              # came along with the weights it began from
+    assert own_tokenizer(folder) == (wanted, tmp_path / "run" / "run.toml")
+    (folder / "tokenizer.json").unlink()
     for text_of_run in ("", "[recorded]\ntokenizer = 3\n", "recorded = 3\n", "[["):
         (tmp_path / "run" / "run.toml").write_text(text_of_run)
         assert own_tokenizer(folder) is None
