@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.kd_parts import await_parts, take_part
-from kdcache.kernels.kd_values import row_stats, values_and_slopes
+from kdcache.kernels.kd_values import given_teacher, row_stats, values_and_slopes
 from kdcache.kernels.rows import (
     FLOOR,
     dense_gradient,
@@ -37,8 +37,24 @@ def known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num
         known = (label >= 0) & (label < num_classes)
         weight = tl.full([BJ], 1.0, tl.float32)
         if LABEL_WEIGHT is not None:
-            weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=known, other=0.0).to(tl.float32)
+            weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=j < num_labels, other=0.0).to(tl.float32)
         return tl.where(known, label, -1).to(tl.int32), tl.where(known, weight, 0.0)
+
+
+@triton.jit
+def known_ids(IDS, ROW_WEIGHT, n, id_stride, kept, num_classes, BK: tl.constexpr):
+    """Ids [BK] (below 0: none), which are classes [BK], and the weight of a row's divergence (0: no teacher, and no
+    id). Neither load waits for the other."""
+    k = tl.arange(0, BK)
+    if IDS is None:
+        return k - BK, k < 0, 0.0
+    else:
+        row_weight = 1.0
+        if ROW_WEIGHT is not None:
+            row_weight = tl.load(ROW_WEIGHT + n).to(tl.float32)
+        entry = tl.load(IDS + n * id_stride + k, mask=k < kept, other=-1)
+        valid = (entry >= 0) & (entry < num_classes) & (k < tl.where(row_weight != 0, kept, 0))
+        return tl.where(valid, entry, -1).to(tl.int32), valid, row_weight
 
 
 @triton.jit
@@ -112,11 +128,7 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
     out = row if INPLACE else row_start(G, n, g_stride, VEC, ALIGNED)      # two registers less through both sweeps
     label_J, weight_J = known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels,
                                      num_classes, BJ)
-    row_weight = 0.0
-    if IDS is not None:
-        row_weight = 1.0
-        if ROW_WEIGHT is not None:
-            row_weight = tl.load(ROW_WEIGHT + n).to(tl.float32)
+    id_K, valid_K, row_weight = known_ids(IDS, ROW_WEIGHT, n, id_stride, kept, num_classes, BK)
     loss = 0.0
     ce = 0.0
     kd = 0.0
@@ -126,12 +138,13 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
     agrees = 0.0
     if tl.max(tl.abs(weight_J), axis=0) + tl.abs(row_weight) != 0:
         k = tl.arange(0, BK)
-        valid_K = k < 0
-        id_K = k - BK - BJ
-        if IDS is not None:
-            entry_K = tl.load(IDS + n * id_stride + k, mask=k < tl.where(row_weight != 0, kept, 0), other=-1)
-            valid_K = (entry_K >= 0) & (entry_K < num_classes)
-            id_K = tl.where(valid_K, entry_K, -1).to(tl.int32)
+        log_q_K = None
+        log_q_tail = None
+        if LOG_Q is not None:
+            log_q_K, log_q_tail = given_teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+        ce_scale = tl.load(CE_SCALE).to(tl.float32) if CE_SCALE is not None else None
+        kd_scale = tl.load(KD_SCALE).to(tl.float32) if KD_SCALE is not None else None
+        z_scale = tl.load(Z_SCALE).to(tl.float32) if Z_SCALE is not None else None
         own_K = valid_K & (id_K // part == s) if STAGE > 0 else valid_K
         own_J = (weight_J != 0) & (label_J // part == s) if STAGE > 0 else weight_J != 0
         if STAGE == 2:
@@ -185,19 +198,18 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
             if rate is not None:
                 x_K, steep_K = capped(x_K, rate)
                 x_J, steep_J = capped(x_J, rate)
-            loss, ce, kd, a_one, a_soft, even, g_K, ce_scale = values_and_slopes(
-                x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size, LOG_Q,
-                LOG_TAIL, CE_SCALE, KD_SCALE, Z_SCALE, n, q_stride, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P,
-                Q, TWO)
+            loss, ce, kd, a_one, a_soft, even, g_K = values_and_slopes(
+                x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size,
+                log_q_K, log_q_tail, ce_scale, kd_scale, z_scale, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P, Q,
+                TWO)
             if STATS is not None:
-                lse, entropy, mass, agrees = row_stats(x_K, valid_K, row_weight, ref, ref2, one, soft, moment, LOG_Q, n,
-                                                       q_stride, c, c2, P, Q, TWO, BK)
+                lse, entropy, mass, agrees = row_stats(x_K, row_weight, ref, ref2, one, soft, moment, log_q_K, c, c2, P,
+                                                       Q, TWO)
             if gain is not None:
                 a_one *= gain
                 a_soft *= gain
                 even *= gain
                 g_K *= gain
-                ce_scale *= gain
             if GRADIENT:
                 if P + Q > 0:
                     sweep_gradient(row + begin, out + begin, count, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C,
@@ -209,11 +221,11 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
                 if rate is not None:
                     g_K *= steep_K
                 tl.store(out + id_K, g_K.to(out.dtype.element_ty), mask=own_K)
-                if CE_SCALE is not None:
+                if ce_scale is not None:
                     kept_J = tl.max((label_J[:, None] == id_K[None, :]).to(tl.int32), axis=1)
                     taken_J = tl.sum(tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0), axis=1)
                     g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even if SCORES else None)
-                    g_J -= ce_scale * taken_J
+                    g_J -= (ce_scale if gain is None else ce_scale * gain) * taken_J
                     if rate is not None:
                         g_J *= steep_J
                     tl.store(out + label_J, g_J.to(out.dtype.element_ty), mask=own_J & (kept_J == 0))

@@ -12,26 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdcache.kernels.kd_rows import ROW_POINTERS, known_labels
-from kdcache.kernels.kd_values import teacher
+from kdcache.kernels.kd_rows import ROW_POINTERS, known_ids, known_labels
+from kdcache.kernels.kd_values import given_teacher, teacher
 from kdcache.kernels.rows import FLOOR, LN2, dense_gradient, fill_zeros, power, row_start, sweep_gradient, sweep_sums
 
 LEAST = tl.constexpr(1e-20)     # of a tail's sum; a smaller one is given as its logarithm, which is below 0
-
-
-@triton.jit
-def known_ids(IDS, ROW_WEIGHT, n, id_stride, kept, num_classes, BK: tl.constexpr):
-    """Ids [BK] (-1: none), which are classes [BK], and the weight of a row's divergence (0: no teacher)."""
-    k = tl.arange(0, BK)
-    if IDS is None:
-        return k - BK, k < 0, 0.0
-    else:
-        row_weight = 1.0
-        if ROW_WEIGHT is not None:
-            row_weight = tl.load(ROW_WEIGHT + n).to(tl.float32)
-        entry = tl.load(IDS + n * id_stride + k, mask=k < tl.where(row_weight != 0, kept, 0), other=-1)
-        valid = (entry >= 0) & (entry < num_classes)
-        return tl.where(valid, entry, -1).to(tl.int32), valid, row_weight
 
 
 @triton.jit
@@ -79,6 +64,8 @@ def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, 
     scored = 0.0
     weight = 0.0
     if tl.max(tl.abs(weight_J), axis=0) + tl.abs(row_weight) != 0:
+        if LOG_Q is not None:
+            log_q_K, _ = given_teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
         own_J, _, x_J = own_logits(row, label_J, weight_J != 0, first, count, 0.0)
         own_K, at_K, raw_K = own_logits(row, id_K, valid_K, first, count, 0.0)
         x_K = tl.where(own_K, raw_K.to(tl.float32), -float("inf"))
@@ -101,7 +88,7 @@ def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, 
             scored = tl.sum(tl.where(own_J, weight_J * (x_J.to(tl.float32) - top), 0.0), axis=0)
             weight = tl.sum(tl.where(own_J, weight_J, 0.0), axis=0)
         if IDS is not None:
-            log_q_K, _ = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+            log_q_K = teacher(log_q_K, TAIL)
             base = top
             if TAIL == "conditional":
                 tail = tl.maximum(top_K, FLOOR)
@@ -250,7 +237,8 @@ def shard_gradient(X, G, SUMS, LOSS, CE, KD, LABELS, LABEL_WEIGHT, IDS, LOG_Q, L
                 g_K += a_one * tl.exp(x_K - top) - ce_scale * taken_K
                 a_one *= by_one
         if IDS is not None:
-            log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+            log_q_K, log_q_tail = given_teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+            log_q_K = teacher(log_q_K, TAIL)
             value, slope_K, slope_tail = value_and_slopes(x_K, valid_K, log_q_K, log_q_tail, top, tail,
                                                     tl.load(at + 3), tl.load(at + 4), temperature, TAIL, DIVERGENCE)
             kd = tl.where(row_weight != 0, row_weight * value, 0.0)

@@ -15,17 +15,24 @@ from kdcache.kernels.rows import FLOOR, LN2, outcome, power, sum_pair
 
 
 @triton.jit
-def teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL: tl.constexpr, BK: tl.constexpr):
-    """log q of the kept ids [BK], log q of the tail (-inf: no such outcome)."""
+def given_teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL: tl.constexpr, BK: tl.constexpr):
+    """log q of the kept ids [BK], log q of the tail (-inf: no such outcome), as they are given. Read before the row is
+    swept: after it nothing else would be under way."""
     k = tl.arange(0, BK)
     log_q_K = tl.load(LOG_Q + n * q_stride + k, mask=valid_K, other=-float("inf")).to(tl.float32)
     log_q_tail = -float("inf")
     if TAIL == "bucket" or TAIL == "uniform":
         log_q_tail = tl.load(LOG_TAIL + n).to(tl.float32)
-    elif TAIL != "sampled":
+    return log_q_K, log_q_tail
+
+
+@triton.jit
+def teacher(log_q_K, TAIL: tl.constexpr):
+    """log q of the kept ids: of these alone where there is no tail, but for ids that were drawn."""
+    if TAIL == "renormalise" or TAIL == "conditional":
         top = tl.maximum(tl.max(log_q_K, axis=0), FLOOR)
         log_q_K -= top + tl.log(tl.sum(tl.exp(log_q_K - top), axis=0))
-    return log_q_K, log_q_tail
+    return log_q_K
 
 
 @triton.jit
@@ -74,11 +81,12 @@ def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, scores, ta
 
 @triton.jit
 def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size,
-                      LOG_Q, LOG_TAIL, CE_SCALE, KD_SCALE, Z_SCALE, n, q_stride, c, c2, temperature, beta,
-                      BK: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+                      log_q_K, log_q_tail, ce_scale, kd_scale, z_scale, c, c2, temperature, beta, BK: tl.constexpr,
+                      TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
                       TWO: tl.constexpr):
     """(loss, CE, D) of a row, the two factors of its dense gradient, what every class of an even tail gets besides,
-    its gradient at the kept ids, and ce_scale: all over the logits after scale and softcap."""
+    and its gradient at the kept ids: all over the logits after scale and softcap. log_q_K, log_q_tail and the scales
+    are None where they are not given."""
     loss = 0.0
     ce = 0.0
     kd = 0.0
@@ -89,27 +97,24 @@ def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, re
     a_soft = 0.0
     even = 0.0
     g_K = tl.zeros([BK], tl.float32)
-    ce_scale = 0.0
     if P > 0:
         z = one * power(lift, P) + tl.sum(power(u_K, P), axis=0)
         ce_J = weight_J * (tl.log(z) - P * LN2 * tl.fma(x_J, c, -top))
         ce = tl.sum(tl.where(weight_J != 0, ce_J, 0.0), axis=0)
-        if CE_SCALE is not None:
-            ce_scale = tl.load(CE_SCALE).to(tl.float32)
+        if ce_scale is not None:
             loss += ce_scale * ce
             a_one = ce_scale * tl.sum(weight_J, axis=0) / z
-        if Z_SCALE is not None:
+        if z_scale is not None:
             counts = tl.max(tl.abs(weight_J), axis=0) != 0
-            z_scale = tl.load(Z_SCALE).to(tl.float32)
             lse = tl.log(z) + P * LN2 * top
             loss += tl.where(counts, z_scale * lse * lse, 0.0)
             a_one += tl.where(counts, 2 * z_scale * lse / z, 0.0)
-        if CE_SCALE is not None or Z_SCALE is not None:
-            taken_K = tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
-            g_K += a_one * power(u_K, P) - ce_scale * taken_K
+        if ce_scale is not None or z_scale is not None:
+            g_K += a_one * power(u_K, P)
             a_one *= power(lift, P)
-    if LOG_Q is not None:
-        log_q_K, log_q_tail = teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL, BK)
+        if ce_scale is not None:
+            g_K -= ce_scale * tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
+    if log_q_K is not None:
         if TAIL == "conditional":           # the sum over the tail is there for the statistics alone
             soft = 0.0
             score_tail = 0.0
@@ -123,20 +128,20 @@ def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, re
             score_K = Q * tl.fma(x_K, c, -top)
             scores *= Q
         value, slope_K, slope_tail, slope_even = divergence_slopes(
-            log_q_K, log_q_tail, score_K, score_tail, soft, scores, tail_size, beta, valid_K, TAIL, DIVERGENCE)
+            teacher(log_q_K, TAIL), log_q_tail, score_K, score_tail, soft, scores, tail_size, beta, valid_K, TAIL,
+            DIVERGENCE)
         kd = tl.where(row_weight != 0, row_weight * value, 0.0)
-        if KD_SCALE is not None:
-            kd_scale = tl.load(KD_SCALE).to(tl.float32)
+        if kd_scale is not None:
             loss += kd_scale * kd
             g_K += kd_scale * row_weight / temperature * slope_K
             a_soft = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0)
             even = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_even, 0.0)
-    return loss, ce, kd, a_one, a_soft, even, g_K, ce_scale
+    return loss, ce, kd, a_one, a_soft, even, g_K
 
 
 @triton.jit
-def row_stats(x_K, valid_K, row_weight, ref, ref2, one, soft, moment, LOG_Q, n, q_stride, c, c2, P: tl.constexpr,
-              Q: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr):
+def row_stats(x_K, row_weight, ref, ref2, one, soft, moment, log_q_K, c, c2, P: tl.constexpr,
+              Q: tl.constexpr, TWO: tl.constexpr):
     """(log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's greatest is the row's)."""
     top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
     score_K = tl.fma(x_K, c, -top)
@@ -149,7 +154,7 @@ def row_stats(x_K, valid_K, row_weight, ref, ref2, one, soft, moment, LOG_Q, n, 
     entropy = tl.log(z) - P * LN2 * (moment / z)
     mass = 0.0
     agrees = 0.0
-    if LOG_Q is not None:
+    if log_q_K is not None:
         if TWO:
             top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
             kept = tl.sum(tl.exp2(tl.fma(x_K, c2, -top2)), axis=0)
@@ -157,7 +162,6 @@ def row_stats(x_K, valid_K, row_weight, ref, ref2, one, soft, moment, LOG_Q, n, 
         else:
             kept = tl.sum(power(u_K, Q), axis=0)
             rest = soft * power(lift, Q)
-        log_q_K = tl.load(LOG_Q + n * q_stride + tl.arange(0, BK), mask=valid_K, other=-float("inf")).to(tl.float32)
         best = tl.max(tl.where(log_q_K == tl.max(log_q_K, axis=0), x_K, -float("inf")), axis=0) * c
         mass = tl.where(row_weight != 0, kept / (kept + rest), 0.0)
         agrees = tl.where((row_weight != 0) & (best >= top), 1.0, 0.0)

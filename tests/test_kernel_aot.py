@@ -57,23 +57,23 @@ class Build:
 
 
 BUILDS = [
-    Build("kd-128k-T2", 128_256, (7.8, 7.2)),
-    Build("kd-128k-T1", 128_256, (6.6, 6.1), temperature=1.0),
+    Build("kd-128k-T2", 128_256, (7.9, 7.2)),
+    Build("kd-128k-T1", 128_256, (6.7, 6.1), temperature=1.0),
     Build("kd-128k-T1.37", 128_256, (9.8, 9.2), temperature=1.37),
     Build("kd-128k-T3/2-mixup", 128_256, (8.9, 8.2), temperature=1.5, labels=2),
     Build("ce-128k", 128_256, (6.6, 6.1), kept=0),
-    Build("kd-128k-T2-beside", 128_256, (7.7, 7.2), inplace=False),
-    Build("kd-50257-T2", 50_257, (7.6, 7.0), aligned=False),
+    Build("kd-128k-T2-beside", 128_256, (7.9, 7.2), inplace=False),
+    Build("kd-50257-T2", 50_257, (7.7, 7.0), aligned=False),
     Build("kd-32k-T2", 32_000, (8.3, 7.4)),
-    Build("kd-256k-T2", 262_144, (7.8, 7.1)),
-    Build("kd-32k-T2-fp32", 32_000, (7.1, 5.9), dtype="fp32"),
+    Build("kd-256k-T2", 262_144, (7.9, 7.1)),
+    Build("kd-32k-T2-fp32", 32_000, (7.3, 5.9), dtype="fp32"),
     Build("kd-1000-jsd-fp16", 1_000, (6.2, 5.9), dtype="fp16", divergence="jsd", temperature=4.0, labels=0),
 ]
 ARCHES = (80, 90, 100)
 # Besides the exponentials that a budget counts, the softcap takes one rsqrt per element and sweep.
 TERMS = [
-    Build("kd-128k-T2-softcap", 128_256, (28.7, 29.1), softcap=30.0),
-    Build("kd-128k-T2-stats", 128_256, (11.6, 7.6), stats=True),
+    Build("kd-128k-T2-softcap", 128_256, (28.9, 29.1), softcap=30.0),
+    Build("kd-128k-T2-stats", 128_256, (11.7, 7.6), stats=True),
     Build("kd-128k-T2-uniform", 128_256, (13.5, 7.6), tail="uniform"),
 ]
 # Every term at once, in the parts that share a row.

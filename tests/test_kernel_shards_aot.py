@@ -41,7 +41,7 @@ class Build:
 BUILDS = [
     Build("eighth-of-128k", 16_032, (8.2, 7.6)),
     Build("half-of-128k", 64_128, (7.7, 7.1)),
-    Build("quarter-T1.37", 32_064, (10.3, 9.7), temperature=1.37),
+    Build("quarter-T1.37", 32_064, (10.2, 9.7), temperature=1.37),
     Build("half-of-50257", 25_129, (8.2, 7.6), aligned=False),
     Build("labels-alone", 32_064, (7.0, 6.5), kept=0),
 ]
