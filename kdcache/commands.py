@@ -159,7 +159,7 @@ def train_student(as_json: bool, **options: Any) -> None:
 @run_options
 @config_and_json
 def evaluate(as_json: bool, **options: Any) -> None:
-    """Loss and accuracy (or perplexity) on labelled data, of a model or of the best checkpoint of --student RUN."""
+    """Loss and accuracy (or perplexity) on labelled data: of a model, or of --student RUN (its best/; or RUN/last)."""
     from kdcache.student.evaluate import evaluate as function
 
     with quiet_stdout():

@@ -92,6 +92,7 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; expected at least 1")
     tell, start, folder = say or (lambda text: None), time.perf_counter(), Path(out)
+    continued = (folder / "teacher").exists()
     result = _finished(folder, seeds, shorten)
     if result is not None:
         tell(f"{folder} is finished already: this is its table; name another --out to run it again")
@@ -102,7 +103,7 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
                 result = {**_demo(folder, seeds, shorten, tell), "shorten": shorten}
         except Interrupted as e:                # that of a run says where the run is
             raise Interrupted(message, e.signum) from e
-        result["seconds"] = round(time.perf_counter() - start, 1)
+        result |= {"seconds": round(time.perf_counter() - start, 1), "continued": continued}
         write_whole(folder / RESULT, json.dumps(result, indent=1) + "\n")
     _plot(result, folder / "demo.png")
     return {**result, "plot": str(folder / "demo.png")}
@@ -181,7 +182,8 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "",
                       f"teacher    {100 * result['teacher_accuracy']:.2f}% on 360 digits that no model was trained on",
                       f"cache      {size:,} bytes, {size / result['records']:.0f} a record",
-                      f"epoch      {times}", f"plot       {result['plot']}", f"all of it  {result['seconds']:.0f} s"])
+                      f"epoch      {times}", f"plot       {result['plot']}",
+                      f"{'the rest ' if result['continued'] else 'all of it'}  {result['seconds']:.0f} s"])
 
 
 def _students(folder: Path, seeds: int, shorten: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -51,7 +51,8 @@ def test_an_interrupted_demo_goes_on_with_the_runs_that_it_has(monkeypatch, tmp_
         assert caught.value.exit_code == 130 and not (tmp_path / "out" / "demo.json").exists()
         kept |= {path: path.read_bytes() for path in (tmp_path / "out").rglob("summary.json")}
         assert len(kept) >= finished
-    assert len(demo.demo(tmp_path / "out", seeds=1, shorten=30)["students"]) == 4
+    result = demo.demo(tmp_path / "out", seeds=1, shorten=30)
+    assert len(result["students"]) == 4 and "the rest  " in demo.render(result)
     assert all(path.read_bytes() == summary for path, summary in kept.items())
 
 

@@ -176,3 +176,15 @@ def test_a_hugging_face_run_continues_bit_for_bit(tmp_path: Path, llama: Path) -
         train_student(out=tmp_path / "stopped", on_step=lambda info: on_step("stopped", 5, info), **options)
     train_student(out=tmp_path / "stopped", on_step=lambda info: on_step("stopped", None, info), **options)
     assert losses["whole"] == losses["stopped"] and len(losses["whole"]) == 8
+
+
+def test_a_damaged_hugging_face_checkpoint_is_refused(tmp_path: Path, llama: Path) -> None:
+    train_student(student=f"hf-config:{llama}", out=tmp_path / "run", data=Windows(8), alpha=0.0, max_steps=1)
+    for name, refused in (("state.safetensors", False), ("model.safetensors", True)):
+        path = tmp_path / "run" / "last" / name
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        if refused:
+            with pytest.raises(CacheCorrupt, match=r"last/model.safetensors is not what was saved"):
+                evaluate(tmp_path / "run", Windows(8))
+        else:                                           # the optimizer has no part in an evaluation
+            assert evaluate(tmp_path / "run", Windows(8))["tokens"]

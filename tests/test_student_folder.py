@@ -186,6 +186,9 @@ def test_batch_norms_keep_their_micro_batches(tmp_path: Path) -> None:
     with pytest.raises(SpecMismatch, match=r"micro-batch-size 4, was 8\): batch norms, such as the student's 'norm'"):
         train_student(student=Net(8, norm=True), out=tmp_path / "run", **{**given, "micro_batch_size": 4})
     assert train_student(student=Net(8, norm=True), out=tmp_path / "run", **given).finished
+    given = begin(tmp_path / "new", Net(8, norm=True), save_every=3)     # as after one that was too large at once
+    report = train_student(student=Net(8, norm=True), out=tmp_path / "new", **{**given, "micro_batch_size": 4})
+    assert report.finished and report.continued_from == 0
 
 
 # ---- its files ----------------------------------------------------------------------------------------------------

@@ -111,8 +111,9 @@ def look(folder: Path) -> Path | None:
     return folder if folder.exists() else None if not old.exists() else new if new.exists() else old
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The values of a checkpoint; CacheCorrupt naming the file that is not what was saved."""
+def read(folder: Path, *, state: bool = True) -> dict[str, Any]:
+    """The values of a checkpoint; CacheCorrupt naming the file that is not what was saved. state: also the one of the
+    optimizer's, the largest."""
     advice = f"delete {folder} to start over, or put another checkpoint in its place"
     try:
         values = dict(json.loads((folder / VALUES).read_text(encoding="utf-8")))
@@ -121,6 +122,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise CacheCorrupt(f"{folder / VALUES}: not the state of a checkpoint ({type(e).__name__}: {str(e)[:120]}); "
                            f"{advice}") from e
     for name, wanted in {VALUES: expected, **files}.items():
+        if name == TENSORS and not state:
+            continue
         path = folder / name
         if not path.is_file():
             raise CacheCorrupt(f"{path} is missing; {advice}")

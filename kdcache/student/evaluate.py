@@ -165,8 +165,8 @@ def load_run(path: Path, name: str | None = None) -> tuple[nn.Module, int | None
     if spec is None:
         raise UsageError(f"{path} trained {recorded.get('student')}, an object: no SPEC says how to make it again; "
                          f"load {folder / checkpoint.MODEL} into one, and evaluate that")
-    checkpoint.read(folder)
     if (folder / "config.json").is_file():
+        checkpoint.read(folder, state=False)
         return load_model(f"hf:{folder}").module, classes
     model = load_model(spec, args=options.get("student-arg"), num_classes=classes)
     checkpoint.load(folder, model.module)

@@ -128,7 +128,7 @@ class RunFolder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: the run is finished."""
         with explain(self.path / SUMMARY, "writing it"):
-            write_whole(self.path / SUMMARY, json.dumps(plain(summary), indent=1, sort_keys=True) + "\n")
+            write_whole(self.path / SUMMARY, json.dumps(plain(summary), indent=1) + "\n")
 
     def _check(self) -> bool:
         """Whether a run with these options stands at the path."""

@@ -243,7 +243,7 @@ class Training:
         """SpecMismatch where another micro-batch size would change what is learned."""
         change = self.folder.changes.get("micro-batch-size", "").partition(":")[0]
         norms = [name for name, module in self.model.module.named_modules() if isinstance(module, BATCH_NORMS)]
-        if change and norms:
+        if change and norms and self.folder.last() is not None:     # before a first checkpoint nothing was learned
             raise SpecMismatch(f"{self.folder.path} is a run with another micro-batch size ({change}): batch norms, "
                                f"such as the student's {norms[0]!r}, take their statistics over a micro-batch, so the "
                                "same one is needed to continue; or name another --out")
