@@ -26,21 +26,38 @@ class Tiles:
     reverse: bool = False
 
     @staticmethod
-    def of(num_classes: int, itemsize: int, sums: bool = False) -> Tiles:
-        """By the bytes of a row. Rows in flight on 132 multiprocessors should stay near half of a 50 MB L2.
+    def of(num_classes: int, itemsize: int, sums: bool = False, softcap: bool = False) -> Tiles:
+        """By the bytes of a row. `sums`: whether the sweeps do more than sum and write; `softcap`: whether by one.
 
-        Registers a thread set the programs per multiprocessor, of 65,536: 3 at 2 x 8 warps, 2 at 4 x 8, 1 at 4 x 16.
-        Rows that do not fit are swept backwards the second time: what was read last is read first. `sums`: a softcap,
-        or more sums than two, whose registers leave room for two rows of a tile only.
+        A multiprocessor's 65,536 registers hold 65,536 / (32 warps registers) programs, registers in steps of 8. Those
+        have rows * warps * 512 bytes each in flight; 4.8 TB/s, 132 multiprocessors and a microsecond's latency ask for
+        about 40 KB of them. Their rows should stay in an L2 of 50 MB until the second read: near 34 MB on all. So, by
+        registers as compiled (tests/test_kernel_aot.py holds programs, bytes in flight and rows to it):
+
+            row, bytes      rows, warps     programs    KB in flight    MB of rows
+            to 1,024        2, 1            25          25              to 3
+            to 2,048        2, 2            16 to 21    32 to 42        to 6
+            to 16,384       2, 4            8 to 10     32 to 40        to 22
+            to 64,400       4, 8            3 to 4      48 to 64        to 34
+            to 140,000      8, 8            2           64              to 37
+            above           8, 16           1           64              34 of 257 KB
+
+        A tile is computed whole, however little of a row is in it: where more than a tenth would be nothing, tiles are
+        half as tall, with half in flight (V = 50,257: 2 programs of 4, 8 and 27 MB; labels alone 3 and 40 MB). So they
+        are with `sums`, and of two rows with a softcap, which waits for arithmetic. Short rows finish too soon to be
+        kept busy but by many programs, and have fewer barriers to wait at in few warps. Rows that do not fit are swept
+        backwards the second time: what was read last is read first.
         """
         row = num_classes * itemsize
-        if row <= 4096:
-            return Tiles(2, 1 if row <= 1024 else 2 if row <= 2048 else 4)
-        if row <= 80_000:
-            return Tiles(2, 8, registers=128 if sums else 80)
-        if row <= 140_000:
-            return Tiles(2 if sums else 4, 8)
-        return Tiles(2 if sums else 4, 16, reverse=row > 320_000)
+        if row <= 1024:
+            return Tiles(2, 1)
+        if row <= 16_384:
+            return Tiles(2, 2 if row <= 2048 else 4, 80 if sums else 64)
+        warps, tallest = (8, 4) if row <= 64_400 else (8, 8) if row <= 140_000 else (16, 8)
+        tile = tallest * warps * 512
+        filled = -(-row // tile) * tile <= 1.1 * row
+        rows = 2 if softcap else tallest if filled and not sums else tallest // 2
+        return Tiles(rows, warps, 80 if tallest == 4 else 128, reverse=row > 320_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +165,7 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
         slots = 7 if call.stats or call.tail == "uniform" else 4
         scratch = (x_NV.new_empty((rows, parts, slots), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
                    x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32), _counters(x_NV, parts, call.form))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.softcap is not None)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
         for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
@@ -216,7 +233,7 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
     one, soft = call.temperatures
     two = one and soft and ratio is None
     p, q = ratio if one and soft and ratio is not None else (int(one), int(soft))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.softcap is not None)
     vec = 16 // itemsize
     return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
             "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
