@@ -99,13 +99,11 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     sources = open_sources(cache, data, eval_data, data_args=data_args, eval_data_args=eval_data_args,
                            accept=settings.accept)
     check_weights(settings, sources, live_teacher)
-    specs = {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,
-             "cache": None if sources.cache is None else str(sources.cache.path), "report-to": texts(report_to)}
-    args = {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args}
-    options = {**{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
-               **{key: dict(value) for key, value in args.items() if value}, "workers": workers, **settings.table()}
-    unused = ([] if ce_weight is None else ["alpha"]) + ([] if eval_data is not None else ["best-by"])
-    options = {key: value for key, value in options.items() if key not in unused}
+    options = _options(
+        {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,
+         "cache": None if sources.cache is None else str(sources.cache.path), "report-to": texts(report_to)},
+        {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args},
+        {"workers": workers, **settings.table()})
     sources.recorded |= {key: type(value).__name__ for key, value in
                          (("student", student), ("live-teacher", live_teacher))
                          if value is not None and not isinstance(value, str | Path)}
@@ -115,18 +113,27 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                     resolve=partial(resolved, spec=spec)) as folder):
         if not dry_run:
             folder.hold()
-        if folder.summary is not None:
-            report = _finished(folder, say)
-            if not dry_run and not isinstance(student, str | Path):
-                model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
-                checkpoint.load(folder.last_of_finished(), model.module.to(picked))
+        report = None if folder.summary is None else _finished(folder, say)
+        if report is not None and (dry_run or isinstance(student, str | Path)):
             return report
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         model.module.to(picked)
+        if report is not None:
+            checkpoint.load(folder.last_of_finished(), model.module)
+            return report
         training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say,
                             signals=signals)
         with closing(training):
             return training.rehearse() if dry_run else training.run(texts(report_to), on_step, on_metrics)
+
+
+def _options(specs: Mapping[str, Any], args: Mapping[str, Mapping[str, Any] | None],
+             values: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.toml holds: SPECs and paths (objects have no text), their arguments, and the values that have a part."""
+    out = {**{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
+           **{key: dict(value) for key, value in args.items() if value}, **values}
+    unused = [*(["alpha"] if "ce-weight" in out else []), *(["best-by"] if specs["eval-data"] is None else [])]
+    return {key: value for key, value in out.items() if key not in unused}
 
 
 def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainReport:
