@@ -40,6 +40,8 @@ def inspect(cache: Cache | Path | str, record: int | None = None, tokenizer: str
         raise UsageError("a record of one cache or two caches: --record and a second cache do not go together")
     if record is None and (tokenizer is not None or data is not None):
         raise UsageError("--tokenizer and --data say how to show a record: name one with --record N")
+    if data is None and data_args:
+        raise UsageError(f"--data-arg {next(iter(data_args))}: no dataset is given; name one with --data")
     opened = _open(cache)
     if other is not None:
         return compare(opened, _open(other))

@@ -233,6 +233,11 @@ def test_what_mends_a_cache_is_said_and_mends_it(user: Path, folder: str, harm: 
     assert after == before and run("verify", cache).exit_code == 0
 
 
+def test_an_argument_of_no_dataset_is_refused(user: Path) -> None:
+    assert dump(user, *BIG).exit_code == 0
+    refused(run("inspect", user.parent / "cache", "--record", "1", "--data-arg", "n=3"), 2, "--data-arg n", "--data")
+
+
 def test_a_cache_is_not_converted_into_itself_or_over_another(user: Path) -> None:
     assert dump(user, *BIG).exit_code == 0
     cache = user.parent / "cache"

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -139,19 +140,21 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             if dry_run:
                 return report
             identity = _accepted(Path(out), plan.identity, accept, tell)
+            steady = partial(_steady, model=model, samples=samples, plan=plan, compute=compute, accept=accept,
+                             tell=tell)
             begun = (Path(out) / HEADER).exists()
             if not begun:                           # before anything stands there of a teacher that is refused
-                report = _steady(report, model, samples, rank.share(list(range(plan.spec.num_shards))), plan, compute,
-                                 accept, tell)
-            recorded = {**_recorded(compute, model), **({"accepted": ", ".join(overlooked)} if overlooked else {})}
-            with create(out, plan.spec, identity, container=container, recorded=recorded,
+                report = steady(report, rank.share(list(range(plan.spec.num_shards))))
+            if overlooked:
+                tell("accepted: the teacher's own tokenizer is not the data's")
+            with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model, overlooked),
                         share=(rank.rank, rank.world)) as writer:
                 missing = writer.missing()
                 if not missing:
                     tell(f"{out} is complete; there is nothing to do")
                     return dataclasses.replace(_sealed(report, writer), already_complete=True)
                 if begun:
-                    report = _steady(report, model, samples, rank.share(missing), plan, compute, accept, tell)
+                    report = steady(report, rank.share(missing))
                 _check_disk(writer, plan, missing)
                 _say_start(plan, missing, rank, tell)
                 _say_compute(writer, compute, model, missing, tell)
@@ -238,8 +241,8 @@ def _accepted(out: Path, identity: Identity, accept: Sequence[str], tell: Callab
         return cache.identity
 
 
-def _steady(report: DumpReport, model: Model, samples: Samples, shards: Sequence[int], plan: Plan, compute: Compute,
-            accept: Sequence[str], tell: Callable[[str], None]) -> DumpReport:
+def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples: Samples, plan: Plan,
+            compute: Compute, accept: Sequence[str], tell: Callable[[str], None]) -> DumpReport:
     """Ask the teacher about the first batch of `shards` again. DataError where chance or the batch decide its answer,
     a warning in the report where that is accepted."""
     if not shards:
@@ -259,12 +262,13 @@ def _steady(report: DumpReport, model: Model, samples: Samples, shards: Sequence
     return dataclasses.replace(report, warnings=(*report.warnings, (UNSTEADY, found.problem)))
 
 
-def _recorded(compute: Compute, model: Model) -> dict[str, str]:
-    """What it is computed with: said in the cache, compared by nobody."""
+def _recorded(compute: Compute, model: Model, overlooked: Sequence[str] = ()) -> dict[str, str]:
+    """What it is computed with, and what was overlooked by name: said in the cache, compared by nobody."""
     names = ["torch", "numpy", "pyarrow", "h5py"] + (["triton"] if compute.engine == "triton" else [])
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"kdcache": __version__, **versions, "batch_size": str(compute.batch_size), "device": compute.device.type,
-            "engine": compute.engine, "compute_dtype": model.dtype, "autocast": "off"}
+            "engine": compute.engine, "compute_dtype": model.dtype, "autocast": "off",
+            **({"accepted": ", ".join(overlooked)} if overlooked else {})}
 
 
 def _check_disk(writer: Writer, plan: Plan, missing: list[int]) -> None:
