@@ -155,7 +155,8 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
     if call.ids_NK is None and call.log_probs_NK is not None:
         return _launch_full(x_NV, gradient, out, call, call.log_probs_NK)
     rows, itemsize = len(x_NV), x_NV.element_size()
-    part = part_length(rows, call.num_classes) if call.parts is None else -(-call.num_classes // call.parts // 64) * 64
+    part = (part_length(rows, call.num_classes, itemsize) if call.parts is None else
+            -(-call.num_classes // call.parts // 64) * 64)
     parts = -(-call.num_classes // part)
     aligned = _aligned(x_NV, call.num_classes)
     constants = kernel_constants(call, itemsize, gradient is not None, gradient is x_NV, aligned, part)
@@ -191,9 +192,19 @@ def _counters(x_NV: Tensor, parts: int, form: str) -> Tensor | None:
     return torch.zeros(1 + len(x_NV), dtype=torch.int32, device=x_NV.device)
 
 
-def part_length(rows: int, num_classes: int) -> int:
-    """Columns of a program: all of them, unless there are too few rows to occupy 132 multiprocessors twice."""
-    parts = min(64, -(-264 // rows)) if rows < 132 else 1
+def part_length(rows: int, num_classes: int, itemsize: int = 2) -> int:
+    """Columns of a program: all of them, unless there are too few rows to occupy 132 multiprocessors twice, or so few
+    more than whole waves of them that parts end sooner.
+
+    Of rows that have a multiprocessor each, the last wave takes as long as any; eighths fill it to a tenth or so. But
+    all rows are read by one launch before the next reads them again: where L2 does not keep them, a third move of their
+    bytes beside the read and the write, which no wave saves.
+    """
+    parts, row = 1, num_classes * itemsize
+    if rows < 132:
+        parts = min(64, -(-264 // rows))
+    elif row > 140_000 and rows * row <= 40_000_000 and 1.1 * rows / 132 < -(-rows // 132):
+        parts = 8
     length = max(-(-num_classes // parts), 8192)
     return -(-length // 2048) * 2048
 

@@ -154,6 +154,19 @@ def test_a_hundred_launches_race_and_none_loses(device: str) -> None:
     assert first is not None and all(world.same(a, b) for a, b in zip(first, expected, strict=True))
 
 
+@pytest.mark.parametrize(("classes", "most"), [(70_144, 285), (128_256, 155), (151_936, None)])
+def test_rows_are_split_where_that_ends_sooner(classes: int, most: int | None) -> None:
+    """By the work of the busiest of 132 multiprocessors, in rows: whole waves of them, or the parts that fall to it.
+    All rows have to be in L2 still when the second launch reads them: none of 151,936 classes are."""
+    lengths = {rows: kd_launch.part_length(rows, classes) for rows in range(132, 1000)}
+    parts = {rows: -(-classes // length) for rows, length in lengths.items() if length < classes}
+    assert max(parts, default=None) == most and 132 not in parts
+    for rows, many in parts.items():
+        assert rows * classes * 2 <= 40e6 and -(-rows * many // 132) * lengths[rows] < 0.97 * -(-rows // 132) * classes
+    assert most is None or -(-133 * parts[133] // 132) * lengths[133] < 0.6 * 2 * classes
+    assert kd_launch.part_length(133, 64_000) >= 64_000             # a second launch takes as long as it would save
+
+
 WITH_SASS = """
 import json, sys
 from dataclasses import asdict
