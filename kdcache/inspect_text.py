@@ -20,8 +20,9 @@ def _facts_text(found: Mapping[str, Any]) -> str:
         ("cache", f"{found['cache']} ({found['container']}, manifest {found['generation']})"),
         ("content id", found["content_id"]),
         ("kind", _kind_text(found)),
-        ("size", f"{found['num_records']} records, {found['num_rows']} rows, {found['num_shards']} shards, "
-                 f"samples {_span(found['samples'])}, views {_span(found['views'])}"),
+        ("size", f"{_count(found['num_records'], 'record')}, {_count(found['num_rows'], 'row')}, "
+                 f"{_count(found['num_shards'], 'shard')}, samples {_span(found['samples'])}, "
+                 f"views {_span(found['views'])}"),
         ("bytes", f"{found['bytes']:,} ({found['bytes_per_record']:.1f} per record"
                   + (f", {found['bytes_per_row']:.1f} per row)" if found["bytes_per_row"] else ")")),
         ("data", f"{data.get('name')} {data.get('revision')}, {data.get('num_samples')} samples, "
@@ -44,7 +45,12 @@ def _kind_text(found: Mapping[str, Any]) -> str:
     tiers = f", readable as k = {', '.join(map(str, found['tiers'][:-1]))} too" if len(found["tiers"]) > 1 else ""
     temperatures = ", ".join(found["temperatures"]) or "any"
     return (f"{found['kind']}: {kept} of {found['num_classes']} as {found['values']}{tiers}; "
-            f"temperatures {temperatures}; {found['labels']} labels per row")
+            f"temperature{'s' * (len(found['temperatures']) != 1)} {temperatures}; "
+            f"{_count(found['labels'], 'label')} per row")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _losses_text(found: Mapping[str, Any]) -> list[str]:
