@@ -11,22 +11,23 @@ exponential, over the logits (or beside them); the K + J other entries are compu
 the gradient does not take their place, the row's own bits are put back at the knocked-out ids: while the kernel runs,
 and only then, those K entries of the logits read -inf.
 
-Where there are fewer rows than multiprocessors, several programs share a row in two launches: the sums of each part,
-then the gradient of each part; what the second launch reads fits in L2. A teacher over all classes (no ids) has its own
-kernel, `kd_full`: one read, one write. The scales are in the gradient that forward leaves, so that a backward of
-factor 1 moves nothing: each program reads its row's factor on the device and stops.
+Where there are fewer rows than multiprocessors, or just more, several programs share a row in two launches: the sums of
+each part, then the gradient of each part; what the second launch reads fits in L2. A teacher over all classes (no ids)
+has its own kernel, `kd_full`: one read, one write. The scales are in the gradient that forward leaves, so that a
+backward of factor 1 moves nothing: each program reads its row's factor on the device and stops.
 
 Bytes moved, at least (bf16, V classes, N rows): 2 N V read, 2 N V written, and N (K (size of an id + 4) + 24) of the
 rest. Sweep 2 reads the row again, from L2 while (rows in flight) * 2 V bytes stay there; else 6 N V in all.
-Exponentials per element: 1 + 1 / 8R in sweep 1, 1 in sweep 2; twice that for a T that is not on the list of `powers`; a
-softcap takes one more, and an rsqrt, in each sweep. Statistics and the uniform tail add sums to sweep 1; logit scale
-and z-loss are in numbers of the row and cost no instruction per element.
+Exponentials per element: 1 + 1 / (8 R) in sweep 1 (bf16), 1 in sweep 2; twice that for a T that is not on the list of
+`powers`; a softcap takes one more, and an rsqrt, in each sweep. Statistics and the uniform tail add sums to sweep 1;
+logit scale and z-loss are in numbers of the row and cost no instruction per element.
 Compiled for sm_90 (bf16, K = 64, one label; triton 3.7.1), instructions per element of sweep 1 + sweep 2:
 
-    V = 128256, R = 4, 16 warps, 128 registers    T = 1: 7.6 + 6.1    T = 2: 9.0 + 7.1    T = 1.37: 11.6 + 9.1
-    V = 128256, R = 2, 16 warps, 128 registers    T = 2 and softcap: 31.2 + 28.5, stats: 14.9 + 7.4, uniform: 16.6 + 7.4
-    V = 50257,  R = 4,  8 warps, 128 registers                        T = 2: 8.9 + 7.1
-    V = 32000,  R = 2,  8 warps,  80 registers                        T = 2: 11.0 + 7.5
+    V = 128256, R = 8, 16 warps, 128 registers    T = 1: 6.0 + 5.5    T = 2: 7.1 + 6.6    T = 1.37: 9.0 + 8.6
+    V = 128256, R = 4, 16 warps, 128 registers    T = 2 and stats: 10.5 + 7.0, uniform: 12.3 + 7.0
+    V = 128256, R = 2, 16 warps, 128 registers    T = 2 and softcap: 27.9 + 28.5
+    V = 50257,  R = 4,  8 warps, 128 registers                        T = 2: 7.5 + 6.8
+    V = 32000,  R = 4,  8 warps,  80 registers                        T = 2: 7.5 + 6.9
 
 128-bit loads and stores alone, no spills, 22 barriers a row (30 uniform, 37 stats); tests/test_kernel_aot.py holds the
 budgets. No time has been measured.
