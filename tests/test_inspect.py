@@ -291,8 +291,8 @@ def test_the_command(cache: Path, tmp_path: Path) -> None:
 
     assert json.loads(run("--json").stdout) == json.loads(json.dumps(inspect(cache)))
     text = run().stdout
-    for said in ("topk: the 4 largest of 6 as float32", "10 records, 10 rows, 3 shards", "1 label per row", "covered mass",
-                 "values_4", "zoo"):
+    for said in ("topk: the 4 largest of 6 as float32", "10 records, 10 rows, 3 shards", "1 label per row",
+                 "covered mass", "values_4", "zoo"):
         assert said in text
     assert json.loads(run("--record", "3", "--json").stdout)["record"] == 3
     refused = run("--record", "10")
