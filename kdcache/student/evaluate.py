@@ -14,7 +14,7 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.models import Model, Output, forward, load_model, pick_device, trying
+from kdcache.models import Model, Output, forward, load_model, pick_device, require_tokenizer, trying
 from kdcache.student import checkpoint
 from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
@@ -40,10 +40,13 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     whose best/ (else last/) is taken, or one of these two. data: a dataset, `Samples` or data SPEC. num_classes: logits
     are cut to so many first; a run knows its own. DataError if nothing is labelled, or the student cannot take it.
     """
-    module, known = _module(student, student_args, student_weights)
+    found, known = _student(student, student_args, student_weights)
     samples = as_samples(data, data_args, seed=None)
     if samples is None:
         raise UsageError("evaluate needs data")
+    if isinstance(found, Model):
+        require_tokenizer(found, samples.tokenizer_identity, role="student")
+    module = found.module if isinstance(found, Model) else found
     return evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
                            precision=precision, num_classes=num_classes or known)
 
@@ -134,13 +137,13 @@ def _in_order(num_samples: int, batch_size: int) -> Callable[[], Iterable[Pairs]
                     for at in range(0, num_samples, batch_size))
 
 
-def _module(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | None,
-            weights: str | Path | None) -> tuple[nn.Module, int | None]:
-    """The module, and how many of its classes are real if that is known."""
+def _student(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | None,
+             weights: str | Path | None) -> tuple[nn.Module | Model, int | None]:
+    """The student, and how many of its classes are real if that is known."""
     if isinstance(student, nn.Module | Model):
         if args or weights is not None:
             raise UsageError("student arguments or weights are given for a student that is an object")
-        return (student, None) if isinstance(student, nn.Module) else (student.module, student.num_classes)
+        return (student, None) if isinstance(student, nn.Module) else (student, student.num_classes)
     path = Path(student)
     of_run = path.name in (BEST, LAST) and is_run(path.parent)
     if is_run(path) or of_run:
@@ -154,10 +157,10 @@ def _module(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | N
         model = load_model(str(student), args=args, weights=weights)
     except UsageError as e:
         raise UsageError(f"{e}; or a RUN, its {BEST}/ or {LAST}/") if ":" not in str(student) else e from e
-    return model.module, model.num_classes
+    return model, model.num_classes
 
 
-def load_run(path: Path, name: str | None = None) -> tuple[nn.Module, int | None]:
+def load_run(path: Path, name: str | None = None) -> tuple[Model, int | None]:
     """The student of a run with the weights of its checkpoint `name` (best, else last), and its number of classes."""
     document = read_options(path)
     options, recorded = document[TABLE], document[RECORDED]
@@ -167,7 +170,8 @@ def load_run(path: Path, name: str | None = None) -> tuple[nn.Module, int | None
                          f"load {folder / checkpoint.MODEL} into one, and evaluate that")
     if (folder / "config.json").is_file():
         checkpoint.read(folder, state=False)
-        return load_model(f"hf:{folder}").module, classes
+        return load_model(f"hf:{folder}"), classes
     model = load_model(spec, args=options.get("student-arg"), num_classes=classes)
     checkpoint.load(folder, model.module)
-    return model.module, classes
+    model.folder = folder               # whose run.toml knows the tokenizer
+    return model, classes

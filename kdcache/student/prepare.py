@@ -20,7 +20,7 @@ from kdcache.data.identify import identify, probe_ids
 from kdcache.data.samples import Inputs, Samples
 from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
-from kdcache.models import Model, Output, forward, load_model, trying
+from kdcache.models import Model, Output, beyond_positions, forward, load_model, require_tokenizer, trying
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
 from kdcache.student.head import Head
@@ -48,6 +48,21 @@ class Sources:
     eval_samples: Samples | None
     accepted: list[str]
     recorded: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The `tokenizer` part of the identity of what is trained on, None if it is no text or does not say."""
+        return self.cache.identity.tokenizer if self.samples is None and self.cache is not None else (
+            None if self.samples is None else self.samples.tokenizer_identity)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest record, as far as data or cache say; 0 where they do not."""
+        if self.samples is None:
+            return 0 if self.cache is None else int(self.cache.identity.data.get("window") or 0)
+        known = self.samples.token_lengths
+        return self.samples.window if known is None else int(known.max())
 
     @property
     def num_classes(self) -> int | None:
@@ -97,7 +112,9 @@ def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[st
     recorded = {"cache-content-id": None if cache is None else cache.content_id,
                 "data": None if samples is None else _about(samples),
                 "eval-data": None if eval_samples is None else _about(eval_samples)}
-    return Sources(cache, samples, eval_samples, accepted, recorded)
+    sources = Sources(cache, samples, eval_samples, accepted, recorded)
+    recorded["tokenizer"] = (sources.tokenizer or {}).get("fingerprint")
+    return sources
 
 
 def resolved(options: Mapping[str, Any], spec: CacheSpec | None) -> dict[str, Any]:
@@ -121,6 +138,15 @@ def _about(samples: Samples) -> dict[str, Any]:
     """Whose data it is, as run.toml keeps it: `probe` are the keys of the samples that a cache's identity keeps."""
     return {"name": samples.name, "revision": samples.revision, "num-samples": len(samples),
             "probe": " ".join(f"{samples.sample_key(i):016x}" for i in probe_ids(len(samples)))}
+
+
+def check_text(model: Model, sources: Sources, accept: Sequence[str]) -> None:
+    """IdentityMismatch for a student whose folder is for another tokenizer, UsageError for windows beyond a learned
+    table of positions; what was accepted, and what is odd, is added to `sources`."""
+    found = require_tokenizer(model, sources.tokenizer, role="student", accept=accept)
+    sources.accepted = list(dict.fromkeys([*sources.accepted, *found]))
+    said = beyond_positions(model, sources.longest, role="student")
+    sources.notes += [said] if said is not None else []
 
 
 def check_weights(settings: Settings, sources: Sources, live_teacher: nn.Module | None) -> None:

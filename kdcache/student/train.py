@@ -19,7 +19,15 @@ from kdcache.student import checkpoint
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
-from kdcache.student.prepare import check_used, check_weights, load_student, open_sources, refuse_ranks, resolved
+from kdcache.student.prepare import (
+    check_text,
+    check_used,
+    check_weights,
+    load_student,
+    open_sources,
+    refuse_ranks,
+    resolved,
+)
 from kdcache.student.run import SUMMARY, RunFolder
 from kdcache.student.settings import Settings, texts
 from kdcache.student.training import Training, TrainReport
@@ -117,6 +125,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         if report is not None and (dry_run or isinstance(student, str | Path)):
             return report
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
+        check_text(model, sources, settings.accept)
         model.module.to(picked)
         if report is not None:
             checkpoint.load(folder.last_of_finished(), model.module)

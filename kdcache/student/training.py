@@ -273,6 +273,9 @@ class Training:
     def _start_block(self) -> Iterator[str]:
         cache, settings, loader = self.sources.cache, self.settings, self.loader
         yield f"student: {self.model.loaded}, {sum(p.numel() for _, p in self.parameters):,} trained parameters"
+        if (width := self.model.num_classes) and loader.num_classes and width > loader.num_classes:
+            yield f"student: it has {width} logits, {loader.num_classes} are used"
+        yield from (f"warning: {note}" for note in self.sources.notes)
         yield "cache: none" if cache is None else f"cache: {cache.path}, content {(cache.content_id or '')[:12]}"
         if self.sources.samples is None:
             yield "inputs: the tokens of the cache"

@@ -1,0 +1,90 @@
+"""A student of another tokenizer, of more logits, of fewer positions: refused or said, in training and evaluation."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache.errors import IdentityMismatch, UsageError
+from kdcache.student.evaluate import evaluate
+from kdcache.student.train import train_student
+from kdcache.teacher.dump import dump_teacher
+
+transformers = pytest.importorskip("transformers")
+WORDS = "the cat sat on a mat and saw the dog run far away from it all day long".split()
+
+
+def tokenizer_file(path: Path, words: list[str]) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *dict.fromkeys(words)])}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save(str(path))
+    return path
+
+
+def llama(folder: Path, vocabulary: int = 24, positions: int = 64) -> Path:
+    config = transformers.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=positions, hidden_size=8,
+                                      num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> dict[str, Any]:
+    """Data options, and a cache "c" of what a teacher of 24 tokens said of them."""
+    (tmp_path / "text").mkdir()
+    for i in range(8):
+        (tmp_path / "text" / f"{i}.txt").write_text(" ".join((WORDS * 3)[i : i + 20]))
+    file = tokenizer_file(tmp_path / "tokenizer.json", WORDS)
+    data = {"data": f"text:{tmp_path}/text/*.txt", "data_args": {"tokenizer": str(file), "window": 16}}
+    dump_teacher(teacher=f"hf:{llama(tmp_path / 'teacher')}", out=tmp_path / "c", k=4, device="cpu", **data)
+    return data
+
+
+def train(tmp_path: Path, folder: Path, **options: Any) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    report = train_student(student=f"hf:{folder}", cache=tmp_path / "c", epochs=1, batch_size=4, device="cpu",
+                           **{"out": tmp_path / "run", **options}, say=said.append)
+    return report, said
+
+
+def test_another_tokenizer_is_refused_accepted_by_name_and_found_again_in_evaluation(
+        tmp_path: Path, text: dict[str, Any]) -> None:
+    student = llama(tmp_path / "student")
+    tokenizer_file(student / "tokenizer.json", WORDS[::-1])
+    with pytest.raises(IdentityMismatch, match=r"student hf:.* is for another tokenizer(.|\n)*--accept tokenizer"):
+        train(tmp_path, student)
+    assert not (tmp_path / "run").exists()
+    report, said = train(tmp_path, student, accept=["tokenizer"])
+    assert report.accepted == ("tokenizer",) and "accepted: tokenizer differs" in said
+    recorded = tomllib.loads((tmp_path / "run/run.toml").read_text())["recorded"]
+    assert len(recorded["tokenizer"]) == 64 and recorded["accepted"] == ["tokenizer"]
+    assert evaluate(tmp_path / "run", **text)["tokens"] == 8 * 18         # windows of 16 and 4 tokens
+    other = {**text, "data_args": {**text["data_args"], "tokenizer": str(student / "tokenizer.json")}}
+    for which in (tmp_path / "run", tmp_path / "run/last", f"hf:{tmp_path / 'run' / 'last'}"):
+        with pytest.raises(IdentityMismatch, match=r"run\.toml has") as caught:
+            evaluate(which, **other)
+        assert "--accept" not in str(caught.value)
+
+
+def test_logits_that_are_not_used_are_said(tmp_path: Path, text: dict[str, Any]) -> None:
+    _, said = train(tmp_path, llama(tmp_path / "student", vocabulary=30))
+    assert "student: it has 30 logits, 24 are used" in said
+    _, said = train(tmp_path, llama(tmp_path / "same"), out=tmp_path / "other")
+    assert not [line for line in said if "are used" in line]
+
+
+def test_windows_beyond_the_positions_of_a_student(tmp_path: Path, text: dict[str, Any]) -> None:
+    _, said = train(tmp_path, llama(tmp_path / "student", positions=8))
+    assert [line for line in said if line.startswith("warning: the student") and "of up to 16 tokens" in line]
+    config = transformers.GPT2Config(vocab_size=24, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "learned")
+    with pytest.raises(UsageError, match="take windows of at most 8"):
+        train(tmp_path, tmp_path / "learned", out=tmp_path / "other")
