@@ -106,9 +106,9 @@ def shard_sums(X, SUMS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, 
             u_K = tl.exp(score_K)
             q_K = tl.where(own_K, tl.exp(log_q_K), 0.0)
             if DIVERGENCE == "forward_kl":
-                cross_K = tl.where(q_K > 0, q_K * score_K, 0.0)
+                cross_K = tl.where(q_K != 0, q_K * score_K, 0.0)
             else:
-                cross_K = tl.where(u_K > 0, u_K * (score_K - log_q_K), 0.0)
+                cross_K = tl.where(u_K != 0, u_K * (score_K - log_q_K), 0.0)
             kept_sum = tl.sum(tl.where(own_K, u_K, 0.0), axis=0)
             cross = tl.sum(tl.where(own_K, cross_K, 0.0), axis=0)
             mass = tl.sum(q_K, axis=0)
@@ -145,9 +145,9 @@ def value_and_slopes(x_K, valid_K, log_q_K, log_q_tail, top, tail, kept_sum, cro
     p_tail = u_tail / z
     log_p_tail = tl.where(tail < 0, tail - log_z, tl.log(p_tail))
     if DIVERGENCE == "forward_kl":
-        value = tl.sum(tl.where(q_K > 0, q_K * (log_q_K + log_z), 0.0), axis=0) - cross
+        value = tl.sum(tl.where(q_K != 0, q_K * (log_q_K + log_z), 0.0), axis=0) - cross
         if TAIL == "bucket":
-            value += tl.where(q_tail > 0, q_tail * (log_q_tail - log_p_tail), 0.0)
+            value += tl.where(q_tail != 0, q_tail * (log_q_tail - log_p_tail), 0.0)
         slope_K = (kept_q + q_tail) * p_K - q_K
         slope_tail = kept_q * p_tail - q_tail * (kept_sum / z)         # 1 - p_tail would lose digits where it is small
     else:

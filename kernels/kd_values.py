@@ -62,7 +62,7 @@ def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, scores, ta
         q_tail = tl.exp(log_q_tail)
         size = tl.maximum(tail_size, 1).to(tl.float32)
         mean_log_p = LN2 * (score_tail + scores / size) - tl.log(z)
-        value += tl.where(q_tail > 0, q_tail * (log_q_tail - tl.log(size) - mean_log_p), 0.0)
+        value += tl.where(q_tail != 0, q_tail * (log_q_tail - tl.log(size) - mean_log_p), 0.0)
         slope_tail = total * tl.exp2(score_tail) / z
         even = -q_tail / size
     else:

@@ -333,14 +333,14 @@ def outcome(log_q, log_p, p, total_q, beta, DIVERGENCE: tl.constexpr):
     """
     q = tl.exp(log_q)
     if DIVERGENCE == "forward_kl":
-        return tl.where(q > 0, q * (log_q - log_p), 0.0), total_q * p - q
+        return tl.where(q != 0, q * (log_q - log_p), 0.0), total_q * p - q
     elif DIVERGENCE == "reverse_kl":
-        c = tl.where(p > 0, log_p - log_q, 0.0)
+        c = tl.where(p != 0, log_p - log_q, 0.0)
         return p * c, c
     elif DIVERGENCE == "jsd":
         log_m = log_sum_exp2(log_q + tl.log(beta), log_p + tl.log(1.0 - beta))
-        c = tl.where(p > 0, log_p - log_m, 0.0)
-        from_q = tl.where(q > 0, q * (log_q - log_m), 0.0)
+        c = tl.where(p != 0, log_p - log_m, 0.0)
+        from_q = tl.where(q != 0, q * (log_q - log_m), 0.0)
         return beta * from_q + (1.0 - beta) * p * c, (1.0 - beta) * c
     else:
         tl.static_assert(DIVERGENCE == "tv")

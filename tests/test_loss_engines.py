@@ -56,6 +56,19 @@ def test_the_gradient_depends_on_teacher_temperature_alpha_and_label(divergence:
             assert bool(moved_N.any() if divergence == "tv" else moved_N.all())
 
 
+@pytest.mark.parametrize(("divergence", "tail", "k"), KINDS)
+def test_a_teacher_of_no_number_shows_in_the_loss_of_its_row_and_of_no_other(divergence: str, tail: str, k: int | None,
+                                                                             run: Any) -> None:
+    """A loss of 0 with a gradient of NaN would pass every look at the loss."""
+    logits, labels, targets = problem(13, 3, 8, 2.0, k, tail=tail)
+    good = run(logits, labels, targets, alpha=0.5, divergence=divergence, tail=tail)
+    log_probs = targets.log_probs_NK.clone()
+    log_probs[1, 2] = torch.nan
+    found = run(logits, labels, replace(targets, log_probs_NK=log_probs), alpha=0.5, divergence=divergence, tail=tail)
+    assert found[0].isnan().tolist() == [False, True, False]
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(good, found, strict=True))
+
+
 def test_alpha_0_is_cross_entropy_whatever_the_teacher_and_alpha_1_whatever_the_label(run: Any) -> None:
     logits, labels, targets = problem(13, 2, 8, 2.0, 3)
     other = problem(14, 2, 8, 2.0, 3)[2]

@@ -21,14 +21,14 @@ Divergence = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None
 def forward_kl(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, Tensor | None]:
     """sum q (log q - log p), where 0 log 0 = 0."""
     q = log_q.exp()
-    value_R = row_sum(torch.where(q > 0, q * (log_q - log_p), 0))
+    value_R = row_sum(torch.where(q != 0, q * (log_q - log_p), 0))
     return value_R, log_p.exp().sub_(q) if wants else None
 
 
 def reverse_kl(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, Tensor | None]:
     """sum p (log p - log q); infinite where the teacher rules out what the student does not."""
     p = log_p.exp()
-    value_R, slope = _centred(p, torch.where(p > 0, log_p - log_q, 0))
+    value_R, slope = _centred(p, torch.where(p != 0, log_p - log_q, 0))
     return value_R, slope if wants else None
 
 
@@ -37,8 +37,8 @@ def jsd(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor,
     top = torch.maximum(log_q, log_p)       # of -inf makes log m NaN, where neither term looks at it
     log_m = (log_q - top).exp_().mul_(beta).add_((log_p - top).exp_().mul_(1 - beta)).log_().add_(top)
     q, p = log_q.exp(), log_p.exp()
-    from_q_R = row_sum(torch.where(q > 0, q * (log_q - log_m), 0))
-    from_p_R, slope = _centred(p, torch.where(p > 0, log_p - log_m, 0).mul_(1 - beta))
+    from_q_R = row_sum(torch.where(q != 0, q * (log_q - log_m), 0))
+    from_p_R, slope = _centred(p, torch.where(p != 0, log_p - log_m, 0).mul_(1 - beta))
     return beta * from_q_R + from_p_R, slope if wants else None
 
 
@@ -54,7 +54,7 @@ def tv(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, 
 def sampled_kl(log_w: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, Tensor | None]:
     """Forward KL of weights w of any sum s, not renormalised: sum w (log w - log p), gradient s p - w."""
     w = log_w.exp()
-    value_R = row_sum(torch.where(w > 0, w * (log_w - log_p), 0))
+    value_R = row_sum(torch.where(w != 0, w * (log_w - log_p), 0))
     return value_R, log_p.exp().mul_(row_sum(w)[:, None]).sub_(w) if wants else None
 
 

@@ -287,7 +287,7 @@ def _over_support(x_RV: Tensor, targets: SoftTargets, rows: RowLoss,
 def _within_tail(q_tail_R: Tensor, lse_R: Tensor, sum_R: Tensor, others: int) -> Tensor:
     """q_t KL(even || student) over `others` classes, from the log-sum-exp and the sum of their scores."""
     gap_R = torch.where(lse_R == -torch.inf, torch.inf, lse_R - sum_R / others).sub_(math.log(others))
-    return torch.where(q_tail_R > 0, q_tail_R * gap_R, 0)
+    return torch.where(q_tail_R != 0, q_tail_R * gap_R, 0)
 
 
 def _teacher(targets: SoftTargets, tail: str, working: torch.dtype) -> Tensor:

@@ -173,7 +173,7 @@ def targets_from_logits(logits_NV: Tensor, *, temperature: float | str, k: int |
 
     logits_NV: floating [N, V]. UsageError, on the CPU, for a row with NaN or +inf, or of nothing but -inf, as
     docs/format.md 8.1 refuses it. On a device a look would wait: there the targets of such a row, and of no other, are
-    NaN, and so is the gradient; the loss of the row may be 0.
+    NaN, and so is its loss.
     """
     check_tensor("teacher logits", logits_NV, "floating [N, V]")
     check_integer("k", k, optional=True)
