@@ -3,8 +3,9 @@
 `Tiles.of` in `kernels/kd_launch.py` chooses by arithmetic: vectors in flight hide latency, rows in flight must stay in
 L2 for the second read, registers decide how many programs a multiprocessor holds. This measures it, at N = 8192 rows of
 bfloat16 with K = 64, in place. "second_read_misses" is what a share f of the copy's rate means where bytes alone limit:
-(2 + misses) N V b bytes moved in the time of 2 / f of them, so 2 / f - 2. Rows that do not fit into L2 are raced by two
-programs to a row as well, in one launch and in two. A machine with another L2 wants another table.
+(2 + misses) N V b bytes moved in the time of 2 / f of them, so 2 / f - 2. The tiles in use are raced without cache
+hints too, and rows that do not fit into L2 by two programs to a row, in one launch and in two. A machine with another
+L2 wants another table.
 
     python -m kdcache.bench.kd_tiles [--rounds N] [--results FOLDER]
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -58,7 +59,7 @@ def candidates(classes: int, itemsize: int) -> list[Way]:
     found = [Way(Tiles(*one, reverse=reverse)) for one, reverse in product(few, orders)]
     found += [Way(Tiles(*one), form) for one, form in product(LONG[:2], SHARED) if row > 400_000]
     usual = Way(Tiles.of(classes, itemsize))
-    return found if usual in found else [usual, *found]
+    return [usual, Way(replace(usual.tiles, hints=False)), *(way for way in found if way != usual)]
 
 
 SHARED = ("one launch", "two launches")         # forms in which two programs share a row
@@ -73,8 +74,9 @@ class Way:
 
     def __str__(self) -> str:
         tiles = self.tiles
-        return (f"{tiles.rows} x {tiles.warps} warps, {tiles.registers} registers"
-                + (", backwards" if tiles.reverse else "") + (f", 2 parts in {self.form}" if self.form else ""))
+        said = [f"{tiles.rows} x {tiles.warps} warps", f"{tiles.registers} registers"]
+        said += ["backwards"] * tiles.reverse + ["no cache hints"] * (not tiles.hints)
+        return ", ".join(said + ([f"2 parts in {self.form}"] if self.form else []))
 
     def run(self, fused: Fused) -> object:
         with walked_with(self.tiles):

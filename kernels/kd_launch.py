@@ -24,6 +24,7 @@ class Tiles:
     warps: int
     registers: int = 128
     reverse: bool = False
+    hints: bool = True          # whether reads and writes say what should stay in the cache
 
     @staticmethod
     def of(num_classes: int, itemsize: int, sums: bool = False, softcap: bool = False) -> Tiles:
@@ -250,7 +251,7 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
             "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
             "TAIL": call.tail, "DIVERGENCE": call.divergence, "P": p, "Q": q, "TWO": two, "GRADIENT": gradient,
             "INPLACE": inplace, "R": tiles.rows, "C": vec * 32 * tiles.warps, "VEC": vec, "ALIGNED": aligned,
-            "REVERSE": tiles.reverse}
+            "REVERSE": tiles.reverse, "HINTS": tiles.hints}
 
 
 def exponents(call: Call) -> tuple[float, float]:

@@ -103,7 +103,8 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
             kept, num_labels, c, c2, temperature, beta, gain, rate, STATE, KEPT, LABELLED, COUNTERS, part, parts,
             BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr,
             Q: tl.constexpr, TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr,
-            C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, STAGE: tl.constexpr):
+            C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, HINTS: tl.constexpr,
+            STAGE: tl.constexpr):
     """One row, or one part of one row. Every output is written, whatever the row is.
 
     STAGE 0: a program has the whole row. Where rows are few, `parts` programs share one, in two launches: stage 1
@@ -115,6 +116,8 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
     gradient, and `rate` the scale over the cap where there is one.
     """
     MOMENT: tl.constexpr = STATS is not None
+    LEAVE: tl.constexpr = "evict_first" if HINTS else ""
+    STAY: tl.constexpr = "evict_last" if HINTS and GRADIENT else LEAVE
     SCORES: tl.constexpr = TAIL == "uniform" and IDS is not None
     SLOTS: tl.constexpr = 7 if MOMENT or SCORES else 4
     if STAGE == 3:
@@ -168,8 +171,7 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
                 tl.debug_barrier()          # every warp has its copy of the kept logits
                 tl.store(row + id_K, tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty), mask=own_K)
                 tl.debug_barrier()
-            sums = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED,
-                              "evict_last" if GRADIENT else "evict_first", rate, MOMENT, SCORES)
+            sums = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED, STAY, rate, MOMENT, SCORES)
             ref, ref2, one, soft = sums[0], sums[1], sums[2], sums[3]
             if SLOTS > 4:
                 moment, scores = sums[4], sums[5]
@@ -213,7 +215,7 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
             if GRADIENT:
                 if P + Q > 0:
                     sweep_gradient(row + begin, out + begin, count, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C,
-                                   VEC, ALIGNED, REVERSE, even if SCORES else None, rate)
+                                   VEC, ALIGNED, REVERSE, even if SCORES else None, rate, LEAVE)
                 else:
                     tl.debug_barrier()          # every warp has read the kept logits
                     fill_zeros(out + begin, count, R, C, VEC, ALIGNED)

@@ -281,7 +281,7 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
 @triton.jit
 def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr,
                    TWO: tl.constexpr, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-                   REVERSE: tl.constexpr, even=None, rate=None):
+                   REVERSE: tl.constexpr, even=None, rate=None, EVICT: tl.constexpr = "evict_first"):
     """Writes the dense gradient of a row to `out`, which may be the row itself."""
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     to = span_beside(out, lead, ALIGNED)
@@ -289,15 +289,15 @@ def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl
     tiles = body // (R * C)
     for i in tl.range(0, tiles):
         at = (tiles - 1 - i if REVERSE else i) * (R * C)
-        x = tl.load(start + at + offsets, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(start + at + offsets, eviction_policy=EVICT).to(tl.float32)
         g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
-        tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy="evict_first")
+        tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy=EVICT)
     whole = tiles * (R * C)
     if whole < body:
         inside = whole + offsets < body
-        x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
         g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
-        tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+        tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy=EVICT)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
