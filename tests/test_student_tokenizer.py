@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from text_world import WORDS, llama, tokenizer_file
 
 from kdcache.errors import IdentityMismatch, UsageError
 from kdcache.student.evaluate import evaluate
@@ -15,25 +15,6 @@ from kdcache.student.train import train_student
 from kdcache.teacher.dump import dump_teacher
 
 transformers = pytest.importorskip("transformers")
-WORDS = "the cat sat on a mat and saw the dog run far away from it all day long".split()
-
-
-def tokenizer_file(path: Path, words: list[str]) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *dict.fromkeys(words)])}, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.save(str(path))
-    return path
-
-
-def llama(folder: Path, vocabulary: int = 24, positions: int = 64) -> Path:
-    config = transformers.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=positions, hidden_size=8,
-                                      num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from teacher_world import Dump, Sentences, Speaker, dumper
+from text_world import WORDS, llama, tokenizer_file
 
 import kdcache
 from kdcache.data.sources import load_data
@@ -19,31 +20,12 @@ from kdcache.model_specs import own_tokenizer, position_limit
 from kdcache.models import Model, load_model, require_tokenizer
 
 transformers = pytest.importorskip("transformers")
-WORDS = "the cat sat on a mat and saw the dog run far away from it all day long".split()
-
-
-def tokenizer_file(path: Path, words: list[str]) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *dict.fromkeys(words)])}, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.save(str(path))
-    return path
 
 
 def gpt2(folder: Path, positions: int = 64) -> Path:
     config = transformers.GPT2Config(vocab_size=40, n_positions=positions, n_embd=8, n_layer=1, n_head=2)
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-def llama(folder: Path, positions: int = 64) -> Path:
-    config = transformers.LlamaConfig(vocab_size=40, max_position_embeddings=positions, hidden_size=8,
-                                      num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -114,7 +96,7 @@ def test_windows_beyond_a_learned_table_are_refused_and_beyond_rotary_ones_warne
     with pytest.raises(UsageError, match=said + ": take windows of at most 8"):
         dump(teacher=f"hf:{gpt2(tmp_path / 'learned', 8)}", **text)
     told: list[str] = []
-    report = dump(teacher=f"hf:{llama(tmp_path / 'rotary', 8)}", **text, say=told.append)
+    report = dump(teacher=f"hf:{llama(tmp_path / 'rotary', 40, positions=8)}", **text, say=told.append)
     assert [code for code, _ in report.warnings] == ["beyond-positions"] and report.complete
     assert any(line.startswith("warning: ") and "extrapolated" in line for line in told)
     assert dump(teacher=f"hf:{gpt2(tmp_path / 'long', 16)}", **text, out=tmp_path / "d").warnings == ()
