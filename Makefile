@@ -18,6 +18,8 @@ test: $(STAMP)
 	rm -f .coverage .coverage.*
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m gpu --ptx $(COMPILED)
+	for arch in 80 100; do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m gpu --ptx \
+		--arch $$arch $(wordlist 2,3,$(COMPILED)) || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
