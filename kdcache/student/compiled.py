@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only
-from kdcache.student.engine import RowLoss, gradient_like, loss_rows, scale_rows
+from kdcache.student.engine import RowLoss, gradient_like, loss_rows, scale_rows, wide
 from kdcache.student.targets import SoftTargets
 
 ROWS = ("(Tensor logits, Tensor? labels, Tensor? label_weight, Tensor? ids, Tensor? log_probs, Tensor? log_tail, "
@@ -36,7 +36,7 @@ def loss_rows_op(logits: Tensor, labels: Tensor | None, label_weight: Tensor | N
 
 @loss_rows_op.register_fake
 def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    working = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    working = wide(logits.dtype)
     loss_N, ce_N, kd_N = (logits.new_empty(logits.shape[0], dtype=working) for _ in range(3))    # len() is a constant
     return loss_N, ce_N, kd_N, gradient_like(logits) if others[-1] else logits.new_empty(0)
 

@@ -108,7 +108,7 @@ def gradient_like(logits: Tensor) -> Tensor:
 
 def loss_rows(logits: Tensor, rows: RowLoss, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_N, CE_N, D_N), in chunks; the gradient of each row's loss goes to `gradient`, which may be the logits."""
-    working = _wide(logits.dtype)
+    working = wide(logits.dtype)
     loss_N, ce_N, kd_N = (torch.zeros(len(logits), dtype=working, device=logits.device) for _ in range(3))
     for chunk in _chunks(logits, rows.num_classes):
         x_RV = logits.detach()[chunk, : rows.num_classes]
@@ -116,7 +116,7 @@ def loss_rows(logits: Tensor, rows: RowLoss, gradient: Tensor | None) -> tuple[T
         dense_RV = _chunk(z_RV, rows, chunk, (loss_N[chunk], ce_N[chunk], kd_N[chunk]), gradient is not None)
         if gradient is not None:
             inside_RV = gradient[chunk, : rows.num_classes]
-            inside_RV.zero_() if dense_RV is None else inside_RV.copy_(_over_logits(dense_RV, x_RV.to(working), rows))
+            inside_RV.zero_() if dense_RV is None else inside_RV.copy_(_over_logits(dense_RV, x_RV, rows))
             gradient[chunk, rows.num_classes :].zero_()
     return loss_N, ce_N, kd_N
 
@@ -139,7 +139,7 @@ def _over_logits(dense_RV: Tensor, x_RV: Tensor, rows: RowLoss) -> Tensor:
     """
     if rows.softcap is None:
         return dense_RV if rows.logit_scale == 1 else dense_RV.mul_(rows.logit_scale)
-    a_RV = x_RV.abs().mul_(-2 * rows.logit_scale / rows.softcap).exp_().nan_to_num_(nan=0.0)
+    a_RV = x_RV.to(dense_RV.dtype).abs().mul_(-2 * rows.logit_scale / rows.softcap).exp_().nan_to_num_(nan=0.0)
     dense_RV.mul_(4 * rows.logit_scale).mul_(a_RV)
     return dense_RV.div_(a_RV.add_(1).square_())
 
@@ -147,7 +147,7 @@ def _over_logits(dense_RV: Tensor, x_RV: Tensor, rows: RowLoss) -> Tensor:
 def scale_rows(gradient: Tensor, factor_N: Tensor, out: Tensor) -> Tensor:
     """out = gradient times a factor per row, in chunks: a half-precision product is formed in float32."""
     for chunk in _chunks(gradient, gradient.shape[1]):
-        torch.mul(gradient[chunk], factor_N[chunk, None].to(_wide(gradient.dtype)), out=out[chunk])
+        torch.mul(gradient[chunk], factor_N[chunk, None].to(wide(gradient.dtype)), out=out[chunk])
     return out
 
 
@@ -316,5 +316,6 @@ def _zero_rows(x_RV: Tensor, rows_R: Tensor) -> Tensor:
     return x_RV.masked_fill_(rows_R[:, None], 0)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What arithmetic on a floating dtype is done in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdcache.data.samples import Inputs
 from kdcache.errors import UsageError
 from kdcache.models import Output, forward
-from kdcache.student.engine import capped
+from kdcache.student.engine import capped, wide
 from kdcache.student.linear import kd_linear_loss, rows_in
 from kdcache.student.request import LossParts
 from kdcache.student.targets import SoftTargets
@@ -79,7 +79,7 @@ class Head:
         step = rows_in(self.memory, len(hidden_NH), len(weight), weight.dtype)
         for rows in (slice(at, at + step) for at in range(0, len(hidden_NH), step)):
             x_RV = nn.functional.linear(hidden_NH[rows], weight, bias)
-            yield rows, capped(x_RV.to(_wide(x_RV)), self.scale, self.softcap)
+            yield rows, capped(x_RV.to(wide(x_RV.dtype)), self.scale, self.softcap)
 
     def _of(self, classes: slice) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias [V] of these classes; of all of them the parameters themselves, not views."""
@@ -126,7 +126,7 @@ class Head:
         """Logits of every size at which a cap may be met; of 8 bits, for a module that takes them in another dtype."""
         x = torch.logspace(-8, 12, hidden[..., 0].numel() * self.num_classes, base=2, device=hidden.device)
         x[1::2] *= -1
-        return x.bfloat16().to(_wide(hidden)).view(*hidden.shape[:-1], self.num_classes)
+        return x.bfloat16().to(wide(hidden.dtype)).view(*hidden.shape[:-1], self.num_classes)
 
 
 class _StandIn(nn.Linear):
@@ -181,10 +181,6 @@ def _follows(found: Tensor, x: Tensor, scale: float, softcap: float | None) -> b
     eps = ROUNDINGS * max(info.eps for info in dtypes)
     least = ROUNDINGS * max(info.eps * info.tiny for info in dtypes) * (softcap or 1)   # x / softcap may be subnormal
     return torch.allclose(found.double(), capped(x.double(), scale, softcap), rtol=eps, atol=least)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _first(inputs: Inputs) -> Inputs:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.errors import NotBuilt, UsageError, near
 from kdcache.recipes import apply_recipe
+from kdcache.student.engine import wide
 from kdcache.student.targets import column_tensor
 
 if TYPE_CHECKING:
@@ -141,8 +142,7 @@ class Matches(nn.Module):
         for match, projection in zip(self.matches, self.projections, strict=True):
             activation = self._activation(match, mask, row_mask)
             weights = list(projection.parameters())
-            wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
-            student = projection(activation.to(weights[0].dtype) if weights else activation).to(wide)
+            student = projection(activation.to(weights[0].dtype) if weights else activation).to(wide(activation.dtype))
             teacher = features[match.feature].to(student.device, student.dtype)
             if student.shape != teacher.shape:
                 raise _shapes(match, student.shape, teacher.shape)
@@ -193,7 +193,7 @@ class Matches(nn.Module):
         differ = [i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b]
         if len(have) != len(want) or differ != [axis] or self.features[match.feature].recipe == "energy":
             raise _shapes(match, have, want)
-        dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+        dtype = wide(activation.dtype)
         sizes = (have[axis], want[axis], 1) if is_map else (have[axis], want[axis])
         layer: nn.Module = nn.utils.skip_init(nn.Conv2d if is_map else nn.Linear, *sizes,  # type: ignore[no-untyped-call]
                                               dtype=dtype)

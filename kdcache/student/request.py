@@ -16,7 +16,7 @@ from kdcache.engines import check_name
 from kdcache.errors import UsageError, near
 from kdcache.student.divergences import DIVERGENCES
 from kdcache.student.door import check_integer, check_number, check_tensor, check_type, plain_temperature
-from kdcache.student.engine import RowLoss
+from kdcache.student.engine import RowLoss, wide
 from kdcache.student.targets import SoftTargets, readable
 
 TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
@@ -92,7 +92,7 @@ def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | 
     _check_reduction(options["reduction"], options["normalizer"])
     ce_weight, kd_weight = _weights(options["alpha"], options["ce_weight"], options["kd_weight"])
     num_classes = _check_rows(len(like), width, labels, targets, options)
-    working = torch.float64 if like.dtype == torch.float64 else torch.float32
+    working = wide(like.dtype)
     labels_NJ, label_weight_NJ = _labels(labels, options["label_weight"], options["ignore_index"], num_classes,
                                          like.device)
     # A part of weight 0 is never multiplied into the loss (0 * inf).
