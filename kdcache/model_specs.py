@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "preprocessor_config.json",
 )
 
+RANDOM = "random weights"                               # how what was loaded begins to say that nothing was
 POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "pos_embed", "position_embedding")
 
 
@@ -54,7 +55,7 @@ class Wanted:
     @property
     def random(self) -> str:
         """How the origin of random weights is said."""
-        return f"random weights, seed {self.seed}"
+        return f"{RANDOM}, seed {self.seed}"
 
 
 @dataclass(slots=True)

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdcache.cache import rawmap
 from kdcache.cache.store import explain
 from kdcache.canonical import DIGEST_KEY, digest
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
@@ -88,11 +88,7 @@ def _as_os_errors() -> Iterator[None]:
 
 
 def _digest(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            hasher.update(part)
-    return hasher.hexdigest()
+    return rawmap.digest(rawmap.map_file(str(path)))
 
 
 def find(folder: Path) -> Path | None:

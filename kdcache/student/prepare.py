@@ -53,8 +53,9 @@ class Sources:
     @property
     def tokenizer(self) -> dict[str, Any] | None:
         """The `tokenizer` part of the identity of what is trained on, None if it is no text or does not say."""
-        return self.cache.identity.tokenizer if self.samples is None and self.cache is not None else (
-            None if self.samples is None else self.samples.tokenizer_identity)
+        if self.samples is not None:
+            return self.samples.tokenizer_identity
+        return None if self.cache is None else self.cache.identity.tokenizer
 
     @property
     def longest(self) -> int:

@@ -21,6 +21,7 @@ from kdcache.data.identify import identify, probe_ids
 from kdcache.data.samples import Samples
 from kdcache.errors import UsageError
 from kdcache.loading import is_code
+from kdcache.model_specs import RANDOM
 from kdcache.models import Model, beyond_positions, forward, trying
 from kdcache.teacher.batches import BatchRows, read, rows_of
 from kdcache.teacher.features import FeatureRequest, Taps, feature_specs
@@ -127,7 +128,7 @@ def _probe_ids(count: int) -> list[int]:
 
 
 def _warn_of_random(model: Model) -> tuple[tuple[str, str], ...]:
-    if "random weights" not in model.loaded:
+    if RANDOM not in model.loaded:
         return ()
     unless = f", unless {model.spec} loads weights of its own" if is_code(model.spec) else ""
     return ((RANDOM_TEACHER, f"THE TEACHER IS NOT TRAINED{unless}: {model.loaded}, so that its answers are noise; give "
