@@ -151,8 +151,9 @@ def whole_division(a: Array, b: Array) -> Array:
     return np.where(b == 0, 0, np.trunc(a / np.where(b == 0, 1, b).astype(np.float64))).astype(a.dtype)
 
 
-def wide(kind: str) -> Any:
-    return NUMPY[kind[0] + str(2 * int(kind[1:]))]
+def doubled(kind: str) -> str:
+    """The type of twice the bits: of s32, s64."""
+    return kind[0] + str(2 * int(kind[1:]))
 
 
 def arithmetic(op: tuple[str, ...], slack: Slack) -> Callable[..., Array]:
@@ -201,7 +202,7 @@ def _integer_product(op: tuple[str, ...]) -> Callable[..., Array]:
     """mul and mad of integers: .lo keeps the type, .wide gives the type of twice the bits."""
     name, form, kind = op[0], op[1], op[-1]
     assert form in ("lo", "wide"), op
-    to = wide(kind) if form == "wide" else NUMPY[kind]
+    to = NUMPY[doubled(kind) if form == "wide" else kind]
     if name == "mul":
         return lambda a, b: a.astype(to) * b.astype(to)
     return lambda a, b, c: a.astype(to) * b.astype(to) + c

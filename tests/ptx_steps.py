@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ptx_code import WIDTH, Address, Instruction, Kernel, Operand
 from ptx_memory import UNSIGNED, WARP, Array, Buffer, Fault
-from ptx_ops import NUMPY, Slack, arithmetic, compare, convert, pack
+from ptx_ops import NUMPY, Slack, arithmetic, compare, convert, doubled, pack
 
 Mask = Any
 Step = Callable[[Mask], None]
@@ -79,7 +79,7 @@ class Steps:
             run = arithmetic(op, self.slack)
         except KeyError:
             raise NotImplementedError(f"the machine does not know the instruction {ins.text}") from None
-        wide = op[-1][0] + str(2 * WIDTH[op[-1]]) if "wide" in op else op[-1]
+        wide = doubled(op[-1]) if "wide" in op else op[-1]
         kinds = [op[-1], op[-1], wide]
         if op[-2] == "f32" and op[-1] in ("bf16", "f16"):           # of mixed precision
             wide = "f32"
@@ -250,10 +250,8 @@ class Steps:
         return self.numbers if mask is True else np.flatnonzero(mask)
 
     def _address(self, address: Address) -> Callable[[], Array]:
-        array = self.source(address.base, f"b{8 * self.bits[address.base].itemsize}" if address.base in self.bits
-                            else "b64")
-        offset = np.int64(address.offset)
-        return lambda: array.astype(np.int64) + offset
+        array = self.bits[address.base] if address.base in self.bits else self.source(address.base, "b64")
+        return lambda: array.astype(np.int64) + address.offset
 
     def _buffer(self, shared: bool, at: Array) -> Buffer:
         """The buffer that an access is to; an access beside all of them is one to the next before it."""
