@@ -19,12 +19,17 @@ from kdcache.data.views import seeded_generators
 from kdcache.errors import UsageError, near
 from kdcache.loading import accepts, call, describe, let_through, resolve_spec
 
-# Task -> the transformers class that builds it, and how the names of its architectures end.
-TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "causal-lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
-    "sequence-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
-    "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+# Task -> the transformers class that builds it. Where an architecture serves two of them, as BART's does, it is for the
+# one that comes first.
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
 }
+LANGUAGE_TASKS = ("causal-lm", "seq2seq-lm", "masked-lm")       # V is the vocabulary's; the others have num_labels
 # What a folder may hold beside the model that turns its inputs into ids and pixels.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -140,11 +145,11 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
     where = {"revision": revision or "main", "local_files_only": local_files_only}
     config = _config(path, "hf", where)
     task = _task(config, task, f"hf:{path}")
-    resized = task != "causal-lm" and wanted.num_classes not in (None, config.num_labels)
+    resized = task not in LANGUAGE_TASKS and wanted.num_classes not in (None, config.num_labels)
     if resized and not new_head:
         raise UsageError(f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: "
                          "give new_head=true to start its last layer anew")
-    loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
+    loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task])
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
     with wanted.seeded(), _no_progress_bars():
@@ -171,10 +176,10 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
     if foreign:
         raise UsageError(f"hf-config:{path} has no field {foreign[0]!r}{near(foreign[0], config.to_dict())}")
     task = _task(config, task, f"hf-config:{path}")
-    if task != "causal-lm" and wanted.num_classes is not None:
+    if task not in LANGUAGE_TASKS and wanted.num_classes is not None:
         overrides.setdefault("num_labels", wanted.num_classes)
     config = _config(path, "hf-config", overrides)
-    maker = getattr(_import("transformers", "kdcache[hf]"), TASKS[task][0])
+    maker = getattr(_import("transformers", "kdcache[hf]"), TASKS[task])
     with wanted.seeded():
         module = maker.from_config(config, dtype=torch.float32)     # load_model casts it, as it does every other
     return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted)
@@ -182,7 +187,7 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
 
 def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted) -> Built:
     config: Any = module.config
-    width = int(config.get_text_config().vocab_size if task == "causal-lm" else config.num_labels)
+    width = int(config.get_text_config().vocab_size if task in LANGUAGE_TASKS else config.num_labels)
     if wanted.num_classes is not None and width < wanted.num_classes:
         raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}")
     folder = Path(path)
@@ -274,17 +279,36 @@ def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def _task(config: Any, asked: str | None, where: str) -> str:
-    """The task asked for, else the one that the config's architecture is for."""
+    """The task asked for, else the one that the config's architecture is for.
+
+    UsageError for an unknown task, and where no task is for the architecture: it names those that this kind of model
+    can be built for, none of which need be what its weights were trained for.
+    """
     if asked is not None:
         if asked not in TASKS:
             raise UsageError(f"{where}: task is {asked!r}{near(str(asked), TASKS)}")
         return asked
-    architectures = config.architectures or []
-    for task, (_, endings) in TASKS.items():
-        if any(name.endswith(endings) for name in architectures):
+    architectures, kinds = config.architectures or [], _kinds(config)
+    for task, names in kinds.items():
+        if any(name in names for name in architectures):
             return task
-    raise UsageError(f"{where} is {' and '.join(architectures) or 'of no stated architecture'}; "
-                     f"give task={' or task='.join(TASKS)}")
+    found = " and ".join(architectures) or "of no stated architecture"
+    if not kinds:
+        raise UsageError(f"{where} is {found}, which is for none of the tasks {', '.join(TASKS)}; give a module by "
+                         "file.py:name that returns the logits")
+    raise UsageError(f"{where} is {found}, a head (if any) for another task; give task={' or task='.join(kinds)}, "
+                     "if its weights were trained for that")
+
+
+def _kinds(config: Any) -> dict[str, set[str]]:
+    """Task -> the names of the classes that transformers has for it and this kind of config."""
+    transformers, out = _import("transformers", "kdcache[hf]"), {}
+    for task, auto in TASKS.items():
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            classes = mapping[type(config)]
+            out[task] = {kind.__name__ for kind in (classes if isinstance(classes, tuple | list) else (classes,))}
+    return out
 
 
 def _import(name: str, extra: str) -> Any:

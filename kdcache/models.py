@@ -29,9 +29,8 @@ class Model:
     """A module and where it came from.
 
     spec: the SPEC. loaded: a sentence saying what was loaded from where. num_classes: width of its logits, None if
-    unknown before a forward pass. task: causal-lm, sequence-classification or image-classification for hf: and
-    hf-config:, else "". folder: the local one it is from, for these. Training or eval mode, and the device, are the
-    caller's to set.
+    unknown before a forward pass. task: one of model_specs.TASKS for hf: and hf-config:, else "". folder: the local one
+    it is from, for these. Training or eval mode, and the device, are the caller's to set.
     """
 
     module: nn.Module

@@ -27,6 +27,13 @@ def tiny(tmp_path_factory):
         "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **text)),
         "bert": ("BertForSequenceClassification", transformers.BertConfig(num_labels=3, vocab_size=32, **small)),
         "vit": ("ViTForImageClassification", transformers.ViTConfig(num_labels=5, **pixels, **small)),
+        "deit": ("DeiTForImageClassificationWithTeacher", transformers.DeiTConfig(num_labels=5, **pixels, **small)),
+        "tagger": ("BertForTokenClassification", transformers.BertConfig(num_labels=3, vocab_size=32, **small)),
+        "mlm": ("BertForMaskedLM", transformers.BertConfig(vocab_size=32, **small)),
+        "bart": ("BartForConditionalGeneration", transformers.BartConfig(
+            d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+            encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=1, decoder_start_token_id=0,
+            forced_eos_token_id=0, max_position_embeddings=16, **text)),
     }
     root = tmp_path_factory.mktemp("hf")
     for name, (kind, config) in configs.items():
@@ -41,6 +48,10 @@ INPUTS = {
     "gpt2": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 32), "causal-lm"),
     "bert": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3), "sequence-classification"),
     "vit": (torch.arange(384.0).reshape(2, 3, 8, 8) / 384, (2, 5), "image-classification"),
+    "deit": (torch.arange(384.0).reshape(2, 3, 8, 8) / 384, (2, 5), "image-classification"),
+    "tagger": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 3), "token-classification"),
+    "mlm": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 32), "masked-lm"),
+    "bart": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 32), "seq2seq-lm"),
 }
 
 
@@ -68,7 +79,7 @@ def test_hugging_face_models(tiny, tmp_path, name):
     state = load_file(tmp_path / "out" / "model.safetensors")
     gone = sorted(state)[-1]
     save_file({other: value for other, value in state.items() if other != gone}, tmp_path / "less.safetensors")
-    with pytest.raises(UsageError, match=r"does not fit .*: [12] missing: "):
+    with pytest.raises(UsageError, match=r"does not fit .*: [124] missing: "):
         load_model(f"hf:{tiny}/{name}", weights=tmp_path / "less.safetensors")
 
     fresh, same = load_model(f"hf-config:{tiny}/{name}", seed=1), load_model(f"hf-config:{tiny}/{name}", seed=1)
@@ -99,10 +110,15 @@ def test_hugging_face_options(tiny, tmp_path):
     config = json.loads((tiny / "bert" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
     assert load_model(f"hf-config:{tmp_path}", args={"task": "sequence-classification"}).num_classes == 3
+    for kind, name in (("t5", "T5EncoderModel"), ("encodec", "EncodecModel")):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     for spec, args, message in [
-        (f"hf-config:{tmp_path}", {}, "is BertModel; give task=causal-lm or task=sequence-classification"),
+        (f"hf-config:{tmp_path}", {}, "is BertModel, .* give task=causal-lm or .* or task=masked-lm, if"),
+        (f"hf-config:{tmp_path}/t5", {}, "is T5EncoderModel, .* give task=sequence-classification or "),
+        (f"hf-config:{tmp_path}/encodec", {}, "is EncodecModel, which is for none of the tasks .* file.py:name"),
         (f"hf:{tiny}/llama", {"task": "sequence-classification"}, "no fitting weights for score.weight of LlamaForSeq"),
         (f"hf:{tiny}/llama", {"task": "causal"}, r"task is 'causal' \(did you mean 'causal-lm'"),
         (f"hf:{tiny}/llama", {"tsk": "causal-lm"}, "takes no argument 'tsk'"),
