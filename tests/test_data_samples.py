@@ -8,8 +8,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from kdcache.data.collate import collate, read_batch
 from kdcache.data.identify import check_same_key, identify, probe_ids
 from kdcache.data.keys import sample_key
 from kdcache.data.samples import Samples
@@ -132,7 +134,7 @@ def test_labels_weights_and_document_starts_are_kept_apart_from_inputs():
 
 
 @pytest.mark.parametrize(("item", "message"), [
-    ((torch.zeros(2), 0.5), "sample 0: its label is 0.5, torch.float64; expected a class index"),
+    ((torch.zeros(2), 0.5), "sample 0: its label is 0.5 of float64; expected a class index"),
     ((torch.zeros(2), torch.tensor([0.1, 0.9])), "expected a class index"),
     ((torch.zeros(2), "cat"), "'label' is a str"),
     (("some text", 1), "'input' is a str; a model needs tensors"),
@@ -145,6 +147,39 @@ def test_unusable_items_are_refused_by_sample(item, message):
     with pytest.raises(DataError, match="dataset listed, sample 0: ") as caught:
         Samples(Listed([item])).item(0)
     assert message in str(caught.value)
+
+
+UNREAD = {"boxes": [{"box": [1, 2, 3, 4], "kind": "cat"}], "a text": "what was said", "scores": torch.rand(3),
+          "words": ["a", "b"], "a picture": Image.new("L", (3, 2)), "a number": 0.5, "a class": 3}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_labels_that_are_not_wanted_are_not_looked_at(name):
+    """Their key is that of the samples that read them, or, where a label has no bytes to hash, of those without one."""
+    x, label = torch.arange(4.0), UNREAD[name]
+    for raw in ((x, label), {"values": x, "labels": label, "label_weight": object()}):
+        item = Samples(Listed([raw]), labels=False).item(0)
+        assert item.labels is None and item.label_weight is None
+        inputs = item.inputs if isinstance(raw, tuple) else item.inputs["values"]
+        assert torch.equal(inputs, x)
+        hashed = {} if name in ("boxes", "words") else {"label" if isinstance(raw, tuple) else "labels": label}
+        assert item.sample_key == sample_key({"input" if isinstance(raw, tuple) else "values": x, **hashed})
+        collated = collate([item, item])
+        assert collated.labels is None and collated.label_weight is None
+        listed = Listed([raw])
+        listed.collate_fn = lambda items: {"values": torch.stack([x, x]), "labels": [label] * 2}
+        assert read_batch(Samples(listed, labels=False), [(0, 0), (0, 0)]).labels is None
+    if name != "a class":
+        with pytest.raises(DataError):
+            Samples(Listed([(x, label)])).item(0)
+
+
+def test_labels_that_are_not_wanted_still_mask_tokens():
+    ids, mask = torch.arange(5), torch.tensor([-100, -100, 2, 3, 4])
+    item = Samples(Listed([{"input_ids": ids, "labels": mask}]), labels=False).item(0)
+    assert torch.equal(item.labels, mask)
+    for other in (torch.tensor(1), torch.arange(4), torch.rand(5), "said"):
+        assert Samples(Listed([{"input_ids": ids, "labels": other}]), labels=False).item(0).labels is None
 
 
 def test_unusable_datasets_are_refused():

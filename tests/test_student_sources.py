@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, run, write_cache
+from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, equal_weights, run, write_cache
 from torch import nn
 
+import kdcache
 from kdcache.errors import DataError, IdentityMismatch, UsageError
 from kdcache.student.train import train_student
+from kdcache.teacher.dump import dump_teacher
+from kdcache.teacher.verify import verify
 
 
 def test_other_data_is_refused_with_the_fields_and_accepted_by_name(tmp_path: Path) -> None:
@@ -42,6 +45,45 @@ def test_another_tokenizer_or_window_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IdentityMismatch) as caught:
         run(tmp_path / "run", TinyLM(), cache=cache, data=data, epochs=1)
     assert [d.field for d in caught.value.fields] == ["data.window", "tokenizer.template"]
+
+
+@pytest.mark.parametrize("label", [[0.1, 0.9], [{"box": (0, 0, 1, 1)}], "what was said"])
+def test_labels_of_another_kind_are_unread_in_both_stages_where_nothing_needs_them(tmp_path: Path, label: Any) -> None:
+    """The same weights, bit for bit, as from data that has no labels."""
+    class Labelled(Points):
+        def __getitem__(self, i: int) -> Any:
+            return self.x[i], label
+
+    class Unlabelled(Points):
+        def __getitem__(self, i: int) -> Any:
+            return self.x[i], None
+
+    students = {}
+    for data, labels in ((Labelled(24), False), (Unlabelled(24), None)):
+        out = tmp_path / type(data).__name__
+        report = dump_teacher(teacher=Net(32, seed=7), data=data, out=out / "c", labels=labels, device="cpu")
+        assert report.accuracy is None and kdcache.open(out / "c").spec.labels == 0
+        dump_teacher(teacher=Net(32, seed=7), data=data, out=out / "n", kind="none", features=["body"],
+                     device="cpu")
+        students[out.name] = Net(8, seed=1)
+        train_student(student=students[out.name], out=out / "r", cache=out / "c", data=data, epochs=1, alpha=1.0)
+        assert verify(out / "c", teacher=Net(32, seed=7), data=data, device="cpu").ok
+    assert equal_weights(*students.values())
+    said = r"sample \d+: .*(expected a class index|is a str|is a list of dtype object)"
+    with pytest.raises(DataError, match=said):
+        train_student(student=Net(8), out=tmp_path / "r", cache=out.with_name("Labelled") / "c", data=Labelled(24),
+                      epochs=1)
+    with pytest.raises(DataError, match=said):
+        dump_teacher(teacher=Net(32, seed=7), data=Labelled(24), out=tmp_path / "c", device="cpu")
+
+
+def test_that_hard_labels_are_not_the_caches_is_said(tmp_path: Path) -> None:
+    report = dump_teacher(teacher=Net(32, seed=7), data=Points(24), out=tmp_path / "c", labels=False, device="cpu")
+    assert report.accuracy is None
+    said: list[str] = []
+    train_student(student=Net(8), out=tmp_path / "run", cache=tmp_path / "c", data=Points(24), epochs=1,
+                  say=said.append)
+    assert any(line.startswith("labels: those of the data; the cache keeps none") for line in said)
 
 
 def test_evaluation_data_of_other_classes_or_tokens_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from kdcache.data.arrays import ArrayData
 from kdcache.data.keys import arrays_of
-from kdcache.data.samples import Inputs, Item, Samples, extras, input_tensors, label_of, labels_tensor, model_fields
+from kdcache.data.samples import Inputs, Item, Samples, document_start_of, input_tensors, labels_of, model_fields
 from kdcache.errors import DataError
 
 IGNORED = -100                  # PyTorch's and Hugging Face's label of a position that does not count
@@ -60,32 +60,34 @@ class Collated:
 def read_batch(samples: Samples, pairs: Sequence[tuple[int, int]]) -> Collated:
     """The batch of some (sample_id, view) pairs: what both stages read. Arrays in memory give it whole."""
     if not isinstance(samples.dataset, ArrayData):
-        return collate([samples.item(sample_id, view) for sample_id, view in pairs], samples.dataset)
+        items = [samples.item(sample_id, view) for sample_id, view in pairs]
+        return collate(items, samples.dataset, labels=samples.labels)
     sample_ids = np.array([sample_id for sample_id, _ in pairs], np.int64)
     keys = samples.keys_in_memory(sample_ids)           # first: it reads, and so checks, every item once
     raw = samples.dataset.take(sample_ids)
     fields = arrays_of(raw)
-    inputs, (weight, start) = input_tensors(raw, model_fields(fields)), extras(fields)
+    inputs, (labels, weight) = input_tensors(raw, model_fields(fields)), labels_of(fields, samples.labels)
     lengths = None
     if isinstance(inputs, dict) and "input_ids" in inputs and inputs["input_ids"].ndim == 2:
         lengths = np.full(len(pairs), inputs["input_ids"].shape[1], np.int64)
-    return Collated(inputs, labels_tensor(label_of(fields)), weight, start, keys, None, lengths)
+    return Collated(inputs, labels, weight, document_start_of(fields), keys, None, lengths)
 
 
-def collate(items: Sequence[Item], dataset: Any = None) -> Collated:
+def collate(items: Sequence[Item], dataset: Any = None, *, labels: bool = True) -> Collated:
     """One batch from `items`, by the dataset's own `collate_fn` if it has one.
 
     A `collate_fn` gets the items as the dataset gave them, and what it returns is read as an item is: `(x, y)`, or a
     dict, its first axis counting records. Without it tensors are stacked; named ones that differ in their first axis
     are padded at its end with 0, labels with -100, and `attention_mask` is added when `input_ids` were padded.
+    labels: False leaves those of a `collate_fn` unread, as `Samples` does.
     DataError names the field when items do not fit together.
     """
     if not items:
         raise DataError("a batch of no items cannot be made")
     if callable(getattr(dataset, "collate_fn", None)):
-        inputs, labels, weight, start = _by_collate_fn(items, dataset)
+        inputs, label, weight, start = _by_collate_fn(items, dataset, labels)
     else:
-        inputs, labels, weight, start = _stacked(items)
+        inputs, label, weight, start = _stacked(items)
     lengths = None
     if all(_is_tokens(item) for item in items) and isinstance(inputs, dict) and inputs["input_ids"].ndim == 2:
         lengths = np.array([len(_fields(item)["input_ids"]) for item in items], np.int64)
@@ -96,7 +98,7 @@ def collate(items: Sequence[Item], dataset: Any = None) -> Collated:
             at_L = torch.arange(longest)
             inputs["attention_mask"] = (at_L < torch.from_numpy(lengths)[:, None]).to(torch.int64)
     view_keys = [item.view_key for item in items]
-    return Collated(inputs, labels, weight, start, np.array([item.sample_key for item in items], np.uint64),
+    return Collated(inputs, label, weight, start, np.array([item.sample_key for item in items], np.uint64),
                     None if None in view_keys else np.array(view_keys, np.uint64), lengths)
 
 
@@ -130,13 +132,13 @@ def _stacked(items: Sequence[Item]) -> Parts:
             _optional([item.document_start for item in items], "document_start", 0))
 
 
-def _by_collate_fn(items: Sequence[Item], dataset: Any) -> Parts:
+def _by_collate_fn(items: Sequence[Item], dataset: Any, wanted: bool) -> Parts:
     batch = dataset.collate_fn([item.raw for item in items])
     batch = dict(batch) if hasattr(batch, "keys") else batch        # transformers' BatchEncoding is no Mapping
     try:
         fields = arrays_of(batch)
-        inputs, labels = input_tensors(batch, model_fields(fields)), labels_tensor(label_of(fields))
-        weight, start = extras(fields)
+        inputs, (labels, weight) = input_tensors(batch, model_fields(fields)), labels_of(fields, wanted)
+        start = document_start_of(fields)
     except DataError as e:
         raise DataError(f"collate_fn of {type(dataset).__name__}: {e}") from e
     named = inputs if isinstance(inputs, dict) else {"input": inputs}

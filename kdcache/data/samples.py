@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.data.keys import arrays_of, given_key, sample_key
+from kdcache.data.keys import arrays_of, elements, given_key, sample_key
 from kdcache.data.views import read_view
 from kdcache.errors import DataError, UsageError
 from kdcache.loading import describe, let_through
@@ -43,11 +43,14 @@ class Samples:
 
     Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown), tokenizer_identity (dict or None),
     window (int, 0 none), token_lengths (int64, tokens of each sample, None unless the dataset knows), has_view_keys.
+
+    labels: False leaves labels and their weights unread, so that they may be anything (boxes, texts, several numbers),
+    except where they mask tokens (see `labels_of`). Keys are the same either way.
     UsageError unless the dataset has __len__ and __getitem__; DataError if empty.
     """
 
-    def __init__(self, dataset: Any, *, seed: int = 0) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Any, *, seed: int = 0, labels: bool = True) -> None:
+        self.dataset, self.seed, self.labels = dataset, seed, labels
         self.name = str(getattr(dataset, "name", None) or type(dataset).__name__)
         missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
         if missing:
@@ -80,12 +83,12 @@ class Samples:
         try:
             fields = arrays_of(raw)
             inputs = model_fields(fields)
-            own = None if self._own_key or self._own_view else sample_key(fields)
+            own = None if self._own_key or self._own_view else sample_key(self._hashed_fields(fields))
             view_key = sample_key(inputs) if self.has_view_keys else None
             if callable(getattr(self.dataset, "collate_fn", None)):
                 return Item(None, None, None, None, self._key(sample_id, own), view_key, raw)
-            weight, start = extras(fields)
-            return Item(input_tensors(raw, inputs), labels_tensor(label_of(fields)), weight, start,
+            labels, weight = labels_of(fields, self.labels)
+            return Item(input_tensors(raw, inputs), labels, weight, document_start_of(fields),
                         self._key(sample_id, own), view_key, raw)
         except DataError as e:
             raise DataError(f"dataset {self.name}, sample {sample_id}: {e}") from e
@@ -112,7 +115,13 @@ class Samples:
             return own
         if self._own_key:
             return given_key(self.dataset.key(sample_id), f"dataset {self.name}, sample {sample_id}")
-        return sample_key(arrays_of(self._read(sample_id, None)))
+        return sample_key(self._hashed_fields(arrays_of(self._read(sample_id, None))))
+
+    def _hashed_fields(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields that a key is of: all, but for labels without bytes of their own, which only `labels` = False
+        lets pass."""
+        return fields if self.labels else {name: value for name, value in fields.items()
+                                           if name not in (*LABELS, "label_weight") or _has_bytes(value, name)}
 
     def _read(self, sample_id: int, view: int | None) -> Any:
         """View `view` as the dataset gives it, or the plain item for None."""
@@ -147,15 +156,46 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
         raise DataError(f"{name!r} is a {type(value).__name__} that is no tensor ({e})") from e
 
 
+def labels_of(fields: Mapping[str, Any], wanted: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(labels as int64, label_weight as float32) of an item or batch, shapes kept; None where there are none.
+
+    DataError for two labels and for labels that are no integers. Not `wanted`: labels are looked at only where they
+    say which tokens are predicted, -100 being none: integers of the shape of input_ids; all others are None.
+    """
+    if not wanted:
+        ids, labels = fields.get("input_ids"), next((fields[name] for name in LABELS if name in fields), None)
+        if ids is None or labels is None:
+            return None, None
+        try:
+            mask = labels_tensor(labels)
+        except DataError:
+            return None, None
+        return (mask if mask is not None and tuple(mask.shape) == np.shape(ids) else None), None
+    weight = fields.get("label_weight")
+    return (labels_tensor(label_of(fields)),
+            None if weight is None else as_tensor(weight, "label_weight").to(torch.float32))
+
+
 def labels_tensor(value: Any) -> torch.Tensor | None:
     """Labels as int64, shape kept; DataError unless they are integers."""
     if value is None:
         return None
     labels = as_tensor(value, "label")
     if labels.is_floating_point() or labels.is_complex():
-        raise DataError(f"its label is {value if labels.numel() < 5 else labels.dtype!s}, {labels.dtype}; "
-                        "expected a class index (an integer)")
+        found = f"{labels.tolist()} of " if labels.numel() < 5 else f"{list(labels.shape)} of "
+        raise DataError(f"its label is {found}{str(labels.dtype).removeprefix('torch.')}; expected a class index, an "
+                        "integer (of one-hot or soft labels: their argmax); labels that are something else are not "
+                        "looked at by dump-teacher --no-labels, and by train-student with --alpha 1")
     return labels.to(torch.int64)
+
+
+def _has_bytes(value: Any, name: str) -> bool:
+    """Whether a value can be hashed: numbers, text and images can, other objects cannot."""
+    try:
+        elements(value, name)
+    except DataError:
+        return False
+    return True
 
 
 def label_of(fields: Mapping[str, Any]) -> Any:
@@ -173,8 +213,7 @@ def input_tensors(raw: Any, inputs: Mapping[str, Any]) -> Inputs:
     return as_tensor(inputs["input"], "input")
 
 
-def extras(fields: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """label_weight as float32 and document_start as uint8, shapes kept, None where an item has none."""
-    weight, start = fields.get("label_weight"), fields.get("document_start")
-    return (None if weight is None else as_tensor(weight, "label_weight").to(torch.float32),
-            None if start is None else as_tensor(start, "document_start").to(torch.uint8))
+def document_start_of(fields: Mapping[str, Any]) -> torch.Tensor | None:
+    """document_start as uint8, shape kept; None where an item has none."""
+    start = fields.get("document_start")
+    return None if start is None else as_tensor(start, "document_start").to(torch.uint8)

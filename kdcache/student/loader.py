@@ -283,8 +283,10 @@ def as_cache(cache: Cache | str | Path | None) -> Cache | None:
     return open_cache(cache) if isinstance(cache, str | Path) else cache
 
 
-def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0) -> Samples | None:
-    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views; None takes any."""
+def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0,
+               labels: bool = True) -> Samples | None:
+    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views; None takes any.
+    labels: False leaves its labels unread."""
     if isinstance(data, str):
         data = load_data(data, dict(args or {}))
     elif args:
@@ -293,8 +295,8 @@ def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | 
         if seed is not None and data.seed != seed:
             raise UsageError(f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; "
                              f"give Samples(dataset, seed={seed}), or the dataset itself")
-        return data
-    return None if data is None else Samples(data, seed=seed or 0)
+        return data if labels or not data.labels else Samples(data.dataset, seed=data.seed, labels=False)
+    return None if data is None else Samples(data, seed=seed or 0, labels=labels)
 
 
 def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:

@@ -90,14 +90,19 @@ def check_used(*, alpha: Any, ce_weight: Any, kd_weight: Any, data: Any, data_ar
 
 
 def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[str, Any] | None,
-                 eval_data_args: Mapping[str, Any] | None, accept: Sequence[str]) -> Sources:
-    """Open what a run reads. IdentityMismatch lists the fields in which the data is not what the teacher saw."""
+                 eval_data_args: Mapping[str, Any] | None, accept: Sequence[str], labels: bool = True) -> Sources:
+    """Open what a run reads. IdentityMismatch lists the fields in which the data is not what the teacher saw.
+
+    labels: whether the loss has a part for those of the data; if not, they are read only to be compared with the
+    cache's, where it has some.
+    """
     if isinstance(cache, list | tuple):
         if len(cache) > 1:
             raise NotBuilt(f"{len(cache)} caches are given: an ensemble of teachers is not built yet; give one --cache")
         cache = cache[0] if cache else None
     cache = as_cache(cache)
-    samples = as_samples(data, data_args, seed=0 if cache is None else cache.spec.seed)
+    samples = as_samples(data, data_args, seed=0 if cache is None else cache.spec.seed,
+                         labels=labels or (cache is not None and bool(cache.spec.labels)))
     eval_samples = as_samples(eval_data, eval_data_args, seed=None)
     accepted: list[str] = []
     if cache is not None and samples is not None:

@@ -105,7 +105,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                eval_data=eval_data, eval_data_args=eval_data_args, eval_every=eval_every, best_by=best_by)
     check_reporters(texts(report_to))
     sources = open_sources(cache, data, eval_data, data_args=data_args, eval_data_args=eval_data_args,
-                           accept=settings.accept)
+                           accept=settings.accept, labels=bool(settings.weight_ce))
     check_weights(settings, sources, live_teacher)
     options = _options(
         {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,

@@ -279,6 +279,8 @@ class Training:
         yield "cache: none" if cache is None else f"cache: {cache.path}, content {(cache.content_id or '')[:12]}"
         if self.sources.samples is None:
             yield "inputs: the tokens of the cache"
+        elif cache is not None and not cache.spec.labels and settings.weight_ce:
+            yield "labels: those of the data; the cache keeps none, so that nobody compared them with the teacher's"
         beta = "" if settings.beta is None else f", beta {settings.beta:g}"
         yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} "
                f"(tail {settings.tail}{beta}) at T = "

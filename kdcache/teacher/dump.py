@@ -108,11 +108,12 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
     (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
     reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
-    the data; None: if it has any. shard_size: wanted bytes of a shard, 256 MiB, or `records_per_shard` instead. accept:
-    fields of the identity whose difference is harmless; "tokenizer" also for a teacher's own, which is not the data's;
-    "unsteady" for a teacher that does not answer one question once, which costs two forward passes of the first batch
-    and one of a record to find out. progress is called after every batch, say with a sentence at a time. Under torchrun
-    each rank writes a share of the shards.
+    the data; None: if it has any; False, like kind "none", does not look at them, whatever they are. shard_size:
+    wanted bytes of a shard, 256 MiB, or `records_per_shard` instead. accept: fields of the identity whose difference
+    is harmless; "tokenizer" also for a teacher's own, which is not the data's; "unsteady" for a teacher that does not
+    answer one question once, which costs two forward passes of the first batch and one of a record to find out.
+    progress is called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the
+    shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
     or the tokenizer is not the teacher's, DataError naming a sample or an unsteady teacher, Interrupted on SIGINT or
@@ -129,7 +130,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     compute = Compute(batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found))
     with Signals(GO_ON) as signals:
         model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
-        samples = pick_samples(data, data_args, seed)
+        samples = pick_samples(data, data_args, seed, labels=labels is not False and kind != "none")
         overlooked = require_tokenizer(model, samples.tokenizer_identity, role="teacher", accept=accept)
         model.module.to(compute.device)
         with evaluating(model.module):

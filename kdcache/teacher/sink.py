@@ -114,7 +114,7 @@ class Sink:
             measured: dict[str, float] = {}
             while (batch := self._queue.get()) is not None:
                 columns, cost = encode(self._writer.spec, batch)
-                cost = {**cost, **agreement(batch)}
+                cost = {**cost, **agreement(self._writer.spec, batch)}
                 parts.append(columns)
                 add(measured, cost)
                 self._count(batch, columns, cost)
@@ -133,9 +133,10 @@ class Sink:
         add(totals.measured, measured)
 
 
-def agreement(batch: HostBatch) -> dict[str, float]:
-    """Rows of a batch with a label, and those where one of them is the teacher's first class; {} without labels."""
-    if batch.reduced is None or batch.rows.labels is None:
+def agreement(spec: CacheSpec, batch: HostBatch) -> dict[str, float]:
+    """Rows of a batch with a label, and those where one of them is the teacher's first class; {} if the cache keeps
+    no labels: nobody vouches for what the data has then."""
+    if batch.reduced is None or batch.rows.labels is None or not spec.labels:
         return {}
     label_NJ = batch.rows.labels.numpy()
     return {"labelled": float((label_NJ >= 0).any(1).sum()),

@@ -71,14 +71,15 @@ def _cast(module: nn.Module, dtype: str | None) -> nn.Module:
     return copy.deepcopy(module).to(DTYPES[dtype])
 
 
-def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int) -> Samples:
-    """The samples of a SPEC, or of a dataset given; UsageError for `Samples` of another seed."""
+def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int, labels: bool = True) -> Samples:
+    """The samples of a SPEC, or of a dataset given, whose labels are left unread if `labels` is False; UsageError for
+    `Samples` of another seed."""
     if isinstance(data, str):
-        return Samples(load_data(data, args or {}), seed=seed)
+        return Samples(load_data(data, args or {}), seed=seed, labels=labels)
     if args:
         raise UsageError("data_args go with a data SPEC; a dataset was given")
     if not isinstance(data, Samples):
-        return Samples(data, seed=seed)
+        return Samples(data, seed=seed, labels=labels)
     if data.seed != seed:
         raise UsageError(f"the samples given make their views with seed {data.seed}; the seed here is {seed}")
-    return data
+    return data if labels or not data.labels else Samples(data.dataset, seed=seed, labels=False)

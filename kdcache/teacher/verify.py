@@ -103,7 +103,7 @@ def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, co
     if dtype is None and recorded in DTYPES:
         dtype = recorded
     model = pick_teacher(teacher, seed=cache.spec.seed, dtype=dtype, **teacher_from)
-    samples = pick_samples(data, data_args, cache.spec.seed)
+    samples = pick_samples(data, data_args, cache.spec.seed, labels=bool(cache.spec.labels))
     model.module.to(found)
     problems = [f"identity: {d}" for d in _identity_differences(cache, model, samples)]
     records = np.unique(np.linspace(0, cache.num_records - 1, min(count, cache.num_records)).astype(np.int64))
