@@ -181,6 +181,26 @@ def require_tokenizer(model: Model, tokenizer: Mapping[str, Any] | None, *, role
         f"{role} to the data{harmless}", [FieldDifference("tokenizer.fingerprint", wanted, found[0])])
 
 
+OTHER_HEADS = {                 # problem_type of a Hugging Face config -> what its logits are
+    "regression": "numbers",
+    "multi_label_classification": "one sigmoid for each class",
+}
+
+
+def require_softmax(module: nn.Module, num_classes: int, *, role: str) -> None:
+    """UsageError for a model whose logits are no softmax over classes: one logit, or a config whose problem_type says
+    so. To softmax one logit is always 1, and several sigmoids are one distribution, without a word."""
+    name, problem = type(module).__name__, getattr(getattr(module, "config", None), "problem_type", None)
+    if isinstance(problem, str) and problem in OTHER_HEADS:
+        raise UsageError(f"the {role} ({name}) is for {problem}: its logits are {OTHER_HEADS[problem]}, and here they "
+                         "are one softmax over all classes; expected a head for single-label classification (if it is "
+                         "one, take problem_type out of its config)")
+    if num_classes == 1:
+        raise UsageError(f"the {role} ({name}) gives one logit, whose softmax is always 1 and says nothing; expected "
+                         "at least two (of a sigmoid's logit z give [0, z], the same two probabilities; regression is "
+                         "out of scope)")
+
+
 def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:
     """A warning where sequences of up to `longest` tokens pass the positions that the model was made for, None where
     they do not; UsageError where it has a learned table of them and cannot run beyond its end."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from student_world import equal_weights
 from teacher_world import CLASSES, WIDTH, Broken, Dump, Noisy, Points, dumper, files, mlp
 
 import kdcache
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, IdentityMismatch, NotBuilt, SpecMismatch, UsageError
+from kdcache.student.evaluate import evaluate
+from kdcache.student.train import train_student
 from kdcache.teacher.dump import LABELS_DISAGREE
 from kdcache.teacher.progress import Progress
 
@@ -204,3 +208,78 @@ def test_progress_counts_every_record_once(dump: Dump) -> None:
     assert seen[-1].records == seen[-1].total == 50 and seen[-1].bytes == report.bytes
     assert [p.records for p in seen] == sorted(p.records for p in seen) and len(seen) == 7
     assert seen[-1].covered_mass == report.covered_mass and seen[-1].accuracy == report.accuracy == 1.0
+
+
+ONE_HOT = torch.nn.functional.one_hot(Points(20).y.long(), CLASSES)
+LABELS = {                      # labels of 20 points -> what is said of them, None where they are taken
+    "class": (Points(20).y, None),
+    "column": (Points(20).y[:, None], None),
+    "bytes": (Points(20).y.to(torch.uint8)[:, None], None),
+    "three classes": (torch.stack([Points(20).y] * 3, 1), None),
+    "one-hot": (ONE_HOT, r"labels are \[8, 12\], one number for each of 12 classes, which looks one-hot.*argmax\(1\)"),
+    "one-hot bool": (ONE_HOT.bool(), r"which looks one-hot.*argmax\(1\)"),
+    "multi-hot": ((ONE_HOT + ONE_HOT.roll(1, 1)), "several classes at once; .* one sigmoid for each class"),
+    "as many as classes": (torch.stack([Points(20).y] * CLASSES, 1), "if they are classes, several .* label_weight"),
+    "too many": (torch.zeros(20, 17, dtype=torch.int64), r"labels are \[8, 17\], for 8 records .* or up to 16"),
+    "a map": (torch.zeros(20, 4, 4, dtype=torch.int64), r"labels are \[8, 4, 4\], for 8 records of one row each"),
+    "from 12": (Points(20).y + CLASSES, "label is 22; .*are they counted from 1"),
+    "scores": (ONE_HOT.float(), r"its label is \[12\] of float32; expected a class index"),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_both_stages_and_evaluation_take_and_refuse_the_same_labels(dump: Dump, tmp_path: Path, name: str) -> None:
+    """Oracle: a run on labels that are one class a record has the weights of a run on these classes, bit for bit."""
+    labels, said = LABELS[name]
+
+    class Labelled(Points):
+        def __getitem__(self, i: int) -> Any:
+            return self.x[i], labels[i]
+
+    def train(data: Any, out: str, **more: Any) -> torch.nn.Module:
+        student = mlp(seed=4)
+        train_student(student=student, data=data, out=tmp_path / out, alpha=0.5 if "cache" in more else 0.0,
+                      batch_size=8, epochs=1, **more)
+        return student
+
+    data = Labelled(20)
+    if said is not None:
+        with pytest.raises(DataError, match=said):
+            dump(data=data)
+        assert not (tmp_path / "c").exists()
+        for more in ({}, {"eval_data": data}):
+            with pytest.raises(DataError, match=said if name != "from 12" else "label is (22; |..; the model has 12)"):
+                train(Points(20) if more else data, "r", **more)
+            assert not (tmp_path / "r").exists()
+        with pytest.raises(DataError, match=said if name != "from 12" else "a label is .."):
+            evaluate(mlp(seed=4), data, batch_size=8)
+        return
+    dump(data=data)
+    assert kdcache.open(tmp_path / "c").spec.labels == (3 if "three" in name else 1)
+    got = train(data, "r", cache=tmp_path / "c"), train(data, "r0")
+    if "three" not in name:
+        dump(data=Points(20), out=tmp_path / "plain")
+        wanted = train(Points(20), "p", cache=tmp_path / "plain"), train(Points(20), "p0")
+        assert all(equal_weights(a, b) for a, b in zip(got, wanted, strict=True))
+        assert evaluate(got[0], data) == evaluate(wanted[0], Points(20))
+
+
+@pytest.mark.parametrize("problem", ["one logit", "regression", "multi_label_classification"])
+def test_heads_that_are_no_softmax_are_refused_in_both_stages(dump: Dump, tmp_path: Path, problem: str) -> None:
+    module, said = mlp(), f"is for {problem}: its logits are .* one softmax"
+    if problem == "one logit":
+        module, said = mlp(1), r"gives one logit, whose softmax is always 1.* give \[0, z\]"
+    else:
+        module.config = SimpleNamespace(problem_type=problem)
+    data = Points(20, classes=2)
+    for kind in ("full", "topk"):
+        with pytest.raises(UsageError, match=f"the teacher .*{said}"):
+            dump(teacher=module, data=data, kind=kind)
+        with pytest.raises(UsageError, match=f"the teacher .*{said}"):
+            dump(teacher=module, data=data, kind=kind, labels=False)
+    with pytest.raises(UsageError, match=f"the student .*{said}"):
+        train_student(student=module, data=Points(20, classes=1), out=tmp_path / "r", alpha=0.0, epochs=1)
+    with pytest.raises(UsageError, match=f"the student .*{said}"):
+        evaluate(module, Points(20, classes=1))
+    assert not (tmp_path / "r").exists() and not (tmp_path / "c").exists()
+    assert dump(teacher=module, kind="none", features=["0"]).complete           # features are features

@@ -84,6 +84,46 @@ def position_rows(shape: tuple[int, int], labels: torch.Tensor | None = None,
     return _selection(mask_BL, labels_BL, row_mask)
 
 
+MOST_LABELS = 16                # of a row, as of a cache's (docs/format.md 3.1)
+
+
+def record_labels(labels: torch.Tensor | None, weight: torch.Tensor | None,
+                  num_classes: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(labels, label_weight) of a batch whose records are one row each, as both stages take them: [B] for one label a
+    record, which may come as [B, 1], and [B, J] for several; weights are [B, J] then too.
+
+    DataError for labels that are no class indices by their shape: one number for each of `num_classes` classes where
+    no label_weight says that they are J classes, more than 16, a map; and for weights of another shape.
+    """
+    if labels is None:
+        if weight is not None:
+            raise DataError("the data has label_weight, and no labels that they are of")
+        return None, None
+    labels_BJ = labels.reshape(len(labels), -1)
+    count = labels_BJ.shape[1]
+    if weight is not None:
+        if weight.numel() != labels_BJ.numel() or len(weight) != len(labels):
+            raise DataError(f"label_weight has the shape {list(weight.shape)}; expected that of the labels, "
+                            f"{list(labels.shape)}")
+        weight = weight.reshape(labels_BJ.shape)
+    elif count == num_classes and count > 1:
+        raise DataError(f"labels are {list(labels.shape)}, one number for each of {count} classes, {_hot(labels_BJ)}")
+    if labels.dim() > 2 or count > MOST_LABELS:
+        raise DataError(f"labels are {list(labels.shape)}, for {len(labels)} records of one row each; expected one "
+                        f"class index a record, or up to {MOST_LABELS} (of one-hot rows the class: labels.argmax(1))")
+    return labels_BJ[:, 0] if count == 1 else labels_BJ, weight
+
+
+def _hot(labels_BJ: torch.Tensor) -> str:
+    """What one number for each class is, by its values, and what to do."""
+    if not bool(((labels_BJ == 0) | (labels_BJ == 1)).all()):
+        return "where a class index was expected; if they are classes, several for each record, give label_weight too"
+    if bool((labels_BJ.sum(1) == 1).all()):
+        return "which looks one-hot; expected the class of each record: give labels.argmax(1)"
+    return ("which looks like several classes at once; that is a matter of one sigmoid for each class, and here "
+            "everything is one softmax over all of them: expected one class index a record")
+
+
 def select_rows(collated: Collated, logits_shape: tuple[int, ...],
                 row_mask: torch.Tensor | None = None) -> RowSelection | None:
     """The rows of a batch whose model gave logits of `logits_shape`: None for (B, V), where each record is one row;

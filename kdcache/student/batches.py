@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import IGNORED, Collated
 from kdcache.data.identify import check_same_key
-from kdcache.data.rows import RowSelection, next_token_rows, position_rows, select_rows
+from kdcache.data.rows import RowSelection, next_token_rows, position_rows, record_labels, select_rows
 from kdcache.errors import DataError, UsageError, near
 from kdcache.models import Output
 
@@ -123,6 +123,8 @@ def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: Ca
         weight = None if weight is None or weight.shape != selection.labels_BL.shape else weight[rows]
     elif rows is not None:
         labels = weight = None
+    else:
+        labels, weight = record_labels(labels, weight, num_classes)
     if cached is not None and "label" in cached.columns:
         labels = _cached_labels(piece, cached, labels if from_data else None, rows)
         stored = cached.columns.get("label_weight")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.data.collate import Collated, to_device
-from kdcache.data.rows import select_rows
+from kdcache.data.rows import record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.models import Model, Output, forward, load_model, pick_device, require_tokenizer, trying
+from kdcache.models import Model, Output, forward, load_model, pick_device, require_softmax, require_tokenizer, trying
 from kdcache.student import checkpoint
 from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
@@ -52,17 +52,18 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
-                    precision: str = "float32", num_classes: int | None = None,
-                    head: Head | None = None) -> dict[str, Any]:
+                    precision: str = "float32", num_classes: int | None = None, head: Head | None = None,
+                    first: int | None = None) -> dict[str, Any]:
     """`evaluate` of a module that is there; its mode of training is put back.
 
-    head: of the module, for logits that are never whole.
+    head: of the module, for logits that are never whole. first: only so many samples, to find out before a run whether
+    they can be evaluated on; {} if none of them has a label.
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
-    batches = data_batches(samples, _in_order(len(samples), batch_size), workers)
+    batches = data_batches(samples, _in_order(min(first or len(samples), len(samples)), batch_size), workers)
     training = module.training
     module.to(device).eval()
     sums, language, wide = torch.zeros(4, dtype=torch.float64, device=device), False, 0
@@ -74,6 +75,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
                     output = (forward if head is None else head.trunk)(module, inputs)
                 classes = slice(num_classes)
                 wide = len(range(output.logits.shape[-1] if head is None else head.num_classes)[classes])
+                require_softmax(module, wide, role="student")
                 language = output.logits.dim() == 3 and collated.lengths is not None
                 rows_N, labels_N = _rows(output, collated, wide)
                 labels_N = labels_N.to(device)
@@ -86,6 +88,8 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
     finally:
         batches.close()
         module.train(training)
+    if first is not None and not float(sums[3]):
+        return {}
     return _metrics(sums.tolist(), samples, language, wide)
 
 
@@ -96,6 +100,8 @@ def _rows(output: Output, collated: Collated, num_classes: int) -> tuple[Tensor,
     rows_N, labels = output.logits, collated.labels
     if selection is not None:
         rows_N, labels = rows_N[selection.mask_BL.to(rows_N.device)], selection.labels_N
+    else:
+        labels, _ = record_labels(labels, collated.label_weight, num_classes)
     if labels is None or labels.dim() != 1:
         found = "none" if labels is None else str(list(labels.shape))
         raise DataError(f"evaluation needs one label for each of {len(rows_N)} rows; the data gives {found}")

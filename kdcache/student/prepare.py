@@ -20,7 +20,16 @@ from kdcache.data.identify import identify, probe_ids
 from kdcache.data.samples import Inputs, Samples
 from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
-from kdcache.models import Model, Output, beyond_positions, forward, load_model, require_tokenizer, trying
+from kdcache.models import (
+    Model,
+    Output,
+    beyond_positions,
+    forward,
+    load_model,
+    require_softmax,
+    require_tokenizer,
+    trying,
+)
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
 from kdcache.student.head import Head
@@ -210,6 +219,11 @@ def check_student(model: Model, loader: Loader, settings: Settings, *,
     width, teacher = output.logits.shape[-1] if head is None else head.num_classes, loader.num_classes
     if teacher is not None and width < teacher:
         raise UsageError(f"the student has {width} classes, the teacher {teacher}; a student needs at least as many")
+    if teacher is None:                     # nobody knew V: from here on the labels are looked at with it
+        loader.num_classes = width
+        micro = loader.peek()
+    if settings.weight_ce or settings.weight_kd or evaluated:
+        require_softmax(module, min(width, teacher or width), role="student")
     if micro.labels is not None or batch["targets"] is not None:
         student_rows(output, micro, batch["rows"])
     gives = [f"eval_{name}" for name in

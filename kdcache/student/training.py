@@ -31,6 +31,7 @@ from kdcache.student.run import BEST, LAST, RunFolder
 from kdcache.student.settings import BEST_BY, Settings
 
 SAY_EVERY = 60.0            # seconds between lines of progress
+CHECKED = 8                 # records that are evaluated before a run begins
 SAVED = "step {} of {} is saved in {}; give the same command again to go on"
 LOST = "the steps since the last checkpoint in {} are lost; give the same command again to go on from it"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -90,6 +91,9 @@ class Training:
             num_classes=sources.num_classes)
         self.head, self.matches = check_student(model, self.loader, settings,
                                                 evaluated=sources.eval_samples is not None)
+        if sources.eval_samples is not None:        # now, and not when an epoch is over
+            evaluate_module(model.module, sources.eval_samples, batch_size=CHECKED, device=self.device, first=CHECKED,
+                            precision=settings.precision, num_classes=self.loader.num_classes, head=self.head)
         self._check_micro_batches()
         modules: list[tuple[str, nn.Module]] = [("", model.module)]
         modules += [] if self.matches is None else [("match:", self.matches)]

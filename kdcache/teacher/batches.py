@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import IGNORED, Collated, read_batch
-from kdcache.data.rows import select_rows
+from kdcache.data.rows import record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, KDCacheError
 
@@ -107,14 +107,9 @@ def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | N
     """The rows of a batch whose model gave logits of that shape. DataError when labels do not fit them."""
     selection = select_rows(batch, logits_shape, None if row_mask is None else row_mask.cpu())
     if selection is None:
-        labels = None
-        if batch.labels is not None:
-            labels = batch.labels.reshape(len(batch), -1)
-            labels = torch.where(labels == IGNORED, UNKNOWN, labels)
-        weight = batch.label_weight
-        if weight is not None and (labels is None or weight.shape != labels.shape):
-            raise DataError(f"label_weight has the shape {list(weight.shape)}; expected that of the labels, "
-                            f"{None if labels is None else list(labels.shape)}")
+        labels, weight = record_labels(batch.labels, batch.label_weight, logits_shape[-1])
+        if labels is not None:
+            labels = torch.where(labels == IGNORED, UNKNOWN, labels).reshape(len(batch), -1)
         return BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, labels, weight)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(selection.counts_B, dtype=np.int64)])
     labels = None
@@ -129,8 +124,8 @@ def check_labels(labels: Tensor, num_classes: int, name_row: Callable[[int], str
     if bool(bad.any()):
         row, j = bad.nonzero()[0].tolist()
         raise DataError(f"{name_row(row)}: its label is {int(labels[row, j])}; the teacher has {num_classes} classes: "
-                        f"expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown "
-                        "(without labels: --no-labels)")
+                        f"expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown (are they counted "
+                        "from 1, or those of another set of classes? --no-labels leaves them out)")
 
 
 def row_namer(span_view: int, sample_ids: Sequence[int], rows: BatchRows) -> Callable[[int], str]:

@@ -22,8 +22,8 @@ from kdcache.data.samples import Samples
 from kdcache.errors import UsageError
 from kdcache.loading import is_code
 from kdcache.model_specs import RANDOM
-from kdcache.models import Model, beyond_positions, forward, trying
-from kdcache.teacher.batches import BatchRows, read, rows_of
+from kdcache.models import Model, beyond_positions, forward, require_softmax, trying
+from kdcache.teacher.batches import BatchRows, check_labels, read, row_namer, rows_of
 from kdcache.teacher.features import FeatureRequest, Taps, feature_specs
 
 FULL_UP_TO = 1024               # classes: 2 KiB a row in float16, about what k = 64 with two tails saves little of
@@ -102,12 +102,14 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
     probed = _probe(model, samples, wanted.features, count, device)
     data, tokenizer = identify(samples)
     teacher = {**model.identity, "num_classes": probed.num_classes}
-    kept, defaults = _kept(wanted, probed)
+    kept, defaults = _kept(model, wanted, probed)
     specs = feature_specs(wanted.features, probed.features, probed.ragged)
     if kept["kind"] == "none" and not any(feature.level == "row" for feature in specs):
         kept |= {"rows": "one", "tokens": False}
     spec = CacheSpec(samples=(0, count), views=(0, wanted.views), seed=wanted.seed, view_keys=samples.has_view_keys,
                      records_per_shard=1, features=specs, **kept)
+    if spec.labels and probed.rows.labels is not None:
+        check_labels(probed.rows.labels, spec.num_classes, row_namer(0, _probe_ids(count), probed.rows))
     record_bytes, most = _record_bytes(spec, probed, samples.window, _usual_length(samples, probed.batch, count))
     chosen = wanted.records_per_shard or min(max(1, wanted.shard_size // record_bytes), most)
     if wanted.records_per_shard is not None and wanted.records_per_shard > most:
@@ -185,11 +187,13 @@ def _usual_length(samples: Samples, batch: Collated, count: int) -> float:
     return 0.0 if lengths is None else float(np.mean(lengths))
 
 
-def _kept(wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _kept(model: Model, wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The fields of a spec that say what is kept of a row, and the defaults that were taken."""
     classes, rows = probed.num_classes, "ragged" if probed.ragged else "one"
     kind, defaults = _kind(wanted, classes)
     _refuse_foreign(wanted, kind, classes)
+    if kind != "none":
+        require_softmax(model.module, classes, role="teacher")
     kept: dict[str, Any] = {"kind": kind, "rows": rows, "values": wanted.values,
                             "tokens": probed.ragged and probed.batch.lengths is not None}
     if kind == "none":
