@@ -21,10 +21,12 @@ from row_definitions import (
     total_log_mass,
 )
 
+from kdcache.cache import spec
+from kdcache.cache.catalog import KNOWN
 from kdcache.cache.codec import decode_rows, encode_rows, pack_high, unpack_high
 from kdcache.cache.features import decode_feature, encode_feature
 from kdcache.cache.rows import Rows
-from kdcache.cache.spec import CacheSpec
+from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, RECIPES, CacheSpec, FeatureSpec
 from kdcache.cache.values import decode_values, encode_values, from_bfloat16, to_bfloat16
 
 # One V below, at and above every change of id width and of high plane.
@@ -256,3 +258,19 @@ def test_no_rows_are_rows(values, V):
     for dtype in ("float32", "float16", "bfloat16", "int8"):
         columns = encode_feature(feature(dtype, (2, 3)), np.zeros((0, 2, 3), np.float32), offsets=np.zeros(4, np.int64))
         assert decode_feature(feature(dtype, (2, 3)), columns).shape == (0, 2, 3)
+
+
+def test_every_name_of_the_spec_is_read_as_itself_and_no_other_name_is() -> None:
+    """A codec that is entered in the spec alone must be refused, not read as the one that happens to be last."""
+    assert {what: tuple(names) for what, names in KNOWN.items()} == {
+        "kind": KINDS, "values": spec.VALUES, "level": LEVELS, "recipe": RECIPES, "feature": FEATURE_DTYPES}
+    logits, top = np.array([[3.0, 1.0]], np.float32), np.array([3.0], np.float32)
+    for codec in spec.VALUES:
+        stored = encode_values(codec, logits, top)
+        assert decode_values(codec, stored.values, stored.max, stored.step).dtype == np.float32
+    feature = FeatureSpec(name="f", module="m", recipe="raw", dtype="float16", shape=(2,))
+    object.__setattr__(feature, "dtype", "float8")
+    for use in (lambda: encode_values("float8", logits, top), lambda: decode_values("float8", logits, top, top),
+                lambda: encode_feature(feature, logits), lambda: decode_feature(feature, {"feature_f": logits})):
+        with pytest.raises(ValueError, match="'float8' has no encoding here"):
+            use()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import kdcache
 from kdcache.cache import repair
 from kdcache.cache.identity import Identity
 from kdcache.cache.store import TEMPORARY
-from kdcache.cache.writer import create
+from kdcache.cache.writer import create, standing
 from kdcache.errors import (
     CacheCorrupt,
     CacheExists,
@@ -180,6 +182,30 @@ def test_a_damaged_header_is_never_written_over(tmp_path: Path) -> None:
     flip(tmp_path / "d/header.json", 100)               # nothing committed: a torn header is put aside
     dump(tmp_path / "d", "arrow")
     assert "quarantine/header.json" in tree(tmp_path / "d")
+
+
+def test_a_header_without_a_shard_blocks_nobody_but_those_at_work(tmp_path: Path) -> None:
+    path, other = tmp_path / "c", token_spec(samples=(0, 5), tiers=(2, 6), values="float16")
+    with create(path, SPEC, IDENTITY) as alive:
+        for spec, container in ((other, "arrow"), (SPEC, "hdf5")):
+            assert standing(path) is not None
+            with pytest.raises(SpecMismatch, match="another dump into it seems to be alive"):
+                create(path, spec, IDENTITY, container=container)
+        with create(path, SPEC, IDENTITY, recorded={"a": "1"}) as second:       # of the same cache: they agree
+            assert second._header.digest == alive._header.digest
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()                                          # it outlives its parent's writer
+    assert standing(path) is None
+    with create(path, other, IDENTITY, container="hdf5", recorded={"a": "2"}) as writer:
+        worker.kill()
+        worker.join()
+        writer.write(0, make_columns(other, 0))
+    with pytest.raises(SpecMismatch) as caught:
+        create(path, SPEC, IDENTITY)
+    assert "seems to be alive" not in str(caught.value)
+    with kdcache.open(path, allow_partial=True) as cache:
+        assert cache.recorded == {"a": "2"} and cache.container == "hdf5"
+    assert not [name for name in tree(path) if "quarantine" in name]
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from teacher_world import CLASSES, Dump, Noisy, Points, Sentences, Speaker, dumper, mlp
 from torch import nn
 
 import kdcache
 from kdcache.cache.codec import decode_rows
-from kdcache.errors import KDCacheError, UsageError
+from kdcache.errors import DataError, KDCacheError, SpecMismatch, UsageError
+from kdcache.teacher.plan import records_per_shard
 
 
 @pytest.fixture
@@ -198,6 +205,65 @@ def test_shards_have_the_size_asked_for_whatever_the_batch_size(dump: Dump, tmp_
             specs.append(cache.spec)
             assert sum(cache.column_bytes().values()) == report.predicted_bytes == report.bytes
     assert specs[0] == specs[1]
+
+
+@given(count=st.integers(1, 10**9), views=st.integers(1, 50), record_bytes=st.integers(1, 2**30),
+       world=st.integers(1, 2000))
+def test_a_shard_is_a_small_part_of_a_dump_and_no_crumb(count: int, views: int, record_bytes: int, world: int) -> None:
+    records = records_per_shard(count, views, record_bytes, world)
+    shards = views * -(-count // records)
+    assert 1 <= records <= count and records <= 2**17
+    assert records == 1 or records * record_bytes <= 2**28
+    assert shards >= min(world, count * views), "an idle rank"
+    large = records >= 256 and records * record_bytes >= 2**17
+    if not large and records < count:               # a crumb only where ranks would be idle, or by its bytes
+        assert shards < 2 * max(world, views) + views or records * record_bytes > 2**27
+    if count * views * record_bytes >= 64 * 2**18 and count * views >= 64 * 512:
+        assert shards >= 64, "an interruption loses more than a 64th"
+
+
+def test_what_the_shards_of_some_dumps_are() -> None:
+    assert records_per_shard(1_281_167, 1, 57, 1) == -(-1_281_167 // 64)      # ImageNet's top 5: not one file
+    assert records_per_shard(1437, 1, 43, 1) == 1437                          # the demo's: one file
+    assert records_per_shard(1437, 1, 43, 4) == 360
+    assert records_per_shard(10**8, 1, 60, 1) == 2**17                        # not a day of the teacher
+    assert records_per_shard(10**7, 1, 330_000, 8) == 2**28 // 330_000        # tokens: by bytes
+
+
+def test_a_continued_dump_takes_the_size_of_shards_from_its_header(
+        dump: Dump, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="sample 40"):
+        dump(data=Points(600, fail_at=40), batch_size=4, records_per_shard=20, accept=["unsteady"])
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("RANK", "1")
+    said: list[str] = []
+    report = dump(data=Points(600), batch_size=4, say=said.append)
+    assert report.records_per_shard == 20 and report.shards_written == 1     # 17; shard 1 was there
+    with pytest.raises(SpecMismatch, match=r"spec\.records_per_shard: cache has 20, given is 30"):
+        dump(data=Points(600), records_per_shard=30)
+    monkeypatch.setenv("RANK", "0")
+    said.clear()
+    dump(data=Points(10), out=tmp_path / "few", say=said.append)
+    assert "16 processes share the shards; 6 of them have nothing to do, as there are 10" in "\n".join(said)
+
+
+def test_more_shards_than_a_cache_can_have_are_refused_at_once(dump: Dump, tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match="1000000000 views of 50 samples in shards of 50 are 1000000000 shards"):
+        dump(views=10**9)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16      # KiB
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_cannot_say_what_is_free_is_written_to(
+        dump: Dump, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def unknown(*_: Any) -> Any:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "statvfs", unknown)
+    with caplog.at_level(logging.INFO):
+        assert dump().complete
+    assert "how much space is free is not known there" in caplog.text
 
 
 def test_columns_stay_below_two_to_the_31_elements(dump: Dump) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
 from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
-from kdcache.cache.spec import CacheSpec
+from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, RECIPES, VALUES, CacheSpec
 from kdcache.canonical import digest, dumps, seal, unseal
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
 
@@ -24,11 +24,8 @@ MAX_MANIFEST = 2**28            # bytes: about 300,000 shards of ten columns
 HEX32 = re.compile(r"[0-9a-f]{32}")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf|nan")
-KNOWN = {
-    "kind": ("full", "topk", "none"), "values": ("float32", "bfloat16", "float16", "uint8"),
-    "level": ("row", "token"), "recipe": ("raw", "map", "pool", "cls", "last", "energy"),
-    "feature": ("float32", "float16", "bfloat16", "int8"),
-}
+# What this version reads, by the names that stand in `requires`: all that a spec may have, and nothing else.
+KNOWN = {"kind": KINDS, "values": VALUES, "level": LEVELS, "recipe": RECIPES, "feature": FEATURE_DTYPES}
 Document = dict[str, Any]
 
 
@@ -65,11 +62,21 @@ def header_bytes(spec: CacheSpec, identity: Identity, container: str, recorded: 
     """The bytes of header.json. UsageError for a container or a number of shards that cannot be."""
     if container not in SUFFIXES:
         raise UsageError(f"container {container!r} is unknown{near(container, SUFFIXES)}")
-    line = 60 + 60 * len(layout(spec).names) + 300                  # bytes of one shard in a manifest, at most
-    if spec.num_shards * line > MAX_MANIFEST or spec.num_shards > MAX_SHARDS:
-        raise UsageError(f"records_per_shard {spec.records_per_shard} makes {spec.num_shards} shards; a manifest holds "
-                         f"{MAX_MANIFEST // line}: take larger shards")
+    check_shards(spec)
     return seal(_header_document(spec, identity, container, recorded))
+
+
+def shard_line(spec: CacheSpec) -> int:
+    """Bytes of one shard in a manifest, at most: digests, names and numbers of the shard and of each column."""
+    return 60 + 60 * len(layout(spec).names) + 300
+
+
+def check_shards(spec: CacheSpec) -> None:
+    """UsageError for more shards than a manifest and the names of files can hold."""
+    most = min(MAX_MANIFEST // shard_line(spec), MAX_SHARDS)
+    if spec.num_shards > most:
+        raise UsageError(f"{spec.num_views} views of {spec.num_samples} samples in shards of {spec.records_per_shard} "
+                         f"are {spec.num_shards} shards; a manifest holds {most}: take larger shards or fewer views")
 
 
 def _header_document(spec: CacheSpec, identity: Identity, container: str, recorded: dict[str, str]) -> Document:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdcache.cache.columns import Array, Columns
 from kdcache.cache.rows import RowNames
-from kdcache.cache.spec import FeatureSpec
+from kdcache.cache.spec import FEATURE_DTYPES, FeatureSpec
 from kdcache.cache.values import from_bfloat16, to_bfloat16
 from kdcache.errors import UsageError
 
@@ -37,6 +37,8 @@ def encode_feature(feature: FeatureSpec, activation: Array, *, first_record: int
         with np.errstate(over="ignore"):
             names.require(np.isfinite(scales * np.float32(CODES)), f"{what} has an activation too large for int8")
         return {feature.column: codes, f"{feature.column}_scale": scales}
+    if feature.dtype not in ("bfloat16", "float16"):
+        raise _unknown(feature.dtype)
     with np.errstate(over="ignore"):
         stored = to_bfloat16(activation) if feature.dtype == "bfloat16" else activation.astype("<f2")
     back = from_bfloat16(stored) if feature.dtype == "bfloat16" else stored
@@ -64,4 +66,11 @@ def decode_feature(feature: FeatureSpec, columns: Mapping[str, Array]) -> Array:
         with np.errstate(over="ignore"):
             out: Array = stored.astype(np.float32) * scale[..., None]
         return out
+    if feature.dtype not in ("float16", "float32"):
+        raise _unknown(feature.dtype)
     return stored.astype(np.float32, copy=False)
+
+
+def _unknown(dtype: str) -> ValueError:
+    """A dtype that the spec knows and these functions do not: never to be read as another one."""
+    return ValueError(f"feature dtype {dtype!r} has no encoding here; expected one of {', '.join(FEATURE_DTYPES)}")

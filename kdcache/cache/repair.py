@@ -49,6 +49,11 @@ def prove(directory: Directory, facts: Facts) -> None:
         raise CacheCorrupt(f"{path}: its digest is {found}, the commit record says {facts.file_digest}")
 
 
+def anything_committed(directory: Directory) -> bool:
+    """Whether a file of a shard or a manifest is there, good or bad: the header is then a promise that was used."""
+    return any(not name.startswith(TEMPORARY) for folder in FOLDERS for name in directory.names(folder))
+
+
 def proven(directory: Directory, header: Header, shard: int) -> Facts | None:
     """The facts of a committed shard after reading all of its file; None if it is not committed, or wrongly."""
     try:
@@ -101,7 +106,7 @@ def sweep(directory: Directory, header: Header, share: tuple[int, int] = (0, 1))
     another rank proves at the same time, only the size is looked at.
     """
     rank, world = share
-    for folder in ("", *FOLDERS):
+    for folder in FOLDERS:
         directory.drop_dead_temporaries(folder)
     for name in directory.names("commit"):
         match = NUMBERED.fullmatch(name)

@@ -20,6 +20,7 @@ RELATIVE_VALUES = ("float16", "uint8")          # stored relative to the row's m
 RECIPES = ("raw", "map", "pool", "cls", "last", "energy")
 FEATURE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 ROWS = ("one", "ragged")
+LEVELS = ("row", "token")        # below the root
 MAX_CLASSES = 2**32
 MAX_TIERS = 8
 MAX_TEMPERATURES = 16

@@ -13,6 +13,7 @@ import fcntl
 import os
 import secrets
 import stat
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,6 +160,33 @@ class Directory:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.full(name))
 
+    def hold(self, name: str) -> Hold | None:
+        """Hold a file under a shared lock for as long as the answer lives; None if the name is no longer its own."""
+        path = self.full(name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        _lock(fd, fcntl.LOCK_SH)            # without locks nobody may replace it either: see `unheld`
+        if _same(fd, path):
+            return Hold(fd)
+        os.close(fd)
+        return None
+
+    @contextlib.contextmanager
+    def unheld(self, name: str) -> Iterator[bool]:
+        """Whether nobody holds the file `name`, as far as can be known; nobody can, within this block."""
+        path = self.full(name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            yield _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) and _same(fd, path)
+        finally:
+            os.close(fd)
+
     def quarantine(self, name: str, bad: Callable[[], bool]) -> bool:
         """Move a file to `quarantine/` if it is still `bad`; False if it was not.
 
@@ -243,6 +271,32 @@ def explain(path: str | os.PathLike[str], doing: str, standing: Callable[[], str
             raise KDCacheError(f"{path}: not allowed while {doing} ({why}); check the permissions of the "
                                f"folder{standing()}") from e
         raise KDCacheError(f"{e.filename or path}: {why} while {doing}{standing()}") from e
+
+
+class Hold:
+    """A shared lock on a file, which says that its user is alive. Worker processes forked meanwhile do not keep it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+        _holds.add(self)
+
+    def release(self) -> None:
+        """Let go; nothing if that was done."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    __del__ = release
+
+
+_holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+# A fork shares the lock: it would stand as long as the child does, after its parent was killed too.
+os.register_at_fork(after_in_child=lambda: _release(list(_holds)))
+
+
+def _release(holds: list[Hold]) -> None:
+    for hold in holds:
+        hold.release()
 
 
 def _lock(fd: int, how: int) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdcache.cache.columns import Array
-from kdcache.cache.spec import RELATIVE_VALUES
+from kdcache.cache.spec import RELATIVE_VALUES, VALUES
 
 FLOOR = np.float32(-120)        # uint8 keeps [max - 120, max]: exp(-120) is 1e-52, below float32's least exp
 CODES = 254                     # highest uint8 code of a finite value
@@ -79,7 +79,14 @@ def encode_values(codec: str, logits: Array, max_N: Array) -> StoredValues:
         relative = logits - max_N[:, None]
         if codec == "float16":
             return StoredValues(relative.astype("<f2"), max_N)
-    return StoredValues(*_to_uint8(relative, max_N))
+    if codec == "uint8":
+        return StoredValues(*_to_uint8(relative, max_N))
+    raise _unknown(codec)
+
+
+def _unknown(codec: str) -> ValueError:
+    """A codec that the spec knows and these functions do not: never to be read as another one."""
+    return ValueError(f"value codec {codec!r} has no encoding here; expected one of {', '.join(VALUES)}")
 
 
 def _to_uint8(relative: Array, max_N: Array) -> tuple[Array, Array, Array]:
@@ -101,6 +108,8 @@ def decode_values(codec: str, stored: Array, max_N: Array | None, step_N: Array 
         return from_bfloat16(stored)
     if codec == "float16":
         return np.asarray(stored).astype(np.float32)
+    if codec != "uint8":
+        raise _unknown(codec)
     if step_N is None:
         raise ValueError("uint8 values need their steps")
     with np.errstate(over="ignore"):

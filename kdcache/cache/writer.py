@@ -19,7 +19,7 @@ from kdcache.cache.columns import Array
 from kdcache.cache.identity import Identity, difference, require_same
 from kdcache.cache.rawmap import Facts, digest, facts_records, map_file, rest_digest, survey
 from kdcache.cache.spec import CacheSpec, spec_difference
-from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, explain
+from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, Hold, explain
 from kdcache.errors import (
     CacheCorrupt,
     CacheExists,
@@ -41,6 +41,7 @@ def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *,
     continued, finished ones too, is repaired: every byte that is committed is read, what is damaged goes to quarantine
     and is missing again. Of several processes each can do its part: with `share` = (rank, world) this one reads the
     shards whose number % world is rank, and of the others looks at the sizes; `missing` is then exact for its part.
+    The header of another cache of which no shard was ever committed, and which no writer holds, is replaced.
     CacheExists if something else stands there, SpecMismatch or IdentityMismatch listing the fields that differ,
     UsageError for an unknown container, KDCacheError if the folder cannot be written.
     """
@@ -50,18 +51,53 @@ def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *,
     header_bytes = catalog.header_bytes(spec, identity, container, recorded)
     directory = Directory(path)
     with explain(path, "creating the cache"):
-        header = _claim(directory, header_bytes, spec, identity, container)
+        header, hold = _claim(directory, header_bytes, spec, identity, container)
         repair.sweep(directory, header, share)
-        return Writer(directory, header)
+        return Writer(directory, header, hold)
 
 
-def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identity, container: str) -> Header:
-    """The header of the cache, ours if there was none."""
+def standing(path: str | os.PathLike[str]) -> Header | None:
+    """The header of the cache at `path` that `create` would continue, or refuse to replace: something is committed, or
+    a writer is at work. None if there is none, or none that can be read."""
+    directory = Directory(path)
+    with explain(path, "looking for a cache"):
+        try:
+            data = directory.read(HEADER)
+            header = None if data is None else catalog.parse_header(data, directory.full(HEADER))
+        except KDCacheError:
+            return None                             # `create` says what is wrong with it
+        if header is not None and not repair.anything_committed(directory):
+            with directory.unheld(HEADER) as free:
+                return None if free else header
+        return header
+
+
+def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identity,
+           container: str) -> tuple[Header, Hold]:
+    """The header of the cache, ours if there was none, and what tells others that it is in use."""
+    replaced = False
+    while True:
+        found = _standing_header(directory, data, replaced)
+        if found != data and _replace(directory, found):
+            replaced = True
+            continue
+        header = _accepted(directory, found, spec, identity, container)
+        # A writer killed while it published the header leaves a temporary that is the same file, and would look alive.
+        directory.drop_dead_temporaries("")
+        hold = directory.hold(HEADER)
+        if hold is not None and directory.read(HEADER) == found:
+            for folder in repair.FOLDERS:
+                directory.make(folder)
+            return header, hold
+
+
+def _standing_header(directory: Directory, data: bytes, replaced: bool) -> bytes:
+    """The bytes of the header that stands there, after `data` was put there if there was none."""
     if directory.path.exists() and not directory.path.is_dir():
         raise CacheExists(f"{directory.path}: a file stands where the cache was to be created")
     where = directory.full(HEADER)
     found = directory.read(HEADER)
-    foreign = _foreign(directory) if found is None else ""
+    foreign = _foreign(directory) if found is None and not replaced else ""
     if foreign:                                     # of a stranger, or of a writer that was just faster than us
         found = directory.read(HEADER)
     if found is None:
@@ -75,15 +111,32 @@ def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identit
             directory.make(folder)
         directory.put(HEADER, data)                 # if another writer was first, theirs counts
         found = directory.read(HEADER)
-        assert found is not None
+    return found if found is not None else _standing_header(directory, data, True)
+
+
+def _replace(directory: Directory, found: bytes) -> bool:
+    """Take away a header of which nothing was ever committed, which no writer holds: of a dump that failed before its
+    first shard, or torn by a file system without links. False if it stays."""
+    if repair.anything_committed(directory):
+        return False
     try:
-        header = catalog.parse_header(found, where)
-    except CacheCorrupt:
-        # Only a file system without links can leave a torn header; with nothing committed it is safe to start over.
-        if any(n for folder in repair.FOLDERS for n in directory.names(folder) if not n.startswith(TEMPORARY)):
-            raise
-        directory.quarantine(HEADER, lambda: directory.read(HEADER) == found)
-        return _claim(directory, data, spec, identity, container)
+        catalog.parse_header(found, directory.full(HEADER))
+    except CacheCorrupt:                            # not one of ours, as it stands: nothing of it is lost
+        return directory.quarantine(HEADER, lambda: directory.read(HEADER) == found)
+    with directory.unheld(HEADER) as free:
+        if not free or repair.anything_committed(directory):
+            return False
+        directory.remove(HEADER)
+        return True
+
+
+def _accepted(directory: Directory, found: bytes, spec: CacheSpec, identity: Identity, container: str) -> Header:
+    """The header in bytes that stand there; SpecMismatch or IdentityMismatch unless it is of what is to be written."""
+    header = catalog.parse_header(found, directory.full(HEADER))
+    alive = ""
+    if not repair.anything_committed(directory):
+        alive = ("\n  nothing is committed there yet, but another dump into it seems to be alive: let it end, or "
+                 f"remove {directory.path} if it has")
     different = spec_difference(header.spec, spec)
     if header.container != container or different:
         lines = [f"container: cache has {header.container!r}, given is {container!r}"]
@@ -91,10 +144,9 @@ def _claim(directory: Directory, data: bytes, spec: CacheSpec, identity: Identit
         lines = ((lines if header.container != container else []) + [str(d) for d in different]
                  + [str(d) for d in difference(header.identity, identity)])
         raise SpecMismatch(f"{directory.path}: a cache of another spec stands there; fields that differ:\n  "
-                           + "\n  ".join(lines) + "\n  choose another place, or give the options it was made with")
+                           + "\n  ".join(lines) + "\n  choose another place, or give the options it was made with"
+                           + alive)
     require_same(header.identity, identity, where=str(directory.path))
-    for folder in repair.FOLDERS:
-        directory.make(folder)
     return header
 
 
@@ -115,13 +167,14 @@ class Writer:
     `write` may be called from another thread than the one that asks `missing`, and by many processes at once.
     """
 
-    def __init__(self, directory: Directory, header: Header) -> None:
+    def __init__(self, directory: Directory, header: Header, hold: Hold) -> None:
         self.path = directory.path
         self.spec = header.spec
         self.identity = header.identity
         self.container = header.container
         self._directory = directory
         self._header = header
+        self._hold = hold                           # nobody replaces the header while we live
         self._closed = False
         self._sealed: str | None = None             # the content id, once this writer has sealed
         self._lock = threading.Lock()
@@ -136,8 +189,9 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Write no more. Nothing is held open; what is committed stays committed."""
+        """Write no more; what is committed stays committed."""
         self._closed = True
+        self._hold.release()
 
     def missing(self) -> list[int]:
         """The shards without a commit record, those of other writers counted, at this moment."""

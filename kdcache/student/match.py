@@ -215,6 +215,8 @@ def feature_tensors(batch: Batch, names: Sequence[str], *, spec: CacheSpec | Non
             raise UsageError(f"the cache has no feature {name!r}{near(name, known)}")
         feature = known[name]
         stored = column_tensor(batch, feature.column, device)
+        if feature.dtype not in ("float32", "float16", "bfloat16", "int8"):
+            raise ValueError(f"feature dtype {feature.dtype!r} has no unpacking here; it must not be read as another")
         if feature.dtype == "bfloat16":
             stored = stored.view(torch.bfloat16)
         out[name] = stored.float()

@@ -260,6 +260,8 @@ class _Unpack:
             raw = raw.view(torch.bfloat16)
         if self.spec.values == "uint8":
             return torch.where(raw == 255, -torch.inf, 0 - raw.float() * self.column("step")[:, None])
+        if self.spec.values not in ("float16", "float32", "bfloat16"):
+            raise ValueError(f"value codec {self.spec.values!r} has no unpacking here; it must not be read as another")
         return raw.float()
 
     def ids(self, k: int) -> Tensor:

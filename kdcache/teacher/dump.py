@@ -14,10 +14,10 @@ from time import monotonic
 from typing import Any
 
 from kdcache import __version__
-from kdcache.cache.catalog import HEADER
+from kdcache.cache.catalog import Header
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.reader import open as open_cache
-from kdcache.cache.writer import Writer, create
+from kdcache.cache.writer import Writer, create, standing
 from kdcache.data.samples import Samples
 from kdcache.engines import check_engine
 from kdcache.errors import DataError, KDCacheError, UsageError, near
@@ -26,8 +26,8 @@ from kdcache.signals import Signals
 from kdcache.teacher.batches import spans
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.fused import check_fits
-from kdcache.teacher.plan import DEFAULT_SHARD_SIZE, RANDOM_TEACHER, Plan, Wanted, make_plan, temperature_names
-from kdcache.teacher.progress import Progress, readable_bytes
+from kdcache.teacher.plan import RANDOM_TEACHER, Plan, Wanted, make_plan, temperature_names
+from kdcache.teacher.progress import Progress, readable_bytes, readable_seconds
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
 from kdcache.teacher.sources import Rank, pick_samples, pick_teacher, this_rank
@@ -38,6 +38,7 @@ CONTAINERS = ("arrow", "hdf5")
 LABELS_DISAGREE = "labels-disagree"
 SAID_AGAIN = (LABELS_DISAGREE, RANDOM_TEACHER)              # when the dump ends
 FILE_BYTES = 8192               # of a shard beyond its columns: container, commit, manifest; 4.5 KB for ten columns
+LONG_SHARD = 900.0              # seconds of teacher time above which a user should know
 GO_ON = "the open shard was dropped, the written ones stay; give the same command again to go on"
 
 
@@ -109,11 +110,11 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
     reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
     the data; None: if it has any; False, like kind "none", does not look at them, whatever they are. shard_size:
-    wanted bytes of a shard, 256 MiB, or `records_per_shard` instead. accept: fields of the identity whose difference
-    is harmless; "tokenizer" also for a teacher's own, which is not the data's; "unsteady" for a teacher that does not
-    answer one question once, which costs two forward passes of the first batch and one of a record to find out.
-    progress is called after every batch, say with a sentence at a time. Under torchrun each rank writes a share of the
-    shards.
+    wanted bytes of a shard, or `records_per_shard` instead; by default a 64th of the dump, of 128 KiB to 256 MiB, and
+    one for every rank. accept: fields of the identity whose difference is harmless; "tokenizer" also for a teacher's
+    own, which is not the data's; "unsteady" for a teacher that does not answer one question once, which costs two
+    forward passes of the first batch and one of a record to find out. progress is called after every batch, say with a
+    sentence at a time. Under torchrun each rank writes a share of the shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
     or the tokenizer is not the teacher's, DataError naming a sample or an unsteady teacher, Interrupted on SIGINT or
@@ -124,8 +125,8 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples)
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
                     features=parse_features(features), views=views, values=values, seed=seed,
-                    shard_size=DEFAULT_SHARD_SIZE if shard_size is None else shard_size,
-                    records_per_shard=records_per_shard, labels=labels, moments=moments, limit_samples=limit_samples)
+                    shard_size=shard_size, records_per_shard=records_per_shard,
+                    labels=labels, moments=moments, limit_samples=limit_samples)
     found = pick_device(device, rank.local)
     compute = Compute(batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found))
     with Signals(GO_ON) as signals:
@@ -134,18 +135,20 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
         overlooked = require_tokenizer(model, samples.tokenizer_identity, role="teacher", accept=accept)
         model.module.to(compute.device)
         with evaluating(model.module):
-            plan = make_plan(model, samples, wanted, compute.device)
+            there = standing(out)
+            plan = make_plan(model, samples, wanted, compute.device, world=rank.world,
+                             standing=None if there is None else there.spec.records_per_shard)
             compute = _fitting(compute, plan)
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
             _introduce(report, engine, tell)
             if dry_run:
                 return report
-            identity = _accepted(Path(out), plan.identity, accept, tell)
+            identity = _accepted(there, Path(out), plan.identity, accept, tell)
             steady = partial(_steady, model=model, samples=samples, plan=plan, compute=compute, accept=accept,
                              tell=tell)
-            begun = (Path(out) / HEADER).exists()
+            begun = there is not None
             if not begun:                           # before anything stands there of a teacher that is refused
-                report = steady(report, rank.share(list(range(plan.spec.num_shards))))
+                report = steady(report, rank.share(range(plan.spec.num_shards)))
             if overlooked:
                 tell("accepted: the teacher's own tokenizer is not the data's")
             with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model, overlooked),
@@ -229,17 +232,17 @@ def _introduce(report: DumpReport, asked: str, tell: Callable[[str], None]) -> N
         tell(f"warning: {text}")
 
 
-def _accepted(out: Path, identity: Identity, accept: Sequence[str], tell: Callable[[str], None]) -> Identity:
+def _accepted(there: Header | None, out: Path, identity: Identity, accept: Sequence[str],
+              tell: Callable[[str], None]) -> Identity:
     """The identity to continue with: the cache's own where `accept` names all that differs from it."""
     accept = [name for name in accept if name != UNSTEADY]
-    if not (out / HEADER).exists():
+    if there is None:
         require_same(identity, identity, accept=accept)         # refuses a name that no field has
-    if not accept or not (out / HEADER).exists():
+    if not accept or there is None:
         return identity
-    with open_cache(out, allow_partial=True) as cache:
-        found = require_same(cache.identity, identity, accept=accept, where=str(out))
-        tell(f"accepted differences: {', '.join(found) or 'none were found'}")
-        return cache.identity
+    found = require_same(there.identity, identity, accept=accept, where=str(out))
+    tell(f"accepted differences: {', '.join(found) or 'none were found'}")
+    return there.identity
 
 
 def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples: Samples, plan: Plan,
@@ -252,6 +255,7 @@ def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples:
     found = steadiness(model.module, samples, first, compute.device)
     if found is None:
         return report
+    _say_long_shard(plan, (monotonic() - start) / (2 * (first.stop - first.start) + 1), tell)
     if found.problem is None:
         tell(f"the first batch asked twice and one of its records alone, in {monotonic() - start:.1f} s: logits differ "
              f"by at most {max(found.again, found.alone or 0):.2g}; rounding may make it {found.rounding:.2g}")
@@ -261,6 +265,15 @@ def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples:
                         f"--accept {UNSTEADY}")
     tell(f"warning: {found.problem} Accepted.")
     return dataclasses.replace(report, warnings=(*report.warnings, (UNSTEADY, found.problem)))
+
+
+def _say_long_shard(plan: Plan, seconds: float, tell: Callable[[str], None]) -> None:
+    """Say what an interruption can lose, where that is much: a teacher that needs so many `seconds` for a record."""
+    records = plan.spec.records_per_shard
+    if seconds * records > LONG_SHARD and records > 1:
+        tell(f"a shard of {records} records takes this teacher about {readable_seconds(seconds * records)}, which is "
+             f"what an interruption can lose; --records-per-shard {max(1, int(LONG_SHARD / 3 / seconds))} makes it "
+             f"{readable_seconds(LONG_SHARD / 3)}")
 
 
 def _recorded(compute: Compute, model: Model, overlooked: Sequence[str] = ()) -> dict[str, str]:
@@ -274,7 +287,12 @@ def _recorded(compute: Compute, model: Model, overlooked: Sequence[str] = ()) ->
 
 def _check_disk(writer: Writer, plan: Plan, missing: list[int]) -> None:
     needed = plan.predicted_bytes * len(missing) // plan.spec.num_shards + FILE_BYTES * len(missing)
-    free = shutil.disk_usage(writer.path).free
+    try:
+        free = shutil.disk_usage(writer.path).free
+    except OSError as e:                            # some FUSE file systems cannot say: a full disk will
+        log.info("how much space is free is not known there (%s); needed is about %s", e.strerror or e,
+                 readable_bytes(needed))
+        return
     if needed > free:
         raise KDCacheError(f"{writer.path}: {len(missing)} of {plan.spec.num_shards} shards are still to write and "
                            f"need about {readable_bytes(needed)}, the disk has {readable_bytes(free)} free; free some "
@@ -286,7 +304,9 @@ def _say_start(plan: Plan, missing: list[int], rank: Rank, tell: Callable[[str],
     if done:
         tell(f"{done} of {plan.spec.num_shards} shards are there; going on with the others")
     if rank.world > 1:
-        tell(f"{rank.world} processes share the shards")
+        idle = max(0, rank.world - plan.spec.num_shards)
+        tell(f"{rank.world} processes share the shards"
+             + (f"; {idle} of them have nothing to do, as there are {plan.spec.num_shards}" if idle else ""))
 
 
 def _say_compute(writer: Writer, compute: Compute, model: Model, missing: list[int],

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.cache.catalog import check_shards
 from kdcache.cache.columns import MAX_ELEMENTS, ROOT
 from kdcache.cache.identity import Identity
 from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
@@ -30,6 +31,14 @@ FULL_UP_TO = 1024               # classes: 2 KiB a row in float16, about what k 
 DEFAULT_K = 64
 DEFAULT_TEMPERATURES = {"one": ("1", "2", "4"), "ragged": ("1", "2")}
 DEFAULT_SHARD_SIZE = 256 * 2**20
+# What an interruption can lose of a dump is one shard of each rank, so that a shard is a small part of it: of bytes, of
+# records, of teacher time. The time is not measured: equal commands would then give unequal caches. 2^17 records are
+# minutes of a teacher that answers a few hundred a second; dump.py says so where it looks like much longer.
+PARTS = 64                      # shards that a dump is cut into, if they are not too small:
+PARTS_A_RANK = 4                # and so many for each rank, so that the last ones do not wait long for each other
+MOST_RECORDS = 2**17
+LEAST_BYTES = 2**17             # of a shard; its container, commit record and line in the manifest are about 5 KiB
+LEAST_RECORDS = 256             # several forward passes: batches end where a shard does
 PROBE_RECORDS = 8               # a number of its own: the batch size is compute, and must not decide a cache's content
 VIEWS_EQUAL, RANDOM_TEACHER, BEYOND_POSITIONS = "views-equal", "random-teacher", "beyond-positions"
 LONGER_THAN_PROBED = 4          # how many times more rows a record may have than any of the probe, if no window says
@@ -47,7 +56,7 @@ class Wanted:
     views: int = 1
     values: str = "float16"
     seed: int = 0
-    shard_size: int = DEFAULT_SHARD_SIZE
+    shard_size: int | None = None
     records_per_shard: int | None = None
     labels: bool | None = None
     moments: bool = False
@@ -92,8 +101,10 @@ def temperature_names(values: Sequence[float | str]) -> tuple[str, ...]:
     return tuple(sorted({temperature_name(value) for value in values}, key=Fraction))
 
 
-def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.device) -> Plan:
-    """The plan of a dump. The teacher is in eval mode and on `device`.
+def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.device, *, world: int = 1,
+              standing: int | None = None) -> Plan:
+    """The plan of a dump by `world` ranks. The teacher is in eval mode and on `device`. standing: records_per_shard of
+    the cache that is continued, which holds unless a size is wanted by name.
 
     UsageError for an option that is foreign to the kind or does not fit the teacher, DataError for data that cannot be
     used. Runs one forward pass over at most 8 samples.
@@ -111,10 +122,15 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
     if spec.labels and probed.rows.labels is not None:
         check_labels(probed.rows.labels, spec.num_classes, row_namer(0, _probe_ids(count), probed.rows))
     record_bytes, most = _record_bytes(spec, probed, samples.window, _usual_length(samples, probed.batch, count))
-    chosen = wanted.records_per_shard or min(max(1, wanted.shard_size // record_bytes), most)
+    chosen = wanted.records_per_shard
+    if chosen is None and wanted.shard_size is not None:
+        chosen = min(max(1, wanted.shard_size // record_bytes), most)
+    if chosen is None:
+        chosen = standing or min(records_per_shard(count, wanted.views, record_bytes, world), most)
     if wanted.records_per_shard is not None and wanted.records_per_shard > most:
         raise UsageError(f"--records-per-shard is {chosen}; at most {most} keep every column below 2^31 elements")
     spec = dataclasses.replace(spec, records_per_shard=min(chosen, count))
+    check_shards(spec)
     warnings = _warn_of_random(model)
     if probed.warning is not None:
         warnings += ((BEYOND_POSITIONS, probed.warning),)
@@ -122,6 +138,22 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
         warnings += _warn_of_equal_views(samples, count)
     return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes, warnings,
                 probed.dtype)
+
+
+def records_per_shard(count: int, views: int, record_bytes: int, world: int) -> int:
+    """Records of a shard where nobody says: a function of the dump's size and of the ranks that share it.
+
+    A 64th of the dump, or a quarter of a rank's part, if that is at least 256 records and 128 KiB; at most 256 MiB and
+    2^17 records; and never so many that a rank has no shard, as long as there is a record for each.
+    """
+    part = -(-count * views // max(PARTS, PARTS_A_RANK * world))
+    least = max(LEAST_RECORDS, -(-LEAST_BYTES // record_bytes))
+    most = min(MOST_RECORDS, max(1, DEFAULT_SHARD_SIZE // record_bytes))
+    shares = min(count, -(-world // views))         # shards that each view needs
+    each = -(-count // shares)
+    if -(-count // each) < shares:
+        each = count // shares
+    return min(max(part, least), most, each)
 
 
 def _probe_ids(count: int) -> list[int]:

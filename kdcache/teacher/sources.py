@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Rank:
     world: int
     local: int
 
-    def share(self, shards: list[int]) -> list[int]:
+    def share(self, shards: Iterable[int]) -> list[int]:
         """This rank's part of the missing shards.
 
         By shard number, not by place in the list: ranks look at different moments, when others have written some.
