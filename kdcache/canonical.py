@@ -64,6 +64,17 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
+def load_object(data: bytes, where: str, advice: str) -> dict[str, Any]:
+    """The JSON object in the bytes of a file, in any form; CacheCorrupt with `where` and `advice` if it is none."""
+    try:
+        document = json.loads(data, object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as e:       # also UnicodeDecodeError and over-long integers
+        raise CacheCorrupt(f"{where}: not readable as JSON ({type(e).__name__}: {str(e)[:80]}); {advice}") from e
+    if not isinstance(document, dict):
+        raise CacheCorrupt(f"{where}: a JSON {type(document).__name__}, expected an object; {advice}")
+    return document
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):

@@ -26,6 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)     # of a folder: CIFS, some FUSE
 
 
 class Temporary:
@@ -90,20 +91,7 @@ class Directory:
 
     def read(self, name: str, limit: int = MAX_JSON) -> bytes | None:
         """All bytes of a plain file, None if there is none; CacheCorrupt above `limit` bytes, before reading them."""
-        try:
-            fd = os.open(self.full(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise CacheCorrupt(f"{self.full(name)}: not a plain file")
-            if found.st_size > limit:
-                raise CacheCorrupt(f"{self.full(name)}: file has {found.st_size} bytes, the most allowed is {limit}")
-            with open(fd, "rb", closefd=False) as file:
-                return file.read(limit + 1)
-        finally:
-            os.close(fd)
+        return read_plain(self.full(name), limit)
 
     # ---- writing ----------------------------------------------------------------------------------------------
 
@@ -153,6 +141,19 @@ class Directory:
             temporary.write(data)
             temporary.sync()
             return self.publish(temporary, name)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put a file with these bytes whole in place of the one there; a link there is replaced, never followed."""
+        with self.temporary(os.path.dirname(name)) as temporary:
+            temporary.write(data)
+            temporary.sync()
+            self.put_over(temporary, name)
+
+    def put_over(self, temporary: Temporary, name: str) -> None:
+        """Give a synced temporary its final name, in place of what has it."""
+        self.step("rename")
+        os.replace(temporary.path, self.full(name))
+        self._sync_folder(Path(self.full(name)).parent)
 
     def remove(self, name: str) -> None:
         """Unlink a file of our own making; nothing if it is gone."""
@@ -247,14 +248,42 @@ class Directory:
 
     def _sync_folder(self, path: Path) -> None:
         self.step("sync_folder")
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        except OSError as e:
-            if e.errno != errno.EINVAL:             # a file system that cannot sync folders
-                raise
-        finally:
-            os.close(fd)
+        sync_folder(path)
+
+
+def read_plain(path: str, limit: int, *, dir_fd: int | None = None) -> bytes | None:
+    """All bytes of a plain file (`path` below the open folder `dir_fd`, if given), None if there is none; CacheCorrupt
+    for other kinds of files, of which some would wait for ever, and above `limit` bytes, before reading them."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        if e.errno == errno.ENXIO:              # a socket
+            raise CacheCorrupt(f"{path}: not a plain file") from e
+        raise
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheCorrupt(f"{path}: not a plain file")
+        if found.st_size > limit:
+            raise CacheCorrupt(f"{path}: file has {found.st_size} bytes, the most allowed is {limit}")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(limit + 1)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Flush the entries of a folder to disk, where its file system can do that."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
