@@ -53,7 +53,8 @@ def run_options(function: F) -> F:
 
 DUMPED = ("out", "content_id", "num_records", "predicted_bytes", "bytes", "seconds", "covered_mass", "truncation_kl",
           "quantisation_kl", "accuracy", "warnings")
-TRAINED = ("out", "finished", "steps", "epochs", "training", "evaluation", "best", "seconds", "samples_per_second")
+TRAINED = ("out", "finished", "steps", "epochs", "training", "last", "best_by", "best", "seconds",
+           "samples_per_second")
 DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.module:name."
 
 
@@ -137,7 +138,8 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--shuffle/--no-shuffle", default=None, help="[default: shuffle]")
 @click.option("--eval-every", type=COUNT, metavar="STEPS", help="[default: once an epoch]")
 @click.option("--save-every", type=COUNT, metavar="STEPS", help="[default: once an epoch]")
-@click.option("--best-by", metavar="METRIC", help="What decides the best checkpoint.  [default: eval_loss]")
+@click.option("--best-by", metavar="METRIC", help="What decides the best checkpoint.  [default: eval_accuracy, "
+              "for tokens eval_loss]")
 @click.option("--report-to", multiple=True, metavar="NAME", help="tensorboard or wandb. Repeatable.")
 @click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check everything, train nothing.")
@@ -155,7 +157,9 @@ def train_student(as_json: bool, **options: Any) -> None:
 @model_options("student", required=True)
 @data_options("data", True, DATA)
 @click.option("--batch-size", type=COUNT, help="Records per forward pass.  [default: 128]")
-@click.option("--precision", metavar="NAME", help="float32, bfloat16 or float16.  [default: float32]")
+@click.option("--student-code", metavar="SPEC", help="The code of a RUN's student, file.py:name or "
+              "package.module:name: a folder's word alone runs none.")
+@click.option("--precision", metavar="NAME", help="float32, bfloat16 or float16.  [default: float32, or the RUN's]")
 @run_options
 @config_and_json
 def evaluate(as_json: bool, **options: Any) -> None:

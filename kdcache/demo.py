@@ -86,7 +86,7 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
     its plot is drawn anew. Returns what demo.json holds. Raises UsageError without scikit-learn or matplotlib,
     Interrupted on SIGINT or SIGTERM.
     """
-    from kdcache.student.run import write_whole
+    from kdcache.cache.store import Directory
 
     _require("sklearn", "matplotlib")
     if seeds < 1:
@@ -104,7 +104,7 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
         except Interrupted as e:                # that of a run says where the run is
             raise Interrupted(message, e.signum) from e
         result |= {"seconds": round(time.perf_counter() - start, 1), "continued": continued}
-        write_whole(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        Directory(folder).replace(RESULT, (json.dumps(result, indent=1) + "\n").encode())
     _plot(result, folder / "demo.png")
     return {**result, "plot": str(folder / "demo.png")}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from kdcache.data.keys import array_header
 from kdcache.data.samples import Inputs
@@ -61,8 +62,8 @@ class Model:
         if self.save_files is not None:
             self.save_files(path)
         else:
-            from safetensors.torch import save_model
-            save_model(self.module, str(path / "model.safetensors"))
+            from safetensors.torch import save_file
+            save_file(plain_state(self.module), str(path / "model.safetensors"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +244,52 @@ def find_module(module: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of `module.state_dict()` for a file: on the CPU, each in a storage of its own, tied ones once.
+
+    UsageError naming what a safetensors file cannot hold.
+    """
+    kept, storages, out = set[tuple[Any, ...]](), set[int](), {}
+    for name, value in module.state_dict().items():
+        why = None if isinstance(value, torch.Tensor) else (
+            f"a {type(value).__name__}; a checkpoint holds tensors: let get_extra_state give one")
+        if why is None and (value.layout != torch.strided or value.is_quantized or value.is_meta or is_lazy(value)):
+            why = (f"a {'meta' if value.is_meta else 'quantized' if value.is_quantized else str(value.layout)} tensor; "
+                   "a checkpoint holds plain ones with their values")
+        if why is not None:
+            raise UsageError(f"the {type(module).__name__} cannot be saved: its state_dict has {name!r}, {why}")
+        if value.numel() and place(value) in kept:
+            continue
+        kept.add(place(value))
+        storage = value.untyped_storage()
+        plain = value.detach().cpu().contiguous()
+        # Parts of one storage: each is written alone, as a copy.
+        shared = storage.data_ptr() in storages or storage.nbytes() != value.numel() * value.element_size()
+        storages.add(storage.data_ptr())
+        out[name] = plain.clone() if shared and plain.data_ptr() == value.data_ptr() else plain
+    return out
+
+
+def materialise(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give the parameters and buffers of lazy modules, which have no shape before a first forward pass, those of
+    `state`."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(value) and name in state:
+            lazy: Any = value
+            lazy.materialize(state[name].shape)
+
+
 def load_weights(module: nn.Module, weights: str | Path) -> str:
     """Load a weights file into `module` and say so in a sentence; UsageError unless every tensor has its place."""
     path = Path(weights).expanduser()
     path = path / "model.safetensors" if path.is_dir() else path
-    state = _read_weights(path)
+    fit_weights(module, _read_weights(path), path)
+    return f"weights from {path}"
+
+
+def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Put the tensors of the file `path` into `module`; UsageError unless every tensor has its place."""
+    materialise(module, state)
     problems = _misfits(module, state)
     if problems and hasattr(module, "from_pretrained"):
         # transformers saves some models under other names than their modules have; it alone knows the way back.
@@ -263,15 +305,15 @@ def load_weights(module: nn.Module, weights: str | Path) -> str:
     if problems:
         raise UsageError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(state, strict=False)
-    return f"weights from {path}"
 
 
 def _misfits(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
     """How the names and shapes of `state` differ from those of `module`."""
     own = module.state_dict()
     # A tied weight is one tensor with two names, and a file may hold it under either.
-    present = {_place(own[name]) for name in state if name in own}
-    return _listed([name for name, value in own.items() if name not in state and _place(value) not in present],
+    present = {place(own[name]) for name in state if name in own}
+    return _listed([name for name, value in own.items()
+                    if name not in state and (is_lazy(value) or place(value) not in present)],
                    [name for name in state if name not in own],
                    [f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items()
                     if name in own and value.shape != own[name].shape])
@@ -312,8 +354,9 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tuple(tensor.shape)
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two names of one tensor, and not for two parts of one storage."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _as_weights(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import DataError, UsageError, near
+from kdcache.errors import CacheCorrupt, DataError, UsageError, near
+from kdcache.runs import (
+    BEST,
+    LAST,
+    RECORDED,
+    TABLE,
+    is_finished,
+    is_number,
+    is_run,
+    printable,
+    read_options,
+    read_summary,
+)
 
-TABLE = "train-student"
 NOT_A_SETTING = ("seed", "out", "device", "workers", "report-to", "dry-run")    # they do not tell two settings apart
 COUNTS = ("eval_n", "eval_tokens")      # how much an evaluation saw, not how good it was
 ABSENT = "-"
@@ -30,6 +41,8 @@ class Run:
 def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: str | None = None,
            plot: Path | str | None = None) -> dict[str, Any]:
     """Mean, sample standard deviation (None for one run) and n of every metric of `runs` (RUN folders), per setting.
+
+    `eval_accuracy` and the like are of last/, the weights that a run ended with, `best.eval_accuracy` of best/.
 
     Runs are one setting when all options but the seed are equal; with `by`, when these options are. `mixed` of a row
     then names the options in which its runs differ all the same. Rows are sorted by the mean of `sort`, best first (a
@@ -49,6 +62,8 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
         groups.setdefault(json.dumps([run.options.get(key, ABSENT) for key in keys], default=str), []).append(run)
     rows = [_row(keys, group, differing) for group in groups.values()]
     metrics = sorted({name for run in finished for name in run.metrics})
+    if sort is not None:                        # as the table names them
+        sort = sort.replace(f"{BEST}/", f"{BEST}.").removeprefix(f"{LAST}/")
     if sort is not None and sort not in metrics:
         raise UsageError(f"--sort {sort}: no run has this metric{near(sort, metrics)}")
     rows.sort(key=lambda row: _order(row, keys, sort))
@@ -61,19 +76,18 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
 
 def read_run(path: Path) -> Run | Path:
     """A finished run, or its path if it has no summary.json yet. DataError for what is no run."""
+    if not is_run(path):
+        raise DataError(f"{path} is no run: it has no run.toml; expected the --out folder of train-student")
     try:
-        document = tomllib.loads((path / "run.toml").read_text(encoding="utf-8"))
+        document = read_options(path)
         options = dict(document[TABLE])
-        if content_id := document.get("recorded", {}).get("cache-content-id"):
+        if content_id := document[RECORDED].get("cache-content-id"):
             options["cache"] = content_id[:12]      # whose answers they are, wherever the cache lies
-        if not (path / "summary.json").exists():
+        if not is_finished(path):
             return path
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        return Run(path, options, numbers(summary))
-    except FileNotFoundError as e:
-        raise DataError(f"{path} is no run: it has no run.toml; expected the --out folder of train-student") from e
-    except (KeyError, TypeError, ValueError, AttributeError) as e:      # also TOMLDecodeError
-        raise DataError(f"{path}: run.toml or summary.json is damaged ({type(e).__name__}: {e})") from e
+        return Run(path, options, numbers({key: value for key, value in read_summary(path).items() if key != LAST}))
+    except (CacheCorrupt, RecursionError) as e:
+        raise DataError(f"{path} is damaged: {e}") from e
 
 
 def numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -82,7 +96,7 @@ def numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in summary.items():
         if isinstance(value, Mapping):
             out |= numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif is_number(value) and math.isfinite(value):
             out[prefix + name] = float(value)
     return out
 
@@ -110,8 +124,13 @@ def _row(keys: Sequence[str], runs: Sequence[Run], differing: Sequence[str]) -> 
         metrics[name] = {"mean": statistics.fmean(values), "n": len(values),
                          "sd": statistics.stdev(values) if len(values) > 1 else None}
     return {"options": {key: runs[0].options.get(key) for key in keys}, "n": len(runs), "mixed": mixed,
-            "seeds": sorted(run.options.get("seed", 0) for run in runs), "runs": [str(run.path) for run in runs],
-            "metrics": metrics}
+            "seeds": sorted((run.options.get("seed", 0) for run in runs), key=_seed),
+            "runs": [str(run.path) for run in runs], "metrics": metrics}
+
+
+def _seed(value: Any) -> tuple[bool, Any]:
+    """Numbers in their order; what else a file may say comes after them."""
+    return (False, value) if is_number(value) else (True, str(value))
 
 
 def _order(row: Mapping[str, Any], keys: Sequence[str], sort: str | None) -> Any:
@@ -149,7 +168,7 @@ def draw(result: Mapping[str, Any], path: Path, metric: str) -> None:
         axes.errorbar([value for value, _ in points], [row["metrics"][metric]["mean"] for _, row in points],
                       yerr=[row["metrics"][metric]["sd"] or 0 for _, row in points], marker="o", capsize=3, label=label)
     axes.set_xlabel(first or "")
-    axes.set_ylabel(f"{metric} (mean, sample sd)")
+    axes.set_ylabel(f"{_head(metric)} (mean, sample sd)")
     if len(result["by"]) > 1:
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +189,7 @@ def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str,
 def render(result: Mapping[str, Any]) -> str:
     """The result of `report` for people: one line per setting."""
     shown = shown_metrics(result)
-    heads = [*result["by"], "n", *shown]
+    heads = [*map(printable, result["by"]), "n", *map(_head, shown)]
     rows = [[_cell(row["options"][key]) for key in result["by"]] + [str(row["n"])]
             + [_spread(row["metrics"].get(name)) for name in shown] for row in result["rows"]]
     widths = [max(len(line[i]) for line in (heads, *rows)) for i in range(len(heads))]
@@ -182,20 +201,31 @@ def render(result: Mapping[str, Any]) -> str:
         elif len(set(row["seeds"])) < row["n"]:
             out.append(f"line {number} counts a seed more than once (seeds {', '.join(map(str, row['seeds']))}): "
                        "the spread is too small")
+    if any(name.startswith(f"{BEST}.") for name in shown):
+        out.append(f"{LAST}/: the weights that a run ended with; {BEST}/: its best ones (by best-by), which `kdcache "
+                   "evaluate --student RUN` takes")
     out += [f"not finished: {path}" for path in result["unfinished"]]
     return "\n".join(out + ([f"plot: {result['plot']}"] if "plot" in result else []))
 
 
 def shown_metrics(result: Mapping[str, Any]) -> list[str]:
-    """The metrics of the table: the sorted one first, then those of the evaluation (all, where there was none)."""
-    evaluated = [name for name in result["metrics"] if name.startswith("eval_") and name not in COUNTS]
-    chosen = evaluated or result["metrics"]
+    """The metrics of the table: the sorted one first, then those of the evaluations, of last/ and best/ side by side
+    (all metrics, where nothing was evaluated)."""
+    chosen = [name for base in result["metrics"] if base.startswith("eval_") and base not in COUNTS
+              for name in (base, f"{BEST}.{base}") if name in result["metrics"]] or result["metrics"]
     first = [result["sort"]] if result["sort"] else []
     return first + [name for name in chosen if name not in first]
 
 
+def _head(metric: str) -> str:
+    """A metric by its checkpoint: best/eval_loss, last/eval_loss."""
+    if metric.startswith(f"{BEST}.eval_"):
+        return printable(metric.replace(".", "/", 1))
+    return printable(f"{LAST}/{metric}" if metric.startswith("eval_") else metric)
+
+
 def _cell(value: Any) -> str:
-    return ABSENT if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ABSENT if value is None else printable(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _spread(metric: Mapping[str, Any] | None) -> str:

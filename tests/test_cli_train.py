@@ -69,8 +69,12 @@ def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
     found = json.loads(first.stdout)
     assert (found["steps"], found["finished"], found["already_finished"]) == (6, True, False)
     assert "finished" in first.stderr
-    told = run("evaluate", "--student", tmp_path / "a", *data(folder), "--device", "cpu", "--json")
-    assert json.loads(told.stdout) == {**found["evaluation"], "loss": pytest.approx(found["evaluation"]["loss"])}
+    asked = ("evaluate", "--student", tmp_path / "a" / "last", *data(folder), "--device", "cpu", "--json")
+    code = f"{folder}/models.py:net"
+    refused(run(*asked), 2, f"add --student-code {code}")
+    told = json.loads(run(*asked, "--student-code", code).stdout)
+    assert told == {"checkpoint": str(tmp_path / "a" / "last"), "step": 6, **found["evaluation"],
+                    "loss": pytest.approx(found["evaluation"]["loss"])}
     second = run("train-student", "--config", tmp_path / "a" / "run.toml", "--out", tmp_path / "b", "--json")
     assert second.exit_code == 0, second.stderr
     assert json.loads(second.stdout)["evaluation"] == found["evaluation"]

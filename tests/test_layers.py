@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kdcache"
 LAYER = {
     "kernels": 0,
     "errors": 1, "canonical": 1, "signals": 1, "cache": 1,
-    "loading": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "engines": 2,
+    "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "engines": 2,
     "teacher": 3, "student": 3, "hf": 3, "inspect": 3, "report": 3, "env": 3,
     "demo": 4, "bench": 4,
     "config": 5, "options": 5, "commands": 5, "cli": 5,
@@ -29,6 +29,7 @@ MAY_IMPORT = {                  # part -> the only other distributions its files
     "canonical": STDLIB_AND_NUMPY,
     "cache": {"pyarrow", "h5py", *STDLIB_AND_NUMPY},
     "inspect": {"tokenizers", *STDLIB_AND_NUMPY},
+    "runs": STDLIB_AND_NUMPY,
     "report": {"matplotlib", *STDLIB_AND_NUMPY},
 }
 

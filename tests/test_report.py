@@ -84,7 +84,7 @@ def test_a_seed_that_counts_twice_is_said(tmp_path: Path) -> None:
     metrics = {"eval_loss": 1.0, "eval_n": 5, "eval_tokens": 9, "steps": 3}
     runs = [make_run(tmp_path, str(i), metrics, seed=i % 2) for i in range(3)]
     lines = render(report(runs)).splitlines()
-    assert lines[0].split() == ["n", "eval_loss"]
+    assert lines[0].split() == ["n", "last/eval_loss"]
     assert lines[-1] == "line 1 counts a seed more than once (seeds 0, 0, 1): the spread is too small"
 
 
@@ -161,7 +161,7 @@ def test_the_command(grid: list[Path], tmp_path: Path) -> None:
     found = json.loads(CliRunner().invoke(main, [*args, "--json"]).stdout)
     assert found == json.loads(json.dumps(report(grid, by=["temperature"], sort="eval_accuracy")))
     text = CliRunner().invoke(main, args).stdout.splitlines()
-    assert text[0].split() == ["temperature", "n", "eval_accuracy", "eval_loss"] and len(text) == 4
+    assert text[0].split() == ["temperature", "n", "last/eval_accuracy", "last/eval_loss"] and len(text) == 4
     best = found["rows"][0]
     assert text[1].split()[:3] == [str(best["options"]["temperature"]), str(best["n"]),
                                    f"{best['metrics']['eval_accuracy']['mean']:.4f}"]

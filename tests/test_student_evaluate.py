@@ -100,14 +100,18 @@ def test_a_run_is_evaluated_with_its_best_weights(tmp_path: Path) -> None:
     spec = f"{tmp_path / 'students.py'}:net"
     report = train_student(student=spec, student_args={"hidden": 12}, out=tmp_path / "run", cache=cache, data=data,
                            eval_data=test, epochs=6, lr=0.05, batch_size=16)
-    found = evaluate(tmp_path / "run", test)
-    assert {f"eval_{key}": value for key, value in found.items()} == pytest.approx(
-        {key: value for key, value in report.best.items() if key != "step"})
+    found = evaluate(tmp_path / "run", test, student_code=spec)
+    assert found["checkpoint"] == str(tmp_path / "run" / "best") and found["step"] == report.best["step"]
+    assert report.best_by == "eval_accuracy"
+    numbers = {key: value for key, value in found.items() if key not in ("checkpoint", "step")}
+    assert {"step": found["step"], **{f"eval_{key}": value for key, value in numbers.items()}} == pytest.approx(
+        report.best)
     weights = tmp_path / "run" / "best"
-    assert evaluate(spec, test, student_args={"hidden": 12, "num_classes": CLASSES}, student_weights=weights) == found
-    assert evaluate(tmp_path / "run" / "best", test) == found
-    last = evaluate(f"{tmp_path}/run/last/", test)
-    assert last == pytest.approx({key.removeprefix("eval_"): value for key, value in report.evaluation.items()})
+    assert evaluate(spec, test, student_args={"hidden": 12, "num_classes": CLASSES}, student_weights=weights) == numbers
+    assert evaluate(tmp_path / "run" / "best", test, student_code=spec) == found
+    last = evaluate(f"{tmp_path}/run/last/", test, student_code=spec)
+    assert last.pop("checkpoint") == str(tmp_path / "run" / "last") and last.pop("step") == report.steps
+    assert last == pytest.approx(report.evaluation)
     for run in (tmp_path / "run", tmp_path / "run" / "best"):
         with pytest.raises(UsageError, match="it has its own arguments"):
             evaluate(run, test, student_weights=weights)

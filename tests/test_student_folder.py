@@ -96,8 +96,9 @@ def test_two_that_begin_together_are_one(tmp_path: Path) -> None:
 def test_one_that_was_finished_meanwhile_is_seen(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", {"lr": 1.0}, {}) as first:
         first.create({})
-    with RunFolder(tmp_path / "run", {"lr": 1.0}, {}) as late:
+        late = RunFolder(tmp_path / "run", {"lr": 1.0}, {})
         first.finish({"steps": 3})
+    with late:
         assert late.summary is None
         late.hold()
         assert late.summary == {"steps": 3}

@@ -112,8 +112,9 @@ def test_the_projections_of_hint_losses_are_part_of_the_state(tmp_path: Path) ->
     assert losses[-1] < 0.5 * losses[0]
 
 
-OPERATIONS = ((checkpoint.os, "rename"), (checkpoint, "sync"), (checkpoint.shutil, "rmtree"), (checkpoint, "save_file"),
-              (kdcache.models.Model, "save"), (Path, "write_text"))
+OPERATIONS = ((checkpoint.os, "rename"), (checkpoint, "sync"), (checkpoint, "sync_folder"), (checkpoint, "clear"),
+              (checkpoint.shutil, "rmtree"), (checkpoint, "save_file"), (kdcache.models.Model, "save"),
+              (Path, "write_text"), (Path, "mkdir"))
 
 
 def test_a_kill_at_any_file_operation_of_a_checkpoint_leaves_one_to_continue_from(
@@ -267,7 +268,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         flipped[-40] ^= 1                               # in a weight, in a state; a digit of the digest
         for bad in (bytes(flipped), good[:200], None):
             (last / name).unlink() if bad is None else (last / name).write_bytes(bad)
-            with pytest.raises(CacheCorrupt, match=rf"last/{name}.*delete .*last to start over"):
+            with pytest.raises(CacheCorrupt, match=rf"last/{name}.*move .*last away to go on without"):
                 here.train("run")
             (last / name).write_bytes(good)
     assert equal_weights(here.train("run"), whole)

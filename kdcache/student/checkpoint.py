@@ -1,25 +1,32 @@
 """Checkpoints: a folder with the student and everything else that decides the next step, swapped in whole.
 
     NAME/ model.safetensors (as `Model.save` writes it; for hf: what from_pretrained opens)
-          state.safetensors   optimizer, projections, generators, and weights that model.safetensors lacks
+          state.safetensors   optimizer, projections, generators, and what of the student model.safetensors lacks
           state.json          plain values, the digests of the other two (XXH3-128) and, last, that of all before it
 
 A new one is written as NAME.new and flushed to disk; then NAME -> NAME.old, NAME.new -> NAME, and NAME.old goes.
 Between the two renames only NAME is missing, and NAME.new is whole: `find` completes the swap. No pickle anywhere.
+Links are never followed where something is written or deleted.
+
+Whoever reads a checkpoint opens all its files first. From then on it is whole for them, whatever a run that saves
+meanwhile does to the names; where a swap comes between two of the openings, they begin again.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,51 +35,89 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcache.cache import rawmap
-from kdcache.cache.store import explain
-from kdcache.canonical import DIGEST_KEY, digest
+from kdcache.cache.store import explain, read_plain, sync_folder
+from kdcache.canonical import DIGEST_KEY, digest, load_object
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
-from kdcache.models import Model, load_weights
+from kdcache.loading import describe, let_through
+from kdcache.models import Model, fit_weights, materialise, place
+from kdcache.runs import printable
+
+T = TypeVar("T")
 
 MODEL, TENSORS, VALUES, FILES = "model.safetensors", "state.safetensors", "state.json", "files"
-WEIGHTS = "weights/"                                # in state.safetensors: what model.safetensors lacks
+TRIAL = ".trial"                                    # the checkpoint that is tried before the first step
+WEIGHTS, BUFFERS = "weights/", "buffers/"           # in state.safetensors: what model.safetensors lacks
+MAX_STATE = 2**24                                   # bytes of state.json; Python's generator takes 8 KiB
+TRIES, PAUSE = 200, 0.005                           # to read beside a run that saves: a second in all
+NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)   # of chmod: gcsfuse, CIFS
+NO_RENAMES = (*NO_MODES, errno.EXDEV, errno.EACCES)                                     # of a folder: s3fs, gcsfuse
+OPENED = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 
 
 def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *,
          standing: Callable[[], str] = str) -> None:
     """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that `find` finds.
 
-    KDCacheError for a full disk and the like, with what `standing` says of the checkpoints that are there.
+    KDCacheError for a full disk and the like, with what `standing` says of the checkpoints that are there; UsageError
+    for a student that cannot be saved.
     """
     new, old = _siblings(folder)
-    find(folder)
-    shutil.rmtree(new, ignore_errors=True)
     try:
         with explain(folder, "saving a checkpoint", standing), _as_os_errors():
-            new.mkdir(parents=True)
+            find(folder)
+            clear(new)
+            new.mkdir()
             _write(new, model, tensors, values)
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(new, folder)
-            sync(folder.parent)
+            _swap(folder, new, old)
     except KDCacheError:
-        shutil.rmtree(new, ignore_errors=True)      # half of one, and its space is wanted
+        clear(new)                                  # half of one, and its space is wanted
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    clear(old)
 
 
 def _write(new: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    model.save(new)
-    state = {**{WEIGHTS + name: value for name, value in _unsaved(new, model.module).items()}, **tensors}
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(new / TENSORS))
+    try:
+        model.save(new)
+        state = {**{WEIGHTS + name: value for name, value in _unsaved(new, model.module).items()}, **tensors}
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(new / TENSORS))
+    except (KDCacheError, OSError, SafetensorError):
+        raise
+    except Exception as e:                          # the student's own state_dict or save_pretrained may raise anything
+        let_through(e)
+        raise UsageError(f"the student ({type(model.module).__name__}) cannot be saved: {describe(e)}") from e
     files = {path.relative_to(new).as_posix(): _digest(path) for path in sorted(new.rglob("*.safetensors"))}
     text = json.dumps({**values, FILES: files})     # a gradient norm may be infinite: Python reads that back
     sealed = json.dumps({**values, FILES: files, DIGEST_KEY: digest(text.encode())})
     (new / VALUES).write_text(sealed, encoding="utf-8")
     mode = stat.S_IMODE((new / VALUES).stat().st_mode)      # by the umask; safetensors' own are 0600
-    for path in (*(p for p in new.rglob("*") if p.is_file()), new):
-        if path.name in files and stat.S_IMODE(path.stat().st_mode) != mode:
-            os.chmod(path, mode)
+    for path in (p for p in new.rglob("*") if p.is_file()):
+        if path.relative_to(new).as_posix() in files and stat.S_IMODE(path.stat().st_mode) != mode:
+            _set_mode(path, mode)
         sync(path)
+    for path in (p for p in (*new.rglob("*"), new) if p.is_dir()):
+        sync_folder(path)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Where a file system has no modes nothing is lost: they are for the convenience of other users."""
+    try:
+        os.chmod(path, mode)
+    except OSError as e:
+        if e.errno not in NO_MODES:
+            raise
+
+
+def _swap(folder: Path, new: Path, old: Path) -> None:
+    try:
+        if os.path.lexists(folder):
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except OSError as e:
+        if e.errno not in NO_RENAMES:
+            raise
+        raise KDCacheError(f"{folder}: its file system does not rename a folder ({e.strerror}), by which a checkpoint "
+                           "takes the place of the one before; give an --out on another file system") from e
+    sync_folder(folder.parent)
 
 
 @contextmanager
@@ -83,67 +128,169 @@ def _as_os_errors() -> Iterator[None]:
     except SafetensorError as e:
         found = re.search(r"os error (\d+)", str(e))
         if found is None:
-            raise
+            raise UsageError(f"the student cannot be saved: {describe(e)}") from e
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path | str) -> str:
     return rawmap.digest(rawmap.map_file(str(path)))
+
+
+def clear(path: Path) -> None:
+    """Delete what has this name: a folder and all in it, a file, or a link but not what it leads to."""
+    try:
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    except OSError:             # it is gone, or may not be deleted: whoever needs its name will say so
+        return
+
+
+def clear_trial(run: Path) -> None:
+    """Delete what a trial that was killed left in the folder of a run."""
+    for path in (run / TRIAL, *_siblings(run / TRIAL)):
+        clear(path)
 
 
 def find(folder: Path) -> Path | None:
     """The checkpoint at `folder`, its swap completed if it was interrupted; None if there is none."""
     new, old = _siblings(folder)
-    if not folder.exists() and old.exists():
-        os.rename(new if new.exists() else old, folder)
-        sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder if folder.exists() else None
+    if not os.path.lexists(folder) and _is_own(old):
+        os.rename(new if _is_own(new) else old, folder)
+        sync_folder(folder.parent)
+    clear(old)
+    return folder if os.path.lexists(folder) else None
 
 
 def look(folder: Path) -> Path | None:
     """Where the checkpoint of `folder` is now, as `find` would have it; nothing is moved: a run may be training."""
     new, old = _siblings(folder)
-    return folder if folder.exists() else None if not old.exists() else new if new.exists() else old
+    for _ in range(3):          # a swap may end between two of these looks
+        if os.path.lexists(folder):
+            return folder
+        if _is_own(old):
+            return new if _is_own(new) else old
+    return None
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is a folder, and no link to one, with the state of a checkpoint."""
+    return not folder.is_symlink() and os.path.lexists(folder / VALUES)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint whose files are open. paths: names of its files -> paths that lead to them while they are open."""
+
+    folder: Path
+    paths: Mapping[str, str]
+    values: dict[str, Any]
+
+
+def beside_saves(folder: Path, use: Callable[[Path], T], *, once: bool = False) -> T:
+    """What `use` gives for the place of the checkpoint of `folder`; asked again if a run swapped it meanwhile.
+
+    Its errors pass once the folder has stayed the same. once: what it gives stays true after a swap. CacheCorrupt if
+    there is no checkpoint, KDCacheError if another one stands there each time.
+    """
+    for _ in range(TRIES):
+        found = look(folder)
+        before = _identity(found)
+        try:
+            if found is None:
+                raise CacheCorrupt(f"{folder}: there is no such checkpoint")
+            made = use(found)
+        except Exception:
+            if before == _identity(look(folder)):
+                raise
+        else:
+            if once or before == _identity(look(folder)):
+                return made
+        time.sleep(PAUSE)
+    raise KDCacheError(f"{folder} was saved again each of the {TRIES} times that it was read; ask again when the run "
+                       "saves less often, or is finished")
+
+
+@contextmanager
+def opened(folder: Path, *, state: bool = True) -> Iterator[Opened]:
+    """The checkpoint of `folder`, proved whole; CacheCorrupt naming the file that is not what was saved.
+
+    state: also state.safetensors, with the optimizer's state the largest file.
+    """
+    with ExitStack() as held:
+        one = _held(folder, held, lambda name: state or name != TENSORS)
+        _prove(folder, one)
+        yield one
 
 
 def read(folder: Path, *, state: bool = True) -> dict[str, Any]:
-    """The values of a checkpoint; CacheCorrupt naming the file that is not what was saved. state: also the one of the
-    optimizer's, the largest."""
-    advice = f"delete {folder} to start over, or put another checkpoint in its place"
+    """The values of a checkpoint that is proved whole, as `opened` does."""
+    with opened(folder, state=state) as one:
+        return one.values
+
+
+def values_of(folder: Path) -> dict[str, Any] | None:
+    """The values of a checkpoint, None if there is none; its weights are not looked at."""
+    if look(folder) is None:
+        return None
+    with ExitStack() as held:
+        return _held(folder, held, lambda name: False).values
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint; None if there is none, or none that can be read."""
     try:
-        values = dict(json.loads((folder / VALUES).read_text(encoding="utf-8")))
-        expected, files = values.pop(DIGEST_KEY), dict(values[FILES])
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise CacheCorrupt(f"{folder / VALUES}: not the state of a checkpoint ({type(e).__name__}: {str(e)[:120]}); "
-                           f"{advice}") from e
-    for name, wanted in {VALUES: expected, **files}.items():
-        if name == TENSORS and not state:
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise CacheCorrupt(f"{path} is missing; {advice}")
-        found = digest(json.dumps(values).encode()) if name == VALUES else _digest(path)
-        if found != wanted:
-            raise CacheCorrupt(f"{path} is not what was saved: its digest is {found}, {VALUES} says {wanted}; the file "
-                               f"is damaged: {advice}")
-    return values
+        step = (values_of(folder) or {}).get("step")
+    except (KDCacheError, OSError):
+        return None
+    return step if type(step) is int else None
 
 
 def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put the weights of a checkpoint into `module`; the rest of its tensors, and its values."""
-    values, tensors = read(folder), load_file(str(folder / TENSORS))
-    missing = {name.removeprefix(WEIGHTS): tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS)}
+    """Put the weights of a checkpoint into `module`; the rest of its tensors, and its values.
+
+    CacheCorrupt for a checkpoint that is damaged, UsageError for one of another module.
+    """
+    with opened(folder) as one:
+        tensors = _load_file(folder, one, TENSORS)
+        missing, buffers = (_taken(prefix, tensors) for prefix in (WEIGHTS, BUFFERS))
+        saved = _load_file(folder, one, MODEL) if MODEL in one.paths else {}
     if missing:
-        state = {**missing, **_saved(folder, module)}
+        materialise(module, {**saved, **missing})
+        state = {**missing, **_same(saved, module)}
         if left := _left(module, {name for name, value in module.state_dict().items()
                                   if name in state and state[name].shape == value.shape}):
             raise UsageError(f"{folder} does not fit {type(module).__name__}: it has no {next(iter(left))} of shape "
                              f"{list(next(iter(left.values())).shape)}")
         module.load_state_dict(state, strict=False)
     else:
-        load_weights(module, folder)
-    return tensors, values
+        fit_weights(module, saved, folder / MODEL)
+    own = dict(module.named_buffers())
+    with torch.no_grad():
+        for name, value in buffers.items():
+            if name not in own or own[name].shape != value.shape:
+                raise UsageError(f"{folder} does not fit {type(module).__name__}: it has no buffer {name} of shape "
+                                 f"{list(value.shape)}")
+            own[name].copy_(value)
+    return tensors, one.values
+
+
+def check_same(folder: Path, module: nn.Module) -> None:
+    """UsageError naming the first tensor of `module` that the checkpoint at `folder` does not give back bit for bit."""
+    with opened(folder) as one:
+        tensors = _load_file(folder, one, TENSORS)
+        saved = {**(_load_file(folder, one, MODEL) if MODEL in one.paths else {}), **_taken(WEIGHTS, tensors)}
+    own = module.state_dict()
+    places = {place(own[name]) for name in saved if name in own}
+    for name, value in own.items():
+        found = saved.get(name)
+        if found is None and (place(value) in places and value.numel()):
+            continue                                # tied to one that is there
+        if found is None or found.shape != value.shape or found.dtype != value.dtype or not torch.equal(
+                _bits(found), _bits(value)):
+            raise UsageError(f"the student ({type(module).__name__}) cannot be saved: its {name} ({value.dtype}, "
+                             f"{list(value.shape)}) does not come back from its own checkpoint")
 
 
 def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,6 +304,7 @@ def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_generators(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Put the states of `generators` back."""
     torch.set_rng_state(tensors["rng/torch"])
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"rng/cuda{index}" in tensors:
@@ -168,7 +316,7 @@ def restore_generators(tensors: Mapping[str, Tensor], values: Mapping[str, Any])
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
+    """Flush a file to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -180,30 +328,119 @@ def _siblings(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
 
 
-def _saved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of model.safetensors that `module` has under the same name, in the same shape and dtype."""
+def _identity(folder: Path | None) -> tuple[int, ...] | None:
+    """What tells a folder from the one that had its name before: a rename changes its times, too."""
+    try:
+        found = None if folder is None else os.stat(folder)
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _held(folder: Path, held: ExitStack, wanted: Callable[[str], bool]) -> Opened:
+    """The checkpoint of `folder` with the files that are `wanted` open, in `held`."""
+    def use(found: Path) -> tuple[Opened, ExitStack]:
+        with ExitStack() as mine:
+            return _open(folder, found, mine, wanted), mine.pop_all()
+
+    with explain(folder, "reading a checkpoint"):
+        one, files = beside_saves(folder, use, once=True)
+    held.push(files)
+    return one
+
+
+def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bool]) -> Opened:
+    """Open the checkpoint that is `found` in place of `folder`, which errors name. Nothing outside it is opened."""
+    top = os.open(found, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    held.callback(os.close, top)
+    try:
+        data = read_plain(VALUES, MAX_STATE, dir_fd=top)
+    except CacheCorrupt as e:
+        raise CacheCorrupt(f"{folder}/{e}; {_advice(folder)}") from None
+    if data is None:
+        raise CacheCorrupt(f"{folder / VALUES} is missing; {_advice(folder)}")
+    values = load_object(data, str(folder / VALUES), _advice(folder))
+    expected, files = values.pop(DIGEST_KEY, None), values.get(FILES)
+    if digest(json.dumps(values).encode()) != expected:
+        raise CacheCorrupt(f"{folder / VALUES} is not what was saved: the digest at its end is of other values; "
+                           f"{_advice(folder)}")
+    if not (isinstance(files, dict) and TENSORS in files and all(map(_is_inside, files))
+            and all(type(value) is str for value in files.values())):
+        raise CacheCorrupt(f"{folder / VALUES}: its {FILES!r} are no files of this folder with their digests, among "
+                           f"them {TENSORS}; {_advice(folder)}")
+    paths = {}
+    for name in filter(wanted, files):
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=top)
+        except FileNotFoundError:
+            raise CacheCorrupt(f"{folder / name} is missing; {_advice(folder)}") from None
+        held.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CacheCorrupt(f"{folder / name}: not a plain file; {_advice(folder)}")
+        paths[name] = f"{OPENED}/{fd}"
+    return Opened(found, paths, values)
+
+
+def _prove(folder: Path, one: Opened) -> None:
+    for name, path in one.paths.items():
+        if _digest(path) != one.values[FILES][name]:
+            raise CacheCorrupt(f"{folder / name} is not what was saved, {VALUES} has another digest for it; the file "
+                               f"is damaged: {_advice(folder)}")
+
+
+def _advice(folder: Path) -> str:
+    return f"put a copy of it in its place, or move {folder} away to go on without this checkpoint"
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name of a file can only be one in its folder."""
+    parts = PurePosixPath(name).parts
+    return name.endswith(".safetensors") and name == printable(name) and len(name) < 256 and bool(parts) and not (
+        {"..", "/", "//"} & {*parts})
+
+
+def _load_file(folder: Path, one: Opened, name: str) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(one.paths[name]))
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise CacheCorrupt(f"{folder / name} holds no tensors ({describe(e)}); {_advice(folder)}") from e
+
+
+def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, taken out of `tensors`, without the prefix."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+def _same(saved: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that `module` has under the same name, in the same shape and dtype."""
     own = module.state_dict()
-    if not (folder / MODEL).is_file():              # a large Hugging Face model is cut into several files
-        return {}
-    with safe_open(str(folder / MODEL), framework="pt") as file:
-        return {name: value for name in file.keys() if name in own
-                for value in [file.get_tensor(name)]
-                if value.shape == own[name].shape and value.dtype == own[name].dtype}
+    return {name: value for name, value in saved.items()
+            if name in own and value.shape == own[name].shape and value.dtype == own[name].dtype}
 
 
 def _unsaved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
     """The weights of `module`, each once, that stand under no name of theirs in model.safetensors."""
-    return _left(module, set(_saved(folder, module)))
+    own, names = module.state_dict(), set[str]()
+    if (folder / MODEL).is_file():                  # a large Hugging Face model is cut into several files
+        with safe_open(str(folder / MODEL), framework="pt") as file:
+            for name in file.keys():
+                if name in own and file.get_tensor(name).shape == own[name].shape and (
+                        file.get_tensor(name).dtype == own[name].dtype):
+                    names.add(name)
+    return _left(module, names)
 
 
 def _left(module: nn.Module, names: Set[str]) -> dict[str, Tensor]:
     """The weights of `module`, each once, that are none of `names` nor tied to one."""
     own = module.state_dict()
-    done = {(own[name].data_ptr(), own[name].shape) for name in names}
+    done = {place(own[name]) for name in names}
     out = {}
     for name, value in own.items():
-        place = (value.data_ptr(), value.shape)
-        if name not in names and (place not in done or not value.numel()):
+        if name not in names and isinstance(value, Tensor) and (place(value) not in done or not value.numel()):
             out[name] = value
-            done.add(place)
+            done.add(place(value))
     return out
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

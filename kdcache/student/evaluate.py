@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,27 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
+from kdcache.loading import is_code
+from kdcache.model_specs import MODELS
 from kdcache.models import Model, Output, forward, load_model, pick_device, require_softmax, require_tokenizer, trying
+from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
 from kdcache.student import checkpoint
 from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
 from kdcache.student.loader import as_samples
 from kdcache.student.loop import autocast
-from kdcache.student.run import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options, weights_folder
+from kdcache.student.run import weights_folder
 from kdcache.student.settings import PRECISIONS
 
 TOP = 5
+PACKAGED = ("kdcache.demo:convnet", "kdcache.demo:mlp")     # code SPECs of this package: a run may name them by itself
 
 
 def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args: Mapping[str, Any] | None = None,
-             student_weights: str | Path | None = None, data_args: Mapping[str, Any] | None = None,
-             batch_size: int = 128, device: str | torch.device | None = None, workers: int = 0,
-             precision: str = "float32", num_classes: int | None = None) -> dict[str, Any]:
+             student_weights: str | Path | None = None, student_code: str | None = None,
+             data_args: Mapping[str, Any] | None = None, batch_size: int = 128,
+             device: str | torch.device | None = None, workers: int = 0, precision: str | None = None,
+             num_classes: int | None = None) -> dict[str, Any]:
     """Metrics of a student on every sample of `data` (view 0), as plain numbers.
 
     One row per record, or per position with labels: `loss` (mean CE in nats over labelled rows), `accuracy`,
@@ -37,18 +44,29 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     `tokens`.
 
     student: a module, a `Model`, a model SPEC (with `student_args` and `student_weights`), or the folder of a run,
-    whose best/ (else last/) is taken, or one of these two. data: a dataset, `Samples` or data SPEC. num_classes: logits
-    are cut to so many first; a run knows its own. DataError if nothing is labelled, or the student cannot take it.
+    whose best/ (else last/) is taken, or one of these two; the result then has `checkpoint`, the folder, and `step`.
+    student_code: the SPEC file.py:name or package.module:name of a run's student. A folder's word alone runs no code,
+    so a run of one is refused without it, by a UsageError that says what to give. data: a dataset, `Samples` or data
+    SPEC. precision: float32 by default, or the run's. num_classes: logits are cut to so many first; a run knows its
+    own. DataError if nothing is labelled, or the student cannot take it.
     """
-    found, known = _student(student, student_args, student_weights)
+    run = None
+    if not isinstance(student, nn.Module | Model):
+        run = _of_run(student, student_args, student_weights, student_code)
+    if run is None and student_code is not None:
+        raise UsageError(f"student_code {student_code} is given, but the student is no run: a SPEC is its own code; "
+                         "give one of them")
+    found, known = (run.model, run.num_classes) if run is not None else _student(student, student_args, student_weights)
+    precision = precision or ("float32" if run is None else run.precision)
     samples = as_samples(data, data_args, seed=None)
     if samples is None:
         raise UsageError("evaluate needs data")
     if isinstance(found, Model):
         require_tokenizer(found, samples.tokenizer_identity, role="student")
     module = found.module if isinstance(found, Model) else found
-    return evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
-                           precision=precision, num_classes=num_classes or known)
+    metrics = evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
+                              precision=precision, num_classes=num_classes or known)
+    return metrics if run is None else {"checkpoint": str(run.checkpoint), "step": run.step, **metrics}
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
@@ -151,11 +169,6 @@ def _student(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | 
             raise UsageError("student arguments or weights are given for a student that is an object")
         return (student, None) if isinstance(student, nn.Module) else (student, student.num_classes)
     path = Path(student)
-    of_run = path.name in (BEST, LAST) and is_run(path.parent)
-    if is_run(path) or of_run:
-        if args or weights is not None:
-            raise UsageError(f"{student} is a run: it has its own arguments and weights; give none")
-        return load_run(path.parent, path.name) if of_run else load_run(path)
     if path.is_dir():
         raise UsageError(f"{student} is a folder, and no run of train-student (it has no {OPTIONS}); expected a RUN, "
                          f"its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face")
@@ -166,18 +179,60 @@ def _student(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | 
     return model, model.num_classes
 
 
-def load_run(path: Path, name: str | None = None) -> tuple[Model, int | None]:
-    """The student of a run with the weights of its checkpoint `name` (best, else last), and its number of classes."""
+@dataclass(frozen=True, slots=True)
+class RunStudent:
+    """The student of a run as it was trained, and the checkpoint that its weights are of."""
+
+    model: Model
+    num_classes: int | None
+    precision: str
+    checkpoint: Path
+    step: int
+
+
+def _of_run(student: str | Path, args: Mapping[str, Any] | None, weights: str | Path | None,
+            code: str | None) -> RunStudent | None:
+    """The student of the run that `student` is the folder of, or whose best/ or last/; None for what is no run."""
+    path = Path(student)
+    of_run = path.name in (BEST, LAST) and is_run(path.parent)
+    if not (is_run(path) or of_run):
+        return None
+    if args or weights is not None:
+        raise UsageError(f"{student} is a run: it has its own arguments and weights; give none")
+    return load_run(path.parent, path.name, code=code) if of_run else load_run(path, code=code)
+
+
+def load_run(path: Path, name: str | None = None, *, code: str | None = None) -> RunStudent:
+    """The student of a run with the weights of its checkpoint `name` (best, else last), as it was trained.
+
+    code: the SPEC of the student where that is code of the caller's; UsageError where it is needed and not given.
+    """
     document = read_options(path)
     options, recorded = document[TABLE], document[RECORDED]
-    spec, folder, classes = options.get("student"), weights_folder(path, name), recorded.get("num-classes")
+    folder, spec = weights_folder(path, name), options.get("student")
     if spec is None:
-        raise UsageError(f"{path} trained {recorded.get('student')}, an object: no SPEC says how to make it again; "
-                         f"load {folder / checkpoint.MODEL} into one, and evaluate that")
-    if (folder / "config.json").is_file():
-        checkpoint.read(folder, state=False)
-        return load_model(f"hf:{folder}"), classes
-    model = load_model(spec, args=options.get("student-arg"), num_classes=classes)
-    checkpoint.load(folder, model.module)
+        kind = printable(str(recorded.get("student")))
+        hub = f", or evaluate hf:{folder}" if (folder / "config.json").is_file() else ""
+        raise UsageError(f"{path} trained {kind}, an object: no SPEC says how to make it again; load "
+                         f"{folder / checkpoint.MODEL} into one, and evaluate that{hub}")
+    runs_code = spec.partition(":")[0] not in MODELS and spec not in PACKAGED
+    if runs_code and code is None:
+        raise UsageError(f"{path} trained the student {printable(spec)}, and what a file names is not run on its word "
+                         f"alone; if that is code you trust, add --student-code {shlex.quote(printable(spec))}")
+    if code is not None and not (runs_code and is_code(code)):
+        raise UsageError(f"student_code {code} is given, but {path} trained {printable(spec)}, which needs none"
+                         if not runs_code else f"student_code {code}: expected file.py:name or package.module:name")
+    args, classes = options.get("student-arg") or {}, recorded.get("num-classes")
+    if spec.partition(":")[0] in ("hf", "hf-config"):
+        again = {key: args[key] for key in ("task", "attn_implementation") if key in args}
+        if "/" in str(again.get("attn_implementation")):
+            raise UsageError(f"{path / OPTIONS}: attn_implementation {again['attn_implementation']!r:.80} is code of "
+                             f"somebody else's; evaluate hf:{folder} with arguments of your own")
+        values, model = checkpoint.beside_saves(folder, lambda found: (
+            checkpoint.read(folder, state=False), load_model(f"hf:{found}", args=again, dtype="float32")))
+    else:
+        model = load_model(code or spec, args=args, num_classes=classes, dtype="float32")
+        values = checkpoint.load(folder, model.module)[1]
     model.folder = folder               # whose run.toml knows the tokenizer
-    return model, classes
+    step = values.get("step")
+    return RunStudent(model, classes, options.get("precision", "float32"), folder, step if type(step) is int else 0)

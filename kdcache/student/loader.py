@@ -196,7 +196,19 @@ class Loader:
         """The first few records of a run, read here and now, to check shapes with."""
         piece = next(self.pieces(0))
         few = slice(0, records)
-        piece = Piece(piece.epochs[few], piece.sample_ids[few], piece.views[few], min(records, piece.stop), True)
+        return self._here(Piece(piece.epochs[few], piece.sample_ids[few], piece.views[few], min(records, piece.stop),
+                                True))
+
+    def extremes(self) -> list[Micro]:
+        """The first micro-batch of a run, which is as large as any, and the smallest if it is smaller; read here and
+        now."""
+        last = self.total - 1 - (self.total - 1) % self.batch_size              # where the last step begins
+        first = next(self.pieces(0))
+        ends = [next(piece for piece in self.pieces(at) if piece.ends_step) for at in {0, last}]
+        smallest = min((first, *ends), key=lambda piece: len(piece.sample_ids))
+        return [self._here(piece) for piece in (first, smallest)][:1 + (smallest is not first)]
+
+    def _here(self, piece: Piece) -> Micro:
         batch, collated = (None, None) if self.cache is None else self._read(self.cache, piece)
         if self.samples is not None:
             collated = Fetch(self.samples)(piece.pairs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcache.errors import KDCacheError, UsageError
+from kdcache.loading import describe, let_through
 from kdcache.models import Output, forward
+from kdcache.student import checkpoint
 from kdcache.student.batches import Micro, student_rows
 from kdcache.student.head import Head
 from kdcache.student.loader import Loader, LoaderBatch, Step
@@ -24,6 +28,7 @@ from kdcache.student.match import Matches
 from kdcache.student.optim import Named, Schedule, set_lr
 from kdcache.student.settings import PRECISIONS, Settings
 
+NN_TABLES = ("_parameters", "_buffers", "_modules")       # of an nn.Module: they are not plain attributes
 LOG_EVERY = 20              # steps between waits for the device, when their numbers are read
 
 
@@ -54,7 +59,7 @@ class Loop:
                  head: Head | None = None) -> None:
         self.student, self.loader, self.settings, self.head = student, loader, settings, head
         self.optimizer, self.schedule, self.matches = optimizer, schedule, matches
-        self.parameters = [parameter for _, parameter in parameters]
+        self.named, self.parameters = parameters, [parameter for _, parameter in parameters]
         if matches is not None and settings.compile:
             raise UsageError("compile and match cannot be used together: compiled code does not run the hooks")
         levels = {feature.level for feature in loader.features}
@@ -65,7 +70,10 @@ class Loop:
         self._run: Any = torch.compile(student) if settings.compile else student
         device = loader.device.type
         self.scaler = torch.amp.GradScaler(device) if settings.precision == "float16" else None
-        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._pending: list[tuple[dict[str, Any], Tensor, float]] = []
+        # Whether anything was learned yet: decided by the first step that has rows; a run that goes on has shown it.
+        self._learns: bool | None = None if loader.start == 0 else True
+        self._seen = 0
         self._consumed, self._since = 0, time.perf_counter()
 
     def run_step(self, step: Step) -> StepInfo:
@@ -76,29 +84,78 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         numbers = torch.zeros(3 + self._num_matches, device=self.loader.device)
         for micro in step.micros:
-            numbers += self._backward(micro, step)
+            numbers += self._backward(micro, step, self._run)
         norm = self._update()
         self._consumed += step.stop - step.start
         line = {"step": step.index + 1, "epoch": step.stop / self.loader.num_samples, "position": step.stop, "lr": lr}
-        self._pending.append((line, torch.cat([numbers, norm.to(numbers)[None]])))
+        counted = float("inf") if self.matches is not None else float(sum(step.counts))
+        self._pending.append((line, torch.cat([numbers, norm.to(numbers)[None]]), counted))
         return StepInfo(step.index + 1, step.epoch, step.stop, numbers[0], self.student)
 
     def drain(self) -> list[dict[str, Any]]:
         """The metrics of the steps since the last call; one wait for the device."""
         if not self._pending:
             return []
-        values = torch.stack([numbers for _, numbers in self._pending]).tolist()
+        values = torch.stack([numbers for _, numbers, _ in self._pending]).tolist()
         now = time.perf_counter()
         rate = self._consumed / max(now - self._since, 1e-9)
         names = ["loss", "ce", "kd", *self._match_names(), "grad_norm"]
         lines = [{**line, **dict(zip(names, row, strict=True)), "samples_per_second": rate}
-                 for (line, _), row in zip(self._pending, values, strict=True)]
+                 for (line, _, _), row in zip(self._pending, values, strict=True)]
+        for (line, _, counted), row in zip(self._pending, values, strict=True):
+            if self._learns is None and counted:
+                self._learns, self._seen = bool(row[0] or row[-1]), line["step"]
         self._pending, self._consumed, self._since = [], 0, now
         return lines
 
-    def check(self, lines: list[dict[str, Any]], saved: int | None = None) -> None:
-        """KDCacheError naming the first step whose loss is no finite number. saved: the step of the last checkpoint."""
+    def rehearse(self) -> None:
+        """Forward and backward in training mode, as in a step, over the first micro-batch of the run and over its
+        smallest; gradients are dropped, and everything else is as it was.
+
+        KDCacheError for what the student raises, UsageError for a gradient that no optimizer here takes.
+        """
+        modules = [self.student, *([] if self.matches is None else [self.matches])]
+        micros = self.loader.extremes()
+        for micro in micros:
+            size = len(micro.piece.sample_ids)
+            where = (f"{size} record{'s' * (size != 1)}, the {'smallest' if micro is not micros[0] else 'first'} "
+                     "micro-batch of the run")
+            step = Step(0, 0, 0, size, [micro], micro.counts)
+            with unchanged(*modules):
+                self.student.train()
+                try:
+                    self._backward(micro, step, self.student)
+                    self._check_gradients()
+                except KDCacheError:
+                    raise
+                except Exception as e:
+                    let_through(e)
+                    smaller = ("; give a --batch-size, --micro-batch-size or number of steps that leaves more records "
+                               "to the last micro-batch" if micro is not micros[0] else "")
+                    raise KDCacheError(f"the student ({type(self.student).__name__}) cannot be trained on {where}: "
+                                       f"{describe(e)}{smaller}") from e
+                finally:
+                    self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_gradients(self) -> None:
+        for name, parameter in self.named:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise UsageError(f"the gradient of the student's {name!r} is sparse, and no optimizer or clipping here "
+                                 "takes such a one; make its module without it (nn.Embedding: sparse=False)")
+
+    def check(self, lines: list[dict[str, Any]], saved: int | None = None, *, passed: bool = False) -> None:
+        """KDCacheError naming the first step whose loss is no finite number, or that nothing is learned.
+
+        saved: the step of the last checkpoint. passed: the run or a whole epoch is over.
+        """
         settings = self.settings
+        if self._learns is False:
+            raise KDCacheError(f"step {self._seen}: nothing is learned: the loss and its gradient are exactly 0; "
+                               "has the student one class, is it the teacher itself, or does none of its trained "
+                               "parameters reach its logits?")
+        if self._learns is None and passed and lines:
+            raise KDCacheError(f"step {lines[-1]['step']}: nothing is learned: no record so far has a row or a label "
+                               "that counts (every label unknown or masked, or sequences of one token?)")
         for line in lines:
             if not math.isfinite(line["loss"]):
                 advice = ["a lower lr", "a longer warmup" if settings.warmup else "a warmup",
@@ -118,11 +175,11 @@ class Loop:
         """Leave the time since the last `drain` (an evaluation, a checkpoint) out of samples per second."""
         self._since = time.perf_counter()
 
-    def _backward(self, micro: Micro, step: Step) -> Tensor:
-        """Gradients of one micro-batch; its part of (loss, CE, KD, each match)."""
+    def _backward(self, micro: Micro, step: Step, run: Any) -> Tensor:
+        """Gradients of one micro-batch, with the student as it is to `run`; its part of (loss, CE, KD, each match)."""
         batch = self.loader.place(micro)
         with autocast(self.loader.device, self.settings.precision):
-            output = (forward if self.head is None else self.head.trunk)(self._run, batch["inputs"])
+            output = (forward if self.head is None else self.head.trunk)(run, batch["inputs"])
         zero = torch.zeros((), device=self.loader.device)
         loss, parts = zero, [zero, zero]
         if batch["labels"] is not None or batch["targets"] is not None:
@@ -182,6 +239,57 @@ class Loop:
     def _match_names(self) -> list[str]:
         matches = () if self.matches is None else self.matches.matches
         return [f"match {name}" for name in dict.fromkeys(map(str, matches))]
+
+
+@contextlib.contextmanager
+def unchanged(*modules: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, these modules' buffers, attributes and modes, and all generators, are put back bit for bit.
+
+    Of attributes, tensors, generators and plain containers are copied; other objects are taken to be as they were.
+    """
+    every = [module for root in modules for module in root.modules()]
+    kept = [(module, {key: _copied(value) for key, value in vars(module).items() if key not in NN_TABLES},
+             {name: (value, None if value is None else _copied(value)) for name, value in module._buffers.items()})
+            for module in every if not isinstance(module, torch.jit.ScriptModule)]
+    scripted = [_copied(value) for module in every if isinstance(module, torch.jit.ScriptModule)
+                for value in module.buffers(recurse=False)]
+    states = checkpoint.generators()
+    try:
+        yield
+    finally:
+        checkpoint.restore_generators(*states)
+        for module, attributes, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update({name: value if back is None else back() for name, (value, back) in buffers.items()})
+            for key in [key for key in vars(module) if key not in NN_TABLES and key not in attributes]:
+                del vars(module)[key]
+            vars(module).update({key: back() for key, back in attributes.items()})
+        for back in scripted:
+            back()
+
+
+def _copied(value: Any) -> Callable[[], Any]:
+    """A function that gives `value` back as it is now."""
+    if isinstance(value, Tensor) and not value.is_inference():
+        held = value.detach().clone()
+
+        def back() -> Any:
+            with torch.no_grad():
+                value.copy_(held)
+            return value
+        return back
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: (value.set_state(state), value)[1]
+    if type(value) in (list, dict, set, collections.deque):
+        inside = copy.copy(value)
+
+        def refill() -> Any:
+            value.clear()
+            (value.extend if type(value) in (list, collections.deque) else value.update)(inside)
+            return value
+        return refill
+    return lambda: value
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

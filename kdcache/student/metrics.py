@@ -6,14 +6,16 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.store import explain
-from kdcache.errors import UsageError, near
+from kdcache.cache.store import Directory, explain
+from kdcache.errors import CacheCorrupt, KDCacheError, UsageError, near
+from kdcache.runs import METRICS as FILE
 
-FILE = "metrics.jsonl"
+LONGEST = 2**20             # bytes of a line
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 OnMetrics = Callable[[dict[str, Any]], None]
 Report = Callable[[int, Mapping[str, float]], None]
@@ -39,7 +41,10 @@ class Metrics:
         self.path, self._standing = folder / FILE, standing
         with explain(self.path, "writing metrics", standing):
             truncate(self.path, step)
-            self._file = open(self.path, "a", encoding="utf-8")
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._file = open(handle, "a", encoding="utf-8")
+        for name in report_to:
+            _check_folder(folder / name)
         self._on_metrics = on_metrics
         self._reports = [REPORTERS[name](folder, step, options or {}) for name in report_to]
 
@@ -59,6 +64,14 @@ class Metrics:
         with explain(self.path, "writing metrics", self._standing):
             self._file.flush()
             os.fsync(self._file.fileno())
+            try:
+                ours = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path, follow_symlinks=False))
+            except FileNotFoundError:
+                ours = False
+        if not ours:
+            raise KDCacheError(f"{self.path} was moved, deleted or replaced while the run trained: its lines go to the "
+                               "file that was there; put that back and give the same command again, or name another "
+                               f"--out{self._standing()}")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):      # what a checkpoint counts on is on disk; the rest will be written again
@@ -68,13 +81,39 @@ class Metrics:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a last line that a crash cut short."""
-    if not path.exists():
+    """Drop the lines of steps after `step`, and what is no line: one that a crash cut short, or a torn block.
+
+    The file is a new one afterwards, be it empty, so that what is added to it stands nowhere else.
+    """
+    folder = Directory(path.parent)
+    with folder.temporary("") as temporary:
+        for line in _lines(path):
+            if _step(line) <= step:
+                temporary.write(line)
+        temporary.sync()
+        folder.put_over(temporary, path.name)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The whole lines of a plain file, of those that are not too long; none if it is not there."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise CacheCorrupt(f"{path}: not a plain file; move it away")
+        whole = True
+        while line := file.readline(LONGEST):
+            before, whole = whole, line.endswith(b"\n")
+            if before and whole:
+                yield line
+
+
+def _check_folder(path: Path) -> None:
+    """CacheCorrupt where a reporter would write through a link."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        raise CacheCorrupt(f"{path} is a link or no folder: what is reported would be written elsewhere; move it away")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -82,11 +121,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
+    return step if type(step) is int else float("inf")
 
 
 def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:

@@ -38,7 +38,7 @@ from kdcache.student.loop import attention_mask, autocast, row_mask
 from kdcache.student.match import Matches
 from kdcache.student.optim import OPTIMIZERS
 from kdcache.student.run import check_accept
-from kdcache.student.settings import Settings
+from kdcache.student.settings import BEST_BY, Settings
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -193,10 +193,21 @@ def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | No
     return Model(student, "", f"{type(student).__name__} as given", None, "", save)
 
 
-def check_student(model: Model, loader: Loader, settings: Settings, *,
-                  evaluated: bool = False) -> tuple[Head | None, Matches | None]:
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a first look at a student gave: the head that runs inside the loss, the projections of --match, and the
+    metric that best/ is best by."""
+
+    head: Head | None
+    matches: Matches | None
+    best_by: str
+
+
+def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated: bool = False,
+                  best_by: str | None = None) -> Checked:
     """One forward pass over a few records in eval mode; the head that is to run inside the loss is found by it, and the
-    projections of --match are built from it.
+    projections of --match are built from it. best_by: of the run, None for the default: eval_accuracy where there is
+    one, else eval_loss.
 
     UsageError for a student with fewer classes than the teacher, for no labels under a hard loss, for a metric that
     there is not, and for a head that cannot run inside the loss as logits_memory asks; DataError for inputs that the
@@ -228,16 +239,18 @@ def check_student(model: Model, loader: Loader, settings: Settings, *,
         student_rows(output, micro, batch["rows"])
     gives = [f"eval_{name}" for name in
              metric_names(output.logits.dim() == 3 and micro.collated.lengths is not None, teacher or width)]
-    if evaluated and settings.best_by not in gives:
-        raise UsageError(f"best_by is {settings.best_by}, but evaluating this student gives {', '.join(gives)}")
+    best_by = best_by or next(name for name in ("eval_accuracy", "eval_loss") if name in gives)
+    if evaluated and (best_by not in gives or best_by not in BEST_BY):
+        raise UsageError(f"best_by is {best_by}, but evaluating this student gives "
+                         f"{', '.join(name for name in gives if name in BEST_BY)}")
     if not settings.match or loader.spec is None:
-        return head, None
+        return Checked(head, None, best_by)
     if head is not None and any(match.module == head.path for match in settings.matches):
         raise UsageError(f"match names {head.path!r}, the head, which with logits_memory does not run as a module of "
                          "its own; leave out one of them")
     matches = Matches(module, settings.matches, loader.spec.features, seed=settings.seed)
     matches.prepare(run, mask=attention_mask(batch), row_mask=row_mask(batch, output.logits))
-    return head, matches
+    return Checked(head, matches, best_by)
 
 
 @contextmanager

@@ -10,21 +10,37 @@ import fcntl
 import json
 import os
 import platform
-import tomllib
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from kdcache.cache.store import NO_LOCKS, explain
+from kdcache.cache.store import NO_LOCKS, TEMPORARY, Directory, explain
 from kdcache.errors import CacheCorrupt, CacheExists, DataError, KDCacheError, SpecMismatch, UsageError, near
+from kdcache.runs import (
+    ARGUMENTS,
+    BEST,
+    CHANGES,
+    LAST,
+    LOCK,
+    OPTIONS,
+    RECORDED,
+    SUMMARY,
+    TABLE,
+    arguments_for_toml,
+    is_finished,
+    printable,
+    read_options,
+    read_summary,
+    same_arguments,
+)
 from kdcache.student import checkpoint
 
-OPTIONS, SUMMARY, LAST, BEST, LOCK = "run.toml", "summary.json", "last", "best", ".lock"
-TABLE, RECORDED, CHANGES = "train-student", "recorded", "changes"
 # Options that change no number of the run, only where things are found, how fast they come, or what is overlooked.
 FREE = ("cache", "workers", "report-to", "accept")
+INHERITED = ("best-by",)        # options whose default depends on the run: left out, they are what the run has
 BITS = "the same mathematics to other bits"
 MAY_CHANGE = {                  # options that another call may change, and what that comes to
     "eval-every": "the same training", "save-every": "the same training", "engine": BITS, "logits-memory": BITS,
@@ -59,12 +75,14 @@ class RunFolder:
         """CacheExists if something else stands there, SpecMismatch listing the options that differ from its own after
         `resolve`, DataError listing the fields of the data that do."""
         self.path, self.accept, self.resolve = Path(path), accept, resolve
-        self.options, self.recorded = plain(options), plain(recorded)
+        self.options = {key: value if key in ARGUMENTS else plain(value) for key, value in options.items()}
+        self.recorded = plain(recorded)
         self.changes: dict[str, str] = {}
         self.accepted: list[str] = []
         self.notes: list[str] = []
         self.summary: dict[str, Any] | None = None
         self._lock: int | None = None
+        self.files = Directory(self.path)
         self.exists = self._check()
         self._look()
 
@@ -88,9 +106,9 @@ class RunFolder:
         if self.exists:
             return
         with explain(self.path, "creating the run"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.files.make()
             self._take_lock()
-            if (self.path / OPTIONS).exists():
+            if os.path.lexists(self.path / OPTIONS):
                 raise KDCacheError(f"{self.path}: another process has begun a run here meanwhile; give the same "
                                    "command again")
             self._write_options({TABLE: self.options, RECORDED: {**self.recorded, **plain(more)}})
@@ -100,11 +118,32 @@ class RunFolder:
         """Write into run.toml what differs from it, as of `step`."""
         said = [*self.changes.values(), *(f"accepted: {field} differs" for field in self.accepted)]
         if said:
+            self.check()
             document = read_options(self.path)
             before = document[RECORDED].get(CHANGES, [])
             document[RECORDED][CHANGES] = [*before, *(f"after step {step}: {line}" for line in said)]
             with explain(self.path / OPTIONS, "writing it"):
                 self._write_options({**document, TABLE: self.options})
+
+    def check(self) -> None:
+        """KDCacheError unless this is still the folder in which the run began, known by the file it holds locked.
+
+        A folder that was moved, emptied or replaced takes nothing more: what was written would stand elsewhere, or
+        without its run.toml.
+        """
+        try:
+            named = os.stat(self.path / LOCK, follow_symlinks=False)
+            found = None if self._lock is not None and os.path.samestat(named, os.fstat(self._lock)) else (
+                f"its {LOCK} is another file")
+            if found is None and not (self.path / OPTIONS).is_file():
+                found = f"its {OPTIONS} is gone"
+        except OSError as e:
+            found = f"its {LOCK} is gone ({e.strerror})"
+        if found is not None:
+            raise KDCacheError(f"{self.path} is no longer the folder that this run began in: {found}. It was moved, "
+                               "emptied or replaced while the run trained, which ends here; nothing more was written. "
+                               "Put the folder back and give the same command again to go on from its last checkpoint, "
+                               "or name another --out")
 
     def last(self) -> Path | None:
         """The checkpoint to continue from."""
@@ -112,9 +151,8 @@ class RunFolder:
 
     def standing(self) -> str:
         """What checkpoints there are, to end an error with."""
-        found = {name: checkpoint.find(self.path / name) for name in (LAST, BEST)}
-        steps = [f"{name}/ of step {json.loads((path / checkpoint.VALUES).read_text(encoding='utf-8'))['step']}"
-                 for name, path in found.items() if path is not None]
+        steps = [f"{name}/ of step {step}" for name in (LAST, BEST)
+                 for step in [checkpoint.step_of(self.path / name)] if step is not None]
         return f"; kept: {' and '.join(steps)}" if steps else "; there is no checkpoint yet"
 
     def last_of_finished(self) -> Path:
@@ -122,20 +160,22 @@ class RunFolder:
         last = self.last()
         if last is None:
             raise CacheCorrupt(f"{self.path} is finished, but its {LAST}/ is gone: there are no weights to load; "
-                               f"delete {SUMMARY} to train again")
+                               f"move {SUMMARY} away to train again")
         return last
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: the run is finished."""
+        self.check()
         with explain(self.path / SUMMARY, "writing it"):
-            write_whole(self.path / SUMMARY, json.dumps(plain(summary), indent=1) + "\n")
+            self.files.replace(SUMMARY, (json.dumps(plain(summary), indent=1) + "\n").encode())
+        self.check()
 
     def _check(self) -> bool:
         """Whether a run with these options stands at the path."""
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return False
-        if not (self.path / OPTIONS).is_file():
-            if self.path.is_dir() and all(p.name in (f"{OPTIONS}.partial", LOCK) for p in self.path.iterdir()):
+        if not os.path.lexists(self.path / OPTIONS):
+            if self.path.is_dir() and all(name.startswith(TEMPORARY) or name == LOCK for name in self.files.names()):
                 return False
             raise CacheExists(f"{self.path} exists and is no run (it has no {OPTIONS}); name another --out")
         there = read_options(self.path)
@@ -144,9 +184,13 @@ class RunFolder:
                 for options, recorded in ((there[TABLE], there[RECORDED]), (self.options, self.recorded)))
         for key in sorted({*a, *b} - set(FREE)):
             was, now = a.get(key), b.get(key)
-            if was != now and key in MAY_CHANGE:
+            if key in INHERITED and now is None and was is not None:
+                self.options[key] = was
+                continue
+            same = same_arguments(was or {}, now or {}) if key in ARGUMENTS else was == now
+            if not same and key in MAY_CHANGE:
                 self.changes[key] = f"{key} {_said(now)}, was {_said(was)}: {MAY_CHANGE[key]}"
-            elif was != now:
+            elif not same:
                 refused.append(f"{key}: the run has {_said(was)}, given is {_said(now)}")
         if refused:
             lines = "".join(f"\n  {line:.240}" for line in refused)
@@ -167,77 +211,57 @@ class RunFolder:
         self.accepted = list(found)
 
     def _look(self) -> None:
-        if self.exists and (self.path / SUMMARY).exists():
+        if self.exists and is_finished(self.path):
             self.summary = read_summary(self.path)
 
     def _take_lock(self) -> None:
+        """Hold the lock until the `with` block ends; the open file also says later whether the folder is still ours."""
         with explain(self.path / LOCK, "locking the run"):
-            fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            try:
+                fd = os.open(self.path / LOCK, flags, 0o666)
+                found = os.fstat(fd)
+            except OSError as e:
+                if e.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK):
+                    raise
+                found = None
+            if found is None or not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                if found is not None:
+                    os.close(fd)
+                raise KDCacheError(f"{self.path / LOCK} is no plain file of its own (a link, a folder, a pipe?); "
+                                   "nothing was written: move it away and give the same command again")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
-                who = os.read(fd, 200).decode(errors="replace").strip() or "pid unknown"
-                if e.errno in NO_LOCKS:
-                    self.notes.append(f"{self.path} is on a file system without locks: nothing keeps a second process "
-                                      "from training here")
+                who = printable(os.read(fd, 200).decode(errors="replace").strip()) or "pid unknown"
+                if e.errno not in NO_LOCKS:
                     os.close(fd)
-                    return
-                os.close(fd)
                 if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise KDCacheError(f"{self.path}: another process trains here ({who}); wait for it or stop it, or "
                                        "name another --out") from None
-                raise
+                if e.errno not in NO_LOCKS:
+                    raise
+                self.notes.append(f"{self.path} is on a file system without locks: nothing keeps a second process "
+                                  "from training here")
             self._lock = fd
             _held.add(fd)
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"pid {os.getpid()} on {platform.node()}\n".encode(), 0)
+            self.files.drop_dead_temporaries("")
+            checkpoint.clear_trial(self.path)
 
     def _write_options(self, document: Mapping[str, Any]) -> None:
-        write_whole(self.path / OPTIONS, tomli_w.dumps(document, multiline_strings=False))
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """The tables of a run's run.toml; CacheCorrupt if it is none."""
-    try:
-        document = tomllib.loads((path / OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CacheCorrupt(f"{path / OPTIONS}: not readable as TOML ({e})") from e
-    if not all(isinstance(document.get(name), dict) for name in (TABLE, RECORDED)):
-        raise CacheCorrupt(f"{path / OPTIONS}: expected the tables [{TABLE}] and [{RECORDED}]")
-    return document
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """The summary of a finished run; CacheCorrupt if it is damaged."""
-    try:
-        return dict(json.loads((path / SUMMARY).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise CacheCorrupt(f"{path / SUMMARY}: not readable as JSON ({e}); delete it to train on from last/") from e
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether a run's folder stands at `path`."""
-    return (Path(path) / OPTIONS).is_file()
+        options = {key: arguments_for_toml(value) if key in ARGUMENTS else value
+                   for key, value in document[TABLE].items()}
+        self.files.replace(OPTIONS, tomli_w.dumps({**document, TABLE: options}, multiline_strings=False).encode())
 
 
 def weights_folder(path: Path, name: str | None = None) -> Path:
     """The checkpoint `name` of a run; None: best/ if the run has one, else last/. CacheCorrupt if there is none."""
     for one in (BEST, LAST) if name is None else (name,):
-        found = checkpoint.look(path / one)
-        if found is not None:
-            return found
+        if checkpoint.look(path / one) is not None:
+            return path / one
     raise CacheCorrupt(f"{path} has no checkpoint {name or 'yet'}; train it first")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file appears with all of `text`, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    checkpoint.sync(path.parent)
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Settings:
     deterministic: bool
     eval_every: int | None
     save_every: int | None
-    best_by: str
+    best_by: str | None
     accept: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -61,7 +62,8 @@ class Settings:
         if (self.epochs is None) == (self.max_steps is None):
             raise UsageError("give either epochs or max_steps: how long to train")
         _named("precision", self.precision, PRECISIONS)
-        _named("best_by", self.best_by, BEST_BY)
+        if self.best_by is not None:
+            _named("best_by", self.best_by, BEST_BY)
         check_loss_names(self.divergence, self.tail, self.beta)
         if self.tail == "sampled":
             raise NotBuilt("tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not built yet; "
@@ -99,8 +101,9 @@ class Settings:
             check_integer(name, getattr(self, name))
         for name in ("k", "max_steps", "micro_batch_size", "eval_every", "save_every"):
             check_integer(name, getattr(self, name), optional=True)
-        for name in ("divergence", "tail", "engine", "optimizer", "precision", "best_by"):
+        for name in ("divergence", "tail", "engine", "optimizer", "precision"):
             check_type(name, getattr(self, name), str, "a name")
+        check_type("best_by", self.best_by, (str, NoneType), "a name")
 
     @property
     def weight_ce(self) -> float:

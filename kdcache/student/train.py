@@ -14,6 +14,7 @@ from torch import nn
 
 from kdcache.errors import CacheCorrupt
 from kdcache.models import pick_device
+from kdcache.runs import SUMMARY, is_number, plain_arguments
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
 from kdcache.student.loop import StepInfo
@@ -28,7 +29,7 @@ from kdcache.student.prepare import (
     refuse_ranks,
     resolved,
 )
-from kdcache.student.run import SUMMARY, RunFolder
+from kdcache.student.run import RunFolder
 from kdcache.student.settings import Settings, texts
 from kdcache.student.training import Training, TrainReport
 
@@ -78,7 +79,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     precision      float32, bfloat16 or float16 (autocast; float16 not on the CPU)
     seed           of initial weights, order and dropout; the caller's generators are left as they were
     eval_every     steps between evaluations, save_every between checkpoints; once an epoch by default, and at the end
-    best_by        eval_loss (the default), eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by
+    best_by        eval_loss, eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by; by default
+                   eval_accuracy where the evaluation has one, else eval_loss
     report_to      "tensorboard", "wandb"; metrics.jsonl is always written
     accept         identity fields, or "view_key", whose difference is harmless; also "data.probe", "eval_data.name",
                    ... where a run goes on with other data; recorded in run.toml
@@ -100,7 +102,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         batch_size=batch_size, micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
         warmup=warmup, clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
         deterministic=deterministic, eval_every=eval_every, save_every=save_every,
-        best_by="eval_loss" if best_by is None else best_by, accept=texts(accept))
+        best_by=best_by, accept=texts(accept))
     check_used(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, data=data, data_args=data_args,
                eval_data=eval_data, eval_data_args=eval_data_args, eval_every=eval_every, best_by=best_by)
     check_reporters(texts(report_to))
@@ -140,13 +142,18 @@ def _options(specs: Mapping[str, Any], args: Mapping[str, Mapping[str, Any] | No
              values: Mapping[str, Any]) -> dict[str, Any]:
     """What run.toml holds: SPECs and paths (objects have no text), their arguments, and the values that have a part."""
     out = {**{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
-           **{key: dict(value) for key, value in args.items() if value}, **values}
+           **{key: plain_arguments(value, f"--{key}") for key, value in args.items() if value}, **values}
     unused = [*(["alpha"] if "ce-weight" in out else []), *(["best-by"] if specs["eval-data"] is None else [])]
     return {key: value for key, value in out.items() if key not in unused}
 
 
 def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainReport:
     summary = folder.summary or {}
+    wrong = [name for name, right in SUMMARISED.items() if name in summary and not right(summary[name])]
+    wrong += [name for name, value in summary.items() if name.startswith("eval_") and not is_number(value)]
+    if wrong:
+        raise CacheCorrupt(f"{folder.path / SUMMARY}: its {wrong[0]!r} is not what a run writes; move it away to train "
+                           "on from last/")
     if say is not None:
         say(f"{folder.path} is finished already; name another --out to train again")
     values = {f.name: summary[f.name] for f in dataclasses.fields(TrainReport) if f.name in summary}
@@ -155,8 +162,28 @@ def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainRe
     try:
         return TrainReport(**{**values, "evaluation": numbers, "already_finished": True, "out": str(folder.path)})
     except TypeError as e:
-        raise CacheCorrupt(f"{folder.path / SUMMARY}: not the summary of a run ({e}); delete it to train on from "
+        raise CacheCorrupt(f"{folder.path / SUMMARY}: not the summary of a run ({e}); move it away to train on from "
                            "last/") from e
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(item is None or is_number(item) for item in value.values())
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# What summary.json holds -> whether a value may stand there.
+SUMMARISED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("out", "student", "device", "cache", "best_by"), _is_text),
+    **dict.fromkeys(("steps", "epochs", "position", "continued_from", "seconds", "samples_per_second"), is_number),
+    **dict.fromkeys(("training", "best", "last"), _is_table), **dict.fromkeys(("accepted", "defaults"), _is_texts),
+    **dict.fromkeys(("dry_run", "finished", "already_finished"), lambda value: isinstance(value, bool))}
 
 
 @contextmanager

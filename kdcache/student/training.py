@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from kdcache.engines import check_engine
-from kdcache.errors import SpecMismatch
+from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch
+from kdcache.loading import describe, let_through
 from kdcache.models import Model
+from kdcache.runs import BEST, LAST, is_number
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
-from kdcache.student.loader import Loader
+from kdcache.student.loader import Loader, Step
 from kdcache.student.loop import LOG_EVERY, Loop, StepInfo
 from kdcache.student.metrics import Metrics, OnMetrics
 from kdcache.student.optim import Schedule, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from kdcache.student.prepare import VIEW_KEY, Sources, check_student, versions
-from kdcache.student.run import BEST, LAST, RunFolder
+from kdcache.student.run import RunFolder
 from kdcache.student.settings import BEST_BY, Settings
 
 SAY_EVERY = 60.0            # seconds between lines of progress
@@ -44,8 +47,9 @@ class TrainReport:
 
     finished: all steps are done. already_finished: they were before this call, which trained nothing. continued_from:
     the step of the checkpoint that this call began with, 0 for the beginning. training: loss, ce, kd, ... of the last
-    step. evaluation: of the last weights, as `evaluate` gives it. best: step and `eval_...` of the checkpoint in best/,
-    {} without evaluation data. seconds: spent training, over all calls. defaults: sentences about what was not given.
+    step. evaluation: of the last weights, as `evaluate` gives it. last, best: step and `eval_...` of the checkpoints in
+    last/ and best/, {} without evaluation data. best_by: the metric that best/ is best by. seconds: spent training,
+    over all calls. defaults: sentences about what was not given.
     """
 
     out: str
@@ -61,7 +65,9 @@ class TrainReport:
     continued_from: int = 0
     training: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    last: Mapping[str, Any] = field(default_factory=dict)
     best: Mapping[str, Any] = field(default_factory=dict)
+    best_by: str | None = None
     seconds: float = 0.0
     samples_per_second: float = 0.0
     accepted: tuple[str, ...] = ()
@@ -89,11 +95,13 @@ class Training:
             epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
             features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
             num_classes=sources.num_classes)
-        self.head, self.matches = check_student(model, self.loader, settings,
-                                                evaluated=sources.eval_samples is not None)
+        checked = check_student(model, self.loader, settings, evaluated=sources.eval_samples is not None,
+                                best_by=settings.best_by or folder.options.get("best-by"))
+        self.head, self.matches, self.best_by = checked.head, checked.matches, checked.best_by
         if sources.eval_samples is not None:        # now, and not when an epoch is over
             evaluate_module(model.module, sources.eval_samples, batch_size=CHECKED, device=self.device, first=CHECKED,
                             precision=settings.precision, num_classes=self.loader.num_classes, head=self.head)
+            folder.options["best-by"] = self.best_by
         self._check_micro_batches()
         modules: list[tuple[str, nn.Module]] = [("", model.module)]
         modules += [] if self.matches is None else [("match:", self.matches)]
@@ -105,6 +113,7 @@ class Training:
                          schedule=schedule, matches=self.matches, head=self.head)
         self.step = self.position = self.continued_from = 0
         self.saved: int | None = None                   # the step of last/
+        self.buffers: dict[str, tuple[int, int]] = {}   # those that no state_dict has, before anything is trained
         self.training: dict[str, float] = {}
         self.evaluation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
@@ -115,10 +124,15 @@ class Training:
         """Train to the end, from the last checkpoint if there is one. Interrupted, after saving, at the end of a step
         in which a signal came."""
         _seed(self.settings.seed)
+        self.loop.rehearse()
+        self.buffers = {name: _mark(value) for name, value in unsaved_buffers(self.model.module).items()}
         self.folder.create({"loaded": self.model.loaded, "accepted": self._accepted(),
                             "num-classes": self.loader.num_classes, "versions": versions(), **self._resolved()})
         if (last := self.folder.last()) is not None:
             self._restore(last)
+        else:
+            self._try_to_save()
+        self._find_best()
         self.folder.amend(self.step)
         for line in self._start_block():
             self.say(line)
@@ -132,12 +146,16 @@ class Training:
             self._steps(metrics, on_step)
         report = self.report(finished=True)
         self.folder.finish(_summary(report))
-        self.say(f"finished: {self.folder.path}, {report.steps} steps, {report.samples_per_second:.0f} samples/s"
-                 + _shown({f"eval_{key}": value for key, value in self.evaluation.items()}))
+        self.say(f"finished: {self.folder.path}, {report.steps} steps, {report.samples_per_second:.0f} samples/s")
+        for name, found in ((LAST, report.last), (BEST, report.best)):
+            if found:
+                why = f" (by {self.best_by})" if name == BEST else ""
+                self.say(f"{name}/{why}: step {found['step']}{_shown(found)}")
         return report
 
     def rehearse(self) -> TrainReport:
         """Say what would run, and report it; nothing is trained or written."""
+        self.loop.rehearse()
         for line in self._start_block():
             self.say(line)
         return self.report(dry_run=True)
@@ -145,11 +163,23 @@ class Training:
     def _steps(self, metrics: Metrics, on_step: Callable[[StepInfo], object] | None) -> None:
         with closing(self.loader.steps()) as steps:
             for step in steps:
-                info = self.loop.run_step(step)
+                info = self._run_step(step)
                 self.step, self.position = info.step, info.position
                 self._after_step(metrics, step.start)
                 if on_step is not None:
                     on_step(info)
+
+    def _run_step(self, step: Step) -> StepInfo:
+        """A step; KDCacheError naming it for whatever the student raises in it."""
+        try:
+            return self.loop.run_step(step)
+        except KDCacheError:
+            raise
+        except Exception as e:
+            let_through(e)
+            advice = "; give a smaller --micro-batch-size" if isinstance(e, torch.OutOfMemoryError) else ""
+            raise KDCacheError(f"step {step.index + 1}: training the student ({type(self.model.module).__name__}) "
+                               f"failed: {describe(e)}{advice}{self.folder.standing()}") from e
 
     def close(self) -> None:
         """Take the hooks off the student."""
@@ -165,6 +195,7 @@ class Training:
             steps=self.loader.total_steps if flags.get("dry_run") else self.step, position=self.position,
             epochs=(self.loader.total if flags.get("dry_run") else self.position) / self.loader.num_samples,
             continued_from=self.continued_from, training=self.training, evaluation=self.evaluation, best=self.best,
+            last=self._evaluated() if self.evaluation else {}, best_by=self.best_by if self.best else None,
             seconds=done, samples_per_second=self.position / done if done and self.position else 0.0,
             accepted=tuple(self._accepted()), defaults=tuple(self._defaults()), **flags)
 
@@ -177,11 +208,12 @@ class Training:
             lines = self.loop.drain()
             for line in lines:
                 metrics.write(line)
-            self.loop.check(lines, self.saved)
+            self.loop.check(lines, self.saved, passed=last or self._due(None, start))
             self.training = {key: value for key, value in lines[-1].items() if key not in ("step", "epoch", "position")}
         if evaluate:
             self._evaluate(metrics)
         if save:
+            self.folder.check()
             metrics.sync()
             self._save(LAST)
             self.saved = self.step
@@ -209,17 +241,37 @@ class Training:
         self.evaluation = evaluate_module(self.model.module, samples, batch_size=size, device=self.device,
                                           workers=self.workers, precision=self.settings.precision,
                                           num_classes=self.loader.num_classes, head=self.head)
-        line = {f"eval_{key}": value for key, value in self.evaluation.items()}
+        line, by = self._evaluated(), self.best_by
         metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
                        **line})
-        by = self.settings.best_by
         value = float(line[by])
         if not math.isnan(value) and (not self.best or BEST_BY[by] * (value - self.best[by]) > 0):
-            self.best = {"step": self.step, **line}
+            self.best = line
+            self.folder.check()
             metrics.sync()
             self._save(BEST)
 
+    def _evaluated(self) -> dict[str, Any]:
+        return {"step": self.step, **{f"eval_{key}": value for key, value in self.evaluation.items()}}
+
     def _save(self, name: str) -> None:
+        """Save a checkpoint. KDCacheError if the folder is no longer the one in which the run began."""
+        try:
+            self._write(name, standing=self.folder.standing)
+        except KDCacheError:
+            self.folder.check()                 # a folder that went away says more than the file that is missing
+            raise
+        self.folder.check()
+
+    def _try_to_save(self) -> None:
+        """Save what stands before the first step and read it back, so that no hour is lost to what cannot be saved."""
+        try:
+            self._write(checkpoint.TRIAL, standing=str)
+            checkpoint.check_same(self.folder.path / checkpoint.TRIAL, self.model.module)
+        finally:
+            checkpoint.clear_trial(self.folder.path)
+
+    def _write(self, name: str, *, standing: Callable[[], str]) -> None:
         tensors, values = checkpoint.generators()
         tensors |= {OPTIMIZER + key: value for key, value in
                     optimizer_tensors(self.optimizer, self.parameters).items()}
@@ -228,10 +280,37 @@ class Training:
         state = {"step": self.step, "position": self.position, "best": self.best, "evaluation": self.evaluation,
                  "training": self.training, "seconds": self.seconds + time.perf_counter() - self.since,
                  "scaler": None if self.loop.scaler is None else self.loop.scaler.state_dict(), "generators": values}
-        checkpoint.save(self.folder.path / name, self.model, tensors, state, standing=self.folder.standing)
+        tensors |= {checkpoint.BUFFERS + key: value for key, value in self._changed_buffers().items()}
+        checkpoint.save(self.folder.path / name, self.model, tensors, state, standing=standing)
+
+    def _changed_buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers that training changed and that no state_dict has: without them a continued run would be another."""
+        return {name: value for name, value in unsaved_buffers(self.model.module).items()
+                if self.buffers.get(name) != _mark(value)}
+
+    def _find_best(self) -> None:
+        """What best/ itself says it is: after a kill it may be newer than last/, and it is what stays there."""
+        values = checkpoint.values_of(self.folder.path / BEST)
+        self.best = {} if values is None else checked_state(values, self.folder.path / BEST)["best"]
+        if values is not None and self.best_by not in self.best:
+            raise CacheCorrupt(f"{self.folder.path / BEST / checkpoint.VALUES} does not say its {self.best_by}; move "
+                               f"{self.folder.path / BEST} away to have another best/")
 
     def _restore(self, folder: Path) -> None:
+        """Go on from a checkpoint; CacheCorrupt if it is no state of this run."""
         tensors, state = checkpoint.load(folder, self.model.module)
+        checked_state(state, folder)
+        if not 0 < state["step"] <= self.loader.total_steps or state["position"] != min(
+                state["step"] * self.loader.batch_size, self.loader.total):
+            raise CacheCorrupt(f"{folder / checkpoint.VALUES}: step {state['step']} at position {state['position']} is "
+                               f"none of this run, which has {self.loader.total_steps} of {self.loader.batch_size}")
+        try:
+            self._put_back(tensors, state)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as e:
+            raise CacheCorrupt(f"{folder} holds no state of this run ({describe(e)}); move {folder} away to begin "
+                               "again") from e
+
+    def _put_back(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         restore_optimizer(self.optimizer, self.parameters, _under(OPTIMIZER, tensors))
         if self.matches is not None:
             self.matches.projections.load_state_dict(_under(PROJECTIONS, tensors))
@@ -239,7 +318,7 @@ class Training:
             self.loop.scaler.load_state_dict(state["scaler"])
         checkpoint.restore_generators(tensors, state["generators"])
         self.step, self.position, self.seconds = state["step"], state["position"], state["seconds"]
-        self.best, self.evaluation, self.training = state["best"], state["evaluation"], state["training"]
+        self.evaluation, self.training = state["evaluation"], state["training"]
         self.loader.start, self.continued_from = self.position, self.step
         self.saved = self.step
 
@@ -270,6 +349,8 @@ class Training:
         if self.settings.weight_decay is None:
             decay = self.optimizer.param_groups[0]["weight_decay"]
             said.append(f"weight decay {decay:g}, none on biases and norms")
+        if self.sources.eval_samples is not None and self.settings.best_by is None:
+            said.append(f"best/ is best by {self.best_by}")
         if self.sources.eval_samples is None:
             said.append("no evaluation data: no best/, only last/")
         return said
@@ -309,6 +390,49 @@ def _summary(report: TrainReport) -> dict[str, Any]:
     """The report, evaluation and last losses at its top under the names of metrics.jsonl."""
     out = {key: value for key, value in report.to_json().items() if key != "evaluation"}
     return {**out, **{f"eval_{key}": value for key, value in report.evaluation.items()}}
+
+
+def unsaved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of `module` that its state_dict leaves out."""
+    saved = module.state_dict()
+    return {name: value for name, value in module.named_buffers() if name not in saved and not is_lazy(value)}
+
+
+def _mark(value: torch.Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to, or another takes its place."""
+    return value.data_ptr(), -1 if value.is_inference() else value._version
+
+
+def checked_state(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a checkpoint, of the types that a run reads; CacheCorrupt naming the first that is not."""
+    for name, right in STATE.items():
+        if name not in values or not right(values[name]):
+            raise CacheCorrupt(f"{folder / checkpoint.VALUES}: its {name!r} is not what a run saves; move {folder} "
+                               "away to go on without this checkpoint")
+    return values
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_number(item) or item != item for item in value.values())
+
+
+def _best(value: Any) -> bool:
+    return value == {} or (_numbers(value) and type(value.get("step")) is int)
+
+
+def _random(value: Any) -> bool:
+    """As `checkpoint.generators` gives it: of numpy three numbers, of Python a version, 625 words, a number or None."""
+    return (isinstance(value, dict) and isinstance(value.get("numpy"), list) and len(value["numpy"]) == 3
+            and all(map(is_number, value["numpy"])) and isinstance(value.get("python"), list)
+            and len(value["python"]) == 3 and isinstance(value["python"][1], list)
+            and all(type(word) is int and 0 <= word < 2**32 for word in value["python"][1]))
+
+
+# What state.json holds -> whether a value may stand there.
+STATE: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: type(value) is int, "position": lambda value: type(value) is int,
+    "seconds": lambda value: is_number(value, 0) and value < math.inf, "best": _best, "evaluation": _numbers,
+    "training": _numbers, "scaler": lambda value: value is None or _numbers(value), "generators": _random}
 
 
 def _shown(values: Mapping[str, Any]) -> str:
