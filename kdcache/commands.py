@@ -71,6 +71,10 @@ DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.m
 @click.option("--values", metavar="DTYPE", help="float32, bfloat16, float16 or uint8.  [default: float16]")
 @click.option("--feature", multiple=True, metavar="MODULE[:RECIPE[:DTYPE]]", help="Keep this activation of the "
               "teacher: recipe raw, map, pool, cls, last or energy. Repeatable.")
+@click.option("--rows", metavar="NAME", help="What a row is: record, position or next-token.  [default: by the shape "
+              "of the logits, the task, or a look at whether the teacher is causal]")
+@click.option("--tokens/--no-tokens", default=None, help="Keep token ids, so that stage 2 needs no data.  [default: if "
+              "they are all that the teacher is given]")
 @click.option("--labels/--no-labels", default=None, help="Store the labels of the data.  [default: if it has any]")
 @click.option("--moments", is_flag=True, help="Store mean and standard deviation of each row's logits.")
 @click.option("--views", type=COUNT, metavar="N", help="Augmented views of each sample.  [default: 1]")
@@ -103,6 +107,8 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
 @click.option("--out", type=FOLDER, required=True, metavar="RUN", help="Folder to create, or to continue.")
 @data_options("data", False, DATA + "  [default: the tokens of a token cache]")
 @data_options("eval-data", False, "Evaluate on this dataset, given like --data.")
+@click.option("--rows", metavar="NAME", help="What a row is where no cache says so: record, position or next-token.  "
+              "[default: by the logits, the task, or a look at whether the student is causal]")
 @click.option("--temperature", type=float, metavar="T", help="[default: 2 for rows, 1 for tokens]")
 @click.option("--k", type=COUNT, help="Read this tier of the cache.  [default: the largest]")
 @click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the soft loss; 0 is plain training.  "
@@ -160,6 +166,8 @@ def train_student(as_json: bool, **options: Any) -> None:
 @click.option("--student-code", metavar="SPEC", help="The code of a RUN's student, file.py:name or "
               "package.module:name: a folder's word alone runs none.")
 @click.option("--precision", metavar="NAME", help="float32, bfloat16 or float16.  [default: float32, or the RUN's]")
+@click.option("--rows", metavar="NAME", help="What a row is: record, position or next-token.  [default: as a run "
+              "knows, or as dump-teacher finds it]")
 @run_options
 @config_and_json
 def evaluate(as_json: bool, **options: Any) -> None:

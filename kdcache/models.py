@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kdcache.data.keys import array_header
-from kdcache.data.samples import Inputs
+from kdcache.data.padding import Inputs
 from kdcache.data.views import seeded_generators
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
 from kdcache.loading import accepts, describe, let_through

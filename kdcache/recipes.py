@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError, near
 
 # A class token and four registers: the most that a ViT of wide use puts before its grid (arXiv 2309.16588).
@@ -50,10 +51,13 @@ def _pool(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 
 def _cls(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Position 0: (B, L, F) -> (B, F)."""
+    """The first position that the mask calls valid, 0 without one: (B, L, F) -> (B, F)."""
     if activation.dim() != 3:
         raise _refused("cls", activation, "(B, L, F)")
-    return activation[:, 0]
+    if mask_BL is None:
+        return activation[:, 0]
+    first_B = _positions("cls", activation, mask_BL).to(torch.int8).argmax(1)
+    return activation[torch.arange(len(activation), device=activation.device), first_B]
 
 
 def _last(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -73,6 +77,7 @@ def _energy(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
     return _at_least_float32(_map(activation, mask_BL)).square().mean(1)
 
 
+MASKED = ("pool", "cls", "last")        # recipes that leave padding out
 RECIPES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "raw": _raw, "map": _map, "pool": _pool, "cls": _cls, "last": _last, "energy": _energy,
 }
@@ -81,15 +86,34 @@ RECIPES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 def apply_recipe(recipe: str, activation: Tensor, mask: Tensor | None = None) -> Tensor:
     """What `recipe` keeps of an activation whose first axis is the batch.
 
-    `mask` (B, L), nonzero where a position is valid, is used by `pool` and `last` on (B, L, F) activations. Means of
-    half-precision activations are taken and returned in float32. UsageError for an unknown recipe or a shape that the
-    recipe cannot take.
+    `mask` (B, L), nonzero where a position is valid, is used by `pool`, `cls` and `last` on (B, L, F) activations.
+    Means of half-precision activations are taken and returned in float32. UsageError for an unknown recipe or a shape
+    that the recipe cannot take.
     """
     if recipe == "gram":
         raise NotBuilt(f"recipe 'gram' is not built yet; this version has {', '.join(RECIPES)}")
     if recipe not in RECIPES:
         raise UsageError(f"recipe {recipe!r} is unknown{near(recipe, RECIPES)}")
     return RECIPES[recipe](activation, mask)
+
+
+def reduce_activation(recipe: str, activation: Tensor, real: Real, module: str, *, by_row: bool = False) -> Tensor:
+    """`apply_recipe` where padding is known: the activation of `module`, in a batch whose real positions are `real`.
+
+    A record's value never depends on how far its batch was padded. UsageError for a recipe that would keep padding: of
+    an activation (B, L, ...) of padded records where nothing says which of its L positions are real, and `raw`, `map`
+    and `energy`, which keep every position. by_row: `raw` is cut to the rows afterwards, which are no padding.
+    """
+    mask_BL = real.of(activation.shape[1], module) if activation.dim() == 3 else None
+    if real.padded and activation.dim() == 3 and not (recipe == "raw" and by_row):
+        if mask_BL is None:
+            raise UsageError(f"recipe {recipe!r} of an activation {list(activation.shape)}: the records of the batch "
+                             f"were padded, and no mask of {activation.shape[1]} positions says which of these are "
+                             "real; name a module that keeps the length of its input, or give equal lengths")
+        if recipe not in MASKED and not bool(mask_BL.all()):
+            raise UsageError(f"recipe {recipe!r} of an activation {list(activation.shape)} would keep the padding of "
+                             "shorter records; use 'pool', 'cls' or 'last', or give equal lengths")
+    return apply_recipe(recipe, activation, mask_BL)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

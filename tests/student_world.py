@@ -119,7 +119,7 @@ class TinyLM(nn.Module):
 def batches(samples: Samples, size: int, views: int = 1) -> list[tuple[int, int, Collated]]:
     """(view, first sample, batch) in the order of a dump."""
     return [(view, at, collate([samples.item(i, view) for i in range(at, min(at + size, len(samples)))],
-                               samples.dataset))
+                               samples))
             for view in range(views) for at in range(0, len(samples), size)]
 
 
@@ -130,13 +130,14 @@ def write_cache(path: Path, dataset: Any, teacher: nn.Module, *, kind: str = "fu
                 seed: int = 0, view_keys: bool = False) -> Cache:
     """The cache that a dump of `teacher` over `dataset` makes, in batches of `per_shard`."""
     samples = Samples(dataset, seed=seed)
-    first = collate([samples.item(0)], dataset)
+    first = collate([samples.item(0)], samples)
     ragged = first.lengths is not None
     classes = 0 if kind == "none" else forward(teacher.eval(), first.inputs).logits.shape[-1]
     spec = CacheSpec(kind=kind, num_classes=classes, samples=(0, len(samples)), records_per_shard=per_shard,
                      views=(0, views), seed=seed, rows="ragged" if ragged else "one", tiers=tuple(tiers), values=values,
                      temperatures=tuple(temperatures) if kind == "topk" else (), labels=int(labels and kind != "none"),
-                     tokens=tokens, features=tuple(features), view_keys=view_keys)
+                     tokens=tokens, predicts="next-token" if ragged and not tokens else "",
+                     features=tuple(features), view_keys=view_keys)
     data, tokenizer = identify(samples)
     identity = Identity(data=data, tokenizer=tokenizer, teacher={"weights": "none", "num_classes": classes})
     with kdcache.create(path, spec, identity) as writer:

@@ -21,11 +21,12 @@ from kdcache import cli, errors
 OPTIONS = {
     "dump-teacher": [
         "teacher", "teacher-arg", "teacher-weights", "data", "data-arg", "out", "kind", "k", "tier", "temperature",
-        "values", "feature", "labels", "moments", "views", "format", "shard-size", "records-per-shard", "batch-size",
-        "dtype", "engine", "device", "workers", "seed", "accept", "dry-run", "config", "json"],
+        "values", "feature", "rows", "tokens", "labels", "moments", "views", "format", "shard-size",
+        "records-per-shard", "batch-size", "dtype", "engine", "device", "workers", "seed", "accept",
+        "dry-run", "config", "json"],
     "train-student": [
         "cache", "student", "student-arg", "student-weights", "out", "data", "data-arg", "eval-data", "eval-data-arg",
-        "temperature", "k", "alpha", "ce-weight", "kd-weight", "divergence", "beta", "tail", "match", "engine",
+        "rows", "temperature", "k", "alpha", "ce-weight", "kd-weight", "divergence", "beta", "tail", "match", "engine",
         "logits-memory", "epochs", "max-steps", "batch-size", "micro-batch-size", "optimizer", "lr", "weight-decay",
         "warmup", "clip", "precision", "compile", "device", "workers", "seed", "deterministic", "shuffle", "eval-every",
         "save-every", "best-by", "report-to", "accept", "dry-run", "config", "json"],
@@ -34,7 +35,7 @@ OPTIONS = {
                "config", "json"],
     "convert": ["format", "config", "json"],
     "evaluate": ["student", "student-arg", "student-weights", "data", "data-arg", "batch-size", "student-code",
-                 "precision", "device", "workers", "config", "json"],
+                 "precision", "rows", "device", "workers", "config", "json"],
     "report": ["by", "sort", "plot", "config", "json"],
     "demo": ["out", "seeds", "config", "json"],
     "env": ["config", "json"],

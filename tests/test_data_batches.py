@@ -24,7 +24,7 @@ def test_a_batch_of_arrays_is_the_batch_of_their_items(name):
     pairs = [(7, 0), (2, 3), (2, 0), (0, 1)]
     for _ in range(2):                                  # the second time the keys are known
         whole = read_batch(samples, pairs)
-        single = collate([samples.item(sample_id, view) for sample_id, view in pairs], samples.dataset)
+        single = collate([samples.item(sample_id, view) for sample_id, view in pairs], samples)
         for field in ("inputs", "labels", "label_weight", "document_start", "sample_key", "view_key", "lengths"):
             torch.testing.assert_close(getattr(whole, field), getattr(single, field), rtol=0, atol=0, msg=field)
 

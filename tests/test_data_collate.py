@@ -15,10 +15,10 @@ from kdcache.errors import DataError
 
 
 def items_of(raw, **attributes):
-    """Items of a list, and the dataset (with `attributes`) they came from."""
+    """Items of a list, and the samples of the dataset (with `attributes`) that they came from."""
     made = type("Listed", (list,), attributes)(raw)
     samples = Samples(made)
-    return [samples.item(i) for i in range(len(raw))], made
+    return [samples.item(i) for i in range(len(raw))], samples
 
 
 def batch_of(raw, **attributes):
@@ -51,6 +51,7 @@ def test_sequences_are_padded_and_their_lengths_kept():
     assert [t.tolist() for t in batch.document_starts] == [[1, 0, 0], [0, 1]]
     frames = batch_of([{"frames": torch.ones(2, 3)}, {"frames": torch.ones(4, 3)}])
     assert frames.inputs["frames"].sum((1, 2)).tolist() == [6, 12] and frames.inputs["frames"].shape == (2, 4, 3)
+    assert frames.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert to_device(batch.inputs, "cpu")["input_ids"] is batch.inputs["input_ids"]
 
 
@@ -144,7 +145,7 @@ def test_rows_leave_out_what_is_masked():
         next_token_rows(batch, torch.tensor([[0, 1]]))
     with pytest.raises(DataError, match="labels have the shape"):
         next_token_rows(batch_of([{"input_ids": [1, 2, 3], "labels": 1}]))
-    with pytest.raises(DataError, match="1-D integer input_ids"):
+    with pytest.raises(DataError, match="integer input_ids"):
         next_token_rows(batch_of([(torch.zeros(3), 1)]))
     with pytest.raises(DataError, match="expected integers"):
         next_token_rows(batch_of([{"input_ids": [1.0, 2.0]}]))
@@ -152,21 +153,36 @@ def test_rows_leave_out_what_is_masked():
 
 def test_position_rows_are_not_shifted():
     labels = torch.tensor([[4, -100, 5], [6, 7, -100]])
-    rows = position_rows((2, 3), labels)
+    batch = batch_of([{"x": torch.ones(3), "labels": label} for label in labels])
+    rows = position_rows(batch, 3)
     assert rows.mask_BL.tolist() == [[True, False, True], [True, True, False]] and torch.equal(rows.labels_BL, labels)
-    masked = position_rows((2, 3), labels, torch.tensor([[1, 1, 0], [0, 1, 1]]))
+    masked = position_rows(batch, 3, torch.tensor([[1, 1, 0], [0, 1, 1]]))
     assert masked.mask_BL.tolist() == [[True, True, False], [False, True, True]]        # also rows with no label
     assert masked.labels_BL.tolist() == [[4, -100, -100], [-100, 7, -100]]
-    every = position_rows((2, 3))
-    assert every.mask_BL.all() and (every.labels_BL == -100).all()
+    every = position_rows(batch_of([{"x": torch.ones(3)}] * 2), 5)
+    assert every.mask_BL.all() and every.mask_BL.shape == (2, 5) and (every.labels_BL == -100).all()
     with pytest.raises(DataError, match=r"labels have the shape \(2, 3\); .* needs \(2, 4\)"):
-        position_rows((2, 4), labels)
+        position_rows(batch, 4)
 
 
-def test_select_rows_goes_by_the_shape_of_the_logits():
+def test_padding_is_never_a_row():
+    """By the batch's own mask; where nothing says which positions of another length are real, it is refused."""
+    frames = batch_of([{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 3)}])
+    assert position_rows(frames, 4).counts_B.tolist() == [2, 4]
+    assert position_rows(frames, 2, torch.tensor([[1, 0], [1, 1]])).counts_B.tolist() == [1, 2]
+    with pytest.raises(DataError, match=r"2 positions of records that were padded, .* return row_mask \[B, 2\]"):
+        position_rows(frames, 2)
+
+
+def test_select_rows_goes_by_the_convention():
     tokens, frames = batch_of([{"input_ids": [1, 2, 3]}]), batch_of([{"x": [[1.0], [2.0]], "labels": [1, 2]}])
-    assert select_rows(tokens, (1, 9)) is None
-    assert select_rows(tokens, (1, 3, 9)).mask_BL.tolist() == [[True, True, False]]
-    assert select_rows(frames, (1, 2, 9)).labels_BL.tolist() == [[1, 2]]
+    assert select_rows(tokens, (1, 9), "record") is None
+    assert select_rows(tokens, (1, 3, 9), "next-token").mask_BL.tolist() == [[True, True, False]]
+    assert select_rows(tokens, (1, 3, 9), "position").mask_BL.tolist() == [[True, True, True]]
+    assert select_rows(tokens, (1, 3, 9), "next-token", num_classes=3).mask_BL.tolist() == [[True, False, False]]
+    assert select_rows(frames, (1, 2, 9), "position").labels_BL.tolist() == [[1, 2]]
+    for shape, convention in (((1, 9), "position"), ((1, 3, 9), "record")):
+        with pytest.raises(DataError, match=f"where rows are by {convention}"):
+            select_rows(tokens, shape, convention)
     with pytest.raises(DataError, match=r"logits for \(records, positions\) \(1, 4\); its input_ids are \(1, 3\)"):
-        select_rows(tokens, (1, 4, 9))
+        select_rows(tokens, (1, 4, 9), "next-token")

@@ -221,7 +221,7 @@ def test_identity_names_the_data():
     dataset.tokenizer_identity = {"fingerprint": "f", "template": "", "packing": "p"}
     data, tokenizer = identify(Samples(dataset))
     assert data | {"probe": 0} == {"name": "listed", "revision": "7", "num_samples": 300, "class_names": ["a", "b"],
-                                   "window": 16, "probe": 0}
+                                   "window": 16, "inputs": ["input"], "probe": 0}
     assert tokenizer == dataset.tokenizer_identity
     assert data["probe"] == [f"{sample_key({'input': pair(i)[0], 'label': i}):016x}" for i in probe_ids(300)]
     shuffled = identify(Samples(Listed(dataset.items[::-1])))[0]

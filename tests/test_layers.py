@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kdcache"
 LAYER = {
     "kernels": 0,
     "errors": 1, "canonical": 1, "signals": 1, "cache": 1,
-    "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "engines": 2,
+    "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "model_checks": 2,
+    "engines": 2,
     "teacher": 3, "student": 3, "hf": 3, "inspect": 3, "report": 3, "env": 3,
     "demo": 4, "bench": 4,
     "config": 5, "options": 5, "commands": 5, "cli": 5,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdcache.cache.features import decode_feature, encode_feature
 from kdcache.cache.spec import CacheSpec, FeatureSpec
+from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError
 from kdcache.student.match import Match, Matches, feature_tensors, parse_match
 
@@ -158,16 +159,17 @@ def test_sequences_masks_and_rows() -> None:
     rows = torch.tensor([[True, True, False, False], [True, False, False, False]])
     matches = Matches(student, [parse_match("layer=last:mse"), parse_match("layer=rows:mse")],
                       [feature("last", "last", 5), feature("rows", "raw", 5, level="row")])
-    matches.prepare(lambda: student(ids), mask=mask, row_mask=rows)
+    matches.prepare(lambda: student(ids), real=Real({"attention_mask": mask != 0}), row_mask=rows)
     hidden = student(ids)
     cached = {"last": torch.randn(2, 5), "rows": torch.randn(3, 5)}
     want = ((torch.stack([hidden[0, 2], hidden[1, 1]]) - cached["last"]) ** 2).mean()
     want = want + ((torch.stack([hidden[0, 0], hidden[0, 1], hidden[1, 0]]) - cached["rows"]) ** 2).mean()
     student(ids)
-    assert matches(cached, mask=mask, row_mask=rows).item() == pytest.approx(want.item(), rel=1e-6)
+    real = Real({"attention_mask": mask != 0})
+    assert matches(cached, real=real, row_mask=rows).item() == pytest.approx(want.item(), rel=1e-6)
     student(ids)
     with pytest.raises(UsageError, match="needs a row mask over its first two axes; none was given"):
-        matches(cached, mask=mask)
+        matches(cached, real=Real({"attention_mask": mask != 0}))
 
 
 def test_half_precision_student_and_double_student() -> None:

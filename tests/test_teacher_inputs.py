@@ -104,7 +104,7 @@ class Fickle(nn.Module):
 
 @pytest.mark.parametrize(("then", "said"), [
     (mlp(11), "sample 0, view 0: the teacher gave 11 logits; the cache has 12"),
-    (lambda x: torch.zeros(len(x), 2, 12), "one row of each record"),
+    (lambda x: torch.zeros(len(x), 2, 12), r"the model gave logits \[32, 2, 12\] where rows are by record"),
 ])
 def test_a_teacher_that_changes_its_shape_is_named(tmp_path: Path, then: Any, said: str) -> None:
     data = Points()

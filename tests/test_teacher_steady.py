@@ -11,14 +11,19 @@ import torch
 from teacher_world import Points, Sentences, Speaker, dumper, files, mlp
 from torch import nn
 
+from kdcache.data.collate import read_batch
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError
-from kdcache.teacher.batches import Span
+from kdcache.model_checks import Question, Steadiness, explained, steadiness, unit
 from kdcache.teacher.dump import dump_teacher
-from kdcache.teacher.steady import explained, steadiness, unit
 from kdcache.teacher.verify import verify
 
 CPU = torch.device("cpu")
+
+
+def asked(net: nn.Module, data: Any, ids: range, rows: str = "record") -> Steadiness | None:
+    samples = Samples(data)
+    return steadiness(Question(net.eval(), CPU, lambda ids: read_batch(samples, [(i, 0) for i in ids]), rows), ids)
 
 
 class Dropping(nn.Module):
@@ -101,7 +106,7 @@ def test_it_is_refused_where_a_dump_goes_on_and_the_shards_there_stay(tmp_path: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_steady_teacher_passes_with_a_difference_that_rounding_can_explain(dtype: torch.dtype) -> None:
     net, data = mlp().to(dtype), Points()
-    found = steadiness(net, Samples(data), Span(0, 0, 0, 32, False), CPU)
+    found = asked(net, data, range(32))
     assert found is not None and found.problem is None and found.again == 0.0
     assert found.alone is not None and found.alone <= found.rounding
     with torch.inference_mode():
@@ -111,20 +116,20 @@ def test_a_steady_teacher_passes_with_a_difference_that_rounding_can_explain(dty
 
 
 def test_padding_is_no_reason_and_the_shortest_record_is_the_one_asked_alone() -> None:
-    asked: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     class Heard(Speaker):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-            asked.append(tuple(input_ids.shape))
+            shapes.append(tuple(input_ids.shape))
             return super().forward(input_ids)
 
-    found = steadiness(Heard(), Samples(Sentences()), Span(0, 0, 0, 10, False), CPU)
+    found = asked(Heard(), Sentences(), range(10), "next-token")
     assert found is not None and found.problem is None
-    assert asked[:2] == [(10, 6)] * 2 and asked[2][0] == 1 and asked[2][1] < 6
+    assert shapes[:2] == [(10, 6)] * 2 and shapes[2] == (1, 2)
 
 
 def test_a_batch_of_one_is_asked_twice_alone() -> None:
-    found = steadiness(mlp(), Samples(Points()), Span(0, 0, 3, 4, True), CPU)
+    found = asked(mlp(), Points(), range(3, 4))
     assert found is not None and found.problem is None and found.alone is None
 
 
@@ -137,10 +142,9 @@ def test_nan_is_left_to_what_names_its_sample_and_infinity_is_a_difference() -> 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.full((len(x), 2), self.values.pop(0) if len(self.values) > 1 else self.values[0])
 
-    span, samples = Span(0, 0, 0, 4, True), Samples(Points())
-    found = steadiness(Odd(math.nan), samples, span, CPU)
+    found = asked(Odd(math.nan), Points(), range(4))
     assert found is not None and found.problem is None
-    found = steadiness(Odd(1.0, -math.inf), samples, span, CPU)
+    found = asked(Odd(1.0, -math.inf), Points(), range(4))
     assert found is not None and found.problem is not None and found.again == math.inf
 
 

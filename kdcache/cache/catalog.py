@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
 from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
-from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, RECIPES, VALUES, CacheSpec
+from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, VALUES, CacheSpec
 from kdcache.canonical import digest, dumps, seal, unseal
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
 
@@ -25,7 +25,8 @@ HEX32 = re.compile(r"[0-9a-f]{32}")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf|nan")
 # What this version reads, by the names that stand in `requires`: all that a spec may have, and nothing else.
-KNOWN = {"kind": KINDS, "values": VALUES, "level": LEVELS, "recipe": RECIPES, "feature": FEATURE_DTYPES}
+KNOWN = {"kind": KINDS, "values": VALUES, "level": LEVELS, "recipe": RECIPES, "feature": FEATURE_DTYPES,
+         "predicts": PREDICTS, "tokens": ("vocabulary",)}
 Document = dict[str, Any]
 
 
@@ -50,6 +51,10 @@ def requires(spec: CacheSpec) -> list[str]:
     names = {f"kind:{spec.kind}", *(f"level:{level.name}" for level in spec.levels())}
     if spec.kind != "none":
         names.add(f"values:{spec.values}")
+    if spec.predicts:
+        names.add(f"predicts:{spec.predicts}")
+    if spec.vocabulary:
+        names.add("tokens:vocabulary")
     for feature in spec.features:
         names |= {f"recipe:{feature.recipe}", f"feature:{feature.dtype}"}
     return sorted(names)

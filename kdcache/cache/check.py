@@ -119,8 +119,8 @@ def _bad_values(spec: CacheSpec, column: Column, values: Array) -> str | None:
             return f"column {name} has a negative number"
     elif name == "label" and not -1 <= int(values.min()) <= int(values.max()) < classes:
         return f"column {name} has a label outside -1 to {classes - 1}"
-    elif name == "token" and classes and int(values.max()) >= classes:
-        return f"column {name} has a token outside 0 to {classes - 1}"
+    elif name == "token" and spec.num_tokens and int(values.max()) >= spec.num_tokens:
+        return f"column {name} has a token outside 0 to {spec.num_tokens - 1}"
     elif name == "pos" and int(values.min()) < 0:
         return f"column {name} has a negative position"
     return None

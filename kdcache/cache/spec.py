@@ -21,6 +21,8 @@ RECIPES = ("raw", "map", "pool", "cls", "last", "energy")
 FEATURE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 ROWS = ("one", "ragged")
 LEVELS = ("row", "token")        # below the root
+PREDICTS = ("position", "next-token")           # what a row of ragged ones is about
+LATER_FIELDS = {"predicts", "vocabulary"}       # of a spec: left out of its JSON where they have their default
 MAX_CLASSES = 2**32
 MAX_TIERS = 8
 MAX_TEMPERATURES = 16
@@ -95,6 +97,8 @@ class CacheSpec:
 
     `num_classes` is V, 0 for kind none. `samples` and `views` are half-open ranges. `tiers` are the k's of kind topk,
     ascending. `temperatures` are the ones whose tails are stored. `labels` is J, 0 when no label is stored.
+    `predicts` says whether ragged rows answer for their own position or for the next token; "" where that follows from
+    `tokens`. `vocabulary` is the number of token ids that the teacher reads, 0 where it is V.
     Raises UsageError for a field that cannot be, NotBuilt for a name the design knows and this version does not.
     """
 
@@ -114,6 +118,8 @@ class CacheSpec:
     row_weights: bool = False
     view_keys: bool = False
     tokens: bool = False
+    predicts: str = ""
+    vocabulary: int = 0
     features: tuple[FeatureSpec, ...] = ()
 
     def __post_init__(self) -> None:
@@ -130,6 +136,14 @@ class CacheSpec:
             raise UsageError("label_weights needs labels of at least 1")
         if self.tokens and self.rows != "ragged":
             raise UsageError("tokens needs rows='ragged'")
+        if self.predicts:
+            _one_of("predicts", self.predicts, PREDICTS)
+            if self.rows != "ragged" or self.predicts == ("next-token" if self.tokens else "position"):
+                raise UsageError(f"predicts is {self.predicts!r}, with rows {self.rows!r} and tokens {self.tokens}; "
+                                 "expected it for ragged rows, and where tokens do not say it")
+        _between("vocabulary", self.vocabulary, 0, MAX_CLASSES)
+        if self.vocabulary and (not self.tokens or self.vocabulary == self.num_classes):
+            raise UsageError("vocabulary needs tokens, and is left out where it is the number of classes")
         names = [f.name for f in self.features]
         if len(set(names)) != len(names):
             raise UsageError(f"feature names repeat: {names}")
@@ -183,6 +197,16 @@ class CacheSpec:
         needed = max(0, (self.num_classes - 1).bit_length() - 16)
         return next(h for h in (0, 1, 2, 4, 8, 16) if h >= needed)
 
+    @property
+    def convention(self) -> str:
+        """Which rows there are: one for each "record", or those of each "position", or of each "next-token"."""
+        return "record" if self.rows == "one" else self.predicts or ("next-token" if self.tokens else "position")
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids that there are; 0 where nothing says how many."""
+        return self.vocabulary or self.num_classes
+
     def tier_range(self, k: int) -> tuple[int, int]:
         """Entries [start, stop) that tier `k` holds."""
         at = self.tiers.index(k)
@@ -203,7 +227,7 @@ class CacheSpec:
             out.append(Column(f"values_{k}", "row", self.values, (stop - start,)))
         out += self._row_columns()
         if self.tokens:
-            out.append(Column("token", "token", "uint16" if 0 < self.num_classes <= 2**16 else "uint32"))
+            out.append(Column("token", "token", "uint16" if 0 < self.num_tokens <= 2**16 else "uint32"))
             out.append(Column("document_start", "token", "uint8"))
         for feature in self.features:
             out += feature.columns()
@@ -283,7 +307,8 @@ class CacheSpec:
     # ---- JSON -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        out = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        out = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)
+               if f.name not in LATER_FIELDS or getattr(self, f.name) != f.default}
         return {**out, "features": [f.to_json() for f in self.features]}
 
     @classmethod
@@ -299,7 +324,7 @@ class CacheSpec:
 def spec_difference(cached: CacheSpec, given: CacheSpec) -> list[FieldDifference]:
     """The fields in which two specs differ."""
     a, b = cached.to_json(), given.to_json()
-    return [FieldDifference(f"spec.{key}", a[key], b[key]) for key in a if a[key] != b[key]]
+    return [FieldDifference(f"spec.{key}", a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def _plain(value: Any) -> Any:
@@ -309,6 +334,8 @@ def _plain(value: Any) -> Any:
 def _typed(cls: type, doc: Any, where: str) -> dict[str, Any]:
     """`doc` as keyword arguments of dataclass `cls`: exactly its fields, lists as tuples, the annotated plain types."""
     fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    later = set() if cls is not CacheSpec else LATER_FIELDS - set(doc) if isinstance(doc, dict) else set()
+    fields = {name: kind for name, kind in fields.items() if name not in later}
     if not isinstance(doc, dict) or set(doc) != set(fields):
         found = sorted(doc) if isinstance(doc, dict) else type(doc).__name__
         raise UsageError(f"{where}: found {str(found)[:200]}, expected the keys {sorted(fields)}")

@@ -7,24 +7,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.samples import Samples
+from kdcache.data.collate import read_batch
+from kdcache.data.samples import Samples, probe_ids
 from kdcache.errors import DataError
 
-PROBE_SAMPLES = 256
 PRIVATE_GENERATOR = "a random transform with its own generator?"
-
-
-def probe_ids(num_samples: int) -> list[int]:
-    """The samples whose keys stand in a cache's identity: up to 256, evenly spaced, the first and the last included."""
-    count = min(PROBE_SAMPLES, num_samples)
-    return [i * (num_samples - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def identify(samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The `data` and `tokenizer` parts of an identity.
 
-    data: name, revision, num_samples, class_names, window, probe (16 hexadecimal digits each, of view 0). Each probed
-    record is made twice, the second time in reversed order; DataError names a sample whose key or input differs.
+    data: name, revision, num_samples, class_names, window, inputs (the names of what a model is given), probe (16
+    hexadecimal digits each, of view 0). Each probed record is made twice, the second time in reversed order; DataError
+    names a sample whose key or input differs.
     """
     ids = probe_ids(len(samples))
     first = {sample_id: _answer(samples, sample_id) for sample_id in ids}
@@ -34,8 +29,10 @@ def identify(samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
                 f"dataset {samples.name}: the dataset answered differently when sample {sample_id} was read a second "
                 f"time ({PRIVATE_GENERATOR}); its items must be a function of the index: draw from the global "
                 "generators, or give the dataset view(sample_id, view, rng)")
+    inputs = samples.item(ids[0]).inputs if not samples.collates else read_batch(samples, [(ids[0], 0)]).inputs
     data = {"name": samples.name, "revision": samples.revision, "num_samples": len(samples),
             "class_names": samples.class_names, "window": samples.window,
+            "inputs": sorted(inputs) if isinstance(inputs, dict) else ["input"],
             "probe": [f"{first[sample_id][0]:016x}" for sample_id in ids]}
     return data, samples.tokenizer_identity
 

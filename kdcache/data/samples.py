@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 
 from kdcache.data.keys import arrays_of, elements, given_key, sample_key
+from kdcache.data.padding import Inputs, Padding
 from kdcache.data.views import read_view
 from kdcache.errors import DataError, UsageError
 from kdcache.loading import describe, let_through
 
 LABELS = ("labels", "label")                                    # a dict may use either, (x, y) gives the second
 NOT_INPUTS = (*LABELS, "label_weight", "document_start")        # what no model is given
-Inputs = torch.Tensor | dict[str, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -38,11 +38,21 @@ class Item:
     raw: Any
 
 
+PROBE_SAMPLES = 256
+
+
+def probe_ids(num_samples: int) -> list[int]:
+    """The samples that stand for all of a dataset: up to 256, evenly spaced, the first and the last included."""
+    count = min(PROBE_SAMPLES, num_samples)
+    return [i * (num_samples - 1) // max(count - 1, 1) for i in range(count)]
+
+
 class Samples:
     """A map-style dataset: `item(sample_id, view)` is a pure function of its arguments and `seed`.
 
     Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown), tokenizer_identity (dict or None),
-    window (int, 0 none), token_lengths (int64, tokens of each sample, None unless the dataset knows), has_view_keys.
+    window (int, 0 none), token_lengths (int64, tokens of each sample, None unless the dataset knows), has_view_keys,
+    collates (whether it has a collate_fn), padding (what batches are filled up with: that of the model they are for).
 
     labels: False leaves labels and their weights unread, so that they may be anything (boxes, texts, several numbers),
     except where they mask tokens (see `labels_of`). Keys are the same either way.
@@ -68,8 +78,13 @@ class Samples:
         self.tokenizer_identity: dict[str, Any] | None = getattr(dataset, "tokenizer_identity", None)
         self.window = int(getattr(dataset, "window", None) or 0)
         self.token_lengths: npt.NDArray[np.int64] | None = getattr(dataset, "token_lengths", None)
-        self._own_key, self._own_view = (callable(getattr(dataset, name, None)) for name in ("key", "view"))
-        self.has_view_keys = self._own_key or self._own_view
+        self._own_key, self._own_view, self.collates = (
+            callable(getattr(dataset, name, None)) for name in ("key", "view", "collate_fn"))
+        self.has_view_keys = self._own_key or self._own_view or self.collates
+        self.padding = Padding(pad_id_of(dataset))
+        self.compares_raw = False           # whether a collate_fn's inputs are to be compared with the items' own
+        self.measured: dict[int, dict[str, int]] = {}       # of the samples that a probe looks at: see `extremes`
+        self._probed = frozenset(probe_ids(self._length))
         self._keys: npt.NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
@@ -84,8 +99,11 @@ class Samples:
             fields = arrays_of(raw)
             inputs = model_fields(fields)
             own = None if self._own_key or self._own_view else sample_key(self._hashed_fields(fields))
-            view_key = sample_key(inputs) if self.has_view_keys else None
-            if callable(getattr(self.dataset, "collate_fn", None)):
+            _check_length(inputs)
+            view_key = sample_key(inputs) if self._own_key or self._own_view else None
+            if sample_id in self._probed and sample_id not in self.measured:
+                self.measured[sample_id] = measure(inputs)
+            if self.collates:
                 return Item(None, None, None, None, self._key(sample_id, own), view_key, raw)
             labels, weight = labels_of(fields, self.labels)
             return Item(input_tensors(raw, inputs), labels, weight, document_start_of(fields),
@@ -132,6 +150,54 @@ class Samples:
         except Exception as e:
             let_through(e)
             raise DataError(f"dataset {self.name}, sample {sample_id} cannot be read: {describe(e)}") from e
+
+
+def extremes(samples: Samples) -> list[int]:
+    """[shortest, longest] of the samples that a probe looks at; [] where no input of theirs differs in length.
+
+    The dataset's own `token_lengths` say it of every sample.
+    """
+    known = samples.token_lengths
+    if known is not None and len(known):
+        found = [int(np.argmin(known)), int(np.argmax(known))]
+        return found if known[found[0]] < known[found[1]] else []
+    for sample_id in probe_ids(len(samples)):
+        if sample_id not in samples.measured:
+            samples.item(sample_id)
+        if not samples.measured[sample_id]:
+            return []                           # no named inputs, no text: they all have one shape
+    sizes = samples.measured
+    names = set.intersection(*(set(size) for size in sizes.values()))
+    vary = [name for name in names if len({size[name] for size in sizes.values()}) > 1]
+    total = {sample_id: sum(size[name] for name in vary) for sample_id, size in sorted(sizes.items())}
+    return [min(total, key=total.__getitem__), max(total, key=total.__getitem__)] if vary else []
+
+
+def measure(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """How long each input of an item is: its first axis, the ones of a mask, the characters of a text; {} for one
+    unnamed array, which cannot be padded."""
+    if inputs.keys() == {"input"} and not isinstance(inputs["input"], str | list | tuple):
+        return {}
+    out = {}
+    for name, value in inputs.items():
+        if "mask" in name and np.ndim(value) == 1:
+            out[name] = int(np.count_nonzero(np.asarray(value)))
+        elif hasattr(value, "__len__") and (isinstance(value, str | bytes) or np.ndim(value) >= 1):
+            out[name] = len(value)
+    return out
+
+
+def pad_id_of(dataset: Any, default: int = 0) -> int:
+    """The dataset's own `pad_token_id`, what its token ids are padded with where the model does not say."""
+    own = getattr(dataset, "pad_token_id", None)
+    return own if type(own) is int and own >= 0 else default
+
+
+def _check_length(inputs: Mapping[str, Any]) -> None:
+    ids = inputs.get("input_ids")
+    if ids is not None and np.ndim(ids) == 1 and len(ids) == 0:
+        raise DataError("it has no tokens (input_ids is empty); leave it out of the dataset: no model can be asked "
+                        "about nothing")
 
 
 def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

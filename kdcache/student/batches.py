@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.spec import CacheSpec, FeatureSpec
-from kdcache.data.collate import IGNORED, Collated
+from kdcache.data.collate import Collated
 from kdcache.data.identify import check_same_key
-from kdcache.data.rows import RowSelection, next_token_rows, position_rows, record_labels, select_rows
+from kdcache.data.padding import IGNORED
+from kdcache.data.rows import (
+    NEXT_TOKEN,
+    RECORD,
+    RowSelection,
+    next_token_rows,
+    position_rows,
+    record_labels,
+    row_starts,
+    select_rows,
+)
 from kdcache.errors import DataError, UsageError, near
 from kdcache.models import Output
 
@@ -42,12 +52,15 @@ class Piece:
 
 @dataclass(slots=True)
 class Micro:
-    """A batch in host memory. labels [N] or [N, J], negative where unknown; counts as `kd_loss` divides by them."""
+    """A batch in host memory, whose rows are by `convention` (data/rows.py). labels [N] or [N, J], negative where
+    unknown; counts as `kd_loss` divides by them."""
 
     piece: Piece
     collated: Collated
     cached: Batch | None
     from_data: bool
+    convention: str
+    num_classes: int | None
     rows: Rows | None
     labels: Tensor | None
     label_weight: Tensor | None
@@ -84,7 +97,10 @@ def check_keys(piece: Piece, cached: Batch, collated: Collated, accept: Sequence
         check_same_key(cached.columns["sample_key"], collated.sample_key, piece.sample_ids)
     except DataError as e:
         raise DataError(f"{e}; {_where(piece, cached, cached.columns['sample_key'], collated.sample_key)}") from None
-    if "view_key" not in cached.columns or "view_key" in accept:
+    if "view_key" in accept:
+        return
+    if "view_key" not in cached.columns:
+        _check_raw(piece, cached, collated)
         return
     if collated.view_key is None:
         raise DataError("the cache has view keys, the data gives none; it is not the dataset the teacher saw")
@@ -96,31 +112,41 @@ def check_keys(piece: Piece, cached: Batch, collated: Collated, accept: Sequence
                         "version?); if that is known to be harmless: --accept view_key") from None
 
 
-def cached_rows(spec: CacheSpec, cached: Batch) -> Rows | None:
-    """Where the rows of a batch stand; None for one row per record."""
+def _check_raw(piece: Piece, cached: Batch, collated: Collated) -> None:
+    """DataError where a collate_fn makes other inputs of the items, whose own the teacher was given."""
+    if collated.raw_key is None or collated.view_key is None:
+        return
+    wrong = np.flatnonzero(collated.raw_key != collated.view_key)
+    if wrong.size:
+        raise DataError(f"sample {int(piece.sample_ids[wrong[0]])}: the collate_fn of the data changes what the model "
+                        f"is given ({wrong.size} of {len(collated)} records of this batch), and the teacher was given "
+                        "the items as they are; use the dataset that it saw. If the change is known to be harmless: "
+                        "--accept view_key")
+
+
+def cached_rows(spec: CacheSpec, cached: Batch, collated: Collated) -> Rows | None:
+    """Where the rows of a batch stand in its padded inputs; None for one row per record."""
     if "pos" not in cached.columns:
         return None
     counts_B = np.diff(cached.offsets["row"])
     record_N = np.repeat(np.arange(len(counts_B), dtype=np.int64), counts_B)
-    return torch.from_numpy(record_N), torch.from_numpy(cached.columns["pos"].astype(np.int64))
+    position_N = cached.columns["pos"].astype(np.int64) + row_starts(collated)[record_N]
+    return torch.from_numpy(record_N), torch.from_numpy(position_N)
 
 
 def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: CacheSpec | None, from_data: bool,
-             kind: str | None, targets: bool, num_classes: int | None) -> Micro:
-    """A batch whose rows are the cache's where it has any, else the data's; its labels must be the same in both.
-
-    kind: "one" or "ragged" rows where no cache says so; None takes what the shape of the labels says.
-    """
-    rows = None if cached is None or spec is None else cached_rows(spec, cached)
-    selection = _selection(collated, _kind(collated, kind) if spec is None or spec.kind == "none" else spec.rows)
+             convention: str, targets: bool, num_classes: int | None) -> Micro:
+    """A batch whose rows are the cache's where it has any, else the data's; its labels must be the same in both."""
+    rows = None if cached is None or spec is None else cached_rows(spec, cached, collated)
+    selection = _selection(collated, convention, num_classes)
     if selection is not None and rows is None:
         record_N, position_N = selection.mask_BL.nonzero(as_tuple=True)
         rows = record_N, position_N
-    _check_positions(piece, collated, rows)
+    _check_positions(piece, collated, rows, convention)
     labels, weight = collated.labels, collated.label_weight
     if rows is not None and selection is not None:
         labels = selection.labels_BL[rows]
-        weight = None if weight is None or weight.shape != selection.labels_BL.shape else weight[rows]
+        weight = None if selection.weights_BL is None else selection.weights_BL[rows]
     elif rows is not None:
         labels = weight = None
     else:
@@ -128,6 +154,9 @@ def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: Ca
     if cached is not None and "label" in cached.columns:
         labels = _cached_labels(piece, cached, labels if from_data else None, rows)
         stored = cached.columns.get("label_weight")
+        if stored is None and from_data and weight is not None:
+            raise DataError("the data has label_weight and the cache has labels without weights; dump again, or leave "
+                            "label_weight out of the data")
         weight = None if stored is None else torch.from_numpy(stored).reshape(labels.shape)
     if labels is not None and num_classes is not None:
         _check_range(piece, labels, rows, num_classes)
@@ -136,7 +165,8 @@ def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: Ca
         teacher = float(len(piece.sample_ids) if rows is None else len(rows[0]))
         if cached is not None and "weight" in cached.columns:
             teacher = float(cached.columns["weight"].sum(dtype=np.float64))
-    return Micro(piece, collated, cached, from_data, rows, labels, weight, (_labelled(labels), teacher))
+    return Micro(piece, collated, cached, from_data, convention, num_classes, rows, labels, weight,
+                 (_labelled(labels), teacher))
 
 
 def student_rows(output: Output, micro: Micro, rows: Rows | None) -> Tensor:
@@ -152,7 +182,7 @@ def student_rows(output: Output, micro: Micro, rows: Rows | None) -> Tensor:
                         f"{logits.shape[0]} records), the teacher gave {len(logits)}, one for each record")
     if micro.from_data:
         mask_BL = None if output.row_mask is None else output.row_mask.cpu()
-        selection = select_rows(micro.collated, tuple(logits.shape), mask_BL)
+        selection = select_rows(micro.collated, tuple(logits.shape), micro.convention, mask_BL, micro.num_classes)
         assert selection is not None and micro.rows is not None
         counts_B = np.bincount(micro.rows[0].numpy(), minlength=len(logits))
         wrong = np.flatnonzero(counts_B != selection.counts_B)
@@ -173,34 +203,28 @@ def _where(piece: Piece, cached: Batch, a: npt.NDArray[Any], b: npt.NDArray[Any]
     return f"record {int(cached.records[at])} of the cache is view {int(piece.views[at])} of that sample"
 
 
-def _kind(collated: Collated, kind: str | None) -> str:
-    """Whether records are one row or many: as asked, or by the labels; tokens without labels predict their next."""
-    if kind is not None:
-        return kind
-    if collated.lengths is not None and isinstance(collated.inputs, dict):
-        labels = collated.labels
-        return "ragged" if labels is None or labels.shape == collated.inputs["input_ids"].shape else "one"
-    return "one"
-
-
-def _selection(collated: Collated, kind: str) -> RowSelection | None:
-    if kind == "one":
+def _selection(collated: Collated, convention: str, num_classes: int | None) -> RowSelection | None:
+    if convention == RECORD:
         return None
-    if collated.lengths is not None:
-        return next_token_rows(collated)
+    if convention == NEXT_TOKEN:
+        return next_token_rows(collated, None, num_classes)
     labels = collated.labels
-    return None if labels is None or labels.dim() != 2 else position_rows((labels.shape[0], labels.shape[1]), labels)
+    return None if labels is None or labels.dim() != 2 else position_rows(collated, labels.shape[1])
 
 
-def _check_positions(piece: Piece, collated: Collated, rows: Rows | None) -> None:
-    if rows is None or collated.lengths is None:
+def _check_positions(piece: Piece, collated: Collated, rows: Rows | None, convention: str) -> None:
+    """DataError for a row of the teacher's at a place where the data has no token."""
+    real_BL = collated.real_BL
+    if rows is None or real_BL is None or convention != NEXT_TOKEN:
         return
-    record_N, position_N = rows[0].numpy(), rows[1].numpy()
-    outside = np.flatnonzero(position_N >= collated.lengths[record_N])
-    if len(outside):
-        at = int(record_N[outside[0]])
-        raise DataError(f"sample {int(piece.sample_ids[at])}: the teacher answered at position "
-                        f"{int(position_N[outside[0]])}, the data has {int(collated.lengths[at])} tokens")
+    record_N, position_N = rows
+    outside_N = position_N >= real_BL.shape[1]
+    outside_N |= ~real_BL[record_N, position_N.clamp(max=real_BL.shape[1] - 1)]
+    if bool(outside_N.any()):
+        row = int(outside_N.nonzero()[0])
+        at = int(record_N[row])
+        raise DataError(f"sample {int(piece.sample_ids[at])}: the teacher answered at position {int(position_N[row])}, "
+                        f"the data has {int(real_BL[at].sum())} tokens")
 
 
 def _cached_labels(piece: Piece, cached: Batch, given: Tensor | None, rows: Rows | None) -> Tensor:

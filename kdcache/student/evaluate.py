@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.data.collate import Collated, to_device
-from kdcache.data.rows import record_labels, select_rows
+from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.loading import is_code
+from kdcache.model_checks import find_rows, padding_of
 from kdcache.model_specs import MODELS
 from kdcache.models import Model, Output, forward, load_model, pick_device, require_softmax, require_tokenizer, trying
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
@@ -36,7 +37,7 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
              student_weights: str | Path | None = None, student_code: str | None = None,
              data_args: Mapping[str, Any] | None = None, batch_size: int = 128,
              device: str | torch.device | None = None, workers: int = 0, precision: str | None = None,
-             num_classes: int | None = None) -> dict[str, Any]:
+             num_classes: int | None = None, rows: str | None = None) -> dict[str, Any]:
     """Metrics of a student on every sample of `data` (view 0), as plain numbers.
 
     One row per record, or per position with labels: `loss` (mean CE in nats over labelled rows), `accuracy`,
@@ -48,7 +49,8 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     student_code: the SPEC file.py:name or package.module:name of a run's student. A folder's word alone runs no code,
     so a run of one is refused without it, by a UsageError that says what to give. data: a dataset, `Samples` or data
     SPEC. precision: float32 by default, or the run's. num_classes: logits are cut to so many first; a run knows its
-    own. DataError if nothing is labelled, or the student cannot take it.
+    own. rows: "record", "position" or "next-token" (data/rows.py); by default as a run knows, or as a dump finds them.
+    DataError if nothing is labelled, or the student cannot take it.
     """
     run = None
     if not isinstance(student, nn.Module | Model):
@@ -65,18 +67,21 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
         require_tokenizer(found, samples.tokenizer_identity, role="student")
     module = found.module if isinstance(found, Model) else found
     metrics = evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
-                              precision=precision, num_classes=num_classes or known)
+                              precision=precision, num_classes=num_classes or known,
+                              rows=rows or (None if run is None else run.rows),
+                              task=found.task if isinstance(found, Model) else "")
     return metrics if run is None else {"checkpoint": str(run.checkpoint), "step": run.step, **metrics}
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
                     precision: str = "float32", num_classes: int | None = None, head: Head | None = None,
-                    first: int | None = None) -> dict[str, Any]:
+                    first: int | None = None, rows: str | None = None, task: str = "") -> dict[str, Any]:
     """`evaluate` of a module that is there; its mode of training is put back.
 
     head: of the module, for logits that are never whole. first: only so many samples, to find out before a run whether
-    they can be evaluated on; {} if none of them has a label.
+    they can be evaluated on; {} if none of them has a label. task: what the module is for, if its SPEC says so.
     """
+    samples.padding = padding_of(module, samples.dataset)
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
     if precision not in PRECISIONS:
@@ -84,7 +89,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
     batches = data_batches(samples, _in_order(min(first or len(samples), len(samples)), batch_size), workers)
     training = module.training
     module.to(device).eval()
-    sums, language, wide = torch.zeros(4, dtype=torch.float64, device=device), False, 0
+    sums, wide = torch.zeros(4, dtype=torch.float64, device=device), 0
     try:
         with torch.inference_mode():
             for collated in batches:
@@ -94,27 +99,30 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
                 classes = slice(num_classes)
                 wide = len(range(output.logits.shape[-1] if head is None else head.num_classes)[classes])
                 require_softmax(module, wide, role="student")
-                language = output.logits.dim() == 3 and collated.lengths is not None
-                rows_N, labels_N = _rows(output, collated, wide)
+                if rows is None:
+                    with autocast(device, precision):
+                        rows, _ = find_rows(module, collated, output, task=task, device=device, role="student",
+                                            run=None if head is None else head.trunk)
+                rows_N, labels_N = _rows(output, collated, wide, rows)
                 labels_N = labels_N.to(device)
                 if head is None:
                     sums += _sums(rows_N[:, classes], labels_N)
                 else:
                     with autocast(device, precision):
-                        for rows, logits_NV in head.chunks(rows_N, classes):
-                            sums += _sums(logits_NV, labels_N[rows])
+                        for chunk, logits_NV in head.chunks(rows_N, classes):
+                            sums += _sums(logits_NV, labels_N[chunk])
     finally:
         batches.close()
         module.train(training)
     if first is not None and not float(sums[3]):
         return {}
-    return _metrics(sums.tolist(), samples, language, wide)
+    return _metrics(sums.tolist(), samples, rows == NEXT_TOKEN, wide)
 
 
-def _rows(output: Output, collated: Collated, num_classes: int) -> tuple[Tensor, Tensor]:
+def _rows(output: Output, collated: Collated, num_classes: int, convention: str) -> tuple[Tensor, Tensor]:
     """(logits [N, V], or hidden states, and labels [N]) of the labelled rows of a batch."""
     mask = None if output.row_mask is None else output.row_mask.cpu()
-    selection = select_rows(collated, tuple(output.logits.shape), mask)
+    selection = select_rows(collated, tuple(output.logits.shape), convention, mask, num_classes)
     rows_N, labels = output.logits, collated.labels
     if selection is not None:
         rows_N, labels = rows_N[selection.mask_BL.to(rows_N.device)], selection.labels_N
@@ -188,6 +196,7 @@ class RunStudent:
     precision: str
     checkpoint: Path
     step: int
+    rows: str | None            # by which convention it was trained, None if the run does not say
 
 
 def _of_run(student: str | Path, args: Mapping[str, Any] | None, weights: str | Path | None,
@@ -235,4 +244,6 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
         values = checkpoint.load(folder, model.module)[1]
     model.folder = folder               # whose run.toml knows the tokenizer
     step = values.get("step")
-    return RunStudent(model, classes, options.get("precision", "float32"), folder, step if type(step) is int else 0)
+    rows = recorded.get("rows")
+    return RunStudent(model, classes, options.get("precision", "float32"), folder, step if type(step) is int else 0,
+                      rows if rows in CONVENTIONS else None)

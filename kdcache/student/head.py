@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.data.samples import Inputs
+from kdcache.data.padding import Inputs
 from kdcache.errors import UsageError
 from kdcache.models import Output, forward
 from kdcache.student.engine import capped, wide

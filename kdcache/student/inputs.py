@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from kdcache.data.collate import Collated, collate, read_batch
-from kdcache.data.samples import Item, Samples
+from kdcache.data.collate import Collated, collated_tokens, read_batch
+from kdcache.data.padding import Padding
+from kdcache.data.samples import Samples
 from kdcache.errors import DataError, KDCacheError
 from kdcache.student.prefetch import Prefetch
 
@@ -96,15 +98,14 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def token_batch(batch: Batch) -> Collated:
+def token_batch(batch: Batch, padding: Padding) -> Collated:
     """Inputs from the tokens of a cache: input_ids, attention_mask where lengths differ, document_start."""
     offsets = batch.offsets["token"]
     tokens, starts = batch.columns["token"].astype(np.int64), batch.columns["document_start"]
-    items = []
-    for at, key in enumerate(batch.columns["sample_key"].tolist()):
-        span = slice(int(offsets[at]), int(offsets[at + 1]))
+    spans = [slice(a, b) for a, b in pairwise(offsets.tolist())]
+    for at, span in enumerate(spans):
         if span.start == span.stop:
             raise DataError(f"record {int(batch.records[at])} of the cache has no tokens")
-        ids, flags = torch.from_numpy(tokens[span]), torch.from_numpy(np.array(starts[span], np.uint8))
-        items.append(Item({"input_ids": ids}, None, None, flags, key, None, None))
-    return collate(items)
+    return collated_tokens([torch.from_numpy(tokens[span]) for span in spans],
+                           [torch.from_numpy(np.array(starts[span], np.uint8)) for span in spans],
+                           batch.columns["sample_key"], padding)

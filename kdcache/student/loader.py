@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, to_device
-from kdcache.data.samples import Inputs, Samples
+from kdcache.data.padding import Inputs, Padding
+from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
+from kdcache.data.samples import Samples, extremes
 from kdcache.data.sources import load_data
 from kdcache.errors import UsageError
+from kdcache.model_checks import check_convention, telling_records
 from kdcache.models import forward
 from kdcache.student.batches import (
     Micro,
@@ -39,6 +42,7 @@ from kdcache.student.targets import SoftTargets, soft_targets, targets_from_logi
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache
 
+TOKEN_RECORDS = 64          # of a token cache, among which the shortest and the longest are looked for
 ORDER_BLOCK = 4096          # positions at a time: a call of the order costs 1.0 ms for 64 of them, 2.9 ms for 4,096
 
 
@@ -87,7 +91,9 @@ class Loader:
     features       names of cached features to read
     targets        False reads nothing of the teacher's rows
     live_teacher   a module that is run on each batch, its logits in place of the cache's rows
-    rows           "one" or "ragged" (a row per position) where no cache says so; by default what the labels say
+    rows           "record", "position" or "next-token" (data/rows.py) where no cache says so; by default what the
+                   labels of the first records say: of tokens with a label each, "next-token" if these are the tokens
+    pad_id         that input_ids are filled up with: your model's; by default the dataset's `pad_token_id`, else 0
     accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
     num_classes    of the student, to check labels where no cache knows V
 
@@ -101,14 +107,24 @@ class Loader:
                  workers: int = 0, features: Sequence[str] = (), targets: bool = True, start: int = 0,
                  live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
                  data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
-                 num_classes: int | None = None) -> None:
+                 num_classes: int | None = None, pad_id: int | None = None) -> None:
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
         self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed)
         self._check_sources()
+        check_convention(rows)
+        check_integer("pad_id", pad_id, optional=True)
+        self.rows, self.why = rows, "as asked"
+        if rows is not None and self.spec is not None and self.has_rows and rows != self.spec.convention:
+            raise UsageError(f"--rows {rows}: those of the cache are by {self.spec.convention}; leave it out")
+        self._padding = Padding(pad_id or 0)
+        if self.samples is not None:
+            if pad_id is not None:
+                self.samples.padding = Padding(pad_id)
+            self.samples.compares_raw = self.spec is not None and not self.spec.view_keys
         self.device = check_device(device)
         self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
-        self.workers, self.accept, self.kind = workers, tuple(accept), rows
+        self.workers, self.accept = workers, tuple(accept)
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
         self.first, self.num_samples = first, last - first
         self.order = Order(self.num_samples, seed, shuffle)
@@ -192,12 +208,71 @@ class Loader:
                 yield Piece(epochs[a:b], samples[a:b] + self.first, shown[a:b], at + b, b == end - at)
             at = end
 
-    def peek(self, records: int = 8) -> Micro:
-        """The first few records of a run, read here and now, to check shapes with."""
+    @property
+    def padding(self) -> Padding:
+        """What batches are padded with; set it to that of the model they are for before the first batch."""
+        return self._padding if self.samples is None else self.samples.padding
+
+    @padding.setter
+    def padding(self, padding: Padding) -> None:
+        self._padding = padding
+        if self.samples is not None:
+            self.samples.padding = padding
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the cache says which rows there are."""
+        return self.spec is not None and (self.spec.kind != "none" or self.spec.rows == "ragged")
+
+    @property
+    def convention(self) -> str:
+        """Which rows there are: the cache's, as asked, or as the labels of the run's first records say."""
+        if self.spec is not None and self.has_rows:
+            return self.spec.convention
+        if self.rows is None:
+            self.rows = _by_labels(self.first_inputs())
+        return self.rows
+
+    def first_inputs(self, records: int = 8) -> Collated:
+        """The inputs of the first few records of a run, read here and now."""
+        piece = self._first(records)
+        if self.samples is not None:
+            return Fetch(self.samples)(piece.pairs)
+        assert self.cache is not None               # _check_sources: there are tokens, or there is data
+        collated = self._read(self.cache, piece)[1]
+        assert collated is not None
+        return collated
+
+    def telling(self, records: int = 8) -> list[int]:
+        """Sample ids of a small batch with as much padding as is known of: the first few, the shortest, the longest."""
+        first, last = self.first, self.first + self.num_samples
+        if self.samples is not None:
+            extreme = [i for i in extremes(self.samples) if first <= i < last]
+        else:
+            lengths = self.first_inputs(TOKEN_RECORDS).lengths
+            assert lengths is not None
+            known = self._first(TOKEN_RECORDS).sample_ids
+            extreme = [int(known[lengths.argmin()]), int(known[lengths.argmax()])]
+        ids = dict.fromkeys(self._first(records).sample_ids.tolist())
+        return telling_records(list(ids), extreme if len(set(extreme)) > 1 else [])
+
+    def inputs_of(self, sample_ids: Sequence[int], view: int = 0) -> Collated:
+        """The inputs of some records, read here and now."""
+        if self.samples is not None:
+            return Fetch(self.samples)([(sample_id, view) for sample_id in sample_ids])
+        assert self.cache is not None and self.spec is not None
+        batch = self.cache.read(np.array([self.spec.record(self.spec.views[0] + view, i) for i in sample_ids]),
+                                ["sample_key", "token", "document_start"])
+        return token_batch(batch, self.padding)
+
+    def _first(self, records: int) -> Piece:
         piece = next(self.pieces(0))
         few = slice(0, records)
-        return self._here(Piece(piece.epochs[few], piece.sample_ids[few], piece.views[few], min(records, piece.stop),
-                                True))
+        return Piece(piece.epochs[few], piece.sample_ids[few], piece.views[few], min(records, piece.stop), True)
+
+    def peek(self, records: int = 8) -> Micro:
+        """The first few records of a run, read here and now, to check shapes with."""
+        return self._here(self._first(records))
 
     def extremes(self) -> list[Micro]:
         """The first micro-batch of a run, which is as large as any, and the smallest if it is smaller; read here and
@@ -236,8 +311,9 @@ class Loader:
     def _finish(self, piece: Piece, collated: Collated, batch: Batch | None) -> Micro:
         if batch is not None and self.samples is not None:
             check_keys(piece, batch, collated, self.accept)
-        return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None, kind=self.kind,
-                        targets=self.reads_targets or self.teacher is not None, num_classes=self.num_classes)
+        return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None,
+                        convention=self.convention, targets=self.reads_targets or self.teacher is not None,
+                        num_classes=self.num_classes)
 
     def _reads(self) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
         for piece in self.pieces():
@@ -247,7 +323,7 @@ class Loader:
         spec = cache.spec
         records = (piece.views - spec.views[0]) * spec.num_samples + (piece.sample_ids - self.first)
         batch = cache.read(records, self.columns)
-        return batch, token_batch(batch) if self.samples is None else None
+        return batch, token_batch(batch, self.padding) if self.samples is None else None
 
     def _pairs(self) -> Iterator[Pairs]:
         return (piece.pairs for piece in self.pieces())
@@ -263,7 +339,10 @@ class Loader:
         if self.samples is None and self.spec is None:
             raise UsageError("neither a cache nor data is given; there is nothing to train on")
         if self.samples is None and self.spec is not None and not self.spec.tokens:
-            raise UsageError("the cache holds no tokens, so the student's inputs must come from the data: give --data")
+            given = self.cache.identity.data.get("inputs") if self.cache is not None else None
+            asked = f" (the teacher was given {', '.join(map(str, given))})" if isinstance(given, list) else ""
+            raise UsageError("the cache holds no tokens that are all the teacher was asked with, so the student's "
+                             f"inputs must come from the data{asked}: give --data")
         if self.samples is not None and self.spec is not None and len(self.samples) < self.spec.samples[1]:
             raise UsageError(f"dataset {self.samples.name} has {len(self.samples)} samples; the cache is about samples "
                              f"{self.spec.samples[0]} to {self.spec.samples[1] - 1}")
@@ -285,6 +364,14 @@ class Loader:
         if k not in tiers:
             raise UsageError(f"k is {k}, which is no tier of the cache; tiers: {', '.join(map(str, tiers))}")
         return k
+
+
+def _by_labels(batch: Collated) -> str:
+    """The rows that labels speak of where no model is there to ask: of tokens with a label each, their next tokens if
+    the labels are the tokens themselves or unknown; else each record is one."""
+    if batch.ids_BL is None or (batch.labels is not None and batch.labels.shape != batch.ids_BL.shape):
+        return RECORD
+    return POSITION if label_evidence(batch) in ("next", "other") else NEXT_TOKEN
 
 
 def as_cache(cache: Cache | str | Path | None) -> Cache | None:

@@ -186,7 +186,7 @@ class Loop:
             loss, parts = self._soft_and_hard(output, micro, batch, step)
         if self.matches is not None:
             share = self._share(micro, step)
-            loss = loss + share * self.matches(batch["features"], mask=attention_mask(batch),
+            loss = loss + share * self.matches(batch["features"], real=micro.collated.real,
                                                row_mask=row_mask(batch, output.logits))
             parts += [share * value.to(zero) for value in self.matches.losses.values()]
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
@@ -297,10 +297,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, PRECISIONS[precision])
-
-
-def attention_mask(batch: LoaderBatch) -> Tensor | None:
-    return batch["inputs"].get("attention_mask") if isinstance(batch["inputs"], dict) else None
 
 
 def row_mask(batch: LoaderBatch, logits: Tensor) -> Tensor | None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.cache.spec import CacheSpec, FeatureSpec
+from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.recipes import apply_recipe
+from kdcache.recipes import reduce_activation
 from kdcache.student.engine import wide
 from kdcache.student.targets import column_tensor
 
@@ -105,10 +106,10 @@ class Matches(nn.Module):
         names = dict.fromkeys(match.module for match in self.matches)
         self._hooks = [modules[name].register_forward_hook(self._keep(name)) for name in names]
 
-    def prepare(self, run: Callable[[], object], *, mask: Tensor | None = None, row_mask: Tensor | None = None) -> None:
+    def prepare(self, run: Callable[[], object], *, real: Real | None = None, row_mask: Tensor | None = None) -> None:
         """Build the projections from the shapes of one forward pass of the student, `run`, in eval mode, no gradients.
 
-        Neither the student nor a global random generator is changed. `mask` and `row_mask` as in `forward`.
+        Neither the student nor a global random generator is changed. `real` and `row_mask` as in `forward`.
         UsageError where student and feature cannot be brought to one shape.
         """
         (student,) = self._student
@@ -119,7 +120,7 @@ class Matches(nn.Module):
             with torch.no_grad():
                 run()
                 self.projections = nn.ModuleList(
-                    self._projection(index, self._activation(match, mask, row_mask))
+                    self._projection(index, self._activation(match, real, row_mask))
                     for index, match in enumerate(self.matches)
                 )
         finally:
@@ -128,19 +129,19 @@ class Matches(nn.Module):
             for module in training:
                 module.training = True
 
-    def forward(self, features: Mapping[str, Tensor], *, mask: Tensor | None = None,
+    def forward(self, features: Mapping[str, Tensor], *, real: Real | None = None,
                 row_mask: Tensor | None = None) -> Tensor:
         """The weighted sum of the losses: a scalar, in float32 (float64 for a float64 student).
 
-        `features` by name, [B, *shape], or [N, *shape] of a feature of level row. `mask` (B, L) says which positions
-        of a sequence are valid, for recipes pool and last; `row_mask` bool (B, L) which have a row in the cache.
+        `features` by name, [B, *shape], or [N, *shape] of a feature of level row. `real` says which positions of the
+        batch are no padding; `row_mask` bool (B, L) which have a row in the cache.
         """
         if len(self.projections) != len(self.matches):
             raise RuntimeError("Matches.prepare has not run: the projections are built from a first forward pass")
         self.losses = {}
         total = torch.zeros(())
         for match, projection in zip(self.matches, self.projections, strict=True):
-            activation = self._activation(match, mask, row_mask)
+            activation = self._activation(match, real, row_mask)
             weights = list(projection.parameters())
             student = projection(activation.to(weights[0].dtype) if weights else activation).to(wide(activation.dtype))
             teacher = features[match.feature].to(student.device, student.dtype)
@@ -171,13 +172,13 @@ class Matches(nn.Module):
                 self._seen[name] = _tensor(name, output)
         return hook
 
-    def _activation(self, match: Match, mask: Tensor | None, row_mask: Tensor | None) -> Tensor:
+    def _activation(self, match: Match, real: Real | None, row_mask: Tensor | None) -> Tensor:
         """The student's side of a match, through the recipe of the feature, as it entered the last forward pass."""
         if match.module not in self._seen:
             raise UsageError(f"--match {match}: the student's forward pass did not run module {match.module!r}")
         feature, seen = self.features[match.feature], self._seen[match.module]
         if feature.level != "row":
-            return apply_recipe(feature.recipe, seen, mask)
+            return reduce_activation(feature.recipe, seen, real or Real(), match.module)
         if row_mask is None or row_mask.shape != seen.shape[:2]:
             given = "none was given" if row_mask is None else f"it is {list(row_mask.shape)}"
             raise UsageError(f"--match {match}: the feature has one vector per row, so the activation "

@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from kdcache.cache.identity import Identity, require_same
-from kdcache.data.collate import read_batch
-from kdcache.data.identify import identify, probe_ids
-from kdcache.data.samples import Inputs, Samples
+from kdcache.data.collate import read_batch, to_device
+from kdcache.data.identify import identify
+from kdcache.data.padding import Inputs
+from kdcache.data.rows import NEXT_TOKEN
+from kdcache.data.samples import Samples, probe_ids
 from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
+from kdcache.model_checks import UNSTEADY, Question, Run, find_rows, padding_of, steadiness
 from kdcache.models import (
     Model,
     Output,
@@ -34,7 +37,7 @@ from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import metric_names
 from kdcache.student.head import Head
 from kdcache.student.loader import Loader, as_cache, as_samples
-from kdcache.student.loop import attention_mask, autocast, row_mask
+from kdcache.student.loop import autocast, row_mask
 from kdcache.student.match import Matches
 from kdcache.student.optim import OPTIMIZERS
 from kdcache.student.run import check_accept
@@ -118,11 +121,11 @@ def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[st
         identity, tokenizer = identify(samples)
         given = Identity(data=identity, tokenizer=tokenizer, teacher=cache.identity.teacher,
                          activation=cache.identity.activation)
-        of_identity = [name for name in accept if name != VIEW_KEY and not name.startswith("eval_data")]
+        of_identity = [name for name in accept if name not in (VIEW_KEY, UNSTEADY) and not name.startswith("eval_data")]
         accepted = require_same(cache.identity, given, accept=of_identity, parts=("data", "tokenizer"),
                                 where=str(cache.path))
     elif cache is None:
-        check_accept(accept)
+        check_accept([name for name in accept if name != UNSTEADY])
     _check_eval(cache, samples, eval_samples)
     recorded = {"cache-content-id": None if cache is None else cache.content_id,
                 "data": None if samples is None else _about(samples),
@@ -213,18 +216,26 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     there is not, and for a head that cannot run inside the loss as logits_memory asks; DataError for inputs that the
     student cannot take, and where its rows are not the teacher's.
     """
+    module, dataset = model.module, None if loader.samples is None else loader.samples.dataset
+    loader.padding = padding_of(module, dataset)
+    first = loader.first_inputs()
+    inputs = to_device(first.inputs, loader.device)
+    with _trying(module, inputs), autocast(loader.device, settings.precision):
+        head = None if settings.logits_memory is None else Head(module, settings.logits_memory, inputs)
+    ask = forward if head is None else head.trunk
+    if loader.rows is None and not loader.has_rows:
+        with _trying(module, inputs), autocast(loader.device, settings.precision):
+            loader.rows, loader.why = find_rows(module, first, ask(module, inputs), task=model.task,
+                                                device=loader.device, role="student", run=ask)
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
         raise UsageError("the hard loss has a weight, but neither the cache nor the data has labels; give alpha 1, or "
                          "ce_weight 0")
-    batch, module = loader.place(micro), model.module
-
-    with _trying(module, batch["inputs"]), autocast(loader.device, settings.precision):
-        head = None if settings.logits_memory is None else Head(module, settings.logits_memory, batch["inputs"])
+    batch = loader.place(micro)
 
     def run() -> Output:
         with _trying(module, batch["inputs"]), autocast(loader.device, settings.precision):
-            return (forward if head is None else head.trunk)(module, batch["inputs"])
+            return ask(module, batch["inputs"])
 
     output = run()
     width, teacher = output.logits.shape[-1] if head is None else head.num_classes, loader.num_classes
@@ -237,20 +248,37 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
         require_softmax(module, min(width, teacher or width), role="student")
     if micro.labels is not None or batch["targets"] is not None:
         student_rows(output, micro, batch["rows"])
-    gives = [f"eval_{name}" for name in
-             metric_names(output.logits.dim() == 3 and micro.collated.lengths is not None, teacher or width)]
+    gives = [f"eval_{name}" for name in metric_names(loader.convention == NEXT_TOKEN, teacher or width)]
     best_by = best_by or next(name for name in ("eval_accuracy", "eval_loss") if name in gives)
     if evaluated and (best_by not in gives or best_by not in BEST_BY):
         raise UsageError(f"best_by is {best_by}, but evaluating this student gives "
                          f"{', '.join(name for name in gives if name in BEST_BY)}")
+    _check_steady(module, loader, settings, ask)
     if not settings.match or loader.spec is None:
         return Checked(head, None, best_by)
     if head is not None and any(match.module == head.path for match in settings.matches):
         raise UsageError(f"match names {head.path!r}, the head, which with logits_memory does not run as a module of "
                          "its own; leave out one of them")
     matches = Matches(module, settings.matches, loader.spec.features, seed=settings.seed)
-    matches.prepare(run, mask=attention_mask(batch), row_mask=row_mask(batch, output.logits))
+    matches.prepare(run, real=micro.collated.real, row_mask=row_mask(batch, output.logits))
     return Checked(head, matches, best_by)
+
+
+def _check_steady(module: nn.Module, loader: Loader, settings: Settings, run: Run) -> None:
+    """DataError for a student whose answer in eval mode is left to chance, or to what shares its batch."""
+    samples = loader.samples
+    asked = Question(module, loader.device, loader.inputs_of, loader.convention, "student", run=run,
+                     collate_fn=samples.name if samples is not None and samples.collates else None,
+                     pad_id=loader.padding.pad_id, context=lambda: autocast(loader.device, settings.precision))
+    training = module.training
+    module.eval()
+    try:
+        found = steadiness(asked, loader.telling())
+    finally:
+        module.train(training)
+    if found is not None and found.problem is not None and UNSTEADY not in settings.accept:
+        raise DataError(f"{found.problem} It would be evaluated by chance too; to train it all the same: "
+                        f"--accept {UNSTEADY}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from kdcache.engines import check_engine
 from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.model_checks import check_convention
 from kdcache.student.door import check_integer, check_number, check_type
 from kdcache.student.linear import memory_size
 from kdcache.student.match import Match, parse_match
@@ -56,11 +57,13 @@ class Settings:
     save_every: int | None
     best_by: str | None
     accept: tuple[str, ...]
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
         if (self.epochs is None) == (self.max_steps is None):
             raise UsageError("give either epochs or max_steps: how long to train")
+        check_convention(self.rows)
         _named("precision", self.precision, PRECISIONS)
         if self.best_by is not None:
             _named("best_by", self.best_by, BEST_BY)

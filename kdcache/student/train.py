@@ -41,7 +41,8 @@ NOTHING_YET = "no step was trained yet; give the same command again"
 
 def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
                   data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float | None = None,
-                  ce_weight: float | None = None, kd_weight: float | None = None, divergence: str = "forward_kl",
+                  rows: str | None = None, ce_weight: float | None = None, kd_weight: float | None = None,
+                  divergence: str = "forward_kl",
                   beta: float | None = None, tail: str = "bucket", k: int | None = None, match: Sequence[str] = (),
                   epochs: float | None = None, max_steps: int | None = None, batch_size: int = 128,
                   micro_batch_size: int | None = None, optimizer: str = "adamw", lr: float = 1e-3,
@@ -68,6 +69,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     student        a model SPEC with student_args and student_weights, a module or a `Model`
     data           a dataset or data SPEC; None takes inputs from the cache's tokens. eval_data: evaluated on
     temperature    of soft targets; 2 by default, 1 for token caches. k: a tier of the cache, by default the largest
+    rows           "record", "position" or "next-token", as `dump_teacher` has them, where no cache says so
     loss           ce_weight * CE + kd_weight * T^2 * D (alpha, 0.5, sets 1 - alpha and alpha), + weight * each `match`,
                    "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, beta, tail, engine: see `kd_loss`
     logits_memory  "512 MB": the student's head runs inside the loss (see `kd_linear_loss`), its logits never whole, in
@@ -82,7 +84,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     best_by        eval_loss, eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by; by default
                    eval_accuracy where the evaluation has one, else eval_loss
     report_to      "tensorboard", "wandb"; metrics.jsonl is always written
-    accept         identity fields, or "view_key", whose difference is harmless; also "data.probe", "eval_data.name",
+    accept         identity fields, or "view_key", whose difference is harmless; "unsteady" for a student whose answer
+                   depends on what shares its batch; also "data.probe", "eval_data.name",
                    ... where a run goes on with other data; recorded in run.toml
     dry_run        check everything, train nothing, write nothing
     live_teacher   a module run in the loop in place of the cache's rows
@@ -102,7 +105,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         batch_size=batch_size, micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
         warmup=warmup, clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
         deterministic=deterministic, eval_every=eval_every, save_every=save_every,
-        best_by=best_by, accept=texts(accept))
+        best_by=best_by, accept=texts(accept), rows=rows)
     check_used(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, data=data, data_args=data_args,
                eval_data=eval_data, eval_data_args=eval_data_args, eval_every=eval_every, best_by=best_by)
     check_reporters(texts(report_to))

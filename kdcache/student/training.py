@@ -94,13 +94,14 @@ class Training:
             temperature=settings.temperature, k=settings.k, seed=settings.seed, shuffle=settings.shuffle,
             epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
             features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
-            num_classes=sources.num_classes)
+            num_classes=sources.num_classes, rows=settings.rows)
         checked = check_student(model, self.loader, settings, evaluated=sources.eval_samples is not None,
                                 best_by=settings.best_by or folder.options.get("best-by"))
         self.head, self.matches, self.best_by = checked.head, checked.matches, checked.best_by
         if sources.eval_samples is not None:        # now, and not when an epoch is over
             evaluate_module(model.module, sources.eval_samples, batch_size=CHECKED, device=self.device, first=CHECKED,
-                            precision=settings.precision, num_classes=self.loader.num_classes, head=self.head)
+                            precision=settings.precision, num_classes=self.loader.num_classes, head=self.head,
+                            rows=self.loader.convention)
             folder.options["best-by"] = self.best_by
         self._check_micro_batches()
         modules: list[tuple[str, nn.Module]] = [("", model.module)]
@@ -127,7 +128,8 @@ class Training:
         self.loop.rehearse()
         self.buffers = {name: _mark(value) for name, value in unsaved_buffers(self.model.module).items()}
         self.folder.create({"loaded": self.model.loaded, "accepted": self._accepted(),
-                            "num-classes": self.loader.num_classes, "versions": versions(), **self._resolved()})
+                            "num-classes": self.loader.num_classes, "rows": self.loader.convention,
+                            "versions": versions(), **self._resolved()})
         if (last := self.folder.last()) is not None:
             self._restore(last)
         else:
@@ -240,7 +242,8 @@ class Training:
         size = self.settings.micro_batch_size or self.settings.batch_size
         self.evaluation = evaluate_module(self.model.module, samples, batch_size=size, device=self.device,
                                           workers=self.workers, precision=self.settings.precision,
-                                          num_classes=self.loader.num_classes, head=self.head)
+                                          num_classes=self.loader.num_classes, head=self.head,
+                                          rows=self.loader.convention)
         line, by = self._evaluated(), self.best_by
         metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
                        **line})
@@ -366,6 +369,7 @@ class Training:
             yield "inputs: the tokens of the cache"
         elif cache is not None and not cache.spec.labels and settings.weight_ce:
             yield "labels: those of the data; the cache keeps none, so that nobody compared them with the teacher's"
+        yield f"rows by {loader.convention} ({'as in the cache' if loader.has_rows else loader.why})"
         beta = "" if settings.beta is None else f", beta {settings.beta:g}"
         yield (f"loss: {settings.weight_ce:g} CE + {settings.weight_kd:g} T^2 {settings.divergence} "
                f"(tail {settings.tail}{beta}) at T = "

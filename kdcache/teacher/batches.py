@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdcache.cache.spec import CacheSpec
-from kdcache.data.collate import IGNORED, Collated, read_batch
-from kdcache.data.rows import record_labels, select_rows
+from kdcache.data.collate import Collated, read_batch
+from kdcache.data.padding import IGNORED
+from kdcache.data.rows import NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, KDCacheError
 
@@ -37,7 +38,7 @@ class BatchRows:
     """The rows of a batch, which the spec calls `one` per record or `ragged`.
 
     mask_BL bool and pos int64 [N] of ragged rows, else None; offsets int64 [B + 1]; labels int64 [N, J], -1 unknown;
-    label_weight float32 [N, J]; None where there are none.
+    label_weight float32 [N, J]; None where there are none. pos counts from a record's first real position.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -103,9 +104,10 @@ def _worker_loader(data: SpanData, workers: int) -> Iterator[Collated | KDCacheE
     return iter(DataLoader(data, batch_size=None, shuffle=False, num_workers=workers))
 
 
-def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None) -> BatchRows:
+def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None, convention: str) -> BatchRows:
     """The rows of a batch whose model gave logits of that shape. DataError when labels do not fit them."""
-    selection = select_rows(batch, logits_shape, None if row_mask is None else row_mask.cpu())
+    selection = select_rows(batch, logits_shape, convention, None if row_mask is None else row_mask.cpu(),
+                            logits_shape[-1])
     if selection is None:
         labels, weight = record_labels(batch.labels, batch.label_weight, logits_shape[-1])
         if labels is not None:
@@ -113,9 +115,19 @@ def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | N
         return BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, labels, weight)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(selection.counts_B, dtype=np.int64)])
     labels = None
-    if batch.lengths is not None or batch.labels is not None:
+    if convention == NEXT_TOKEN or batch.labels is not None:
         labels = torch.where(selection.labels_N == IGNORED, UNKNOWN, selection.labels_N)[:, None]
-    return BatchRows(offsets, selection.mask_BL, selection.positions_N.astype(np.int64), labels, None)
+    weight = selection.weights_N
+    return BatchRows(offsets, selection.mask_BL, selection.positions_N, labels,
+                     None if weight is None or labels is None else weight[:, None])
+
+
+def cached_rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None,
+                   spec: CacheSpec) -> BatchRows:
+    """The rows of a batch that a cache keeps; of one that keeps features alone, a nameless one for each record."""
+    if spec.kind == "none" and spec.rows == "one":
+        return BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, None, None)
+    return rows_of(batch, logits_shape, row_mask, spec.convention)
 
 
 def check_labels(labels: Tensor, num_classes: int, name_row: Callable[[int], str]) -> None:

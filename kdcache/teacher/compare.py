@@ -17,10 +17,10 @@ from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError
+from kdcache.model_checks import explained, unit
 from kdcache.models import forward, trying
-from kdcache.teacher.batches import read, rows_of
+from kdcache.teacher.batches import cached_rows_of, read
 from kdcache.teacher.features import Taps, requests_of
-from kdcache.teacher.steady import explained, unit
 from kdcache.topk import tail_lse
 
 HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}      # of a value's size, when rounded to nearest
@@ -92,15 +92,15 @@ def live_sayings(module: torch.nn.Module, samples: Samples, spec: CacheSpec, sai
                  device: torch.device) -> dict[int, Saying]:
     """What the teacher says now of the records of `said`, in forward passes of up to `group` records of one view."""
     out = {}
-    with Taps(module, requests_of(spec.features)) as taps:
+    with Taps(module, requests_of(spec.features), by_row=spec.rows == "ragged") as taps:
         for view, records in _groups(spec, said, group):
             ids = [spec.samples[0] + record % spec.num_samples for record in records]
             batch = read(samples, view, ids)
             inputs = to_device(batch.inputs, device)
-            taps.start(inputs)
+            taps.start(batch.real)
             with trying("teacher", module, inputs):
                 output = forward(module, inputs)
-            rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
+            rows = cached_rows_of(batch, tuple(output.logits.shape), output.row_mask, spec)
             features = taps.take(rows.mask_BL)
             logits = output.logits if rows.mask_BL is None else output.logits[rows.mask_BL.to(device)]
             for b, record in enumerate(records):

@@ -18,12 +18,13 @@ from kdcache.cache.catalog import Header
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
-from kdcache.data.samples import Samples
+from kdcache.data.samples import Samples, extremes
 from kdcache.engines import check_engine
 from kdcache.errors import DataError, KDCacheError, UsageError, near
+from kdcache.model_checks import UNSTEADY, Question, check_convention, padding_of, steadiness, telling_records
 from kdcache.models import Model, pick_device, require_tokenizer
 from kdcache.signals import Signals
-from kdcache.teacher.batches import spans
+from kdcache.teacher.batches import read, spans
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.fused import check_fits
 from kdcache.teacher.plan import RANDOM_TEACHER, Plan, Wanted, make_plan, temperature_names
@@ -31,7 +32,6 @@ from kdcache.teacher.progress import Progress, readable_bytes, readable_seconds
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
 from kdcache.teacher.sources import Rank, pick_samples, pick_teacher, this_rank
-from kdcache.teacher.steady import UNSTEADY, steadiness
 
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")
@@ -98,6 +98,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                  batch_size: int = 32, dtype: str | None = None, engine: str = "auto", device: str = "auto",
                  workers: int = 0, seed: int = 0, shard_size: int | None = None,
                  records_per_shard: int | None = None, labels: bool | None = None, moments: bool = False,
+                 rows: str | None = None, tokens: bool | None = None,
                  teacher_args: Mapping[str, Any] | None = None, teacher_weights: str | Path | None = None,
                  data_args: Mapping[str, Any] | None = None,
                  accept: Sequence[str] = (), limit_samples: int | None = None, dry_run: bool = False,
@@ -109,12 +110,14 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
     (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
     reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
-    the data; None: if it has any; False, like kind "none", does not look at them, whatever they are. shard_size:
-    wanted bytes of a shard, or `records_per_shard` instead; by default a 64th of the dump, of 128 KiB to 256 MiB, and
-    one for every rank. accept: fields of the identity whose difference is harmless; "tokenizer" also for a teacher's
-    own, which is not the data's; "unsteady" for a teacher that does not answer one question once, which costs two
-    forward passes of the first batch and one of a record to find out. progress is called after every batch, say with a
-    sentence at a time. Under torchrun each rank writes a share of the shards.
+    the data; None: if it has any; False, like kind "none", does not look at them, whatever they are. rows: "record",
+    "position" or "next-token" (see data/rows.py); None: as the shape of the logits, the task or a look at the teacher
+    says. tokens: keep the token ids, so that stage 2 needs no data; None: where they are all that the teacher is given.
+    shard_size: wanted bytes of a shard, or `records_per_shard` instead; by default a 64th of the dump, of 128 KiB to
+    256 MiB, and one for every rank. accept: fields of the identity whose difference is harmless; "tokenizer" also for a
+    teacher's own, which is not the data's; "unsteady" for a teacher that does not answer one question once, which costs
+    two forward passes of the first batch and one of a record to find out. progress is called after every batch, say
+    with a sentence at a time. Under torchrun each rank writes a share of the shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
     or the tokenizer is not the teacher's, DataError naming a sample or an unsteady teacher, Interrupted on SIGINT or
@@ -126,12 +129,15 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
                     features=parse_features(features), views=views, values=values, seed=seed,
                     shard_size=shard_size, records_per_shard=records_per_shard,
-                    labels=labels, moments=moments, limit_samples=limit_samples)
+                    labels=labels, moments=moments, limit_samples=limit_samples, rows=rows,
+                    tokens=tokens)
+    check_convention(rows)
     found = pick_device(device, rank.local)
     compute = Compute(batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found))
     with Signals(GO_ON) as signals:
         model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
         samples = pick_samples(data, data_args, seed, labels=labels is not False and kind != "none")
+        samples.padding = padding_of(model.module, samples.dataset)
         overlooked = require_tokenizer(model, samples.tokenizer_identity, role="teacher", accept=accept)
         model.module.to(compute.device)
         with evaluating(model.module):
@@ -140,7 +146,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                              standing=None if there is None else there.spec.records_per_shard)
             compute = _fitting(compute, plan)
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
-            _introduce(report, engine, tell)
+            _introduce(report, plan, engine, tell)
             if dry_run:
                 return report
             identity = _accepted(there, Path(out), plan.identity, accept, tell)
@@ -215,7 +221,7 @@ def _planned(plan: Plan, model: Model, data: str, out: Path, container: str, com
                       shards_left=spec.num_shards, warnings=plan.warnings)
 
 
-def _introduce(report: DumpReport, asked: str, tell: Callable[[str], None]) -> None:
+def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str], None]) -> None:
     kept = {"full": f"all {report.num_classes} logits", "none": "features only",
             "topk": f"top {', '.join(map(str, report.tiers))} of {report.num_classes}, tails at temperature "
                     f"{', '.join(report.temperatures)}"}[report.kind]
@@ -224,6 +230,8 @@ def _introduce(report: DumpReport, asked: str, tell: Callable[[str], None]) -> N
          f"{'shard' if report.num_shards == 1 else 'shards'}, about {readable_bytes(report.predicted_bytes)}")
     tell(f"keeping {kept}" + (f" as {report.values}" if report.kind != "none" else "")
          + (f"; features {', '.join(report.features)}" if report.features else ""))
+    if plan.spec.kind != "none":
+        tell(f"rows by {plan.rows}" + ("; tokens are kept" if plan.spec.tokens else ""))
     if asked == "triton" != report.engine:
         tell(f"kind {report.kind} leaves nothing to reduce: engine 'triton' has no part in it")
     if report.defaults:
@@ -252,7 +260,10 @@ def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples:
     if not shards:
         return report
     start, first = monotonic(), spans(plan.spec, shards[:1], compute.batch_size)[0]
-    found = steadiness(model.module, samples, first, compute.device)
+    ids = telling_records(range(first.start, first.stop), extremes(samples))
+    asked = Question(model.module, compute.device, lambda ids: read(samples, first.view, ids), plan.convention,
+                     collate_fn=samples.name if samples.collates else None, pad_id=samples.padding.pad_id)
+    found = steadiness(asked, ids)
     if found is None:
         return report
     _say_long_shard(plan, (monotonic() - start) / (2 * (first.stop - first.start) + 1), tell)

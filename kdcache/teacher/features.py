@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from kdcache.cache.columns import ROOT
 from kdcache.cache.spec import FEATURE_DTYPES, RECIPES, FeatureSpec
+from kdcache.data.padding import Real
 from kdcache.errors import DataError, NotBuilt, UsageError, near
 from kdcache.models import find_module
-from kdcache.recipes import apply_recipe
+from kdcache.recipes import reduce_activation
 from kdcache.teacher.transfer import send
 
 FORM = "MODULE[:RECIPE[:DTYPE]]"
@@ -68,14 +69,17 @@ def requests_of(features: Iterable[FeatureSpec]) -> tuple[FeatureRequest, ...]:
 
 @dataclass
 class Taps:
-    """Hooks on a teacher, as a context manager: `start(mask)`, a forward pass, then `take(rows)`.
+    """Hooks on a teacher, as a context manager: `start(real)`, a forward pass, then `take(rows)`.
+
+    by_row: `raw` activations are cut to the rows of the cache, a row per position.
 
     UsageError with near names for a module that the teacher has not.
     """
 
     teacher: nn.Module
     requests: tuple[FeatureRequest, ...]
-    _mask: Tensor | None = None
+    by_row: bool = False
+    _real: Real = field(default_factory=Real)
     _taken: dict[str, Tensor] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -90,10 +94,9 @@ class Taps:
         while self._handles:
             self._handles.pop().remove()
 
-    def start(self, inputs: Any) -> None:
-        """Forget the last batch; the attention_mask (B, L) of named inputs says which positions count."""
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        self._mask, self._taken = mask, {}
+    def start(self, real: Real) -> None:
+        """Forget the last batch; `real` says which positions of the next one count."""
+        self._real, self._taken = real, {}
 
     def take(self, rows_BL: Tensor | None = None) -> dict[str, Tensor]:
         """Name -> float32 activation [B, *shape]; with `rows_BL` (bool, on the CPU) `raw` is kept of its positions,
@@ -121,7 +124,7 @@ class Taps:
                                  "pass; name a module that runs once")
             try:
                 activation = _tensor(output)
-                kept = apply_recipe(request.recipe, activation, self._mask)
+                kept = reduce_activation(request.recipe, activation, self._real, request.module, by_row=self.by_row)
             except UsageError as e:
                 raise UsageError(f"feature {request.name} of module {request.module!r}: {e}") from e
             # A later in-place operation (ReLU after a norm) would write into what is only a view.

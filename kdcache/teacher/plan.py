@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,11 +19,13 @@ from kdcache.cache.catalog import check_shards
 from kdcache.cache.columns import MAX_ELEMENTS, ROOT
 from kdcache.cache.identity import Identity
 from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
-from kdcache.data.collate import Collated, to_device
-from kdcache.data.identify import identify, probe_ids
-from kdcache.data.samples import Samples
-from kdcache.errors import UsageError
+from kdcache.data.collate import Collated, beyond_tokens, to_device
+from kdcache.data.identify import identify
+from kdcache.data.rows import NEXT_TOKEN, POSITION, next_token_rows, position_rows
+from kdcache.data.samples import Samples, extremes, probe_ids
+from kdcache.errors import DataError, UsageError
 from kdcache.loading import is_code
+from kdcache.model_checks import find_rows
 from kdcache.model_specs import RANDOM
 from kdcache.models import Model, beyond_positions, forward, require_softmax, trying
 from kdcache.teacher.batches import BatchRows, check_labels, read, row_namer, rows_of
@@ -61,12 +65,15 @@ class Wanted:
     labels: bool | None = None
     moments: bool = False
     limit_samples: int | None = None
+    rows: str | None = None
+    tokens: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The spec and identity of the cache, the defaults that were taken (sentences), its predicted size, what is odd
-    about it: (code, text), and the dtype in which the teacher gives its logits."""
+    about it: (code, text), the dtype in which the teacher gives its logits, and which rows count (None: features alone
+    are kept), also in words that say why."""
 
     spec: CacheSpec
     identity: Identity
@@ -74,6 +81,8 @@ class Plan:
     record_bytes: int
     warnings: tuple[tuple[str, str], ...]
     logits_dtype: torch.dtype
+    convention: str | None
+    rows: str
 
     @property
     def predicted_bytes(self) -> int:
@@ -82,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a few evenly spaced samples showed."""
+    """What a few samples, `ids`, showed; `usual_B` are the evenly spaced ones, without the shortest and the longest."""
 
     num_classes: int
     batch: Collated
@@ -90,10 +99,15 @@ class Probe:
     features: dict[str, Tensor]
     dtype: torch.dtype
     warning: str | None
+    convention: str | None
+    why: str
+    vocabulary: int
+    ids: list[int]
+    usual_B: npt.NDArray[np.bool_]
 
     @property
     def ragged(self) -> bool:
-        return self.rows.mask_BL is not None
+        return self.convention in (POSITION, NEXT_TOKEN)
 
 
 def temperature_names(values: Sequence[float | str]) -> tuple[str, ...]:
@@ -110,17 +124,19 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
     used. Runs one forward pass over at most 8 samples.
     """
     count = len(samples) if wanted.limit_samples is None else min(wanted.limit_samples, len(samples))
-    probed = _probe(model, samples, wanted.features, count, device)
+    probed = _probe(model, samples, wanted, count, device)
     data, tokenizer = identify(samples)
     teacher = {**model.identity, "num_classes": probed.num_classes}
     kept, defaults = _kept(model, wanted, probed)
+    if kept["kind"] != "none":
+        _check_some_row(samples, probed, count)
     specs = feature_specs(wanted.features, probed.features, probed.ragged)
     if kept["kind"] == "none" and not any(feature.level == "row" for feature in specs):
-        kept |= {"rows": "one", "tokens": False}
+        kept |= {"rows": "one", "tokens": False, "predicts": "", "vocabulary": 0}
     spec = CacheSpec(samples=(0, count), views=(0, wanted.views), seed=wanted.seed, view_keys=samples.has_view_keys,
                      records_per_shard=1, features=specs, **kept)
     if spec.labels and probed.rows.labels is not None:
-        check_labels(probed.rows.labels, spec.num_classes, row_namer(0, _probe_ids(count), probed.rows))
+        check_labels(probed.rows.labels, spec.num_classes, row_namer(0, probed.ids, probed.rows))
     record_bytes, most = _record_bytes(spec, probed, samples.window, _usual_length(samples, probed.batch, count))
     chosen = wanted.records_per_shard
     if chosen is None and wanted.shard_size is not None:
@@ -137,7 +153,7 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
     if wanted.views > 1:
         warnings += _warn_of_equal_views(samples, count)
     return Plan(spec, Identity(data=data, tokenizer=tokenizer, teacher=teacher), defaults, record_bytes, warnings,
-                probed.dtype)
+                probed.dtype, probed.convention, f"{probed.convention} ({probed.why})")
 
 
 def records_per_shard(count: int, views: int, record_bytes: int, world: int) -> int:
@@ -180,24 +196,70 @@ def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str],
              "dataset: view(sample_id, view, rng)) or leave out --views"),)
 
 
-def _probe(model: Model, samples: Samples, requests: tuple[FeatureRequest, ...], count: int,
-           device: torch.device) -> Probe:
-    batch = read(samples, 0, _probe_ids(count))
+def _probe(model: Model, samples: Samples, wanted: Wanted, count: int, device: torch.device) -> Probe:
+    # The shortest and the longest are among them: what a model cannot do with padding shows here.
+    ids = sorted({*_probe_ids(count), *(i for i in extremes(samples) if i < count)})
+    batch = read(samples, 0, ids)
     longest, warning = _longest(samples, batch, count), None
     if longest:
         warning = beyond_positions(model, longest, role="teacher")
     inputs = to_device(batch.inputs, device)
-    with Taps(model.module, requests) as taps, torch.inference_mode():
-        taps.start(inputs)
-        with trying("teacher", model.module, inputs):
-            output = forward(model.module, inputs)
-        rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
-        features = taps.take(rows.mask_BL)
+    with torch.inference_mode(), trying("teacher", model.module, inputs):
+        output = forward(model.module, inputs)
+    convention, why = None, "features alone"
+    raw = any(f.recipe == "raw" for f in wanted.features)
+    if wanted.kind != "none" or (raw and output.logits.ndim == 3):
+        convention, why = find_rows(model.module, batch, output, asked=wanted.rows, task=model.task, device=device,
+                                    role="teacher")
+    by_row = raw and convention in (POSITION, NEXT_TOKEN)
+    rows = BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, None, None)
+    if convention is not None:
+        rows = rows_of(batch, tuple(output.logits.shape), output.row_mask, convention)
+    features: dict[str, Tensor] = {}
+    if wanted.features:
+        with Taps(model.module, wanted.features, by_row=by_row) as taps, torch.inference_mode():
+            taps.start(batch.real)
+            with trying("teacher", model.module, inputs):
+                forward(model.module, inputs)
+            features = taps.take(rows.mask_BL)
     width = output.logits.shape[-1]
     classes = model.num_classes or width
     if classes > width:
         raise UsageError(f"teacher {model.spec} says it has {classes} classes, but gives {width} logits")
-    return Probe(classes, batch, rows, features, output.logits.dtype, warning)
+    return Probe(classes, batch, rows, features, output.logits.dtype, warning, convention, why,
+                 _vocabulary(model.module, samples, convention, classes), ids, np.isin(ids, _probe_ids(count)))
+
+
+def _vocabulary(module: torch.nn.Module, samples: Samples, convention: str | None, classes: int) -> int:
+    """Token ids that the teacher reads: those of its input embeddings, else of the dataset; 2^32 where neither says so
+    and its classes are no tokens."""
+    embedding = getattr(module, "get_input_embeddings", lambda: None)
+    with contextlib.suppress(NotImplementedError, AttributeError, TypeError):
+        rows = getattr(embedding(), "num_embeddings", None)
+        if type(rows) is int and rows > 0:
+            return max(rows, classes) if convention == NEXT_TOKEN else rows
+    own = getattr(samples.dataset, "vocab_size", None)
+    if convention == NEXT_TOKEN:
+        return max(own, classes) if type(own) is int else classes
+    return own if type(own) is int and own > 0 else 2**32
+
+
+def _check_some_row(samples: Samples, probed: Probe, count: int) -> None:
+    """DataError where none of the samples that a probe looks at has a row: there is nothing to ask the teacher."""
+    if probed.rows.count or probed.num_classes < 1:
+        return
+    ids = [i for i in probe_ids(len(samples)) if i < count]
+    length = 0 if probed.rows.mask_BL is None else probed.rows.mask_BL.shape[1]
+    for at in range(0, len(ids), PROBE_RECORDS):
+        batch = read(samples, 0, ids[at : at + PROBE_RECORDS])
+        if probed.convention == POSITION and (batch.labels is None or batch.labels.ndim != 2):
+            return                              # its rows are the model's to say
+        selection = next_token_rows(batch, None, probed.num_classes) if probed.convention == NEXT_TOKEN else \
+            position_rows(batch, batch.labels.shape[1] if batch.labels is not None else length)
+        if selection.counts_B.any():
+            return
+    raise DataError(f"dataset {samples.name} has no row in any of the {len(ids)} samples looked at, of {count}: every "
+                    "label is -100, or no record has a token to predict; there is nothing to ask the teacher")
 
 
 def _longest(samples: Samples, batch: Collated, count: int) -> int:
@@ -226,8 +288,12 @@ def _kept(model: Model, wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], 
     _refuse_foreign(wanted, kind, classes)
     if kind != "none":
         require_softmax(model.module, classes, role="teacher")
-    kept: dict[str, Any] = {"kind": kind, "rows": rows, "values": wanted.values,
-                            "tokens": probed.ragged and probed.batch.lengths is not None}
+    tokens = _tokens(wanted, probed)
+    kept: dict[str, Any] = {"kind": kind, "rows": rows, "values": wanted.values, "tokens": tokens}
+    if probed.ragged:
+        kept["predicts"] = "" if probed.convention == (NEXT_TOKEN if tokens else POSITION) else probed.convention
+    if tokens and probed.vocabulary != (0 if kind == "none" else probed.num_classes):
+        kept["vocabulary"] = probed.vocabulary
     if kind == "none":
         return kept | {"num_classes": 0}, tuple(defaults)
     kept |= {"num_classes": classes, "moments": wanted.moments}
@@ -242,6 +308,18 @@ def _kept(model: Model, wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], 
         kept["labels"] = probed.rows.labels.shape[1]
         kept["label_weights"] = probed.rows.label_weight is not None
     return kept, tuple(defaults)
+
+
+def _tokens(wanted: Wanted, probed: Probe) -> bool:
+    """Whether the cache keeps the tokens, to train on them alone: where they are all that the teacher was given."""
+    if not probed.ragged:
+        beyond: str | None = "records with one row each"
+    else:
+        beyond = beyond_tokens(probed.batch)
+    if wanted.tokens and beyond is not None:
+        raise UsageError(f"--tokens: the teacher was given {beyond}, which tokens alone do not say; leave it out: "
+                         "students then take their inputs from --data")
+    return beyond is None if wanted.tokens is None else wanted.tokens
 
 
 def _kind(wanted: Wanted, classes: int) -> tuple[str, list[str]]:
@@ -286,12 +364,11 @@ def _record_bytes(spec: CacheSpec, probed: Probe, window: int, usual_length: flo
     usual_length: mean tokens of a record, 0 without any; eight records are too few to tell it, the last window of a
     document being shorter than the others.
     """
-    records = len(probed.batch)
-    lengths = probed.batch.lengths if probed.batch.lengths is not None else [0]
+    lengths = probed.batch.lengths if probed.batch.lengths is not None else np.zeros(len(probed.batch), np.int64)
     # A record has as many rows fewer than tokens as those of the probe: one, where each position predicts the next.
-    longer = usual_length - float(sum(lengths)) / records
-    usual = {ROOT: 1.0, "row": max(0.0, probed.rows.count / records + longer), "token": usual_length}
-    rows_most = int((probed.rows.offsets[1:] - probed.rows.offsets[:-1]).max(initial=1))
+    longer, rows_B = usual_length - float(lengths[probed.usual_B].mean()), np.diff(probed.rows.offsets)
+    usual = {ROOT: 1.0, "row": max(0.0, float(rows_B[probed.usual_B].mean()) + longer), "token": usual_length}
+    rows_most = int(rows_B.max(initial=1))
     most = {ROOT: 1, "row": 1, "token": window or int(max(lengths)) * LONGER_THAN_PROBED}
     if spec.rows == "ragged":
         most["row"] = window or rows_most * LONGER_THAN_PROBED

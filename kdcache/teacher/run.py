@@ -13,12 +13,12 @@ from torch import nn
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.writer import Writer
-from kdcache.data.collate import Collated, to_device
+from kdcache.data.collate import Collated, beyond_tokens, to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.models import forward, trying
 from kdcache.signals import Signals
-from kdcache.teacher.batches import BatchRows, Span, batches, row_namer, rows_of, spans
+from kdcache.teacher.batches import BatchRows, Span, batches, cached_rows_of, row_namer, spans
 from kdcache.teacher.features import Taps, check_shapes, requests_of
 from kdcache.teacher.progress import Progress
 from kdcache.teacher.reduce import reduce_rows
@@ -63,7 +63,7 @@ def run_teacher(module: nn.Module, samples: Samples, writer: Writer, shards: Seq
     sink = Sink(writer, signals.check)
     sink.start()
     try:
-        with Taps(module, requests_of(spec.features)) as taps:
+        with Taps(module, requests_of(spec.features), by_row=spec.rows == "ragged") as taps:
             for span, batch in itertools.chain(first, source):
                 signals.check()
                 sink.put(observe(module, taps, span, batch, spec, compute))
@@ -83,13 +83,17 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
             compute: Compute) -> HostBatch:
     """What the teacher says about one batch, reduced and on the host. DataError names a sample it cannot be kept of."""
     inputs = to_device(batch.inputs, compute.device, non_blocking=True)
-    taps.start(inputs)
+    taps.start(batch.real)
     with trying("teacher", module, inputs):
         output = forward(module, inputs)
-    rows = rows_of(batch, tuple(output.logits.shape), output.row_mask)
-    if (rows.mask_BL is not None) != (spec.rows == "ragged") and spec.kind != "none":
-        raise DataError(f"sample {span.start}, view {span.view}: the teacher gave logits {list(output.logits.shape)}; "
-                        f"this cache has {'one row' if spec.rows == 'one' else 'a row per position'} of each record")
+    if spec.tokens and (beyond := beyond_tokens(batch)):
+        raise DataError(f"samples {span.start} to {span.stop - 1}: the teacher was given {beyond}; the first samples "
+                        "were asked about by their tokens alone, which this cache keeps in place of the data. Dump "
+                        "them to another --out with --no-tokens: students then take their inputs from --data")
+    try:
+        rows = cached_rows_of(batch, tuple(output.logits.shape), output.row_mask, spec)
+    except DataError as e:
+        raise DataError(f"samples {span.start} to {span.stop - 1}, view {span.view}: {e}") from e
     taken = taps.take(rows.mask_BL)
     check_shapes(spec.features, taken, f"samples {span.start} to {span.stop - 1}")
     features = {name: fetch(x) for name, x in taken.items()}
