@@ -168,6 +168,8 @@ def train_student(as_json: bool, **options: Any) -> None:
 @click.option("--precision", metavar="NAME", help="float32, bfloat16 or float16.  [default: float32, or the RUN's]")
 @click.option("--rows", metavar="NAME", help="What a row is: record, position or next-token.  [default: as a run "
               "knows, or as dump-teacher finds it]")
+@click.option("--accept", multiple=True, metavar="FIELD", help="class_names or tokenizer: a difference is harmless. "
+              "Repeatable.")
 @run_options
 @config_and_json
 def evaluate(as_json: bool, **options: Any) -> None:

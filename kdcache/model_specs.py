@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import torch
 from torch import nn
 
 from kdcache.data.views import seeded_generators
-from kdcache.errors import UsageError, near
+from kdcache.errors import KDCacheError, UsageError, near
 from kdcache.loading import accepts, call, describe, let_through, resolve_spec
+from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
 # Task -> the transformers class that builds it. Where an architecture serves two of them, as BART's does, it is for the
 # one that comes first.
@@ -65,8 +65,8 @@ class Wanted:
 
 @dataclass(slots=True)
 class Built:
-    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved, and
-    the local folder that it came from, if any."""
+    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved, the
+    local folder that it came from, if any, and the names of its classes where the module does not carry them."""
 
     module: nn.Module
     loaded: str
@@ -74,6 +74,7 @@ class Built:
     task: str = ""
     save: Callable[[Path], None] | None = None
     folder: Path | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
@@ -134,8 +135,9 @@ def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **ar
         args = {**wanted.classes, **args}                   # pretrained weights fix the number of classes themselves
     with wanted.seeded():
         module = models.get_model(name, weights="DEFAULT" if pretrained else None, **args)
+    names = models.get_model_weights(name).DEFAULT.meta.get("categories", ()) if pretrained else ()
     return Built(module, f"pretrained weights of torchvision's {name}" if pretrained else wanted.random,
-                 _classes_of(module, args))
+                 _classes_of(module, args), class_names=tuple(names))
 
 
 def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool = False, revision: str | None = None,
@@ -194,19 +196,30 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
     return Built(module, loaded, width, task, partial(_save_hf, module, path), folder if folder.is_dir() else None)
 
 
+def recorded_by(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """What the run whose best/ or last/ a folder is recorded of itself, and its run.toml; None if it is no run's."""
+    run = folder.resolve().parent
+    try:
+        return (read_options(run)[RECORDED], run / OPTIONS) if is_run(run) else None
+    except KDCacheError:                # a file of that name that is no run's
+        return None
+
+
+def names_in(recorded: Mapping[str, Any]) -> tuple[str, ...]:
+    """The class names that a run recorded; () where it did not."""
+    names = recorded.get("class-names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
 def own_tokenizer(folder: Path) -> tuple[str, Path] | None:
     """The fingerprint (data/text.py) of the tokenizer that the model in a folder is for, and the file that says so.
 
     For best/ and last/ of a run that is what run.toml recorded: what it was trained on, whatever tokenizer came along.
     Else it is the folder's tokenizer.json; None without either.
     """
-    file, run = folder / "tokenizer.json", folder.resolve().parent / "run.toml"
-    try:
-        recorded = tomllib.loads(run.read_text(encoding="utf-8")).get("recorded", {}).get("tokenizer")
-    except (OSError, ValueError, AttributeError):       # no run
-        recorded = None
-    if isinstance(recorded, str):
-        return recorded, run
+    file, run = folder / "tokenizer.json", recorded_by(folder)
+    if run is not None and isinstance(run[0].get("tokenizer"), str):
+        return run[0]["tokenizer"], run[1]
     if not file.is_file():
         return None
     from kdcache.data.text import fingerprint, load_tokenizer

@@ -14,12 +14,21 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from kdcache.data.classes import model_names
 from kdcache.data.keys import array_header
 from kdcache.data.padding import Inputs
 from kdcache.data.views import seeded_generators
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
 from kdcache.loading import accepts, describe, let_through
-from kdcache.model_specs import Wanted, build, first_few, own_tokenizer, position_limit
+from kdcache.model_specs import (
+    Wanted,
+    build,
+    first_few,
+    names_in,
+    own_tokenizer,
+    position_limit,
+    recorded_by,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WRAPPED = ("state_dict", "model")       # what training scripts call the weights among the other things they save
@@ -31,7 +40,8 @@ class Model:
 
     spec: the SPEC. loaded: a sentence saying what was loaded from where. num_classes: width of its logits, None if
     unknown before a forward pass. task: one of model_specs.TASKS for hf: and hf-config:, else "". folder: the local one
-    it is from, for these. Training or eval mode, and the device, are the caller's to set.
+    it is from, for these. named: its classes, where the module does not say (see `class_names`). Training or eval mode,
+    and the device, are the caller's to set.
     """
 
     module: nn.Module
@@ -41,6 +51,14 @@ class Model:
     task: str
     save_files: Callable[[Path], None] | None
     folder: Path | None = None
+    named: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of its classes, by number, as far as the module, its library or the run that it is from know them;
+        [] where they do not, or know others than there are logits for."""
+        names = list(self.named) or model_names(self.module)
+        return names if self.num_classes in (None, len(names)) else []
 
     @property
     def dtype(self) -> str:
@@ -52,7 +70,8 @@ class Model:
         """The `teacher` part of an identity; the digest is of the weights as they are when this is first read."""
         return {"weights": weights_digest(self.module), "dtype": self.dtype,
                 "adapters": ",".join(sorted(getattr(self.module, "peft_config", {}))), "preprocessing": "",
-                "num_classes": self.num_classes or 0}
+                "num_classes": self.num_classes or 0,
+                **({"class_names": names} if (names := self.class_names) else {})}
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors into `folder`; for Hugging Face models what `from_pretrained` opens, and the
@@ -88,8 +107,12 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
         built.loaded = load_weights(built.module, weights)
     if wanted.dtype is not None:
         built.module.to(wanted.dtype)
-    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save,
-                 built.folder)
+    named = built.class_names
+    if weights is not None:         # of a run: what it was trained on
+        path = Path(weights).expanduser()
+        run = recorded_by(path if path.is_dir() else path.parent)
+        named = names_in(run[0]) if run is not None else named
+    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save, built.folder, named)
 
 
 def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -> torch.device:

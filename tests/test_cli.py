@@ -35,7 +35,7 @@ OPTIONS = {
                "config", "json"],
     "convert": ["format", "config", "json"],
     "evaluate": ["student", "student-arg", "student-weights", "data", "data-arg", "batch-size", "student-code",
-                 "precision", "rows", "device", "workers", "config", "json"],
+                 "precision", "rows", "accept", "device", "workers", "config", "json"],
     "report": ["by", "sort", "plot", "config", "json"],
     "demo": ["out", "seeds", "config", "json"],
     "env": ["config", "json"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +155,8 @@ def test_timm_and_torchvision_are_asked_for_what_is_wanted(monkeypatch):
     timm.create_model, timm.is_model, timm.list_models = create, lambda name: name == "resnet18", lambda: ["resnet18"]
     vision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
     vision.models, models.get_model, models.list_models = models, create, lambda: ["resnet18"]
+    meta = SimpleNamespace(meta={"categories": [f"class {i}" for i in range(1000)]})
+    models.get_model_weights = lambda name: SimpleNamespace(DEFAULT=meta)
     for name, module in (("timm", timm), ("torchvision", vision), ("torchvision.models", models)):
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -162,7 +164,8 @@ def test_timm_and_torchvision_are_asked_for_what_is_wanted(monkeypatch):
     assert dropping.loaded == "random weights, seed 2"
     assert load_model("timm:resnet18", args={"pretrained": True}).loaded == "pretrained weights of timm's resnet18"
     assert load_model("torchvision:resnet18", num_classes=7).num_classes == 7
-    assert load_model("torchvision:resnet18", num_classes=7, args={"pretrained": True}).num_classes is None
+    pretrained = load_model("torchvision:resnet18", num_classes=7, args={"pretrained": True})
+    assert pretrained.num_classes is None and pretrained.class_names == meta.meta["categories"]
     assert asked == [("resnet18", {"pretrained": False, "num_classes": 7, "drop_rate": 0.1}),
                      ("resnet18", {"pretrained": True}),
                      ("resnet18", {"weights": None, "num_classes": 7}),

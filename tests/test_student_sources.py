@@ -89,7 +89,7 @@ def test_that_hard_labels_are_not_the_caches_is_said(tmp_path: Path) -> None:
 def test_evaluation_data_of_other_classes_or_tokens_is_refused(tmp_path: Path) -> None:
     data = Points(20)
     data.class_names = data.class_names[::-1]
-    with pytest.raises(DataError, match="evaluation data points has the classes"):
+    with pytest.raises(IdentityMismatch, match="'class 6' for the evaluation data points"):
         run(tmp_path / "run", Net(8), data=Points(20), eval_data=data, alpha=0.0, epochs=1)
     words = Windows(8)
     words.tokenizer_identity = {"fingerprint": "1" * 64}

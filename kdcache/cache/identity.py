@@ -9,6 +9,9 @@ from typing import Any
 from kdcache.canonical import dumps
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError, near
 
+# Of later versions, and known of some models only: compared where both sides have them.
+WHERE_KNOWN = ("teacher.class_names",)
+ALIASES = {"class_names": ("data.class_names", "teacher.class_names")}      # what --accept NAME stands for
 PARTS = ("data", "tokenizer", "teacher", "activation")
 Document = dict[str, Any]
 
@@ -18,7 +21,8 @@ class Identity:
     """The document that says whose answers a cache holds; plain JSON values only (no floats).
 
     data: name, revision, num_samples, class_names, window, probe (keys of evenly spaced samples, 16 hex digits each).
-    tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype, adapters, preprocessing, num_classes.
+    tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype, adapters, preprocessing, num_classes,
+    and class_names where it has some.
     """
 
     data: Document
@@ -60,7 +64,7 @@ def difference(cached: Identity, given: Identity, parts: Iterable[str] = PARTS) 
             continue
         for key in sorted({*a, *b}):
             x, y = a.get(key), b.get(key)
-            if x != y:
+            if x != y and not (f"{part}.{key}" in WHERE_KNOWN and None in (x, y)):
                 out.append(_lists(f"{part}.{key}", x, y) if isinstance(x, list) and isinstance(y, list)
                            else FieldDifference(f"{part}.{key}", x, y))
     return out
@@ -70,8 +74,9 @@ def require_same(cached: Identity, given: Identity, *, accept: Sequence[str] = (
                  where: str = "cache") -> list[str]:
     """The differing fields that `accept` names; IdentityMismatch listing the others, UsageError for a foreign name."""
     parts = tuple(parts)
+    accept = [field for name in accept for field in ALIASES.get(name, (name,))]
     known = {f"{part}.{key}" for part in PARTS for doc in (getattr(cached, part), getattr(given, part))
-             if isinstance(doc, dict) for key in doc} | set(PARTS)
+             if isinstance(doc, dict) for key in doc} | {*PARTS, *WHERE_KNOWN}
     for name in accept:
         if name not in known:
             raise UsageError(f"--accept {name}: no such field of an identity{near(name, known)}")
@@ -89,7 +94,10 @@ def require_same(cached: Identity, given: Identity, *, accept: Sequence[str] = (
 def _lists(field: str, cached: list[Any], given: list[Any]) -> FieldDifference:
     """Two long lists said by their first difference."""
     if len(cached) != len(given):
-        return FieldDifference(field, f"{len(cached)} entries", f"{len(given)} entries")
+        named = field.endswith("class_names")           # a number says little where a name is missing
+        only = [[x for x in a if x not in b][:4] if named else [] for a, b in ((cached, given), (given, cached))]
+        return FieldDifference(field, *(f"{len(entries)} entries" + (f", of them alone {few}" if few else "")
+                                        for entries, few in zip((cached, given), only, strict=True)))
     at = [i for i, (x, y) in enumerate(zip(cached, given, strict=True)) if x != y]
     first = at[0]
     return FieldDifference(field, f"{cached[first]!r} at {first}",

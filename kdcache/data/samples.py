@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kdcache.data.classes import dataset_names
 from kdcache.data.keys import arrays_of, elements, given_key, sample_key
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.views import read_view
@@ -74,7 +75,7 @@ class Samples:
         if not 0 <= seed < 2**64:
             raise UsageError(f"seed is {seed}; expected 0 <= seed < 2^64")
         self.revision = str(getattr(dataset, "revision", None) or "")
-        self.class_names = [str(name) for name in getattr(dataset, "class_names", None) or ()]
+        self.class_names = dataset_names(dataset, self.name)
         self.tokenizer_identity: dict[str, Any] | None = getattr(dataset, "tokenizer_identity", None)
         self.window = int(getattr(dataset, "window", None) or 0)
         self.token_lengths: npt.NDArray[np.int64] | None = getattr(dataset, "token_lengths", None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache.data import classes
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
-from kdcache.errors import DataError, UsageError
+from kdcache.errors import DataError, UsageError, near
 from kdcache.loading import is_code
 from kdcache.model_checks import find_rows, padding_of
-from kdcache.model_specs import MODELS
+from kdcache.model_specs import MODELS, names_in
 from kdcache.models import Model, Output, forward, load_model, pick_device, require_softmax, require_tokenizer, trying
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
 from kdcache.student import checkpoint
@@ -31,13 +33,17 @@ from kdcache.student.settings import PRECISIONS
 
 TOP = 5
 PACKAGED = ("kdcache.demo:convnet", "kdcache.demo:mlp")     # code SPECs of this package: a run may name them by itself
+OF = ("the student", "the data")
+ACCEPTED = ("class_names", "tokenizer")         # what --accept of this command may name
+log = logging.getLogger("kdcache")
 
 
 def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args: Mapping[str, Any] | None = None,
              student_weights: str | Path | None = None, student_code: str | None = None,
              data_args: Mapping[str, Any] | None = None, batch_size: int = 128,
              device: str | torch.device | None = None, workers: int = 0, precision: str | None = None,
-             num_classes: int | None = None, rows: str | None = None) -> dict[str, Any]:
+             num_classes: int | None = None, rows: str | None = None,
+             accept: Sequence[str] = ()) -> dict[str, Any]:
     """Metrics of a student on every sample of `data` (view 0), as plain numbers.
 
     One row per record, or per position with labels: `loss` (mean CE in nats over labelled rows), `accuracy`,
@@ -50,7 +56,9 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     so a run of one is refused without it, by a UsageError that says what to give. data: a dataset, `Samples` or data
     SPEC. precision: float32 by default, or the run's. num_classes: logits are cut to so many first; a run knows its
     own. rows: "record", "position" or "next-token" (data/rows.py); by default as a run knows, or as a dump finds them.
-    DataError if nothing is labelled, or the student cannot take it.
+    accept: "class_names" or "tokenizer", whose difference is harmless; what was found and accepted is in the answer as
+    `accepted`. IdentityMismatch where one differs and is not: the class names of a model or run, or its tokenizer, are
+    not the data's. DataError if nothing is labelled, or the student cannot take it.
     """
     run = None
     if not isinstance(student, nn.Module | Model):
@@ -63,23 +71,40 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     samples = as_samples(data, data_args, seed=None)
     if samples is None:
         raise UsageError("evaluate needs data")
+    for name in accept:
+        if name not in ACCEPTED:
+            raise UsageError(f"--accept {name}: evaluation compares {' and '.join(ACCEPTED)}{near(name, ACCEPTED)}")
+    accepted: list[str] = []
     if isinstance(found, Model):
-        require_tokenizer(found, samples.tokenizer_identity, role="student")
+        accepted += require_tokenizer(found, samples.tokenizer_identity, role="student", accept=accept)
     module = found.module if isinstance(found, Model) else found
+    names = found.class_names if isinstance(found, Model) else classes.model_names(found)
+    overlooked, notes = classes.check(names, samples.class_names, of=OF, accept=accept)
+    for note in notes:
+        log.warning("warning: %s", note)
+
+    def look(width: int) -> None:
+        if not names:
+            overlooked.extend(classes.check_number(samples.class_names, width, of=OF, accept=accept))
+
     metrics = evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
                               precision=precision, num_classes=num_classes or known,
-                              rows=rows or (None if run is None else run.rows),
+                              look=look, rows=rows or (None if run is None else run.rows),
                               task=found.task if isinstance(found, Model) else "")
-    return metrics if run is None else {"checkpoint": str(run.checkpoint), "step": run.step, **metrics}
+    accepted += overlooked
+    said = {} if run is None else {"checkpoint": str(run.checkpoint), "step": run.step}
+    return {**said, **metrics, **({"accepted": accepted} if accepted else {})}
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
                     precision: str = "float32", num_classes: int | None = None, head: Head | None = None,
-                    first: int | None = None, rows: str | None = None, task: str = "") -> dict[str, Any]:
+                    first: int | None = None, rows: str | None = None, task: str = "",
+                    look: Callable[[int], None] | None = None) -> dict[str, Any]:
     """`evaluate` of a module that is there; its mode of training is put back.
 
     head: of the module, for logits that are never whole. first: only so many samples, to find out before a run whether
     they can be evaluated on; {} if none of them has a label. task: what the module is for, if its SPEC says so.
+    look: called with the number of classes, once it is known.
     """
     samples.padding = padding_of(module, samples.dataset)
     if batch_size < 1:
@@ -98,6 +123,9 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
                     output = (forward if head is None else head.trunk)(module, inputs)
                 classes = slice(num_classes)
                 wide = len(range(output.logits.shape[-1] if head is None else head.num_classes)[classes])
+                if look is not None:
+                    look(wide)
+                    look = None
                 require_softmax(module, wide, role="student")
                 if rows is None:
                     with autocast(device, precision):
@@ -243,6 +271,7 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
         model = load_model(code or spec, args=args, num_classes=classes, dtype="float32")
         values = checkpoint.load(folder, model.module)[1]
     model.folder = folder               # whose run.toml knows the tokenizer
+    model.named = names_in(recorded)
     step = values.get("step")
     rows = recorded.get("rows")
     return RunStudent(model, classes, options.get("precision", "float32"), folder, step if type(step) is int else 0,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kdcache.cache.identity import Identity, require_same
+from kdcache.data import classes
 from kdcache.data.collate import read_batch, to_device
 from kdcache.data.identify import identify
 from kdcache.data.padding import Inputs
@@ -68,6 +69,15 @@ class Sources:
         if self.samples is not None:
             return self.samples.tokenizer_identity
         return None if self.cache is None else self.cache.identity.tokenizer
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of what is trained on, by number: the data's, else the teacher's; [] where neither says."""
+        if self.samples is not None and self.samples.class_names:
+            return self.samples.class_names
+        identity = None if self.cache is None else self.cache.identity
+        return [] if identity is None else list(identity.data.get("class_names") or
+                                                identity.teacher.get("class_names") or ())
 
     @property
     def longest(self) -> int:
@@ -126,12 +136,13 @@ def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[st
                                 where=str(cache.path))
     elif cache is None:
         check_accept([name for name in accept if name != UNSTEADY])
-    _check_eval(cache, samples, eval_samples)
     recorded = {"cache-content-id": None if cache is None else cache.content_id,
                 "data": None if samples is None else _about(samples),
                 "eval-data": None if eval_samples is None else _about(eval_samples)}
     sources = Sources(cache, samples, eval_samples, accepted, recorded)
     recorded["tokenizer"] = (sources.tokenizer or {}).get("fingerprint")
+    recorded["class-names"] = sources.class_names or None
+    accepted += [name for name in _check_eval(sources, accept) if name not in accepted]
     return sources
 
 
@@ -165,6 +176,22 @@ def check_text(model: Model, sources: Sources, accept: Sequence[str]) -> None:
     sources.accepted = list(dict.fromkeys([*sources.accepted, *found]))
     said = beyond_positions(model, sources.longest, role="student")
     sources.notes += [said] if said is not None else []
+
+
+def check_classes(model: Model, sources: Sources, accept: Sequence[str]) -> None:
+    """IdentityMismatch for a student that names its classes otherwise than what it is to be trained on; what was
+    accepted, and what cannot be compared, is added to `sources`.
+
+    The config of a Hugging Face student without names, or whose other ones were accepted, gets those of the data.
+    """
+    names, own = sources.class_names, model.class_names
+    config: Any = getattr(model.module, "config", None)
+    found, said = classes.check(own, names, of=("the student", "the data"), accept=accept)
+    sources.accepted = list(dict.fromkeys([*sources.accepted, *found]))
+    sources.notes += said
+    if (found or not own) and names and len(getattr(config, "id2label", None) or ()) == len(names):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def check_weights(settings: Settings, sources: Sources, live_teacher: nn.Module | None) -> None:
@@ -311,18 +338,22 @@ def versions() -> dict[str, str]:
     return out
 
 
-def _check_eval(cache: Cache | None, samples: Samples | None, evaluation: Samples | None) -> None:
-    """DataError for evaluation data without labels, or whose classes or tokenizer are not those of training."""
+def _check_eval(sources: Sources, accept: Sequence[str]) -> list[str]:
+    """What was accepted. DataError for evaluation data without labels, or whose tokenizer is not that of training;
+    IdentityMismatch where the classes are not."""
+    cache, samples, evaluation = sources.cache, sources.samples, sources.eval_samples
     if evaluation is None:
-        return
+        return []
     first = read_batch(evaluation, [(0, 0)])
     if first.labels is None and first.lengths is None:
         raise DataError(f"evaluation data {evaluation.name} has no labels; there is nothing to evaluate on")
-    names = samples.class_names if samples is not None else [] if cache is None else cache.identity.data["class_names"]
-    if names and evaluation.class_names and names != evaluation.class_names:
-        raise DataError(f"evaluation data {evaluation.name} has the classes {evaluation.class_names[:8]}, training has "
-                        f"{list(names)[:8]}; expected the same in the same order")
+    # Two data sets of one run are somebody's own; a teacher's names may be those of another naming.
+    of_data = cache is None or sources.class_names != cache.identity.teacher.get("class_names")
+    found, said = classes.check(sources.class_names, evaluation.class_names, accept=accept, strict=of_data,
+                                of=("the training data", f"the evaluation data {evaluation.name}"))
+    sources.notes += said
     tokens = samples.tokenizer_identity if samples is not None else None if cache is None else cache.identity.tokenizer
     if tokens and evaluation.tokenizer_identity and tokens != evaluation.tokenizer_identity:
         raise DataError(f"evaluation data {evaluation.name} has another tokenizer than training: "
                         f"{evaluation.tokenizer_identity}, expected {tokens}")
+    return found

@@ -18,6 +18,7 @@ from typing import Any
 import tomli_w
 
 from kdcache.cache.store import NO_LOCKS, TEMPORARY, Directory, explain
+from kdcache.data.classes import CLASS_NAMES
 from kdcache.errors import CacheCorrupt, CacheExists, DataError, KDCacheError, SpecMismatch, UsageError, near
 from kdcache.runs import (
     ARGUMENTS,
@@ -277,7 +278,8 @@ def plain(value: Any) -> Any:
 
 def check_accept(accept: Sequence[str]) -> None:
     """UsageError for a name that is no field of a run's data."""
-    known = {*DATA.values(), *(f"{part}.{name}" for part in DATA.values() for name in DATA_FIELDS.values())}
+    known = {CLASS_NAMES, *DATA.values(),
+             *(f"{part}.{name}" for part in DATA.values() for name in DATA_FIELDS.values())}
     for name in accept:
         if name not in known:
             raise UsageError(f"accept {name!r}: there is no cache whose identity could differ, and no such field of "

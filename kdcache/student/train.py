@@ -21,6 +21,7 @@ from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
 from kdcache.student.prepare import (
+    check_classes,
     check_text,
     check_used,
     check_weights,
@@ -84,9 +85,9 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     best_by        eval_loss, eval_accuracy, eval_accuracy_top5 or eval_perplexity: what best/ is best by; by default
                    eval_accuracy where the evaluation has one, else eval_loss
     report_to      "tensorboard", "wandb"; metrics.jsonl is always written
-    accept         identity fields, or "view_key", whose difference is harmless; "unsteady" for a student whose answer
-                   depends on what shares its batch; also "data.probe", "eval_data.name",
-                   ... where a run goes on with other data; recorded in run.toml
+    accept         identity fields, "class_names" or "view_key", whose difference is harmless; "unsteady" for a student
+                   whose answer depends on what shares its batch; also "data.probe", "eval_data.name", ... where a run
+                   goes on with other data; recorded in run.toml
     dry_run        check everything, train nothing, write nothing
     live_teacher   a module run in the loop in place of the cache's rows
     on_step        called with a `StepInfo` after each step; on_metrics with each line of metrics.jsonl; say with lines
@@ -131,6 +132,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
             return report
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         check_text(model, sources, settings.accept)
+        check_classes(model, sources, settings.accept)
         model.module.to(picked)
         if report is not None:
             checkpoint.load(folder.last_of_finished(), model.module)

@@ -18,6 +18,7 @@ from kdcache.cache.catalog import Header
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
+from kdcache.data import classes
 from kdcache.data.samples import Samples, extremes
 from kdcache.engines import check_engine
 from kdcache.errors import DataError, KDCacheError, UsageError, near
@@ -112,12 +113,13 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
     the data; None: if it has any; False, like kind "none", does not look at them, whatever they are. rows: "record",
     "position" or "next-token" (see data/rows.py); None: as the shape of the logits, the task or a look at the teacher
-    says. tokens: keep the token ids, so that stage 2 needs no data; None: where they are all that the teacher is given.
-    shard_size: wanted bytes of a shard, or `records_per_shard` instead; by default a 64th of the dump, of 128 KiB to
-    256 MiB, and one for every rank. accept: fields of the identity whose difference is harmless; "tokenizer" also for a
-    teacher's own, which is not the data's; "unsteady" for a teacher that does not answer one question once, which costs
-    two forward passes of the first batch and one of a record to find out. progress is called after every batch, say
-    with a sentence at a time. Under torchrun each rank writes a share of the shards.
+    says. tokens: keep the token ids, so that stage 2 needs no data; None: where they are all that the teacher is
+    given. shard_size: wanted bytes of a shard, or `records_per_shard` instead; by default a 64th of the dump, of 128
+    KiB to 256 MiB, and one for every rank. accept: fields of the identity whose difference is harmless; "tokenizer"
+    also for a teacher's own, which is not the data's; "class_names" for classes that the teacher and the data have in
+    another order or number; "unsteady" for a teacher that does not answer one question once, which costs two forward
+    passes of the first batch and one of a record to find out. progress is called after every batch, say with a
+    sentence at a time. Under torchrun each rank writes a share of the shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
     or the tokenizer is not the teacher's, DataError naming a sample or an unsteady teacher, Interrupted on SIGINT or
@@ -147,6 +149,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             compute = _fitting(compute, plan)
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
             _introduce(report, plan, engine, tell)
+            report, overlooked = _same_classes(report, model, samples, accept, overlooked, tell)
             if dry_run:
                 return report
             identity = _accepted(there, Path(out), plan.identity, accept, tell)
@@ -155,7 +158,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             begun = there is not None
             if not begun:                           # before anything stands there of a teacher that is refused
                 report = steady(report, rank.share(range(plan.spec.num_shards)))
-            if overlooked:
+            if "tokenizer" in overlooked:
                 tell("accepted: the teacher's own tokenizer is not the data's")
             with create(out, plan.spec, identity, container=container, recorded=_recorded(compute, model, overlooked),
                         share=(rank.rank, rank.world)) as writer:
@@ -238,6 +241,24 @@ def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str],
         tell(f"not given, so: {'; '.join(report.defaults)}")
     for _, text in report.warnings:
         tell(f"warning: {text}")
+
+
+def _same_classes(report: DumpReport, model: Model, samples: Samples, accept: Sequence[str], overlooked: list[str],
+                  tell: Callable[[str], None]) -> tuple[DumpReport, list[str]]:
+    """Compare the class names of teacher and data, and their number with V: the report with a warning where they cannot
+    be compared or the difference is accepted, and what was overlooked."""
+    if report.kind == "none":                   # features of any order
+        return report, overlooked
+    of = ("the teacher", "the data")
+    found, warnings = classes.check(model.class_names, samples.class_names, of=of, accept=accept)
+    if not found and not warnings:
+        found = classes.check_number(samples.class_names, report.num_classes, of=of, accept=accept)
+        warnings = [f"the data names {len(samples.class_names)} classes, the teacher gives {report.num_classes} "
+                    "logits. Accepted."] if found else []
+    for text in warnings:
+        tell(f"warning: {text}")
+    added = tuple((classes.CLASS_NAMES, text) for text in warnings)
+    return dataclasses.replace(report, warnings=(*report.warnings, *added)), [*overlooked, *found]
 
 
 def _accepted(there: Header | None, out: Path, identity: Identity, accept: Sequence[str],

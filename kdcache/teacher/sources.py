@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -56,8 +57,7 @@ def pick_teacher(teacher: Any, *, args: Mapping[str, Any] | None, weights: str |
     if args or weights:
         raise UsageError("teacher_args and teacher_weights go with a teacher SPEC; a module was given")
     if isinstance(teacher, Model):
-        return Model(_cast(teacher.module, dtype), teacher.spec, teacher.loaded, teacher.num_classes, teacher.task,
-                     teacher.save_files, teacher.folder)
+        return dataclasses.replace(teacher, module=_cast(teacher.module, dtype))
     if not isinstance(teacher, nn.Module):
         raise UsageError(f"teacher is a {type(teacher).__name__}; expected a SPEC or a torch.nn.Module")
     classes = getattr(teacher, "num_classes", None)
