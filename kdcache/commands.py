@@ -87,7 +87,8 @@ DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.m
 @run_options
 @click.option("--seed", type=click.IntRange(min=0), help="Decides the views.  [default: 0]")
 @click.option("--accept", multiple=True, metavar="FIELD", help="A difference in this field is harmless; unsteady: keep "
-              "the answers of a teacher that are left to chance. Repeatable.")
+              "the answers of a teacher that are left to chance; answers: go on though it says something else about "
+              "committed records. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written and how large, and write nothing.")
 @config_and_json
 def dump_teacher(as_json: bool, **options: Any) -> None:

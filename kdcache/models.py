@@ -20,6 +20,7 @@ from kdcache.data.padding import Inputs
 from kdcache.data.views import seeded_generators
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
 from kdcache.loading import accepts, describe, let_through
+from kdcache.model_identity import architecture
 from kdcache.model_specs import (
     Wanted,
     build,
@@ -70,7 +71,7 @@ class Model:
         """The `teacher` part of an identity; the digest is of the weights as they are when this is first read."""
         return {"weights": weights_digest(self.module), "dtype": self.dtype,
                 "adapters": ",".join(sorted(getattr(self.module, "peft_config", {}))), "preprocessing": "",
-                "num_classes": self.num_classes or 0,
+                "num_classes": self.num_classes or 0, **architecture(self.module),
                 **({"class_names": names} if (names := self.class_names) else {})}
 
     def save(self, folder: str | Path) -> None:

@@ -107,8 +107,10 @@ def test_the_digest_is_of_names_dtypes_shapes_and_bytes(mine):
                 weights_digest(nn.BatchNorm1d(2))}
     assert len(digests) == 5
     model = load_model(f"{mine}:Net", dtype="float16")
+    modules = {"": "Net()", "body": "Linear(in_features=2, out_features=4, bias=True)",
+               "head": "Linear(in_features=4, out_features=3, bias=True)"}
     assert model.identity == {"weights": weights_digest(model.module), "dtype": "float16", "adapters": "",
-                              "preprocessing": "", "num_classes": 3}
+                              "preprocessing": "", "num_classes": 3, "modules": modules}
     with pytest.raises(UsageError, match="_extra_state"):
         weights_digest(_WithExtraState())
 

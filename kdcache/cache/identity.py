@@ -9,11 +9,30 @@ from typing import Any
 from kdcache.canonical import dumps
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError, near
 
+
+class _Absent:
+    """A field that is not there, which null is not."""
+
+    def __repr__(self) -> str:
+        return "none"
+
+
+ABSENT = _Absent()
 # Of later versions, and known of some models only: compared where both sides have them.
 WHERE_KNOWN = ("teacher.class_names",)
+# Of later versions: where the cache has none, there is nothing to compare.
+LATER = ("teacher.config", "teacher.modules")
 ALIASES = {"class_names": ("data.class_names", "teacher.class_names")}      # what --accept NAME stands for
+SHOWN = 12                      # differences that are listed
 PARTS = ("data", "tokenizer", "teacher", "activation")
 Document = dict[str, Any]
+# What is read somewhere has these types wherever it stands; other fields are free.
+TYPES: dict[str, type | list[type]] = {
+    "data.name": str, "data.revision": str, "data.num_samples": int, "data.class_names": [str], "data.window": int,
+    "data.probe": [str], "tokenizer.fingerprint": str, "teacher.weights": str, "teacher.dtype": str,
+    "teacher.adapters": str, "teacher.preprocessing": str, "teacher.num_classes": int, "teacher.config": dict,
+    "teacher.modules": dict, "teacher.class_names": [str],
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +41,8 @@ class Identity:
 
     data: name, revision, num_samples, class_names, window, probe (keys of evenly spaced samples, 16 hex digits each).
     tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype, adapters, preprocessing, num_classes,
-    and class_names where it has some.
+    class_names where it has some, config and modules (what turns the same weights into other answers). UsageError for a
+    field of another type.
     """
 
     data: Document
@@ -36,6 +56,14 @@ class Identity:
                 raise UsageError(f"identity.{part}: expected an object, found {getattr(self, part)!r:.80}")
         if self.tokenizer is not None and not isinstance(self.tokenizer, dict):
             raise UsageError(f"identity.tokenizer: expected an object or null, found {self.tokenizer!r:.80}")
+        for name, kind in TYPES.items():
+            part, _, key = name.partition(".")
+            value = (getattr(self, part) or {}).get(key, ABSENT)
+            good = value is ABSENT or (type(value) is kind if isinstance(kind, type) else isinstance(value, list)
+                                       and set(map(type, value)) <= set(kind))
+            if not good:
+                expected = kind.__name__ if isinstance(kind, type) else "list of str"
+                raise UsageError(f"identity.{name}: expected {expected}, found {value!r:.80}")
         if self.activation not in ("softmax", "sigmoid"):
             raise UsageError(f"identity.activation is {self.activation!r}; expected 'softmax' or 'sigmoid'")
         try:
@@ -54,20 +82,40 @@ class Identity:
         return cls(**doc)
 
 
+def untold(cached: Identity, given: Identity) -> list[str]:
+    """Fields that are not compared, because the cache was made before they were kept."""
+    return [name for name in LATER if name.removeprefix("teacher.") in given.teacher
+            and name.removeprefix("teacher.") not in cached.teacher]
+
+
 def difference(cached: Identity, given: Identity, parts: Iterable[str] = PARTS) -> list[FieldDifference]:
-    """The fields of the named parts in which two identities differ, as `part.field`."""
-    out = []
+    """The fields of the named parts in which two identities differ, as `part.field`, or `part.field.inner ...`.
+
+    What a cache does not say because it was made before (`LATER`) does not differ.
+    """
+    out: list[FieldDifference] = []
     for part in parts:
         a, b = getattr(cached, part), getattr(given, part)
         if not (isinstance(a, dict) and isinstance(b, dict)):
             out += [FieldDifference(part, a, b)] if a != b else []
             continue
         for key in sorted({*a, *b}):
-            x, y = a.get(key), b.get(key)
-            if x != y and not (f"{part}.{key}" in WHERE_KNOWN and None in (x, y)):
-                out.append(_lists(f"{part}.{key}", x, y) if isinstance(x, list) and isinstance(y, list)
-                           else FieldDifference(f"{part}.{key}", x, y))
+            field = f"{part}.{key}"
+            if (key in a or field not in LATER) and not (field in WHERE_KNOWN and None in (a.get(key), b.get(key))):
+                out += _apart(field, a.get(key), b.get(key))
     return out
+
+
+def _apart(field: str, cached: Any, given: Any) -> list[FieldDifference]:
+    """Where two JSON values differ: the innermost fields of objects."""
+    if cached == given and type(cached) is type(given):
+        return []
+    if isinstance(cached, dict) and isinstance(given, dict):
+        keys = sorted({*cached, *given})
+        return [d for key in keys for d in _apart(f"{field}.{key}", cached.get(key, ABSENT), given.get(key, ABSENT))]
+    if isinstance(cached, list) and isinstance(given, list):
+        return [_lists(field, cached, given)]
+    return [FieldDifference(field, cached, given)]
 
 
 def require_same(cached: Identity, given: Identity, *, accept: Sequence[str] = (), parts: Iterable[str] = PARTS,
@@ -75,20 +123,26 @@ def require_same(cached: Identity, given: Identity, *, accept: Sequence[str] = (
     """The differing fields that `accept` names; IdentityMismatch listing the others, UsageError for a foreign name."""
     parts = tuple(parts)
     accept = [field for name in accept for field in ALIASES.get(name, (name,))]
+    found = difference(cached, given, parts)
     known = {f"{part}.{key}" for part in PARTS for doc in (getattr(cached, part), getattr(given, part))
-             if isinstance(doc, dict) for key in doc} | {*PARTS, *WHERE_KNOWN}
+             if isinstance(doc, dict) for key in doc} | {*PARTS, *WHERE_KNOWN} | {d.field for d in found}
     for name in accept:
         if name not in known:
             raise UsageError(f"--accept {name}: no such field of an identity{near(name, known)}")
-    found = difference(cached, given, parts)
-    refused = [d for d in found if d.field not in accept and d.field.split(".")[0] not in accept]
+    refused = [d for d in found if not any(d.field == name or d.field.startswith(f"{name}.") for name in accept)]
     if refused:
-        lines = "".join(f"\n  {d}" for d in refused)
+        lines = "".join(f"\n  {line}" for line in first_lines(refused))
         # Several at once are another dataset or teacher; other keys are other samples, which no name makes harmless.
         if len(refused) == 1 and refused[0].field != "data.probe":
             lines += f"\n  a difference known to be harmless: --accept {refused[0].field}"
         raise IdentityMismatch(f"{where}: not of this data, tokenizer or teacher; fields that differ:{lines}", refused)
     return [d.field for d in found]
+
+
+def first_lines(found: Sequence[FieldDifference]) -> list[str]:
+    """Differences in a line each, and how many more there are: another model differs in every module."""
+    more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return [*map(str, found[:SHOWN]), *more]
 
 
 def _lists(field: str, cached: list[Any], given: list[Any]) -> FieldDifference:

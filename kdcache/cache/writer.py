@@ -16,7 +16,7 @@ from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header
 from kdcache.cache.check import judged_with, prepare, problem
 from kdcache.cache.columns import Array
-from kdcache.cache.identity import Identity, difference, require_same
+from kdcache.cache.identity import Identity, difference, first_lines, require_same
 from kdcache.cache.rawmap import Facts, digest, facts_records, map_file, rest_digest, survey
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, Hold, explain
@@ -142,7 +142,7 @@ def _accepted(directory: Directory, found: bytes, spec: CacheSpec, identity: Ide
         lines = [f"container: cache has {header.container!r}, given is {container!r}"]
         # Other data or another tokenizer often gives another number of samples: say what it comes from, too.
         lines = ((lines if header.container != container else []) + [str(d) for d in different]
-                 + [str(d) for d in difference(header.identity, identity)])
+                 + first_lines(difference(header.identity, identity)))
         raise SpecMismatch(f"{directory.path}: a cache of another spec stands there; fields that differ:\n  "
                            + "\n  ".join(lines) + "\n  choose another place, or give the options it was made with"
                            + alive)

@@ -25,6 +25,8 @@ from kdcache.topk import tail_lse
 
 HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}      # of a value's size, when rounded to nearest
 LEAST_FLOAT16 = 2.0**-25        # half the smallest float16
+LEAST_BFLOAT16 = 2.0**-134      # half the smallest bfloat16
+LEAST_UINT8 = 2.0**-141         # 254 codes of a step that float32 can only hold to half of its smallest, 2^-149
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Saying:
 
     Parts: "logits" [N, K] relative to the row's maximum, "tails" [N, T], and one for each feature. `ids` int64 [N, K]
     or None (all). `size` is the largest |value| before it was taken relative, `eps` of the dtype of the logits, `unit`
-    the coarsest on the way to them.
+    the coarsest on the way to them. `bad` says what is not finite in it; nothing can be told from its numbers then.
     """
 
     parts: dict[str, Array]
@@ -43,6 +45,7 @@ class Saying:
     size: float = 0.0
     eps: float = 0.0
     unit: float = 0.0
+    bad: str = ""
 
 
 def cached_saying(spec: CacheSpec, batch: Batch) -> Saying:
@@ -56,7 +59,9 @@ def cached_saying(spec: CacheSpec, batch: Batch) -> Saying:
         rounding["logits"] = _rounding(spec, parts["logits"], size, batch.columns)
         if rows.tail_lse is not None:
             parts["tails"] = rows.tail_lse.astype(np.float64)
-            moved = size[:, :1] * HALF_UNIT["bfloat16"] if spec.values == "bfloat16" else np.zeros((len(size), 1))
+            moved = np.zeros((len(size), 1))
+            if spec.values == "bfloat16":
+                moved = size[:, :1] * HALF_UNIT["bfloat16"] + LEAST_BFLOAT16
             rounding["tails"] = np.broadcast_to(moved, parts["tails"].shape)
     for feature in spec.features:
         value = decode_feature(feature, batch.columns).astype(np.float64)
@@ -69,10 +74,12 @@ def _rounding(spec: CacheSpec, relative: Array, size: Array, columns: Mapping[st
     depth = np.where(np.isfinite(relative), np.abs(relative), 0)
     if spec.values == "uint8":
         # half a step, and what float32 rounds of code * step
-        half: Array = np.asarray(columns["step"], np.float64)[:, None] / 2 + depth * 2.0**-23
+        half: Array = np.asarray(columns["step"], np.float64)[:, None] / 2 + depth * 2.0**-23 + LEAST_UINT8
         return half
     finite = np.where(np.isfinite(size), size, 0)
     moved: Array = (finite + finite.max(axis=1, keepdims=True)) * HALF_UNIT[spec.values]
+    if spec.values == "bfloat16":
+        moved = moved + 2 * LEAST_BFLOAT16
     if spec.values == "float16":
         moved = depth * HALF_UNIT["float16"] + LEAST_FLOAT16
     return moved
@@ -81,9 +88,10 @@ def _rounding(spec: CacheSpec, relative: Array, size: Array, columns: Mapping[st
 def _feature_rounding(feature: FeatureSpec, value: Array, columns: Mapping[str, Array]) -> Array:
     if feature.dtype == "int8":
         scale = np.asarray(columns[f"{feature.column}_scale"], np.float64)[..., None]
-        half: Array = np.broadcast_to(scale / 2 * (1 + 2.0**-20), value.shape)
+        half: Array = np.broadcast_to(scale / 2 * (1 + 2.0**-20) + LEAST_UINT8, value.shape)
         return half
-    moved: Array = np.abs(value) * HALF_UNIT[feature.dtype] + (LEAST_FLOAT16 if feature.dtype == "float16" else 0)
+    least = {"float16": LEAST_FLOAT16, "bfloat16": LEAST_BFLOAT16}.get(feature.dtype, 0.0)
+    moved: Array = np.abs(value) * HALF_UNIT[feature.dtype] + least
     return moved
 
 
@@ -124,6 +132,7 @@ def _groups(spec: CacheSpec, records: Iterable[int], group: int) -> Iterable[tup
 def _live(spec: CacheSpec, said: Saying, logits_NV: torch.Tensor, features: dict[str, torch.Tensor],
           record: int) -> Saying:
     parts: dict[str, Array] = {name: x.double().cpu().numpy() for name, x in features.items()}
+    bad = [f"has a NaN or an infinity in feature {name}" for name, x in parts.items() if not np.isfinite(x).all()]
     size = max((float(np.abs(x).max(initial=0)) for x in parts.values()), default=0.0)
     if spec.kind != "none":
         rows = len(said.parts["logits"])
@@ -131,6 +140,7 @@ def _live(spec: CacheSpec, said: Saying, logits_NV: torch.Tensor, features: dict
             raise DataError(f"record {record}: the teacher gives {list(logits_NV.shape)} rows and logits; the cache "
                             f"has {rows} rows of {spec.num_classes} classes")
         wide_NV = logits_NV[:, : spec.num_classes].float()
+        bad += _not_finite(wide_NV)
         max_N = wide_NV.amax(-1)
         size = max(size, float(wide_NV.abs().masked_fill(wide_NV == -torch.inf, 0).amax()) if rows else 0.0)
         kept_NK = wide_NV
@@ -145,7 +155,17 @@ def _live(spec: CacheSpec, said: Saying, logits_NV: torch.Tensor, features: dict
         if x.shape != said.parts[name].shape:
             raise DataError(f"record {record}: the teacher's {name} are {list(x.shape)}; the cache has "
                             f"{list(said.parts[name].shape)}")
-    return Saying(parts, {}, size=size, eps=float(torch.finfo(logits_NV.dtype).eps))
+    return Saying(parts, {}, size=size, eps=float(torch.finfo(logits_NV.dtype).eps), bad=" and ".join(bad))
+
+
+def _not_finite(logits_NV: torch.Tensor) -> list[str]:
+    """What no row may have; -inf alone is a logit."""
+    if not len(logits_NV):
+        return []
+    largest_N = logits_NV.amax(-1)
+    found = {"a NaN logit": logits_NV.isnan(), "a logit of +inf": logits_NV == torch.inf,
+             "a row of nothing but -inf": largest_N == -torch.inf}
+    return [f"has {what}" for what, where in found.items() if bool(where.any())]
 
 
 def gaps(said: Saying, live: Saying) -> dict[str, tuple[float, float]]:

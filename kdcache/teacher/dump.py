@@ -15,16 +15,17 @@ from typing import Any
 
 from kdcache import __version__
 from kdcache.cache.catalog import Header
-from kdcache.cache.identity import Identity, require_same
+from kdcache.cache.identity import Identity, require_same, untold
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
 from kdcache.data import classes
 from kdcache.data.samples import Samples, extremes
 from kdcache.engines import check_engine
-from kdcache.errors import DataError, KDCacheError, UsageError, near
+from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
 from kdcache.model_checks import UNSTEADY, Question, check_convention, padding_of, steadiness, telling_records
 from kdcache.models import Model, pick_device, require_tokenizer
 from kdcache.signals import Signals
+from kdcache.teacher.agreement import ANSWERS, agreement, committed_records
 from kdcache.teacher.batches import read, spans
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.fused import check_fits
@@ -118,7 +119,8 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     KiB to 256 MiB, and one for every rank. accept: fields of the identity whose difference is harmless; "tokenizer"
     also for a teacher's own, which is not the data's; "class_names" for classes that the teacher and the data have in
     another order or number; "unsteady" for a teacher that does not answer one question once, which costs two forward
-    passes of the first batch and one of a record to find out. progress is called after every batch, say with a
+    passes of the first batch and one of a record to find out; "answers" for one that is asked again about a few
+    committed records, when a dump goes on, and says something else. progress is called after every batch, say with a
     sentence at a time. Under torchrun each rank writes a share of the shards.
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
@@ -168,6 +170,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                     return dataclasses.replace(_sealed(report, writer), already_complete=True)
                 if begun:
                     report = steady(report, rank.share(missing))
+                    report = _same_answers(report, writer, missing, model, samples, compute, accept, tell)
                 _check_disk(writer, plan, missing)
                 _say_start(plan, missing, rank, tell)
                 _say_compute(writer, compute, model, missing, tell)
@@ -264,9 +267,11 @@ def _same_classes(report: DumpReport, model: Model, samples: Samples, accept: Se
 def _accepted(there: Header | None, out: Path, identity: Identity, accept: Sequence[str],
               tell: Callable[[str], None]) -> Identity:
     """The identity to continue with: the cache's own where `accept` names all that differs from it."""
-    accept = [name for name in accept if name != UNSTEADY]
+    accept = [name for name in accept if name not in (UNSTEADY, ANSWERS)]
     if there is None:
         require_same(identity, identity, accept=accept)         # refuses a name that no field has
+    if there is not None and (fields := untold(there.identity, identity)):
+        tell(f"not compared, as the cache was made before it was kept: {', '.join(fields)}")
     if not accept or there is None:
         return identity
     found = require_same(there.identity, identity, accept=accept, where=str(out))
@@ -297,6 +302,33 @@ def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples:
                         f"--accept {UNSTEADY}")
     tell(f"warning: {found.problem} Accepted.")
     return dataclasses.replace(report, warnings=(*report.warnings, (UNSTEADY, found.problem)))
+
+
+def _same_answers(report: DumpReport, writer: Writer, missing: Sequence[int], model: Model, samples: Samples,
+                  compute: Compute, accept: Sequence[str], tell: Callable[[str], None]) -> DumpReport:
+    """Ask the teacher of a dump that goes on about a few committed records. IdentityMismatch for another answer: equal
+    weights and equal fields of the identity do not make one teacher; a warning where that is accepted."""
+    if UNSTEADY in accept:
+        return report                                           # no answer of it is to be had twice
+    with open_cache(writer.path, allow_partial=True) as cache:
+        records = committed_records(cache, missing)
+        if not records:
+            return report
+        start = monotonic()
+        found = agreement(cache, model.module, samples, records, compute.device)
+    if not found.problems:
+        tell(f"asked again about {len(records)} of the committed records, in {monotonic() - start:.1f} s: the same "
+             "answers")
+        return report
+    problem = found.problems[0]
+    if ANSWERS not in accept:
+        raise IdentityMismatch(
+            f"{writer.path}: the teacher does not say again what is committed there: {problem}. It is another model "
+            "with equal weights (its configuration, its code, what it is given), or it computes otherwise (dtype, "
+            "device, versions); give what the cache was begun with, choose another place, or keep both answers: "
+            f"--accept {ANSWERS}", [FieldDifference(ANSWERS, "those of its records", problem)])
+    tell(f"warning: {problem}. Accepted.")
+    return dataclasses.replace(report, warnings=(*report.warnings, (ANSWERS, problem)))
 
 
 def _say_long_shard(plan: Plan, seconds: float, tell: Callable[[str], None]) -> None:
