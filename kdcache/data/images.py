@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
+from kdcache.data.folders import ClassFolders, class_folders
 from kdcache.errors import DataError, UsageError
 from kdcache.loading import describe, let_through
 
+log = logging.getLogger("kdcache")
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0           # TIFF 6.0, section 8
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CROP_AREA = (0.35, 1.0)         # part of the picture an augmented view keeps; milder than ImageNet training's 0.08
 CROP_RATIO = (3 / 4, 4 / 3)     # width : height of that part, before it is resized
@@ -23,7 +29,18 @@ Box = tuple[float, float, float, float]
 class ImageFolder:
     """Images in class folders: items (float32 [3, height, width], class index).
 
-    Pixels are RGB in 0..1, then (pixel - mean) / std. Each is resized (bicubic) so that it covers the size, then its
+    Every folder is a class, with all pictures below it; links are followed. Names that begin with a dot, and those that
+    systems leave behind (data/folders.py), are nobody's.
+
+    What a picture is, by its mode, as values in 0..1 for red, green and blue:
+    - RGB and L (grey) 8 bits / 255, 1 bit 0 or 1, P its palette's colours; grey is the same in all three
+    - I;16 (PNG, TIFF) and I (PGM, TIFF; 32 bits that hold 16) / 65535, or the largest value of the bits that a TIFF
+      says; outside that it is refused by name. F (TIFF) as it is; outside 0..1 it is refused
+    - alpha (RGBA, LA, PA, a transparent colour): as it looks on white
+    - CMYK and other colour spaces: as Pillow converts them to RGB, by formula, without colour profiles
+    - turned and mirrored as its EXIF orientation says, where that can be read; of several frames or pages the first
+
+    Then (pixel - mean) / std. Each is resized (bicubic) so that it covers the size, then its
     middle is taken. Samples are sorted by class name, then by path. `key(i)` is XXH3-64 of the file's bytes followed
     by the label as 8 bytes, little-endian.
     """
@@ -40,14 +57,13 @@ class ImageFolder:
         self.mean, self.std = _channels(mean, "mean"), _channels(std, "std")
         if not np.all(self.std > 0):
             raise UsageError(f"--data-arg std is {std}; expected numbers above 0")
-        self.class_names = sorted(entry.name for entry in self.root.iterdir()
-                                  if entry.is_dir() and not entry.name.startswith("."))
-        self.files = [(file, label) for label, folder in enumerate(self.class_names)
-                      for file in sorted((self.root / folder).rglob("*"), key=Path.as_posix)
-                      if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = class_folders(self.root, SUFFIXES, f"data imagefolder:{path}")
+        self.class_names, self.files = found.names, found.files
         if not self.files:
             raise DataError(f"{path} has no images; expected folders named after the classes with "
-                            f"{', '.join(SUFFIXES)} files in them (found folders: {self.class_names[:5]})")
+                            f"{', '.join(SUFFIXES)} files in them; found no folder{_beside(found)}")
+        if found.passed_over is not None:
+            log.warning("data imagefolder:%s: %s", path, found.passed_over)
         self.revision = self._revision()
 
     def __len__(self) -> int:
@@ -71,7 +87,10 @@ class ImageFolder:
         file, label = self.files[i]
         try:
             with Image.open(file) as image:
-                return image.convert("RGB"), label
+                image.load()
+                return picture(image), label
+        except DataError as e:
+            raise DataError(f"{file}: {e}") from e
         except Exception as e:          # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
             let_through(e)
             raise DataError(f"{file} cannot be decoded: {describe(e)}") from e
@@ -80,7 +99,11 @@ class ImageFolder:
         from PIL import Image
         resized = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
         pixels = np.asarray(resized, np.float32)
-        pixels = (pixels[:, ::-1] if flip else pixels) / np.float32(255)
+        if resized.mode == "F":             # of 0..1; bicubic overshoots, which 8 bits clip by themselves
+            pixels = np.repeat(pixels.clip(0, 1)[:, :, None], 3, axis=2)
+        else:
+            pixels = pixels / np.float32(255)
+        pixels = pixels[:, ::-1] if flip else pixels
         return torch.from_numpy(np.ascontiguousarray(((pixels - self.mean) / self.std).transpose(2, 0, 1)))
 
     def _revision(self) -> str:
@@ -103,6 +126,44 @@ class AugmentedImageFolder(ImageFolder):
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
         right, bottom = min(left + width, image.width), min(top + height, image.height)     # rounding may pass the edge
         return self._tensor(image, (left, top, right, bottom), flip=bool(rng.random() < 0.5)), label
+
+
+def picture(image: Any) -> Any:
+    """A Pillow image as the two modes that are worked with: RGB of 8 bits, or F of 0..1 for grey of more than 8.
+
+    See `ImageFolder` for what each mode is. DataError for values beyond what its mode is scaled by.
+    """
+    from PIL import Image, ImageOps
+
+    with contextlib.suppress(Exception):    # an EXIF block that is no EXIF says nothing about the picture
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_deep_grey(image))
+    if image.has_transparency_data:
+        shown = image.convert("RGBA")
+        if shown.getextrema()[3][0] == 255:             # nothing shines through: most pictures with alpha
+            return shown.convert("RGB")
+        white = Image.new("RGBA", shown.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, shown).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey(image: Any) -> npt.NDArray[np.float32]:
+    """Grey of more than 8 bits as float32 [height, width] in 0..1."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})                 # of a TIFF
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    largest = 1.0 if image.mode == "F" else float(2 ** min(bits, 16) - 1)
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= largest:                 # also NaN
+        raise DataError(f"it is of mode {image.mode} with values from {low:g} to {high:g}; expected 0 to {largest:g}: "
+                        "convert it to 8 or 16 bits")
+    grey = values.astype(np.float32) / np.float32(largest)
+    return 1 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+
+
+def _beside(found: ClassFolders) -> str:
+    return "" if found.passed_over is None else f", and {found.passed_over}"
 
 
 def image_folder(path: str, /, *, size: int | Sequence[int] = 224, augment: bool = False,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from kdcache.data.folders import check_name
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loading import describe, let_through
 
@@ -89,6 +90,8 @@ def matching_files(pattern: str) -> tuple[Path, list[Path]]:
     root = Path(*parts[:fixed])
     found = [Path(name) for name in glob.glob(str(Path(*parts)), recursive=True)]
     files = sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(root).as_posix())
+    for file in files:
+        check_name(file.relative_to(root).as_posix(), root)
     if not files:
         raise UsageError(f"data text:{pattern}: no file matches")
     return root, files
