@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.env import env
+from kdcache.paths import local_path
 
 Contender = Callable[[], object]
 
@@ -83,6 +84,7 @@ def save(result: Mapping[str, Any], folder: Path) -> Path:
     """Keep the line in `folder`, under the benchmark's name, the device's, and the date; never over an older one."""
     gpus = result["machine"]["gpus"] if str(result.get("device", "cpu")).startswith("cuda") else []
     device = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()).strip("-") if gpus else "cpu"
+    folder = local_path(folder, "--results")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['bench']}_{device}_{time.strftime('%Y-%m-%d_%H%M%S')}.json"
     with open(path, "x", encoding="ascii") as file:

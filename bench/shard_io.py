@@ -33,6 +33,7 @@ from kdcache.cache.reader import open as open_cache
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.writer import create
+from kdcache.paths import local_path
 
 CONTAINERS = ("arrow", "hdf5")
 IDENTITY = Identity(data={"name": "bench"}, teacher={"weights": "none"})
@@ -65,6 +66,7 @@ def shard_io(quick: bool = False, rounds: int | None = None, folder: Path | None
     spec = CacheSpec(kind="topk", num_classes=sizes.num_classes, samples=(0, sizes.records), tiers=(sizes.k,),
                      records_per_shard=sizes.records_per_shard, temperatures=("1", "2"), labels=1)
     if folder is not None:
+        folder = local_path(folder, "--folder")
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kdcache-bench-", dir=folder) as place:
         columns = shard_columns(spec)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.paths import local_path
 from kdcache.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def demo(out: str | Path = "demo-out", seeds: int = 5, *, shorten: int = 1,
     _require("sklearn", "matplotlib")
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; expected at least 1")
-    tell, start, folder = say or (lambda text: None), time.perf_counter(), Path(out)
+    tell, start, folder = say or (lambda text: None), time.perf_counter(), local_path(out, "--out")
     continued = (folder / "teacher").exists()
     result = _finished(folder, seeds, shorten)
     if result is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.paths import local_path
 from kdcache.signals import Interrupted
 
 
@@ -135,7 +136,7 @@ def _parameters(function: Callable[..., Any], where: str) -> tuple[dict[str, boo
 
 
 def _file_module(text: str) -> ModuleType:
-    path = Path(text).expanduser().resolve()
+    path = local_path(text, "file").resolve()
     if not path.is_file():
         raise UsageError(f"{text}: no such file")
     name = f"kdcache_user_{path.stem}_{xxhash.xxh3_64_hexdigest(str(path).encode())}"

@@ -17,6 +17,7 @@ from torch import nn
 from kdcache.data.views import seeded_generators
 from kdcache.errors import KDCacheError, UsageError, near
 from kdcache.loading import accepts, call, describe, let_through, resolve_spec
+from kdcache.paths import local_path
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
 # Task -> the transformers class that builds it. Where an architecture serves two of them, as BART's does, it is for the
@@ -276,7 +277,7 @@ def _save_hf(module: Any, source: str, folder: Path) -> None:
 
 def _existing(path: str, prefix: str) -> str:
     """`path` with its ~ spelt out; UsageError if it has the form of a local path and nothing is there."""
-    local = Path(path).expanduser()
+    local = local_path(path, f"model {prefix}")
     if not local.exists() and (path.startswith(("/", "~", ".")) or path.count("/") > 1):
         raise UsageError(f"model {prefix}:{path}: no such file or folder")
     return str(local) if local.exists() else path

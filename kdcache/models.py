@@ -30,6 +30,7 @@ from kdcache.model_specs import (
     position_limit,
     recorded_by,
 )
+from kdcache.paths import local_path
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WRAPPED = ("state_dict", "model")       # what training scripts call the weights among the other things they save
@@ -77,7 +78,7 @@ class Model:
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors into `folder`; for Hugging Face models what `from_pretrained` opens, and the
         tokenizer if the model came with one."""
-        path = Path(folder)
+        path = local_path(folder, "folder")
         path.mkdir(parents=True, exist_ok=True)
         if self.save_files is not None:
             self.save_files(path)
@@ -110,7 +111,7 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
         built.module.to(wanted.dtype)
     named = built.class_names
     if weights is not None:         # of a run: what it was trained on
-        path = Path(weights).expanduser()
+        path = local_path(weights, "weights")
         run = recorded_by(path if path.is_dir() else path.parent)
         named = names_in(run[0]) if run is not None else named
     return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save, built.folder, named)
@@ -305,7 +306,7 @@ def materialise(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 def load_weights(module: nn.Module, weights: str | Path) -> str:
     """Load a weights file into `module` and say so in a sentence; UsageError unless every tensor has its place."""
-    path = Path(weights).expanduser()
+    path = local_path(weights, "weights")
     path = path / "model.safetensors" if path.is_dir() else path
     fit_weights(module, _read_weights(path), path)
     return f"weights from {path}"

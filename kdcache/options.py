@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from kdcache.config import read_config
 from kdcache.errors import UsageError
+from kdcache.paths import local_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "kdcache.config"       # where a context keeps the file that it was given
@@ -33,8 +34,18 @@ def size(value: str | int) -> int:
     return round(float(found[1]) * UNITS[found[2].upper()])
 
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-PATH = click.Path(path_type=Path)
+class LocalPath(click.Path):
+    """A path of this machine's file systems; see kdcache/paths.py."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's; UsageError naming the option for what is no such path."""
+        what = "path" if param is None else param.human_readable_name if param.param_type_name == "argument" else \
+            param.opts[0]
+        return super().convert(local_path(value, what), param, ctx)
+
+
+FOLDER = LocalPath(path_type=Path, file_okay=False)
+PATH = LocalPath(path_type=Path)
 
 
 class Once(click.Command):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
+from kdcache.paths import local_path
 from kdcache.runs import (
     BEST,
     LAST,
@@ -50,7 +51,7 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
     and left out. `plot` draws the first metric shown over the first option. UsageError for an unknown option or
     metric or for no finished run, DataError for a folder that is no run.
     """
-    found = [read_run(Path(path)) for path in runs]
+    found = [read_run(local_path(path, "run")) for path in runs]
     finished = [run for run in found if isinstance(run, Run)]
     unfinished = [str(run) for run in found if not isinstance(run, Run)]
     if not finished:
@@ -69,7 +70,7 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
     rows.sort(key=lambda row: _order(row, keys, sort))
     result = {"by": list(keys), "sort": sort, "metrics": metrics, "rows": rows, "unfinished": unfinished}
     if plot is not None:
-        draw(result, Path(plot), shown_metrics(result)[0])
+        draw(result, local_path(plot, "--plot"), shown_metrics(result)[0])
         result["plot"] = str(plot)
     return result
 

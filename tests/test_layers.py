@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kdcache"
 LAYER = {
     "kernels": 0,
-    "errors": 1, "canonical": 1, "signals": 1, "cache": 1,
+    "errors": 1, "paths": 1, "canonical": 1, "signals": 1, "cache": 1,
     "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "model_checks": 2,
     "engines": 2,
     "teacher": 3, "student": 3, "hf": 3, "inspect": 3, "report": 3, "env": 3,
@@ -26,6 +26,7 @@ TOGETHER = {"model_specs": "models", "model_identity": "models", "inspect_text":
 MAY_IMPORT = {                  # part -> the only other distributions its files may import
     "kernels": {"torch", "triton", *sys.stdlib_module_names},
     "errors": set(sys.stdlib_module_names),
+    "paths": set(sys.stdlib_module_names),
     "signals": set(sys.stdlib_module_names),
     "canonical": STDLIB_AND_NUMPY,
     "cache": {"pyarrow", "h5py", *STDLIB_AND_NUMPY},

@@ -8,6 +8,7 @@ from kdcache.cache import reader
 from kdcache.cache.catalog import SUFFIXES
 from kdcache.cache.writer import create
 from kdcache.errors import CacheExists, UsageError, near
+from kdcache.paths import local_path
 
 
 def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], container: str | None = None) -> str:
@@ -20,7 +21,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], container:
         target = container or next(name for name in SUFFIXES if name != cache.container)
         if target not in SUFFIXES:
             raise UsageError(f"container {target!r} is unknown{near(target, SUFFIXES)}")
-        if os.path.realpath(src) == os.path.realpath(dst):
+        if os.path.realpath(cache.path) == os.path.realpath(local_path(dst, "OUT")):
             raise UsageError(f"{dst}: a cache cannot be converted into itself")
         with create(dst, cache.spec, cache.identity, container=target, recorded=cache.recorded) as writer:
             _refuse_other_content(cache, dst)

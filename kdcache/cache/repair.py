@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from kdcache.cache import catalog
 from kdcache.cache.catalog import Header, Manifest, commit_name, manifest_name
 from kdcache.cache.rawmap import Facts, digest, map_file
 from kdcache.cache.store import TEMPORARY, Directory
-from kdcache.errors import CacheCorrupt
+from kdcache.errors import CacheCorrupt, UsageError
 
 FOLDERS = ("data", "commit", "manifest")
 NUMBERED = re.compile(r"(\d{8})\.json")
@@ -28,6 +30,14 @@ def mendable() -> Iterator[None]:
         if MEND in str(e):
             raise
         raise CacheCorrupt(f"{e}; {MEND}") from e
+
+
+def outside_caches(path: str | os.PathLike[str]) -> None:
+    """UsageError if `path` lies in the folder of a cache: a file there that no promise accounts for is damage to it."""
+    for above in Path(os.path.realpath(path)).parents:
+        if (above / catalog.HEADER).is_file() and (above / "commit").is_dir():
+            raise UsageError(f"{path}: lies inside the cache {above}, whose repair would put it aside; choose a place "
+                             "outside of it")
 
 
 def read_commit(directory: Directory, header: Header, shard: int) -> Facts | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kdcache.errors import CacheCorrupt, KDCacheError
+from kdcache.paths import local_path
 
 TEMPORARY = ".tmp-"
 QUARANTINE = "quarantine"
@@ -64,7 +65,7 @@ class Directory:
     """The folder of a cache. Names are relative, with `/`. OSError from the system passes through; see `explain`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_path(path, "path")
 
     @staticmethod
     def step(name: str) -> None:

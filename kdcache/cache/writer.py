@@ -43,7 +43,7 @@ def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *,
     shards whose number % world is rank, and of the others looks at the sizes; `missing` is then exact for its part.
     The header of another cache of which no shard was ever committed, and which no writer holds, is replaced.
     CacheExists if something else stands there, SpecMismatch or IdentityMismatch listing the fields that differ,
-    UsageError for an unknown container, KDCacheError if the folder cannot be written.
+    UsageError for an unknown container or a place inside another cache, KDCacheError if the folder cannot be written.
     """
     recorded = {} if recorded is None else dict(recorded)
     if not all(isinstance(k, str) and isinstance(v, str) for k, v in recorded.items()):
@@ -51,6 +51,7 @@ def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *,
     header_bytes = catalog.header_bytes(spec, identity, container, recorded)
     directory = Directory(path)
     with explain(path, "creating the cache"):
+        repair.outside_caches(directory.path)
         header, hold = _claim(directory, header_bytes, spec, identity, container)
         repair.sweep(directory, header, share)
         return Writer(directory, header, hold)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from kdcache.data.keys import array_header, byte_parts, elements
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loading import describe
+from kdcache.paths import local_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DIGITS_SPLITS = {"train": slice(0, 1437), "test": slice(1437, 1797), "all": slice(0, 1797)}     # four fifths, one fifth
@@ -74,7 +74,7 @@ def npz(path: str, /) -> ArrayData:
 
     `class_names`, an array of strings, is taken as such. DataError if the file holds anything but plain arrays.
     """
-    file = Path(path).expanduser()
+    file = local_path(path, "data npz")
     if not file.is_file():
         raise UsageError(f"data npz:{path}: no such file")
     try:

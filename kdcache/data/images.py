@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import xxhash
 from kdcache.data.folders import ClassFolders, class_folders
 from kdcache.errors import DataError, UsageError
 from kdcache.loading import describe, let_through
+from kdcache.paths import local_path
 
 log = logging.getLogger("kdcache")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0           # TIFF 6.0, section 8
@@ -50,7 +50,7 @@ class ImageFolder:
 
     def __init__(self, path: str, /, *, size: int | Sequence[int] = 224, mean: Sequence[float] = (0.0, 0.0, 0.0),
                  std: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
-        self.root = Path(path).expanduser()
+        self.root = local_path(path, "data imagefolder")
         if not self.root.is_dir():
             raise UsageError(f"data imagefolder:{path}: no such folder")
         self.height, self.width = _size(size)

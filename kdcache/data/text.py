@@ -17,6 +17,7 @@ import xxhash
 from kdcache.data.folders import check_name
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loading import describe, let_through
+from kdcache.paths import local_path
 
 SPLITS = ("all", "train", "eval")
 FILES_PER_BATCH = 256           # the tokenizer works on a batch in parallel; its text is all that is held at once
@@ -85,7 +86,7 @@ def text_windows(pattern: str, /, *, tokenizer: str, window: int = 128, max_file
 
 def matching_files(pattern: str) -> tuple[Path, list[Path]]:
     """The folder before the first wildcard, and the files that match, sorted by their path relative to it."""
-    parts = Path(pattern).expanduser().parts
+    parts = local_path(pattern, "data text").parts
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     root = Path(*parts[:fixed])
     found = [Path(name) for name in glob.glob(str(Path(*parts)), recursive=True)]
@@ -103,7 +104,7 @@ def load_tokenizer(path: str) -> Any:
         from tokenizers import Tokenizer
     except ImportError as e:
         raise UsageError(f"data text: needs tokenizers ({e}): pip install 'kdcache[hf]'") from e
-    file = Path(str(path)).expanduser()
+    file = local_path(path, "--data-arg tokenizer")
     if file.is_dir() and (file / "tokenizer.json").is_file():
         file = file / "tokenizer.json"
     if file.suffix == ".json" and not file.exists():        # no name of a model: do not ask a server for it

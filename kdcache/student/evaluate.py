@@ -22,6 +22,7 @@ from kdcache.loading import is_code
 from kdcache.model_checks import find_rows, padding_of
 from kdcache.model_specs import MODELS, names_in
 from kdcache.models import Model, Output, forward, load_model, pick_device, require_softmax, require_tokenizer, trying
+from kdcache.paths import local_path
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
 from kdcache.student import checkpoint
 from kdcache.student.head import Head
@@ -204,7 +205,7 @@ def _student(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | 
         if args or weights is not None:
             raise UsageError("student arguments or weights are given for a student that is an object")
         return (student, None) if isinstance(student, nn.Module) else (student, student.num_classes)
-    path = Path(student)
+    path = _as_path(student)
     if path.is_dir():
         raise UsageError(f"{student} is a folder, and no run of train-student (it has no {OPTIONS}); expected a RUN, "
                          f"its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face")
@@ -227,10 +228,15 @@ class RunStudent:
     rows: str | None            # by which convention it was trained, None if the run does not say
 
 
+def _as_path(student: str | Path) -> Path:
+    """A RUN as a path; what begins as a model SPEC does is none, though `hf:/models/x` looks like an address."""
+    return Path(student) if str(student).partition(":")[0] in MODELS else local_path(student, "--student")
+
+
 def _of_run(student: str | Path, args: Mapping[str, Any] | None, weights: str | Path | None,
             code: str | None) -> RunStudent | None:
     """The student of the run that `student` is the folder of, or whose best/ or last/; None for what is no run."""
-    path = Path(student)
+    path = _as_path(student)
     of_run = path.name in (BEST, LAST) and is_run(path.parent)
     if not (is_run(path) or of_run):
         return None

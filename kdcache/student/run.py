@@ -17,9 +17,11 @@ from typing import Any
 
 import tomli_w
 
+from kdcache.cache.repair import outside_caches
 from kdcache.cache.store import NO_LOCKS, TEMPORARY, Directory, explain
 from kdcache.data.classes import CLASS_NAMES
 from kdcache.errors import CacheCorrupt, CacheExists, DataError, KDCacheError, SpecMismatch, UsageError, near
+from kdcache.paths import local_path
 from kdcache.runs import (
     ARGUMENTS,
     BEST,
@@ -75,7 +77,7 @@ class RunFolder:
                  resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> None:
         """CacheExists if something else stands there, SpecMismatch listing the options that differ from its own after
         `resolve`, DataError listing the fields of the data that do."""
-        self.path, self.accept, self.resolve = Path(path), accept, resolve
+        self.path, self.accept, self.resolve = local_path(path, "--out"), accept, resolve
         self.options = {key: value if key in ARGUMENTS else plain(value) for key, value in options.items()}
         self.recorded = plain(recorded)
         self.changes: dict[str, str] = {}
@@ -83,6 +85,7 @@ class RunFolder:
         self.notes: list[str] = []
         self.summary: dict[str, Any] | None = None
         self._lock: int | None = None
+        outside_caches(self.path)
         self.files = Directory(self.path)
         self.exists = self._check()
         self._look()

@@ -24,6 +24,7 @@ from kdcache.engines import check_engine
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
 from kdcache.model_checks import UNSTEADY, Question, check_convention, padding_of, steadiness, telling_records
 from kdcache.models import Model, pick_device, require_tokenizer
+from kdcache.paths import local_path
 from kdcache.signals import Signals
 from kdcache.teacher.agreement import ANSWERS, agreement, committed_records
 from kdcache.teacher.batches import read, spans
@@ -129,6 +130,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     """
     rank = this_rank()
     tell = _teller(rank, say)
+    out = local_path(out, "--out")
     _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples)
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
                     features=parse_features(features), views=views, values=values, seed=seed,
