@@ -8,7 +8,8 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +95,18 @@ def call(function: Callable[..., Any], args: Mapping[str, Any], *, where: str,
     except Exception as e:
         let_through(e)
         raise UsageError(f"{where}: {describe(e)}") from e
+
+
+@contextmanager
+def no_foreign_code(where: str, instead: str) -> Iterator[None]:
+    """What transformers loads with trust_remote_code=False: UsageError with `instead` where it would run code that
+    comes with the files (auto_map in a config), and nobody is asked."""
+    try:
+        yield
+    except ValueError as e:
+        if isinstance(e, KDCacheError) or "trust_remote_code" not in str(e):
+            raise
+        raise UsageError(f"{where} brings code of its own (auto_map in a config), which is never run; {instead}") from e
 
 
 def let_through(error: BaseException) -> None:

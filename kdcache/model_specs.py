@@ -16,7 +16,7 @@ from torch import nn
 
 from kdcache.data.views import seeded_generators
 from kdcache.errors import KDCacheError, UsageError, near
-from kdcache.loading import accepts, call, describe, let_through, resolve_spec
+from kdcache.loading import accepts, call, describe, let_through, no_foreign_code, resolve_spec
 from kdcache.paths import local_path
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "preprocessor_config.json",
 )
 
+OWN_CODE = "give it as file.py:name, a function of yours that makes it"
 RANDOM = "random weights"                               # how what was loaded begins to say that nothing was
 POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "pos_embed", "position_embedding")
 
@@ -155,10 +156,11 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
     loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task])
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
-    with wanted.seeded(), _no_progress_bars():
+    with wanted.seeded(), _no_progress_bars(), no_foreign_code(f"model hf:{path}", OWN_CODE):
         module, info = loader.from_pretrained(
             path, dtype=wanted.dtype or "auto", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **({"num_labels": wanted.num_classes} if resized else {}), **where)
+            ignore_mismatched_sizes=True, trust_remote_code=False,
+            **({"num_labels": wanted.num_classes} if resized else {}), **where)
     fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if fresh and not new_head:
         raise UsageError(f"hf:{path} holds no fitting weights for {first_few(fresh)} of {type(module).__name__}; "
@@ -183,8 +185,9 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
         overrides.setdefault("num_labels", wanted.num_classes)
     config = _config(path, "hf-config", overrides)
     maker = getattr(_import("transformers", "kdcache[hf]"), TASKS[task])
-    with wanted.seeded():
-        module = maker.from_config(config, dtype=torch.float32)     # load_model casts it, as it does every other
+    with wanted.seeded(), no_foreign_code(f"model hf-config:{path}", OWN_CODE):
+        # load_model casts it, as it does every other.
+        module = maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted)
 
 
@@ -286,7 +289,10 @@ def _existing(path: str, prefix: str) -> str:
 def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
     transformers = _import("transformers", "kdcache[hf]")
     try:
-        return transformers.AutoConfig.from_pretrained(path, **overrides)
+        with no_foreign_code(f"model {prefix}:{path}", OWN_CODE):
+            return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
+    except KDCacheError:
+        raise
     except Exception as e:          # OSError, ValueError, and for damaged files what the reading library raises
         let_through(e)
         raise UsageError(f"model {prefix}:{path} has no config that transformers can read: {describe(e)}") from e

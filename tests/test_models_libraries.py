@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -173,3 +174,33 @@ def test_timm_and_torchvision_are_asked_for_what_is_wanted(monkeypatch):
     for library in ("timm", "torchvision"):
         with pytest.raises(UsageError, match=rf"{library} has no model 'resnet81' \(did you mean 'resnet18'"):
             load_model(f"{library}:resnet81")
+
+
+@pytest.mark.parametrize("what", ["hf", "hf-config", "model alone", "tokenizer", "hub"])
+def test_code_that_comes_with_files_is_never_run_nor_asked_about(tiny, tmp_path, monkeypatch, what):
+    """transformers would ask on the terminal, and run it after a y."""
+    from kdcache.data.text import load_tokenizer
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": [None, "evil.T"]}
+    config = json.loads((tiny / "llama" / "config.json").read_text())
+    if what == "model alone":                   # the config is one of transformers', the class of the model is not
+        config = {**config, "model_type": "clip_text_model", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    elif what != "hub":
+        config = {**config, "model_type": "evil", "auto_map": auto}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": auto}))
+    shutil.copyfile(tiny / "llama" / "model.safetensors", folder / "model.safetensors")
+    if what == "tokenizer":
+        with pytest.raises(UsageError, match=rf"tokenizer {folder} brings code of its own .*save it as a token"):
+            load_tokenizer(str(folder))
+    elif what == "hub":                         # a class of transformers' own: the code beside it is not needed
+        (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto}))
+        assert type(load_model(f"hf:{folder}").module).__name__ == "LlamaForCausalLM"
+    else:
+        spec = f"{'hf-config' if what == 'hf-config' else 'hf'}:{folder}"
+        with pytest.raises(UsageError, match=rf"model {spec} brings code of its own .*give it as file\.py:name"):
+            load_model(spec, args={"task": "causal-lm"})
+    assert not (tmp_path / "ran").exists()

@@ -15,8 +15,8 @@ import torch
 import xxhash
 
 from kdcache.data.folders import check_name
-from kdcache.errors import DataError, UsageError, near
-from kdcache.loading import describe, let_through
+from kdcache.errors import DataError, KDCacheError, UsageError, near
+from kdcache.loading import describe, let_through, no_foreign_code
 from kdcache.paths import local_path
 
 SPLITS = ("all", "train", "eval")
@@ -115,7 +115,11 @@ def load_tokenizer(path: str) -> Any:
             made = Tokenizer.from_file(str(file))
         else:
             from transformers import AutoTokenizer
-            made = getattr(AutoTokenizer.from_pretrained(str(path)), "backend_tokenizer", None)
+            with no_foreign_code(f"the tokenizer {path}", "save it as a tokenizer.json"):
+                found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            made = getattr(found, "backend_tokenizer", None)
+    except KDCacheError:
+        raise
     except Exception as e:              # tokenizers raises bare Exception
         let_through(e)
         raise UsageError(f"--data-arg tokenizer={path} cannot be read: {describe(e)}; "
