@@ -125,13 +125,8 @@ def _row(keys: Sequence[str], runs: Sequence[Run], differing: Sequence[str]) -> 
         metrics[name] = {"mean": statistics.fmean(values), "n": len(values),
                          "sd": statistics.stdev(values) if len(values) > 1 else None}
     return {"options": {key: runs[0].options.get(key) for key in keys}, "n": len(runs), "mixed": mixed,
-            "seeds": sorted((run.options.get("seed", 0) for run in runs), key=_seed),
+            "seeds": sorted(run.options.get("seed", 0) for run in runs),
             "runs": [str(run.path) for run in runs], "metrics": metrics}
-
-
-def _seed(value: Any) -> tuple[bool, Any]:
-    """Numbers in their order; what else a file may say comes after them."""
-    return (False, value) if is_number(value) else (True, str(value))
 
 
 def _order(row: Mapping[str, Any], keys: Sequence[str], sort: str | None) -> Any:

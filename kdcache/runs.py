@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ OPTIONS, SUMMARY, METRICS, LOCK = "run.toml", "summary.json", "metrics.jsonl", "
 LAST, BEST = "last", "best"
 TABLE, RECORDED, CHANGES = "train-student", "recorded", "changes"
 ARGUMENTS = ("student-arg", "data-arg", "eval-data-arg")    # tables of what a SPEC's function is called with
-MAX_BYTES = 2**24               # of run.toml and summary.json: a probe of 256 keys takes 4 KiB
-MAX_DEPTH = 64
+MAX_BYTES = 2**20               # of run.toml and summary.json: a probe of 256 keys takes 4 KiB
+MAX_DEPTH = 64                  # of tables in tables
 MAX_INT = 2**63 - 1             # the largest integer that TOML holds
 
 
@@ -49,6 +50,8 @@ def read_options(path: Path) -> dict[str, Any]:
     data = read_file(where)
     if data is None:
         raise CacheCorrupt(f"{where} is missing: {path} is no run, or lost its options; put the file back")
+    if any(key.count(b".") > MAX_DEPTH for key in _keys(data)):     # tomllib takes its square in time
+        raise CacheCorrupt(f"{where}: a key of more than {MAX_DEPTH} parts")
     try:
         document = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as e:           # also UnicodeDecodeError, and numbers beyond all bounds
@@ -147,6 +150,15 @@ def _plain(value: Any, what: str) -> Any:
                      "object that the SPEC would make")
 
 
+def _keys(data: bytes) -> Iterator[bytes]:
+    """What may be a key in TOML, or the name of a table, and is short of that only in texts."""
+    for line in data.split(b"\n"):
+        *before, _ = line.split(b"=")
+        yield from (re.split(rb"[{},]", part)[-1] for part in before)
+        if line.lstrip().startswith(b"["):
+            yield from line.split(b",")
+
+
 def _deeper_than(document: Any, depth: int) -> bool:
     level = [document]
     for _ in range(depth):
@@ -197,6 +209,7 @@ def _is_count(value: Any) -> bool:
 # (table, key, whether a value is right, what is expected), of what a command reads.
 CHECKED: Sequence[tuple[str, str, Callable[[Any], bool], str]] = (
     *((TABLE, name, _is_text, "text") for name in ("student", "precision", "best-by", "student-weights")),
+    (TABLE, "seed", lambda value: type(value) is int, "a number"),
     *((RECORDED, name, _is_text, "text") for name in ("student", "tokenizer", "cache-content-id", "best-by-used")),
     *((RECORDED, name, _is_table, "a table") for name in ("data", "eval-data", "versions")),
     (RECORDED, "num-classes", _is_count, "a number of at least 1"),

@@ -12,6 +12,8 @@ from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, wri
 from torch import nn
 
 from kdcache.errors import CacheCorrupt, DataError, UsageError
+from kdcache.models import load_model
+from kdcache.student import evaluate as module
 from kdcache.student.evaluate import evaluate
 from kdcache.student.train import train_student
 
@@ -192,3 +194,24 @@ def test_a_damaged_hugging_face_checkpoint_is_refused(tmp_path: Path, llama: Pat
                 evaluate(tmp_path / "run", Windows(8))
         else:                                           # the optimizer has no part in an evaluation
             assert evaluate(tmp_path / "run", Windows(8))["tokens"]
+
+
+def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precision, task and attention of the run, unless the caller says otherwise."""
+    data, asked = Windows(8), list[dict[str, Any]]()
+    args = {"task": "causal-lm", "attn_implementation": "eager"}
+    report = train_student(student=f"hf-config:{llama}", student_args=args, out=tmp_path / "run", data=data, alpha=0.0,
+                           eval_data=data, max_steps=1, precision="bfloat16")
+
+    def seen(spec: str, **given: Any) -> Any:
+        asked.append({"spec": spec, **given})
+        return load_model(spec, **given)
+
+    monkeypatch.setattr(module, "load_model", seen)
+    found = evaluate(tmp_path / "run" / "last", data)
+    assert asked == [{"spec": f"hf:{tmp_path / 'run' / 'last'}", "args": args, "dtype": "float32"}]
+    assert found["loss"] == report.evaluation["loss"]
+    assert evaluate(tmp_path / "run", data, precision="float32")["loss"] != found["loss"]
+    train_student(student=load_model(f"hf-config:{llama}"), out=tmp_path / "object", data=data, alpha=0.0, max_steps=1)
+    with pytest.raises(UsageError, match=rf"trained Model, an object.* or evaluate hf:{tmp_path}/object/last$"):
+        evaluate(tmp_path / "object", data)

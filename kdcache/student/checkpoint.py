@@ -64,8 +64,8 @@ def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapp
     new, old = _siblings(folder)
     try:
         with explain(folder, "saving a checkpoint", standing), _as_os_errors():
-            find(folder)
-            clear(new)
+            if find(folder) is None:
+                clear(new)
             new.mkdir()
             _write(new, model, tensors, values)
             _swap(folder, new, old)
@@ -154,13 +154,19 @@ def clear_trial(run: Path) -> None:
 
 
 def find(folder: Path) -> Path | None:
-    """The checkpoint at `folder`, its swap completed if it was interrupted; None if there is none."""
+    """The checkpoint at `folder`, its swap completed if it was interrupted; None if there is none.
+
+    For who holds the lock of the run: what a swap or a save left unfinished is deleted.
+    """
     new, old = _siblings(folder)
     if not os.path.lexists(folder) and _is_own(old):
         os.rename(new if _is_own(new) else old, folder)
         sync_folder(folder.parent)
     clear(old)
-    return folder if os.path.lexists(folder) else None
+    if not os.path.lexists(folder):
+        return None
+    clear(new)
+    return folder
 
 
 def look(folder: Path) -> Path | None:
@@ -357,8 +363,10 @@ def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bo
         data = read_plain(VALUES, MAX_STATE, dir_fd=top)
     except CacheCorrupt as e:
         raise CacheCorrupt(f"{folder}/{e}; {_advice(folder)}") from None
+    except OSError as e:
+        raise _unreadable(folder / VALUES, e) from e
     if data is None:
-        raise CacheCorrupt(f"{folder / VALUES} is missing; {_advice(folder)}")
+        raise _unreadable(folder / VALUES, FileNotFoundError())
     values = load_object(data, str(folder / VALUES), _advice(folder))
     expected, files = values.pop(DIGEST_KEY, None), values.get(FILES)
     if digest(json.dumps(values).encode()) != expected:
@@ -372,13 +380,18 @@ def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bo
     for name in filter(wanted, files):
         try:
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=top)
-        except FileNotFoundError:
-            raise CacheCorrupt(f"{folder / name} is missing; {_advice(folder)}") from None
+        except OSError as e:
+            raise _unreadable(folder / name, e) from e
         held.callback(os.close, fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise CacheCorrupt(f"{folder / name}: not a plain file; {_advice(folder)}")
         paths[name] = f"{OPENED}/{fd}"
     return Opened(found, paths, values)
+
+
+def _unreadable(path: Path, error: OSError) -> CacheCorrupt:
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
+    return CacheCorrupt(f"{path} {why}; {_advice(path.parent)}")
 
 
 def _prove(folder: Path, one: Opened) -> None:

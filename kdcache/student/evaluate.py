@@ -262,7 +262,7 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
     if runs_code and code is None:
         raise UsageError(f"{path} trained the student {printable(spec)}, and what a file names is not run on its word "
                          f"alone; if that is code you trust, add --student-code {shlex.quote(printable(spec))}")
-    if code is not None and not (runs_code and is_code(code)):
+    if code is not None and not (runs_code and is_code(code) and code.partition(":")[0] not in MODELS):
         raise UsageError(f"student_code {code} is given, but {path} trained {printable(spec)}, which needs none"
                          if not runs_code else f"student_code {code}: expected file.py:name or package.module:name")
     args, classes = options.get("student-arg") or {}, recorded.get("num-classes")

@@ -39,12 +39,12 @@ class Metrics:
                  options: Mapping[str, Any] | None = None, on_metrics: OnMetrics | None = None,
                  standing: Callable[[], str] = str) -> None:
         self.path, self._standing = folder / FILE, standing
+        for name in report_to:
+            _check_folder(folder / name)
         with explain(self.path, "writing metrics", standing):
             truncate(self.path, step)
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             self._file = open(handle, "a", encoding="utf-8")
-        for name in report_to:
-            _check_folder(folder / name)
         self._on_metrics = on_metrics
         self._reports = [REPORTERS[name](folder, step, options or {}) for name in report_to]
 
@@ -100,9 +100,10 @@ def _lines(path: Path) -> Iterator[bytes]:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CacheCorrupt(f"{path}: not a plain file; move it away")
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise CacheCorrupt(f"{path}: not a plain file; move it away")
         whole = True
         while line := file.readline(LONGEST):
             before, whole = whole, line.endswith(b"\n")

@@ -116,6 +116,10 @@ class RunFolder:
                 raise KDCacheError(f"{self.path}: another process has begun a run here meanwhile; give the same "
                                    "command again")
             self._write_options({TABLE: self.options, RECORDED: {**self.recorded, **plain(more)}})
+        there = read_options(self.path)[TABLE]
+        if lost := [name for name in ARGUMENTS if not same_arguments(there.get(name, {}), self.options.get(name, {}))]:
+            raise UsageError(f"{self.path / OPTIONS} does not give --{lost[0]} back as it was given: the run could "
+                             "not be continued or evaluated; give the student or the data as an object")
         self.exists = True
 
     def amend(self, step: int) -> None:
@@ -150,8 +154,11 @@ class RunFolder:
                                "or name another --out")
 
     def last(self) -> Path | None:
-        """The checkpoint to continue from."""
-        return checkpoint.find(self.path / LAST) if self.exists else None
+        """The checkpoint to continue from. What an interrupted swap left is put in order by the holder of the lock."""
+        where = self.path / LAST
+        if not self.exists or (checkpoint.look if self._lock is None else checkpoint.find)(where) is None:
+            return None
+        return where
 
     def standing(self) -> str:
         """What checkpoints there are, to end an error with."""
