@@ -99,6 +99,12 @@ def find_rows(module: nn.Module, batch: Collated, output: Output, *, asked: str 
                         f"changes with the tokens after it, so that it does not predict them; {NAME_THEM}")
     if causal is False:
         return POSITION, "what it says of a token changes with the tokens after it, so that it does not predict them"
+    beyond = int(ids_BL[batch.real_BL].max()) >= shape[2] if batch.real_BL is not None else False
+    if beyond and evidence == "other":
+        return POSITION, f"its {shape[2]} classes are fewer than the tokens, and the labels are none of them"
+    if beyond and evidence is None and by_task is None:
+        raise DataError(f"the {role} ({name}) gives {shape[2]} logits for each token, and the tokens go up to "
+                        f"{int(ids_BL.max())}, so that it may predict something else than tokens; {NAME_THEM}")
     if evidence == "other":
         raise DataError(f"the {role} ({name}) looks at no later token, as a model that predicts the next one, but the "
                         f"labels are not the tokens (labels[p] == input_ids[p] where labels[p] >= 0); {NAME_THEM}")

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 KNOWN = {*(f"kind:{k}" for k in ("full", "topk", "none")), "level:row", "level:token",
+         "predicts:position", "predicts:next-token", "tokens:vocabulary",
          *(f"values:{v}" for v in ("float32", "bfloat16", "float16", "uint8")),
          *(f"feature:{d}" for d in ("float32", "float16", "bfloat16", "int8")),
          *(f"recipe:{r}" for r in ("raw", "map", "pool", "cls", "last", "energy"))}

@@ -73,6 +73,16 @@ GOLDEN = {
                 features=(FeatureSpec(name="hidden", module="model.norm", recipe="raw", dtype="float16", shape=(4,),
                                       level="row"),)),
         rows_of_record=(3, 0, 2, 4, 1)),
+    # A tagger: a row for each token, of fewer classes than there are words.
+    "positions_uint8": Golden(
+        replace(BASE, kind="topk", num_classes=40, values="uint8", tiers=(3,), temperatures=("1",), labels=1,
+                rows="ragged", tokens=True, predicts="position", vocabulary=70_000, samples=(0, 4),
+                records_per_shard=2),
+        rows_of_record=(3, 1, 2, 4), deepest=100),
+    # Next tokens of records whose tokens are not all that the teacher was given.
+    "next_float32": Golden(
+        replace(BASE, num_classes=6, rows="ragged", predicts="next-token", samples=(0, 4), records_per_shard=4),
+        rows_of_record=(2, 0, 3, 1)),
     "features": Golden(replace(BASE, kind="none", num_classes=0, features=FEATURES)),
 }
 
@@ -145,10 +155,12 @@ def shard_columns(golden, shard):
     if spec.rows == "ragged":
         columns["row.offsets"] = offsets
     if spec.tokens:
-        lengths = np.array([c + 1 if c else 0 for c in counts])
+        after = 1 if spec.convention == "next-token" else 0
+        lengths = np.array([c + after if c else 0 for c in counts])
         columns["token.offsets"] = np.cumsum([0, *lengths]).astype(np.int64)
         total = int(lengths.sum())
-        columns["token"] = (integers(shard + 90, total) % spec.num_classes).astype(np.uint16)
+        dtype = np.uint16 if spec.num_tokens <= 2**16 else np.uint32
+        columns["token"] = (integers(shard + 90, total) % spec.num_tokens).astype(dtype)
         columns["document_start"] = np.zeros(total, np.uint8)
         columns["document_start"][columns["token.offsets"][:-1][lengths > 0]] = 1
     for i, feature in enumerate(spec.features):

@@ -110,7 +110,8 @@ def beyond_tokens(batch: Collated) -> str | None:
 def read_batch(samples: Samples, pairs: Sequence[tuple[int, int]]) -> Collated:
     """The batch of some (sample_id, view) pairs: what both stages read. Arrays in memory give it whole."""
     if not isinstance(samples.dataset, ArrayData) or samples.padding.decoder_start is not None:
-        return collate([samples.item(sample_id, view) for sample_id, view in pairs], samples)
+        items = [samples.item(sample_id, view) for sample_id, view in pairs]
+        return collate(items, samples, [sample_id for sample_id, _ in pairs])
     sample_ids = np.array([sample_id for sample_id, _ in pairs], np.int64)
     keys = samples.keys_in_memory(sample_ids)           # first: it reads, and so checks, every item once
     raw = samples.dataset.take(sample_ids)
@@ -119,7 +120,7 @@ def read_batch(samples: Samples, pairs: Sequence[tuple[int, int]]) -> Collated:
     return Collated(inputs, labels, weight, document_start_of(fields), keys, None, real_of(inputs))
 
 
-def collate(items: Sequence[Item], samples: Samples | None = None) -> Collated:
+def collate(items: Sequence[Item], samples: Samples | None = None, ids: Sequence[int] | None = None) -> Collated:
     """One batch from `items`, by the own `collate_fn` of the dataset they are from if it has one.
 
     A `collate_fn` gets the items as the dataset gave them, and what it returns is read as an item is: `(x, y)`, or a
@@ -128,7 +129,7 @@ def collate(items: Sequence[Item], samples: Samples | None = None) -> Collated:
     `collate_fn` are left unread too.
 
     view_key is taken of what the model is given: of a `collate_fn`, the key of each record's inputs without padding.
-    DataError names the field when items do not fit together.
+    DataError names the field when items do not fit together, and the sample where `ids` are given.
     """
     if not items:
         raise DataError("a batch of no items cannot be made")
@@ -139,7 +140,7 @@ def collate(items: Sequence[Item], samples: Samples | None = None) -> Collated:
         raw_keys = [_raw_key(item, real) for item in items] if samples.compares_raw else None
     else:
         inputs, labels, weight, start, real = _stacked(items, samples)
-    _check_tokens(inputs, real)
+    _check_tokens(inputs, real, ids)
     return Collated(inputs, labels, weight, start, np.array([item.sample_key for item in items], np.uint64),
                     None if None in view_keys else np.array(view_keys, np.uint64), real,
                     None if raw_keys is None else np.array(raw_keys, np.uint64))
@@ -261,7 +262,7 @@ def _raw_key(item: Item, real: Real) -> int:
     return sample_key({name: value for name, value in named.items() if name not in real.masks})
 
 
-def _check_tokens(inputs: Inputs, real: Real) -> None:
+def _check_tokens(inputs: Inputs, real: Real, samples: Sequence[int] | None) -> None:
     """DataError for ids that are no integers, and for a record without a token: no model can be asked about nothing."""
     ids = inputs.get("input_ids") if isinstance(inputs, dict) else None
     if ids is None:
@@ -271,7 +272,8 @@ def _check_tokens(inputs: Inputs, real: Real) -> None:
     mask_BL = real.of(ids.shape[1]) if ids.ndim == 2 else None
     if mask_BL is not None and not bool(mask_BL.any(1).all()):
         record = int((~mask_BL.any(1)).nonzero()[0])
-        raise DataError(f"record {record} of a batch has no token, only padding; leave it out of the dataset")
+        name = f"record {record} of a batch" if samples is None else f"sample {samples[record]}"
+        raise DataError(f"{name} has no token, only padding; leave it out of the dataset")
 
 
 def _optional(tensors: Sequence[torch.Tensor | None], name: str, fill: int) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.sources import load_data
 from kdcache.errors import UsageError
-from kdcache.model_checks import check_convention, telling_records
+from kdcache.model_checks import check_convention, padding_of, telling_records
 from kdcache.models import forward
 from kdcache.student.batches import (
     Micro,
@@ -93,7 +93,8 @@ class Loader:
     live_teacher   a module that is run on each batch, its logits in place of the cache's rows
     rows           "record", "position" or "next-token" (data/rows.py) where no cache says so; by default what the
                    labels of the first records say: of tokens with a label each, "next-token" if these are the tokens
-    pad_id         that input_ids are filled up with: your model's; by default the dataset's `pad_token_id`, else 0
+    model          the module that the batches are for: what its config says of padding and of a decoder's start; by
+                   default input_ids are padded with the dataset's `pad_token_id`, else 0
     accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
     num_classes    of the student, to check labels where no cache knows V
 
@@ -107,21 +108,21 @@ class Loader:
                  workers: int = 0, features: Sequence[str] = (), targets: bool = True, start: int = 0,
                  live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
                  data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
-                 num_classes: int | None = None, pad_id: int | None = None) -> None:
+                 num_classes: int | None = None, model: nn.Module | None = None) -> None:
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
         self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed)
         self._check_sources()
         check_convention(rows)
-        check_integer("pad_id", pad_id, optional=True)
         self.rows, self.why = rows, "as asked"
         if rows is not None and self.spec is not None and self.has_rows and rows != self.spec.convention:
             raise UsageError(f"--rows {rows}: those of the cache are by {self.spec.convention}; leave it out")
-        self._padding = Padding(pad_id or 0)
+        check_type("model", model, (nn.Module, NoneType), "a module, or None")
+        self._padding = Padding()
         if self.samples is not None:
-            if pad_id is not None:
-                self.samples.padding = Padding(pad_id)
             self.samples.compares_raw = self.spec is not None and not self.spec.view_keys
+        if model is not None:
+            self.padding = padding_of(model, None if self.samples is None else self.samples.dataset)
         self.device = check_device(device)
         self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
         self.workers, self.accept = workers, tuple(accept)

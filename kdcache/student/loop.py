@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import logging
 import math
 import os
 import time
@@ -28,6 +29,7 @@ from kdcache.student.match import Matches
 from kdcache.student.optim import Named, Schedule, set_lr
 from kdcache.student.settings import PRECISIONS, Settings
 
+log = logging.getLogger("kdcache")
 NN_TABLES = ("_parameters", "_buffers", "_modules")       # of an nn.Module: they are not plain attributes
 LOG_EVERY = 20              # steps between waits for the device, when their numbers are read
 
@@ -149,10 +151,14 @@ class Loop:
         saved: the step of the last checkpoint. passed: the run or a whole epoch is over.
         """
         settings = self.settings
-        if self._learns is False:
+        if self._learns is False and settings.weight_kd:
+            # D is 0 exactly where the two distributions are one: of a copy of the teacher that is no mistake.
+            log.warning("warning: step %d: the loss and its gradient are exactly 0: the student says what its teacher "
+                        "says, to the bit, and has nothing to learn", self._seen)
+            self._learns = True
+        elif self._learns is False:
             raise KDCacheError(f"step {self._seen}: nothing is learned: the loss and its gradient are exactly 0; "
-                               "has the student one class, is it the teacher itself, or does none of its trained "
-                               "parameters reach its logits?")
+                               "has the student one class, or does none of its trained parameters reach its logits?")
         if self._learns is None and passed and lines:
             raise KDCacheError(f"step {lines[-1]['step']}: nothing is learned: no record so far has a row or a label "
                                "that counts (every label unknown or masked, or sequences of one token?)")

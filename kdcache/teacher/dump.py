@@ -408,9 +408,22 @@ def _sealed(report: DumpReport, writer: Writer) -> DumpReport:
     return dataclasses.replace(_measured(report, totals), complete=True, shards_left=0, content_id=content_id)
 
 
+def _require_rows(writer: Writer) -> None:
+    """DataError for a cache without a single row, from which every student would learn nothing."""
+    if writer.spec.kind == "none" or writer.spec.rows == "one":
+        return
+    with open_cache(writer.path, allow_partial=True) as cache:
+        if not any(facts.rows["row"] for facts in cache.shards):
+            raise DataError(f"{writer.path}: none of its {writer.spec.num_records} records has a row (every label is "
+                            "-100, or no record has a token to predict); it is not sealed: look at the labels and at "
+                            "the row_mask of the teacher, and dump to another --out")
+
+
 def _finish(report: DumpReport, writer: Writer, rank: Rank, tell: Callable[[str], None]) -> DumpReport:
     """Seal if nothing is missing any more: whichever rank ends last does."""
     left = writer.missing()
+    if not left:
+        _require_rows(writer)
     report = dataclasses.replace(report, shards_left=len(left)) if left else _sealed(report, writer)
     for code, text in report.warnings:
         if code in SAID_AGAIN:

@@ -14,6 +14,7 @@ from kdcache.cache.repair import MEND
 from kdcache.data.identify import identify
 from kdcache.data.samples import Samples
 from kdcache.errors import CacheCorrupt, DataError, UsageError
+from kdcache.model_checks import padding_of
 from kdcache.models import DTYPES, Model, pick_device
 from kdcache.teacher.agreement import agreement, evenly_spaced
 from kdcache.teacher.run import evaluating
@@ -99,6 +100,7 @@ def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, co
         dtype = recorded
     model = pick_teacher(teacher, seed=cache.spec.seed, dtype=dtype, **teacher_from)
     samples = pick_samples(data, data_args, cache.spec.seed, labels=bool(cache.spec.labels))
+    samples.padding = padding_of(model.module, samples.dataset)
     model.module.to(found)
     given = _identity(cache, model, samples)
     problems = [f"identity: {line}" for line in first_lines(difference(cache.identity, given))]
