@@ -31,9 +31,9 @@ from kdcache.model_specs import (
     recorded_by,
 )
 from kdcache.paths import local_path
+from kdcache.weights_files import STEPS, read_weights, renamed
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-WRAPPED = ("state_dict", "model")       # what training scripts call the weights among the other things they save
 
 
 @dataclass
@@ -99,7 +99,7 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
                dtype: str | torch.dtype | None = None, num_classes: int | None = None) -> Model:
     """The model that `spec` names, made with `args` (the parsed --teacher-arg's or --student-arg's).
 
-    weights: a .safetensors, .pt or .pth file (or a folder with model.safetensors) to load into it. seed: of random
+    weights: a file of weights_files.ENDINGS (or a folder with one) to load into it. seed: of random
     weights; the caller's generators are left as they were. dtype: of the weights; None keeps them as stored, float32
     for random ones. num_classes: for what is made anew, where the SPEC takes it. UsageError for what cannot be used.
     """
@@ -305,70 +305,71 @@ def materialise(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_weights(module: nn.Module, weights: str | Path) -> str:
-    """Load a weights file into `module` and say so in a sentence; UsageError unless every tensor has its place."""
+    """Load a weights file (or the model.safetensors or pytorch_model.bin of a folder) into `module`, and say what was
+    loaded, and what was taken off, in a sentence; UsageError unless every tensor has its place."""
     path = local_path(weights, "weights")
-    path = path / "model.safetensors" if path.is_dir() else path
-    fit_weights(module, _read_weights(path), path)
-    return f"weights from {path}"
+    if path.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        path = path / next((name for name in names if (path / name).exists()), names[0])
+    state, wrapped = read_weights(path)
+    said = [*wrapped, *fit_weights(module, state, path)]
+    return f"weights from {path}" + "".join(f", {one}" for one in said)
 
 
-def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Put the tensors of the file `path` into `module`; UsageError unless every tensor has its place."""
-    materialise(module, state)
-    problems = _misfits(module, state)
-    if problems and hasattr(module, "from_pretrained"):
+def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> list[str]:
+    """Put the tensors of the file `path` into `module`, and give what was done for that in words: prefixes that were
+    taken off their names, counters of batch norms that were missing. UsageError unless every tensor has its place."""
+    forms = list(renamed(dict(state)))
+    for form, said in forms:
+        materialise(module, form)
+        if not any(_misfits(module, form)):
+            module.load_state_dict(form, strict=False)
+            return [*said, *_without_counters(module, form)]
+    found = _misfits(module, forms[0][0])
+    for form, said in forms if hasattr(module, "from_pretrained") else ():
         # transformers saves some models under other names than their modules have; it alone knows the way back.
         with seeded_generators(0, 0, 0):
             kind: Any = type(module)
             other, info = kind.from_pretrained(
-                None, config=module.config, state_dict=state, dtype=weights_dtype(module), output_loading_info=True,
+                None, config=module.config, state_dict=form, dtype=weights_dtype(module), output_loading_info=True,
                 ignore_mismatched_sizes=True)
-        state = dict(other.state_dict())
-        problems = _listed(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]),
-                           sorted(f"{name} {tuple(found)}, expected {tuple(wanted)}"
-                                  for name, found, wanted in info["mismatched_keys"]))
-    if problems:
-        raise UsageError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(state, strict=False)
+        of_hub = (sorted(info["missing_keys"]), sorted(info["unexpected_keys"]),
+                  sorted(f"{name} {tuple(old)}, expected {tuple(new)}" for name, old, new in info["mismatched_keys"]))
+        if not any(of_hub):
+            module.load_state_dict(dict(other.state_dict()), strict=False)
+            return said
+        found = of_hub if form is forms[0][0] else found
+    also = f" (and no better {forms[-1][1][0]})" if len(forms) > 1 else ""
+    raise UsageError(f"{path} does not fit {type(module).__name__}: {_listed(*found)}{also}")
 
 
-def _misfits(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """How the names and shapes of `state` differ from those of `module`."""
+def _misfits(module: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """How the names and shapes of `state` differ from those of `module`: (missing, unexpected, of another shape)."""
     own = module.state_dict()
     # A tied weight is one tensor with two names, and a file may hold it under either.
     present = {place(own[name]) for name in state if name in own}
-    return _listed([name for name, value in own.items()
-                    if name not in state and (is_lazy(value) or place(value) not in present)],
-                   [name for name in state if name not in own],
-                   [f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items()
-                    if name in own and value.shape != own[name].shape])
+    return ([name for name, value in own.items() if name not in state
+             and (is_lazy(value) or place(value) not in present) and not _is_counter(name, own, state)],
+            [name for name in state if name not in own],
+            [f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items()
+             if name in own and value.shape != own[name].shape])
 
 
-def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> list[str]:
+def _is_counter(name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a name is the counter of a batch norm whose statistics are there."""
+    layer, _, last = name.rpartition(STEPS)
+    return not last and bool(layer or name == STEPS) and f"{layer}running_mean" in state and name in own
+
+
+def _without_counters(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    own = module.state_dict()
+    gone = [name for name in own if name not in state and _is_counter(name, own, state)]
+    return [f"without the {STEPS} of {len(gone)} batch norms, which stay as they are"] if gone else []
+
+
+def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
     kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
-    return [f"{len(names)} {what}: {first_few(names)}" for names, what in kinds if names]
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors, .pt or .pth file; nothing in it is run."""
-    if not path.is_file():
-        raise UsageError(f"weights {path}: no such file")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise UsageError(f"weights {path}: expected a .safetensors, .pt or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return dict(load_file(path))
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:          # each library and version raises its own for damaged and for foreign files
-        let_through(e)
-        raise UsageError(f"weights {path} cannot be read as plain tensors: {describe(e)}") from e
-    for key in WRAPPED:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"weights {path} holds a {type(state).__name__}; expected a state_dict: names and tensors")
-    return dict(state)
+    return "; ".join(f"{len(names)} {what}: {first_few(names)}" for names, what in kinds if names)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

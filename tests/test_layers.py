@@ -22,7 +22,9 @@ LAYER = {
     "__main__": 6,
 }
 STDLIB_AND_NUMPY = {"numpy", "xxhash", *sys.stdlib_module_names}
-TOGETHER = {"model_specs": "models", "model_identity": "models", "inspect_text": "inspect"}     # one part in two files
+TOGETHER = {                    # one part in two files
+    "model_specs": "models", "weights_files": "models", "model_identity": "models", "inspect_text": "inspect",
+}
 MAY_IMPORT = {                  # part -> the only other distributions its files may import
     "kernels": {"torch", "triton", *sys.stdlib_module_names},
     "errors": set(sys.stdlib_module_names),

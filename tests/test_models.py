@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import struct
+from argparse import Namespace
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -129,7 +131,8 @@ def test_weights_come_back(mine, tmp_path, suffix):
     else:
         torch.save({"state_dict": source.state_dict(), "step": 3} if suffix == "wrapped" else source.state_dict(), file)
     model = load_model(f"{mine}:Net", weights=tmp_path if suffix == "folder" else file, seed=2)
-    assert equal_weights(model.module, source) and model.loaded == f"weights from {file}"
+    said = ", of its 'state_dict'" * (suffix == "wrapped")
+    assert equal_weights(model.module, source) and model.loaded == f"weights from {file}{said}"
 
 
 def test_weights_that_do_not_fit(mine, tmp_path):
@@ -146,11 +149,93 @@ def test_weights_that_do_not_fit(mine, tmp_path):
     torch.save({"a": nn.Linear(1, 1)}, tmp_path / "code.pt")
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 20)
-    for name, message in [("code.pt", "cannot be read as plain tensors"), ("list.pt", "holds a list; expected a state"),
+    for name, message in [("code.pt", r"it holds a torch\.nn\.\S*Linear, and making one may run"),
+                          ("list.pt", "holds a list; expected a state"),
                           ("bad.safetensors", "cannot be read"), ("none.pt", "no such file"),
-                          ("mine.py", "expected a .safetensors, .pt or .pth")]:
+                          ("mine.py", r"expected a \.safetensors, .*\.ckpt or \.pth\.tar file")]:
         with pytest.raises(UsageError, match=message):
             load_weights(module, tmp_path / name)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)))
+
+
+STATE = {name: value + 1 for name, value in normed().state_dict().items()}      # counters are 1 then
+OTHER = {name: value + 1 for name, value in STATE.items()}
+BESIDE = {"epoch": 3, "arch": "net", "optimizer": {"lr": 0.1}, "args": Namespace(lr=0.1), "best_acc": torch.tensor(7.0)}
+FILES = {                       # name, what is saved, and what is said of it
+    "w.pt": (STATE, ""),
+    "pytorch_model.bin": (STATE, ""),
+    "timm/model_best.pth.tar": ({**BESIDE, "state_dict": STATE}, ", of its 'state_dict'"),
+    "ema.pth": ({**BESIDE, "state_dict": STATE, "state_dict_ema": OTHER},
+                ", of its 'state_dict', its average 'state_dict_ema' is not used: for that save it alone, "
+                "torch.save(checkpoint['state_dict_ema'], FILE)"),
+    "average.pth": ({"epoch": 1, "state_dict_ema": STATE}, ", of its 'state_dict_ema'"),
+    "model.pth": ({**BESIDE, "model": STATE}, ", of its 'model'"),
+    "deep.pth": ({"model": {"state_dict": STATE}, "step": 1}, ", of its 'model.state_dict'"),
+    "msd.pt": ({"model_state_dict": STATE, "optimizer_state_dict": {"state": {}}}, ", of its 'model_state_dict'"),
+    "own.pt": ({"student": STATE, "epoch": 1}, ", of its 'student'"),
+    "ddp.pth": ({f"module.{name}": value for name, value in STATE.items()}, ", without 'module.' before all names"),
+    "compiled.pth": ({f"_orig_mod.module.{name}": value for name, value in STATE.items()},
+                     ", without '_orig_mod.module.' before all names"),
+    "lightning.ckpt": ({"state_dict": {f"model.net.{name}": value for name, value in STATE.items()}, "loops": {}},
+                       ", of its 'state_dict', without 'model.net.' before all names"),
+    "swa.pt": ({"n_averaged": torch.tensor(5), **{f"module.{name}": value for name, value in STATE.items()}},
+               ", without 'module.' before all names"),
+    "half.pt": ({name: value.half() if value.is_floating_point() else value for name, value in STATE.items()}, ""),
+    "old.pt": ({name: value for name, value in STATE.items() if "num_batches" not in name},
+               ", without the num_batches_tracked of 2 batch norms, which stay as they are"),
+    "old/ddp.pt": ({f"module.{name}": value for name, value in STATE.items() if "num_batches" not in name},
+                   ", without 'module.' before all names, without the num_batches_tracked of 2 batch norms, which stay "
+                   "as they are"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_as_training_scripts_leave_them(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    saved, said = FILES[name]
+    torch.save(saved, tmp_path / name)
+    module = normed()
+    assert load_weights(module, tmp_path / name) == f"weights from {tmp_path / name}{said}"
+    for key, value in module.state_dict().items():
+        wanted = torch.tensor(0) if "old" in name and key.endswith("num_batches_tracked") else STATE[key]
+        torch.testing.assert_close(value, wanted, atol=2e-3 if name == "half.pt" else 0, rtol=0)
+
+
+def test_weights_whose_names_begin_like_a_wrapper_and_files_of_several_models(tmp_path):
+    module = nn.ModuleDict({"model": nn.Linear(2, 2), "net": nn.Linear(2, 2)})
+    own = {name: value + 1 for name, value in module.state_dict().items()}
+    torch.save({f"module.{name}": value for name, value in own.items()}, tmp_path / "a.pt")
+    load_weights(module, tmp_path / "a.pt")
+    assert all(torch.equal(value, own[name]) for name, value in module.state_dict().items())
+    linear = nn.ModuleDict({"model": nn.Linear(2, 2)})
+    torch.save(linear.state_dict(), tmp_path / "b.pt")
+    assert load_weights(linear, tmp_path / "b.pt") == f"weights from {tmp_path}/b.pt"      # its own prefix stays
+    for saved, message in [
+        ({"teacher": STATE, "student": STATE}, r"a dict with 'teacher' \(dict\), 'student' \(dict\); expected a"),
+        ({"state_dict": {**STATE, "note": "hello"}}, "holds a dict with '0.weight' .*; expected a state_dict"),
+        ({"state_dict": {}}, "holds a dict; expected a state_dict"),
+        ({f"module.{name}": value for name, value in list(STATE.items())[:-1]},
+         r"does not fit Sequential: \d+ missing: .* \(and no better without 'module.' before all names\)"),
+        ({"args": SimpleNamespace(a=1), "state_dict": STATE}, r"it holds a \S+Namespace, and making one may run"),
+    ]:
+        torch.save(saved, tmp_path / "c.pt")
+        with pytest.raises(UsageError, match=message):
+            load_weights(normed(), tmp_path / "c.pt")
+
+
+def test_nothing_in_a_weights_file_is_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    for saved in ({"args": Trap(), "state_dict": STATE}, {"args": Namespace(a=Trap()), "state_dict": STATE}):
+        torch.save(saved, tmp_path / "trap.pth.tar")
+        with pytest.raises(UsageError, match=r"it holds a \S*system, and making one may run anything"):
+            load_weights(normed(), tmp_path / "trap.pth.tar")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["Net", "Tied"])
