@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdcache.cache.catalog import HEADER
 from kdcache.cache.codec import DecodedRows, decode_rows
 from kdcache.cache.columns import ROOT, Array
 from kdcache.cache.identity import difference
 from kdcache.cache.measure import FULL_TEMPERATURES, log_sum_exp
+from kdcache.cache.repair import FOLDERS
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError
 from kdcache.inspect_text import render as render
@@ -61,7 +63,8 @@ def _open(cache: Cache | Path | str) -> Cache:
 def facts(cache: Cache) -> dict[str, Any]:
     """What is in it, whose it is, how large it is, and what it lost."""
     spec, rows = cache.spec, num_rows(cache)
-    total = sum(file.stat().st_size for file in Path(cache.path).rglob("*") if file.is_file())
+    own = [Path(cache.path) / HEADER, *(path for folder in FOLDERS for path in (Path(cache.path) / folder).rglob("*"))]
+    total = sum(file.stat().st_size for file in own if file.is_file())
     identity = cache.identity.to_json()
     identity["data"] = {**identity["data"], "probe": f"{len(identity['data'].get('probe', []))} keys"}
     return {

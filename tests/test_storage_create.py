@@ -15,7 +15,7 @@ from strategies import CONTAINERS, IDENTITY, image_spec, make_columns, token_spe
 import kdcache
 from kdcache.cache import repair
 from kdcache.cache.identity import Identity
-from kdcache.cache.store import TEMPORARY
+from kdcache.cache.store import TEMPORARY, Directory
 from kdcache.cache.writer import create, standing
 from kdcache.errors import (
     CacheCorrupt,
@@ -223,9 +223,10 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert forked(unprivileged) == [0]
 
 
-def test_a_name_that_cannot_be_freed_ends_in_an_error(tmp_path: Path) -> None:
+def test_a_name_that_cannot_be_freed_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with create(tmp_path / "c", SPEC, IDENTITY) as writer:
         (tmp_path / "c/commit/00000000.json").symlink_to(tmp_path / "nowhere")
+        monkeypatch.setattr(Directory, "quarantine", lambda *_: False)
         with pytest.raises(KDCacheError, match="a bad commit record keeps this name"):
             writer.write(0, make_columns(SPEC, 0))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest, commit_name
 from kdcache.cache.rawmap import Facts, layout
 from kdcache.cache.shard import Shard
-from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory
+from kdcache.cache.store import DENIED, QUARANTINE, TEMPORARY, Directory, is_plain
 from kdcache.errors import KDCacheError
+
+UNREAD = "may not be read by this user: whether it is whole is not known; check its permissions"
 
 
 def check_all(directory: Directory, header: Header, manifest: Manifest | None,
@@ -32,7 +35,7 @@ def check_all(directory: Directory, header: Header, manifest: Manifest | None,
             found.append(f"{directory.path}: not sealed")
         found += _check_folders(directory, total, used)
     except (KDCacheError, OSError) as e:
-        found.append(str(e))
+        found.append(_said(e))
     return found
 
 
@@ -45,7 +48,7 @@ def _check_shard(directory: Directory, header: Header, manifest: Manifest | None
         if committed is None:
             yield f"{where}: shard {shard} is not committed"
     except (KDCacheError, OSError) as e:
-        yield str(e)
+        yield _said(e)
     try:
         promised = manifest.facts(shard) if manifest else committed
     except KDCacheError as e:
@@ -59,7 +62,8 @@ def _check_shard(directory: Directory, header: Header, manifest: Manifest | None
     if quick:
         size = directory.size(f"data/{promised.file}")
         if size != promised.size:
-            yield f"{directory.full(f'data/{promised.file}')}: has {size} bytes, expected {promised.size}"
+            found = "missing, or no plain file;" if size is None else f"has {size} bytes,"
+            yield f"{directory.full(f'data/{promised.file}')}: {found} expected {promised.size} bytes"
         return
     yield from _check_bytes(directory, header, promised)
 
@@ -72,14 +76,21 @@ def _check_bytes(directory: Directory, header: Header, promised: Facts) -> Itera
             opened.get([name])
         except (KDCacheError, OSError) as e:
             bad = True
-            yield str(e)
+            yield _said(e)
             if f"column {name}" not in str(e):      # the file itself: every column would say the same
                 break
     if not bad:
         try:
             repair.prove(directory, promised)
         except (KDCacheError, OSError) as e:
-            yield str(e)
+            yield _said(e)
+
+
+def _said(error: Exception) -> str:
+    """A problem in one line. What may not be read is not known to be damaged."""
+    if isinstance(error, OSError) and error.errno in DENIED:
+        return f"{error.filename}: {UNREAD} ({error.strerror})"
+    return str(error)
 
 
 def _plain(facts: Facts) -> tuple[object, ...]:
@@ -89,20 +100,23 @@ def _plain(facts: Facts) -> tuple[object, ...]:
 def _check_folders(directory: Directory, shards: int, used: set[str]) -> Iterator[str]:
     """Files that no promise accounts for."""
     for name in directory.names():
-        if name not in (HEADER, QUARANTINE, *repair.FOLDERS):
+        if name not in (HEADER, QUARANTINE, *repair.FOLDERS) and not repair.let_be(name):
             yield from _stray(directory, name, "not a file of this cache")
     for name in directory.names("data"):
-        if name not in used:
+        if name not in used and not repair.let_be(name, "data"):
             yield from _stray(directory, f"data/{name}", "no commit record names this file")
     for folder in ("commit", "manifest"):
         for name in directory.names(folder):
             match = repair.NUMBERED.fullmatch(name)
+            if repair.let_be(name, folder):
+                continue
             if not match or (folder == "commit" and int(match[1]) >= shards):
                 yield from _stray(directory, f"{folder}/{name}", "not a file of this cache")
 
 
 def _stray(directory: Directory, name: str, why: str) -> Iterator[str]:
-    if not name.split("/")[-1].startswith(TEMPORARY):
+    path = directory.full(name)
+    if not name.split("/")[-1].startswith(TEMPORARY) or (os.path.lexists(path) and not is_plain(path)):
         yield f"{directory.full(name)}: {why}"
 
 
@@ -111,6 +125,8 @@ def notes(directory: Directory) -> list[str]:
     found = [f"{directory.full(f'{QUARANTINE}/{name}')}: put aside by an earlier repair; may be deleted"
              for name in directory.names(QUARANTINE)]
     for folder in ("", *repair.FOLDERS):
+        found += [f"{directory.path / folder / name}: no file of the cache; let be"
+                  for name in directory.names(folder) if repair.let_be(name, folder)]
         found += [f"{directory.path / folder / name}: temporary file of a running or killed dump"
                   for name in directory.names(folder) if name.startswith(TEMPORARY)]
     return found

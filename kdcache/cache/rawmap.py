@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import stat
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import xxhash
 
 from kdcache.cache.columns import ROOT, Array, Column, Columns, Level
 from kdcache.cache.spec import CacheSpec
+from kdcache.cache.store import open_plain
 from kdcache.errors import CacheCorrupt
 
 ALIGNMENT = 8
@@ -132,11 +132,9 @@ def map_file(path: str, size: int | None = None) -> Array:
     The file descriptor is closed again: Python's own `mmap` keeps one open for every map (before 3.13), and a cache may
     have 20,000 shards. The map goes when the last array over it goes. OSError if the file cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a fifo in a file's place must not block
+    fd = open_plain(path)
     try:
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise CacheCorrupt(f"{path}: not a plain file")
         if size is not None and found.st_size != size:
             raise CacheCorrupt(f"{path}: file has {found.st_size} bytes, expected {size}; it was cut or overwritten")
         if found.st_size == 0:

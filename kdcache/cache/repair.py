@@ -18,6 +18,7 @@ from kdcache.errors import CacheCorrupt, UsageError
 FOLDERS = ("data", "commit", "manifest")
 NUMBERED = re.compile(r"(\d{8})\.json")
 MEND = "the dump-teacher command that made the cache, given again, puts the bad files aside and writes only them anew"
+BESIDE = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors)([._-].*)?", re.I)
 SHARD_FILE = re.compile(r"(\d{8})-([0-9a-f]{32})\.(arrow|h5)")
 
 
@@ -61,7 +62,14 @@ def prove(directory: Directory, facts: Facts) -> None:
 
 def anything_committed(directory: Directory) -> bool:
     """Whether a file of a shard or a manifest is there, good or bad: the header is then a promise that was used."""
-    return any(not name.startswith(TEMPORARY) for folder in FOLDERS for name in directory.names(folder))
+    return any(not name.startswith(".") for folder in FOLDERS for name in directory.names(folder))
+
+
+def let_be(name: str, folder: str = "") -> bool:
+    """Whether a name is none of a cache's, but of what people and tools put beside its files: nobody reads it as part
+    of the cache, and it is no damage."""
+    hidden = name.startswith(".") and not name.startswith(TEMPORARY)
+    return hidden or (not folder and BESIDE.fullmatch(name) is not None)
 
 
 def proven(directory: Directory, header: Header, shard: int) -> Facts | None:
@@ -94,7 +102,7 @@ def remove_bad_file(directory: Directory, name: str) -> None:
         match = SHARD_FILE.fullmatch(name)
         try:
             return match is None or digest(map_file(path)) != match[2]
-        except (CacheCorrupt, OSError):
+        except (CacheCorrupt, FileNotFoundError):
             return True
 
     directory.quarantine(f"data/{name}", bad)
@@ -125,12 +133,12 @@ def sweep(directory: Directory, header: Header, share: tuple[int, int] = (0, 1))
             good = proven(directory, header, shard) if shard % world == rank else in_place(directory, header, shard)
             if not good:
                 remove_bad_commit(directory, header, shard)
-        elif not name.startswith(TEMPORARY):
+        elif not name.startswith("."):
             directory.quarantine(f"commit/{name}", lambda: True)
     for name in directory.names("data"):
         match = SHARD_FILE.fullmatch(name)
         ours = match and int(match[1]) < header.spec.num_shards and match[3] == catalog.SUFFIXES[header.container]
-        if not ours and not name.startswith(TEMPORARY):
+        if not ours and not name.startswith("."):
             directory.quarantine(f"data/{name}", lambda: True)
     _sweep_manifests(directory, header)
 
@@ -147,7 +155,7 @@ def _sweep_manifests(directory: Directory, header: Header) -> None:
                 break
     for name in directory.names("manifest"):
         match = NUMBERED.fullmatch(name)
-        if not (match and 1 <= int(match[1]) <= good) and not name.startswith(TEMPORARY):
+        if not (match and 1 <= int(match[1]) <= good) and not name.startswith("."):
             directory.quarantine(f"manifest/{name}", partial(_manifest_is_bad, directory, header, name))
 
 

@@ -26,6 +26,7 @@ MAX_JSON = 2**26                # header and commit records
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
+NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR, errno.EISDIR)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)     # of a folder: CIFS, some FUSE
 
@@ -77,18 +78,27 @@ class Directory:
     # ---- reading ----------------------------------------------------------------------------------------------
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names in a folder, [] if there is none."""
+        """Sorted names in a folder, [] if there is none; CacheCorrupt if something else has its name."""
+        path = self.full(folder)
         try:
-            return sorted(os.listdir(self.full(folder)))
-        except FileNotFoundError:
-            return []
+            return sorted(os.listdir(path))
+        except OSError as e:
+            if e.errno == errno.ENOENT and not os.path.lexists(path):
+                return []
+            if e.errno in NO_FILE:
+                raise CacheCorrupt(f"{path}: not a folder, or a link that leads to none ({e.strerror}); put the folder "
+                                   "back, or mount the disk that it is on") from e
+            raise
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None if there is none."""
+        """Bytes of a plain file, None if there is none, whatever else has its name."""
         try:
-            return os.stat(self.full(name)).st_size
-        except FileNotFoundError:
+            found = os.stat(self.full(name))
+        except OSError as e:
+            if e.errno not in NO_FILE:
+                raise
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def read(self, name: str, limit: int = MAX_JSON) -> bytes | None:
         """All bytes of a plain file, None if there is none; CacheCorrupt above `limit` bytes, before reading them."""
@@ -196,13 +206,8 @@ class Directory:
         judgement is repeated under a lock on the very file that is moved.
         """
         path = self.full(name)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return False
-        try:
-            _lock(fd, fcntl.LOCK_EX)
-            if not _same(fd, path) or not bad():
+        with _judging(path) as there:
+            if not there or not bad():
                 return False
             self.make(QUARANTINE)
             flat, copy = name.replace("/", "-"), 0
@@ -217,16 +222,19 @@ class Directory:
                 return False                # its owner, who lost a race for the shard, removed it meanwhile
             self._sync_folder(Path(path).parent)
             return True
-        finally:
-            os.close(fd)
 
     def drop_dead_temporaries(self, folder: str) -> None:
-        """Delete the temporaries whose writers are gone: a live writer holds a lock on its own."""
+        """Delete the temporaries whose writers are gone: a live writer holds a lock on its own. What no writer makes, a
+        folder or link of such a name, goes to quarantine."""
         for name in self.names(folder):
             if not name.startswith(TEMPORARY):
                 continue
-            path = self.full(f"{folder}/{name}" if folder else name)
+            name = f"{folder}/{name}" if folder else name
+            path = self.full(name)
             with contextlib.suppress(FileNotFoundError):
+                if not is_plain(path):
+                    self.quarantine(name, lambda: True)
+                    continue
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                 try:
                     if _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) and _same(fd, path):
@@ -256,23 +264,63 @@ def read_plain(path: str, limit: int, *, dir_fd: int | None = None) -> bytes | N
     """All bytes of a plain file (`path` below the open folder `dir_fd`, if given), None if there is none; CacheCorrupt
     for other kinds of files, of which some would wait for ever, and above `limit` bytes, before reading them."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+        fd = open_plain(path, dir_fd=dir_fd)
     except FileNotFoundError:
         return None
-    except OSError as e:
-        if e.errno == errno.ENXIO:              # a socket
-            raise CacheCorrupt(f"{path}: not a plain file") from e
-        raise
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise CacheCorrupt(f"{path}: not a plain file")
-        if found.st_size > limit:
-            raise CacheCorrupt(f"{path}: file has {found.st_size} bytes, the most allowed is {limit}")
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise CacheCorrupt(f"{path}: file has {size} bytes, the most allowed is {limit}")
         with open(fd, "rb", closefd=False) as file:
             return file.read(limit + 1)
     finally:
         os.close(fd)
+
+
+def open_plain(path: str, *, dir_fd: int | None = None) -> int:
+    """A descriptor to read a plain file by. FileNotFoundError only where nothing has its name; CacheCorrupt for a link
+    that leads nowhere or in a circle, a folder, socket, pipe or device. Other OSErrors, such as EACCES, pass."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)   # a pipe must not block
+    except OSError as e:
+        if e.errno == errno.ENOENT:
+            os.lstat(path, dir_fd=dir_fd)       # of nothing: FileNotFoundError again
+            raise CacheCorrupt(f"{path}: a link that leads nowhere") from e
+        if e.errno in NO_FILE and e.errno != errno.ENOTDIR:
+            raise CacheCorrupt(f"{path}: not a plain file ({e.strerror})") from e
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise CacheCorrupt(f"{path}: not a plain file")
+
+
+def is_plain(path: str) -> bool:
+    """Whether a plain file, and no link to one, has this name. FileNotFoundError if nothing has."""
+    return stat.S_ISREG(os.lstat(path).st_mode)
+
+
+@contextlib.contextmanager
+def _judging(path: str) -> Iterator[bool]:
+    """Whether something stands at `path`, which nobody else moves within this block. A plain file is locked itself; of
+    what cannot be opened, or leads elsewhere, the folder is."""
+    fd = None
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            plain = is_plain(path)
+            fd = os.open(path if plain else os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if fd is None:
+            yield False
+            return
+        _lock(fd, fcntl.LOCK_EX)
+        try:
+            there = _same(fd, path) if plain else not is_plain(path)
+        except FileNotFoundError:
+            there = False
+        yield there
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
@@ -298,8 +346,8 @@ def explain(path: str | os.PathLike[str], doing: str, standing: Callable[[], str
             raise KDCacheError(f"{path}: disk full while {doing} ({why}); free space and run the same command "
                                f"again{standing()}") from e
         if e.errno in DENIED:
-            raise KDCacheError(f"{path}: not allowed while {doing} ({why}); check the permissions of the "
-                               f"folder{standing()}") from e
+            raise KDCacheError(f"{e.filename or path}: not allowed while {doing} ({why}); check the permissions of the "
+                               f"folder and its files{standing()}") from e
         raise KDCacheError(f"{e.filename or path}: {why} while {doing}{standing()}") from e
 
 

@@ -155,7 +155,7 @@ def _foreign(directory: Directory) -> str:
     """A name in the folder that no dump which has not got as far as its header can have made; '' if there is none."""
     for name in directory.names():
         if name in repair.FOLDERS:
-            if any(not n.startswith(TEMPORARY) for n in directory.names(name)):
+            if any(not n.startswith(".") for n in directory.names(name)):
                 return name
         elif name != QUARANTINE and not name.startswith(TEMPORARY):
             return name
@@ -259,7 +259,7 @@ class Writer:
 
     def _quarantine_orphans(self, used: set[str]) -> None:
         for name in self._directory.names("data"):
-            if name not in used and not name.startswith(TEMPORARY):
+            if name not in used and not name.startswith("."):
                 self._directory.quarantine(f"data/{name}", lambda: True)
 
     def _store(self, shard: int, records: int, rows: dict[str, int], columns: dict[str, Array],

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcache.cache.audit import UNREAD
 from kdcache.cache.identity import Identity, difference, first_lines, untold
 from kdcache.cache.reader import Cache
 from kdcache.cache.reader import open as open_cache
@@ -76,13 +77,18 @@ def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data:
             problems = opened.check_all(progress, quick=quick)
             report = VerifyReport(cache=str(cache), ok=not problems, quick=quick, problems=tuple(problems),
                                   notes=tuple(opened.notes()), content_id=opened.content_id,
-                                  shards=opened.spec.num_shards, advice=MEND if problems else None)
+                                  shards=opened.spec.num_shards, advice=_advice(problems))
             if teacher is None or problems:
                 return report
             return _ask_teacher(opened, report, teacher, data, samples or SAMPLES, dtype, device or "auto",
                                 dict(args=teacher_args, weights=teacher_weights), data_args)
     except CacheCorrupt as e:
         return VerifyReport(cache=str(cache), ok=False, quick=quick, problems=(str(e),), content_id=None, shards=0)
+
+
+def _advice(problems: Sequence[str]) -> str | None:
+    """What mends a cache, None where nothing is known to be damaged."""
+    return MEND if any(UNREAD not in problem for problem in problems) else None
 
 
 def _refuse_idle(options: Mapping[str, Any]) -> None:
