@@ -63,6 +63,25 @@ class Model:
         return names if self.num_classes in (None, len(names)) else []
 
     @property
+    def home(self) -> Path | None:
+        """The local folder that it is from: `folder`, or that of a Hugging Face model which was given as an object."""
+        named = getattr(self.module, "name_or_path", None)
+        if self.folder is not None or not isinstance(named, str) or not named:
+            return self.folder
+        return Path(named) if Path(named).is_dir() else None
+
+    @cached_property
+    def tokenizer(self) -> tuple[str, Path] | None:
+        """The fingerprint of the tokenizer that it is for, and the file that says so; None where nobody says, or where
+        that cannot be read."""
+        if self.home is None or self.task == "image-classification":
+            return None
+        try:
+            return own_tokenizer(self.home)
+        except UsageError:
+            return None
+
+    @property
     def dtype(self) -> str:
         """The dtype of the weights, such as "float32"."""
         return str(weights_dtype(self.module) or torch.get_default_dtype()).removeprefix("torch.")
@@ -73,7 +92,8 @@ class Model:
         return {"weights": weights_digest(self.module), "dtype": self.dtype,
                 "adapters": ",".join(sorted(getattr(self.module, "peft_config", {}))), "preprocessing": "",
                 "num_classes": self.num_classes or 0, **architecture(self.module),
-                **({"class_names": names} if (names := self.class_names) else {})}
+                **({"class_names": names} if (names := self.class_names) else {}),
+                **({"tokenizer": self.tokenizer[0]} if self.tokenizer is not None else {})}
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors into `folder`; for Hugging Face models what `from_pretrained` opens, and the
@@ -190,21 +210,21 @@ def _shapes(inputs: Inputs) -> str:
 
 
 def require_tokenizer(model: Model, tokenizer: Mapping[str, Any] | None, *, role: str,
-                      accept: Sequence[str] | None = None) -> list[str]:
-    """IdentityMismatch if the folder of `model` names another tokenizer than that of the data (an identity's
-    `tokenizer`, with its fingerprint); ["tokenizer"] if `accept` names it, [] where both agree or one is unknown.
-    accept None: of a command that takes none."""
+                      accept: Sequence[str] | None = None, whose: str = "data") -> list[str]:
+    """IdentityMismatch if the folder of `model` names another tokenizer than that of the data or teacher, as `whose`
+    says (an identity's `tokenizer`, with its fingerprint); ["tokenizer"] if `accept` names it, [] where both agree or
+    one is unknown. accept None: of a command that takes none."""
     wanted = (tokenizer or {}).get("fingerprint")
-    found = None if model.folder is None or wanted is None else own_tokenizer(model.folder)
+    found = None if model.home is None or wanted is None else own_tokenizer(model.home)
     if found is None or found[0] == wanted:
         return []
     if "tokenizer" in (accept or ()):
         return ["tokenizer"]
     harmless = "" if accept is None else "; a difference known to be harmless: --accept tokenizer"
     raise IdentityMismatch(
-        f"the {role} {model.spec} is for another tokenizer than the data's: an id is another token to it:\n"
-        f"  tokenizer.fingerprint: the data has {wanted}\n  {found[1]} has {found[0]}\n  give the tokenizer of the "
-        f"{role} to the data{harmless}", [FieldDifference("tokenizer.fingerprint", wanted, found[0])])
+        f"the {role} {model.spec} is for another tokenizer than the {whose}'s: an id is another token to it:\n"
+        f"  tokenizer.fingerprint: the {whose} has {wanted}\n  {found[1]} has {found[0]}\n  give the tokenizer of the "
+        f"{role} to the {whose}{harmless}", [FieldDifference("tokenizer.fingerprint", wanted, found[0])])
 
 
 OTHER_HEADS = {                 # problem_type of a Hugging Face config -> what its logits are

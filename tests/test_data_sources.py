@@ -296,6 +296,11 @@ def test_text_that_cannot_be_used(corpus, tmp_path):
     with pytest.raises(DataError, match=r"latin.txt: byte 3 is not UTF-8; --data-arg errors=replace"):
         load_data(f"text:{tmp_path}/latin.txt", good)
     assert len(load_data(f"text:{tmp_path}/latin.txt", {**good, "errors": "replace"})) == 1
+    for errors in ("strict", "replace", "ignore"):
+        for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):      # a byte order mark is no text
+            (tmp_path / name).write_bytes(mark + b"return self")
+        a, b = (load_data(f"text:{tmp_path}/{name}.txt", {**good, "errors": errors}) for name in ("plain", "marked"))
+        assert a.revision == b.revision and torch.equal(a[0]["input_ids"], b[0]["input_ids"])
     with pytest.raises(DataError, match="1 files in split 'all' gave no window"):
         load_data(f"text:{tmp_path}/empty.txt", good)
     for pattern, args, message in [

@@ -145,7 +145,7 @@ def _texts(files: list[Path], errors: str) -> Iterator[list[str]]:
         texts = []
         for file in files[start:start + FILES_PER_BATCH]:
             try:
-                texts.append(file.read_bytes().decode("utf-8", errors))
+                texts.append(file.read_bytes().decode("utf-8", errors).removeprefix("\ufeff"))     # no text: a mark
             except UnicodeDecodeError as e:
                 raise DataError(f"{file}: byte {e.start} is not UTF-8; --data-arg errors=replace reads it so") from e
             except OSError as e:

@@ -71,6 +71,12 @@ class Sources:
         return None if self.cache is None else self.cache.identity.tokenizer
 
     @property
+    def teachers_tokenizer(self) -> dict[str, Any] | None:
+        """What the teacher's own folder said, as part of an identity; None where it said nothing."""
+        known = None if self.cache is None else self.cache.identity.teacher.get("tokenizer")
+        return None if known is None else {"fingerprint": known}
+
+    @property
     def class_names(self) -> list[str]:
         """Of what is trained on, by number: the data's, else the teacher's; [] where neither says."""
         if self.samples is not None and self.samples.class_names:
@@ -140,7 +146,7 @@ def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[st
                 "data": None if samples is None else _about(samples),
                 "eval-data": None if eval_samples is None else _about(eval_samples)}
     sources = Sources(cache, samples, eval_samples, accepted, recorded)
-    recorded["tokenizer"] = (sources.tokenizer or {}).get("fingerprint")
+    recorded["tokenizer"] = (sources.tokenizer or sources.teachers_tokenizer or {}).get("fingerprint")
     recorded["class-names"] = sources.class_names or None
     accepted += [name for name in _check_eval(sources, accept) if name not in accepted]
     return sources
@@ -172,7 +178,10 @@ def _about(samples: Samples) -> dict[str, Any]:
 def check_text(model: Model, sources: Sources, accept: Sequence[str]) -> None:
     """IdentityMismatch for a student whose folder is for another tokenizer, UsageError for windows beyond a learned
     table of positions; what was accepted, and what is odd, is added to `sources`."""
-    found = require_tokenizer(model, sources.tokenizer, role="student", accept=accept)
+    known, whose = sources.tokenizer, "data"
+    if not (known or {}).get("fingerprint"):    # data of ids whose tokenizer nobody named: those the teacher was for
+        known, whose = sources.teachers_tokenizer, "teacher"
+    found = require_tokenizer(model, known, role="student", accept=accept, whose=whose)
     sources.accepted = list(dict.fromkeys([*sources.accepted, *found]))
     said = beyond_positions(model, sources.longest, role="student")
     sources.notes += [said] if said is not None else []
@@ -356,4 +365,8 @@ def _check_eval(sources: Sources, accept: Sequence[str]) -> list[str]:
     if tokens and evaluation.tokenizer_identity and tokens != evaluation.tokenizer_identity:
         raise DataError(f"evaluation data {evaluation.name} has another tokenizer than training: "
                         f"{evaluation.tokenizer_identity}, expected {tokens}")
+    theirs, own = sources.teachers_tokenizer, evaluation.tokenizer_identity
+    if not tokens and theirs and own and own.get("fingerprint") not in (None, theirs["fingerprint"]):
+        raise DataError(f"evaluation data {evaluation.name} has another tokenizer than the teacher: {own}, expected "
+                        f"{theirs}")
     return found
