@@ -16,6 +16,7 @@ from kdcache.cache.measure import FULL_TEMPERATURES, log_sum_exp
 from kdcache.cache.repair import FOLDERS
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError
+from kdcache.guard import entrance, users_code
 from kdcache.inspect_text import render as render
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SHOWN_ROWS = 8                  # of a record of a token cache
 Namer = Callable[[int], str]
 
 
+@entrance
 def inspect(cache: Cache | Path | str, record: int | None = None, tokenizer: str | Path | None = None,
             other: Cache | Path | str | None = None, data: Any = None,
             data_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -198,7 +200,12 @@ def namer(cache: Cache, class_names: Sequence[str], tokenizer: str | Path | None
     if fingerprint(made) != cached:
         found = FieldDifference("tokenizer.fingerprint", cached, fingerprint(made))
         raise IdentityMismatch(f"--tokenizer {tokenizer} is not the one of {cache.path}:\n  {found}", [found])
-    return lambda i: repr(made.decode([i], skip_special_tokens=False))
+
+    def decoded(i: int) -> str:
+        with users_code(f"--tokenizer {tokenizer} cannot decode {i}"):
+            return repr(made.decode([i], skip_special_tokens=False))
+
+    return decoded
 
 
 def _check_data(cache: Cache, batch: Batch, out: Mapping[str, Any], data: Any,

@@ -7,9 +7,10 @@ import importlib.util
 import inspect
 import json
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,12 @@ from typing import Any
 import xxhash
 
 from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.guard import describe as describe
+from kdcache.guard import is_the_users, users_code
+from kdcache.guard import let_through as let_through
 from kdcache.paths import local_path
-from kdcache.signals import Interrupted
+
+FILES = "kdcache_user_"         # how the names of modules begin that are files of users
 
 
 def parse_args(items: Iterable[str], option: str = "--data-arg") -> dict[str, Any]:
@@ -35,6 +40,12 @@ def parse_args(items: Iterable[str], option: str = "--data-arg") -> dict[str, An
             args[key] = json.loads(text)
         except ValueError:
             args[key] = text
+        except RecursionError:
+            raise UsageError(f"{option} {key}: its JSON is nested too deep to be read") from None
+        try:
+            str(args[key]).encode()
+        except UnicodeEncodeError:              # JSON can spell half a surrogate pair, no file can hold one
+            raise UsageError(f"{option} {key}: its text is no Unicode, it has half a surrogate pair") from None
     return args
 
 
@@ -51,11 +62,11 @@ def resolve(spec: str) -> Any:
     if not is_code(spec):
         raise UsageError(f"{spec!r} names no code; expected file.py:name or package.module:name")
     module = _file_module(left) if left.endswith(".py") else _named_module(left)
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        public = [known for known in vars(module) if not known.startswith("_")]
-        raise UsageError(f"{left} has no {name!r}{near(name, public)}") from None
+    with users_code(f"{left}: its {name}", UsageError):
+        if hasattr(module, name):
+            return getattr(module, name)
+    public = [known for known in vars(module) if not known.startswith("_")]
+    raise UsageError(f"{left} has no {name!r}{near(name, public)}")
 
 
 def resolve_spec(spec: str, prefixes: Iterable[str], known: Iterable[str], kind: str) -> Any:
@@ -88,13 +99,8 @@ def call(function: Callable[..., Any], args: Mapping[str, Any], *, where: str,
     missing = [key for key, required in named.items() if required and key not in given]
     if missing:
         raise UsageError(f"{where} needs {', '.join(missing)}: give {missing[0]}=...")
-    try:
+    with users_code(where, UsageError):
         return function(**given)
-    except KDCacheError:
-        raise
-    except Exception as e:
-        let_through(e)
-        raise UsageError(f"{where}: {describe(e)}") from e
 
 
 @contextmanager
@@ -109,25 +115,6 @@ def no_foreign_code(where: str, instead: str) -> Iterator[None]:
         raise UsageError(f"{where} brings code of its own (auto_map in a config), which is never run; {instead}") from e
 
 
-def let_through(error: BaseException) -> None:
-    """Raise the Interrupted that `error` is or came of: a signal is no fault of the code that it fell into.
-
-    Libraries wrap what they catch, as transformers does around its imports.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, Interrupted):
-            raise cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line: type, first line of its message, and where it was raised."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    lines = str(error).strip().splitlines() or [""]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {lines[0][:300]}{place}"
-
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """Whether `function` has a parameter `name`, or takes any keyword."""
@@ -138,9 +125,12 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
 def _parameters(function: Callable[..., Any], where: str) -> tuple[dict[str, bool], bool]:
     """Parameter -> whether it must be given, of those that can be given by name; and whether there is a `**kwargs`."""
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):             # some builtins have no signature; the call itself will judge
-        return {}, True
+        with users_code(f"{where}: its signature"):         # which may be a property
+            parameters = inspect.signature(function).parameters.values()
+    except KDCacheError as e:
+        if not isinstance(e.__cause__, TypeError | ValueError):
+            raise
+        return {}, True                         # some builtins have no signature; the call itself will judge
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise UsageError(f"{where} takes {parameter.name!r} by position only; arguments are given by name")
@@ -149,40 +139,85 @@ def _parameters(function: Callable[..., Any], where: str) -> tuple[dict[str, boo
 
 
 def _file_module(text: str) -> ModuleType:
-    path = local_path(text, "file").resolve()
+    try:
+        path = local_path(text, "file").resolve()
+    except (OSError, RuntimeError, ValueError) as e:        # no such user, a circle of links, a NUL
+        if isinstance(e, KDCacheError):
+            raise
+        raise UsageError(f"{text}: {describe(e)}") from e
     if not path.is_file():
         raise UsageError(f"{text}: no such file")
-    name = f"kdcache_user_{path.stem}_{xxhash.xxh3_64_hexdigest(str(path).encode())}"
+    name = f"{FILES}{path.stem}_{xxhash.xxh3_64_hexdigest(str(path).encode())}"
     if name in sys.modules:                     # teacher, student and data may come from one file: it runs once
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise UsageError(f"{text}: not a Python file")
+    FINDER.know({name: str(path)})
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))       # so that it can import its neighbours; last, so that it hides nothing
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module                  # dataclasses and pickle look a class's module up here
-    try:
-        found.loader.exec_module(module)
-    except BaseException as e:
-        del sys.modules[name]
-        if not isinstance(e, Exception):
-            raise
-        let_through(e)
-        raise UsageError(f"{text} could not be run: {describe(e)}") from e
-    return module
+    with users_code(f"{text} could not be run", UsageError):
+        return importlib.import_module(name)
+
+
+class _Finder(MetaPathFinder):
+    """Imports the files of users under the names that `_file_module` gives them.
+
+    What a worker process is sent names the module of its class, and a process that did not come of a fork has to import
+    it: `UserFiles`, sent along, tells its finder where the file is.
+    """
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str] = {}
+
+    def know(self, paths: Mapping[str, str]) -> None:
+        """Files by the names of their modules."""
+        self.paths.update(paths)
+        if self not in sys.meta_path:
+            sys.meta_path.append(self)
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None,
+                  target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname not in self.paths:
+            return None
+        file = self.paths[fullname]
+        return importlib.util.spec_from_file_location(fullname, file, loader=_UserFile(fullname, file))
+
+
+class _UserFile(SourceFileLoader):
+    """Runs a file with seeded generators: what it makes as it runs is then the same in every process."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        from kdcache.generators import seeded_generators
+
+        with seeded_generators(0, 0, 0):
+            super().exec_module(module)
+
+
+FINDER = _Finder()
+
+
+class UserFiles:
+    """The files of users that were run here. Unpickled elsewhere, it lets what comes after it be unpickled too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _told, (dict(FINDER.paths),)
+
+
+def _told(paths: dict[str, str]) -> UserFiles:
+    FINDER.know(paths)
+    return UserFiles()
 
 
 def _named_module(name: str) -> ModuleType:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)                   # a console script, unlike python -m, does not look where it is run
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as e:
         let_through(e)
         if e.name is not None and (name == e.name or name.startswith(e.name + ".")):
             raise UsageError(f"there is no module {e.name!r} to import (install it, or use file.py:name)") from e
         raise UsageError(f"module {name} could not be imported: {describe(e)}") from e
-    except Exception as e:
-        let_through(e)
-        raise UsageError(f"module {name} could not be imported: {describe(e)}") from e
+    except BaseException:
+        with users_code(f"module {name} could not be imported", UsageError):
+            raise
+    is_the_users(name.partition(".")[0])
+    return module

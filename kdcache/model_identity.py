@@ -11,7 +11,7 @@ from torch import nn
 
 from kdcache.canonical import MAX_INT
 from kdcache.errors import KDCacheError
-from kdcache.loading import let_through
+from kdcache.guard import let_through
 
 # Fields of a configuration that no answer in eval mode depends on: where it came from and by which version it was
 # written, names of classes (which the data's identity has), what is returned beside the logits, how it is trained.

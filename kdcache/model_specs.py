@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcache.data.views import seeded_generators
 from kdcache.errors import KDCacheError, UsageError, near
-from kdcache.loading import accepts, call, describe, let_through, no_foreign_code, resolve_spec
+from kdcache.generators import seeded_generators
+from kdcache.guard import attribute, describe, let_through
+from kdcache.loading import accepts, call, no_foreign_code, resolve_spec
 from kdcache.paths import local_path
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
@@ -341,7 +342,7 @@ def _import(name: str, extra: str) -> Any:
 
 def _classes_of(module: nn.Module, args: Mapping[str, Any]) -> int | None:
     """The module's attribute `num_classes`, else what it was asked for."""
-    own = getattr(module, "num_classes", args.get("num_classes"))
+    own = attribute(module, "num_classes", f"model {type(module).__name__}", args.get("num_classes"))
     return own if type(own) is int and own > 0 else None
 
 

@@ -17,9 +17,10 @@ from torch.nn.parameter import is_lazy
 from kdcache.data.classes import model_names
 from kdcache.data.keys import array_header
 from kdcache.data.padding import Inputs
-from kdcache.data.views import seeded_generators
-from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
-from kdcache.loading import accepts, describe, let_through
+from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, near
+from kdcache.generators import seeded_generators
+from kdcache.guard import attribute, describe, let_through, message, printable, users_code
+from kdcache.loading import accepts
 from kdcache.model_identity import architecture
 from kdcache.model_specs import (
     Wanted,
@@ -89,8 +90,9 @@ class Model:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The `teacher` part of an identity; the digest is of the weights as they are when this is first read."""
-        return {"weights": weights_digest(self.module), "dtype": self.dtype,
-                "adapters": ",".join(sorted(getattr(self.module, "peft_config", {}))), "preprocessing": "",
+        adapters = attribute(self.module, "peft_config", f"model {type(self.module).__name__}")
+        return {"weights": weights_digest(self.module), "dtype": self.dtype, "preprocessing": "",
+                "adapters": ",".join(sorted(map(str, adapters if isinstance(adapters, Mapping) else ()))),
                 "num_classes": self.num_classes or 0, **architecture(self.module),
                 **({"class_names": names} if (names := self.class_names) else {}),
                 **({"tokenizer": self.tokenizer[0]} if self.tokenizer is not None else {})}
@@ -100,11 +102,13 @@ class Model:
         tokenizer if the model came with one."""
         path = local_path(folder, "folder")
         path.mkdir(parents=True, exist_ok=True)
-        if self.save_files is not None:
-            self.save_files(path)
-        else:
-            from safetensors.torch import save_file
-            save_file(plain_state(self.module), str(path / "model.safetensors"))
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+        with users_code(f"the weights of {type(self.module).__name__} cannot be saved", but=(OSError, SafetensorError)):
+            if self.save_files is not None:
+                self.save_files(path)
+            else:
+                save_file(plain_state(self.module), str(path / "model.safetensors"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +146,41 @@ def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -
 
     UsageError for a device that cannot be used here.
     """
-    if device in (None, "auto"):
+    if device is None or (isinstance(device, str) and device == "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise UsageError(f"device is a {type(device).__name__}; expected text such as \"cpu\" or \"cuda:1\"")
     try:
-        found = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device or "cpu")
+        found = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:    # torch built without CUDA asserts
-        line = (str(e).strip().splitlines() or [""])[0]
-        raise UsageError(f"--device {device} cannot be used here ({line[:120]})") from e
+    except Exception as e:          # torch built without CUDA asserts; other backends import a module that is not there
+        let_through(e)
+        raise UsageError(f"--device {printable(str(device))[:40]} cannot be used here ({message(e)[:120]})") from e
     return found
+
+
+def move(module: nn.Module, device: torch.device, role: str) -> None:
+    """Move `module`, which has that role, to the device that it is to run on.
+
+    UsageError for one that is dispatched over several devices or whose weights are not in memory: moving it would tear
+    it out of the hooks that run it.
+    """
+    where = f"the {role} ({type(module).__name__})"
+    with users_code(f"{where}: its parameters cannot be read"):
+        meta = next((name for name, tensor in (*module.named_parameters(), *module.named_buffers())
+                     if tensor.is_meta), None)
+    mapped = attribute(module, "hf_device_map", where)
+    devices = sorted({str(found) for found in mapped.values()}) if isinstance(mapped, Mapping) else []
+    if meta is not None or len(devices) > 1:
+        found = f"has {meta!r} on the device meta, not in memory"
+        if devices:
+            found = f"lies on the devices {', '.join(devices)}"
+        raise UsageError(f"{where} {found}; kdcache runs a model whole on one device: load it without device_map and "
+                         f"offloading, or with device_map={{'': {str(device)!r}}}")
+    with users_code(f"{where} cannot be moved to {device}"):
+        module.to(device)
 
 
 def forward(module: nn.Module, inputs: Inputs) -> Output:
@@ -185,6 +215,11 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
     if logits.ndim not in (2, 3) or len(logits) != records or not logits.is_floating_point():
         raise DataError(f"{name} returned logits {logits.dtype} {tuple(logits.shape)} for {records} records; "
                         "expected floating point (records, classes) or (records, positions, classes)")
+    if logits.layout != torch.strided or logits.is_meta or logits.dtype not in DTYPES.values():
+        raise DataError(f"{name} returned logits {logits.dtype} on {logits.device} ({logits.layout}); expected a dense "
+                        f"tensor of {', '.join(DTYPES)}")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise DataError(f"{name} returned a row_mask that is a {type(mask).__name__}; expected a tensor")
     if mask is not None and (logits.ndim != 3 or mask.shape != logits.shape[:2]):
         raise DataError(f"{name} returned row_mask {tuple(mask.shape)} with logits {tuple(logits.shape)}; "
                         "expected (records, positions) of both")
@@ -192,16 +227,13 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
 
 
 @contextmanager
-def trying(role: str, module: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """A forward pass of the user's model, which has that role: DataError in one line for whatever it raises."""
-    try:
+def trying(role: str, module: nn.Module, inputs: Inputs, where: str = "") -> Iterator[None]:
+    """A forward pass of the user's model, which has that role: DataError in one line for whatever it raises.
+
+    where: what the line begins with, such as "step 5: ".
+    """
+    with users_code(lambda: f"{where}the {role} ({type(module).__name__}) cannot be run on {_shapes(inputs)}"):
         yield
-    except KDCacheError:
-        raise
-    except Exception as e:
-        let_through(e)
-        raise DataError(f"the {role} ({type(module).__name__}) cannot be run on {_shapes(inputs)}: "
-                        f"{describe(e)}") from e
 
 
 def _shapes(inputs: Inputs) -> str:
@@ -272,13 +304,18 @@ def weights_digest(module: nn.Module) -> str:
     data/keys.py (name, dtype, shape; here no integer is widened), then its elements in C order, little-endian.
     """
     hasher = hashlib.sha256()
+    with users_code(f"the weights of {type(module).__name__} cannot be read", UsageError):
+        _add_weights(hasher, module)
+    return f"sha256-state-dict:{hasher.hexdigest()}"
+
+
+def _add_weights(hasher: Any, module: nn.Module) -> None:
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(f"{type(module).__name__} keeps {name!r} in its state_dict, a {type(tensor).__name__}; "
                              "expected tensors only, its weights cannot be told from others")
         hasher.update(array_header(name, str(tensor.dtype).removeprefix("torch."), tensor.shape))
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256-state-dict:{hasher.hexdigest()}"
 
 
 def find_module(module: nn.Module, name: str) -> nn.Module:

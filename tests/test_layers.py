@@ -13,8 +13,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kdcache"
 LAYER = {
     "kernels": 0,
-    "errors": 1, "paths": 1, "canonical": 1, "signals": 1, "cache": 1,
-    "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "model_checks": 2,
+    "errors": 1, "early": 1, "streams": 1, "paths": 1, "canonical": 1, "signals": 1, "ranks": 1, "guard": 1,
+    "cache": 1,
+    "generators": 2, "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "model_checks": 2,
     "engines": 2,
     "teacher": 3, "student": 3, "hf": 3, "inspect": 3, "report": 3, "env": 3,
     "demo": 4, "bench": 4,
@@ -29,7 +30,11 @@ MAY_IMPORT = {                  # part -> the only other distributions its files
     "kernels": {"torch", "triton", *sys.stdlib_module_names},
     "errors": set(sys.stdlib_module_names),
     "paths": set(sys.stdlib_module_names),
+    "early": set(sys.stdlib_module_names),
+    "streams": set(sys.stdlib_module_names),
     "signals": set(sys.stdlib_module_names),
+    "ranks": set(sys.stdlib_module_names),
+    "guard": set(sys.stdlib_module_names),
     "canonical": STDLIB_AND_NUMPY,
     "cache": {"pyarrow", "h5py", *STDLIB_AND_NUMPY},
     "inspect": {"tokenizers", *STDLIB_AND_NUMPY},

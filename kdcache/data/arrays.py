@@ -13,7 +13,7 @@ import torch
 
 from kdcache.data.keys import array_header, byte_parts, elements
 from kdcache.errors import DataError, UsageError, near
-from kdcache.loading import describe
+from kdcache.guard import describe
 from kdcache.paths import local_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]

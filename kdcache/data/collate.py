@@ -15,6 +15,7 @@ from kdcache.data.keys import arrays_of, sample_key
 from kdcache.data.padding import ATTENTION, IGNORED, Inputs, Padding, Real, decoder_inputs, padded, real_of, together
 from kdcache.data.samples import Item, Samples, document_start_of, input_tensors, labels_of, model_fields
 from kdcache.errors import DataError
+from kdcache.guard import users_code
 
 DECODER_IDS = "decoder_input_ids"
 
@@ -197,8 +198,9 @@ def _with_decoder(named: list[dict[str, torch.Tensor]], items: Sequence[Item],
 
 def _by_collate_fn(items: Sequence[Item], samples: Samples) -> Parts:
     where = f"collate_fn of {type(samples.dataset).__name__}"
-    batch = samples.dataset.collate_fn([item.raw for item in items])
-    batch = dict(batch) if hasattr(batch, "keys") else batch        # transformers' BatchEncoding is no Mapping
+    with users_code(f"{where}, over {len(items)} items"):
+        batch = samples.dataset.collate_fn([item.raw for item in items])
+        batch = dict(batch) if hasattr(batch, "keys") else batch    # transformers' BatchEncoding is no Mapping
     try:
         fields = arrays_of(batch)
         inputs, (labels, weight) = input_tensors(batch, model_fields(fields)), labels_of(fields, samples.labels)

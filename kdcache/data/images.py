@@ -15,7 +15,7 @@ import xxhash
 
 from kdcache.data.folders import ClassFolders, class_folders
 from kdcache.errors import DataError, UsageError
-from kdcache.loading import describe, let_through
+from kdcache.guard import describe, let_through
 from kdcache.paths import local_path
 
 log = logging.getLogger("kdcache")

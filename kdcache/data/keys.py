@@ -38,6 +38,8 @@ from kdcache.errors import DataError
 
 Array = npt.NDArray[Any]
 FLOATS = ("float16", "float32", "float64")
+PLAIN = {torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
+         torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 BYTES_PER_UPDATE = 1 << 24      # bounds the copy that a non-contiguous or big-endian array needs
 
 
@@ -66,10 +68,11 @@ def arrays_of(item: Any) -> dict[str, Any]:
 def elements(value: Any, name: str) -> tuple[Array, str]:
     """`value` as an array that can be hashed (little-endian), and the dtype name the key writes for it."""
     if isinstance(value, torch.Tensor):
+        require_plain(value, name)
         tensor = value.detach().cpu()
         if tensor.dtype == torch.bfloat16:
             return _little(tensor.contiguous().view(torch.int16).numpy()), "bfloat16"
-        array = tensor.numpy()
+        array = tensor.resolve_conj().resolve_neg().numpy()
     elif isinstance(value, str | bytes):
         array = np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
     elif getattr(value, "mode", None) == "P" and hasattr(value, "convert"):
@@ -84,6 +87,17 @@ def elements(value: Any, name: str) -> tuple[Array, str]:
     if array.dtype.name in FLOATS:
         return _little(array), array.dtype.name
     raise DataError(f"{name!r} is a {type(value).__name__} of dtype {array.dtype}; expected numbers, text or an image")
+
+
+def require_plain(tensor: torch.Tensor, name: str) -> None:
+    """DataError for a tensor that has no elements in memory one after the other, or none that numpy knows."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        kind = "meta" if tensor.is_meta else "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else (
+            str(tensor.layout).removeprefix("torch."))
+        raise DataError(f"{name!r} is a {kind} tensor; expected a dense one, with its elements in memory")
+    if tensor.dtype not in PLAIN:
+        raise DataError(f"{name!r} is a tensor of {tensor.dtype}; expected one of "
+                        f"{', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in PLAIN))}")
 
 
 def sample_key(arrays: Mapping[str, Any]) -> int:

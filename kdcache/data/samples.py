@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.data.classes import dataset_names
+from kdcache.data.attributes import read_attributes
 from kdcache.data.keys import arrays_of, elements, given_key, sample_key
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.views import read_view
 from kdcache.errors import DataError, UsageError
-from kdcache.loading import describe, let_through
+from kdcache.guard import users_code
+from kdcache.loading import UserFiles
 
 LABELS = ("labels", "label")                                    # a dict may use either, (x, y) gives the second
 NOT_INPUTS = (*LABELS, "label_weight", "document_start")        # what no model is given
@@ -62,25 +63,13 @@ class Samples:
 
     def __init__(self, dataset: Any, *, seed: int = 0, labels: bool = True) -> None:
         self.dataset, self.seed, self.labels = dataset, seed, labels
-        self.name = str(getattr(dataset, "name", None) or type(dataset).__name__)
-        missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
-        if missing:
-            raise UsageError(f"dataset {self.name} has no {' and no '.join(missing)}; expected a map-style dataset")
-        try:
-            self._length = len(dataset)
-        except (TypeError, NotImplementedError) as e:
-            raise UsageError(f"dataset {self.name} has no length ({e}); expected a map-style dataset") from e
-        if self._length == 0:
-            raise DataError(f"dataset {self.name} has length 0; there is nothing to read")
         if not 0 <= seed < 2**64:
             raise UsageError(f"seed is {seed}; expected 0 <= seed < 2^64")
-        self.revision = str(getattr(dataset, "revision", None) or "")
-        self.class_names = dataset_names(dataset, self.name)
-        self.tokenizer_identity: dict[str, Any] | None = getattr(dataset, "tokenizer_identity", None)
-        self.window = int(getattr(dataset, "window", None) or 0)
-        self.token_lengths: npt.NDArray[np.int64] | None = getattr(dataset, "token_lengths", None)
-        self._own_key, self._own_view, self.collates = (
-            callable(getattr(dataset, name, None)) for name in ("key", "view", "collate_fn"))
+        said = read_attributes(dataset)
+        self.name, self.revision, self._length = said.name, said.revision, said.length
+        self.class_names, self.window = said.class_names, said.window
+        self.tokenizer_identity, self.token_lengths = said.tokenizer_identity, said.token_lengths
+        self._own_key, self._own_view, self.collates = said.own_key, said.own_view, said.collates
         self.has_view_keys = self._own_key or self._own_view or self.collates
         self.padding = Padding(pad_id_of(dataset))
         self.compares_raw = False           # whether a collate_fn's inputs are to be compared with the items' own
@@ -90,6 +79,10 @@ class Samples:
 
     def __len__(self) -> int:
         return self._length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a worker process that is no fork of this one: with the files of users that it has to import."""
+        return _revived, (UserFiles(), type(self), self.__dict__)
 
     def item(self, sample_id: int, view: int = 0) -> Item:
         """View `view` of sample `sample_id`. DataError names the sample when it cannot be read or used."""
@@ -133,7 +126,10 @@ class Samples:
         if own is not None:
             return own
         if self._own_key:
-            return given_key(self.dataset.key(sample_id), f"dataset {self.name}, sample {sample_id}")
+            where = f"dataset {self.name}, sample {sample_id}"
+            with users_code(f"{where}: its key({sample_id})"):
+                found = self.dataset.key(sample_id)
+            return given_key(found, where)
         return sample_key(self._hashed_fields(arrays_of(self._read(sample_id, None))))
 
     def _hashed_fields(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -144,13 +140,14 @@ class Samples:
 
     def _read(self, sample_id: int, view: int | None) -> Any:
         """View `view` as the dataset gives it, or the plain item for None."""
-        try:
+        with users_code(lambda: f"dataset {self.name}, sample {sample_id} cannot be read"):
             return self.dataset[sample_id] if view is None else read_view(self.dataset, sample_id, view, self.seed)
-        except DataError:
-            raise
-        except Exception as e:
-            let_through(e)
-            raise DataError(f"dataset {self.name}, sample {sample_id} cannot be read: {describe(e)}") from e
+
+
+def _revived(_: UserFiles, kind: type[Samples], state: dict[str, Any]) -> Samples:
+    samples = kind.__new__(kind)
+    samples.__dict__.update(state)
+    return samples
 
 
 def extremes(samples: Samples) -> list[int]:

@@ -15,8 +15,9 @@ import torch
 import xxhash
 
 from kdcache.data.folders import check_name
-from kdcache.errors import DataError, KDCacheError, UsageError, near
-from kdcache.loading import describe, let_through, no_foreign_code
+from kdcache.errors import DataError, UsageError, near
+from kdcache.guard import users_code
+from kdcache.loading import no_foreign_code
 from kdcache.paths import local_path
 
 SPLITS = ("all", "train", "eval")
@@ -77,7 +78,8 @@ def text_windows(pattern: str, /, *, tokenizer: str, window: int = 128, max_file
     for texts in _texts(files, errors):
         for text in texts:
             hasher.update(hashlib.sha256(text.encode()).digest())
-        documents += [np.array(encoded.ids, np.int32) for encoded in made.encode_batch(texts)]
+        with users_code(f"--data-arg tokenizer={tokenizer} cannot encode the texts"):
+            documents += [np.array(encoded.ids, np.int32) for encoded in made.encode_batch(texts)]
     data = TextWindows(documents, window=window, tokenizer=made, revision=f"sha256:{hasher.hexdigest()[:32]}")
     if not len(data):
         raise DataError(f"data text:{pattern}: {len(files)} files in split {split!r} gave no window of 2 tokens")
@@ -109,7 +111,9 @@ def load_tokenizer(path: str) -> Any:
         file = file / "tokenizer.json"
     if file.suffix == ".json" and not file.exists():        # no name of a model: do not ask a server for it
         raise UsageError(f"--data-arg tokenizer={path}: no such file")
-    try:
+    # tokenizers raises bare Exceptions, and panics of Rust, which are none.
+    with users_code(f"--data-arg tokenizer={path} cannot be read; expected a tokenizer.json or a folder with one",
+                    UsageError):
         made: Any
         if file.is_file():
             made = Tokenizer.from_file(str(file))
@@ -118,12 +122,6 @@ def load_tokenizer(path: str) -> Any:
             with no_foreign_code(f"the tokenizer {path}", "save it as a tokenizer.json"):
                 found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
             made = getattr(found, "backend_tokenizer", None)
-    except KDCacheError:
-        raise
-    except Exception as e:              # tokenizers raises bare Exception
-        let_through(e)
-        raise UsageError(f"--data-arg tokenizer={path} cannot be read: {describe(e)}; "
-                         "expected a tokenizer.json or a folder with one") from e
     if made is None:
         raise UsageError(f"--data-arg tokenizer={path} is no fast tokenizer; save it with a tokenizer.json")
     made.no_truncation()
@@ -133,7 +131,8 @@ def load_tokenizer(path: str) -> Any:
 
 def fingerprint(tokenizer: Any) -> str:
     """SHA-256 of the tokenizer's JSON in one form (sorted keys, no spaces), without truncation and padding."""
-    document = json.loads(tokenizer.to_str())
+    with users_code("the tokenizer cannot be written as JSON"):
+        document = json.loads(tokenizer.to_str())
     for setting in ("truncation", "padding"):
         document.pop(setting, None)
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -18,10 +18,21 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError, near
+from kdcache.guard import entrance, users_code
 from kdcache.loading import is_code
 from kdcache.model_checks import find_rows, padding_of
 from kdcache.model_specs import MODELS, names_in
-from kdcache.models import Model, Output, forward, load_model, pick_device, require_softmax, require_tokenizer, trying
+from kdcache.models import (
+    Model,
+    Output,
+    forward,
+    load_model,
+    move,
+    pick_device,
+    require_softmax,
+    require_tokenizer,
+    trying,
+)
 from kdcache.paths import local_path
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
 from kdcache.student import checkpoint
@@ -39,6 +50,7 @@ ACCEPTED = ("class_names", "tokenizer")         # what --accept of this command 
 log = logging.getLogger("kdcache")
 
 
+@entrance
 def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args: Mapping[str, Any] | None = None,
              student_weights: str | Path | None = None, student_code: str | None = None,
              data_args: Mapping[str, Any] | None = None, batch_size: int = 128,
@@ -79,6 +91,7 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     if isinstance(found, Model):
         accepted += require_tokenizer(found, samples.tokenizer_identity, role="student", accept=accept)
     module = found.module if isinstance(found, Model) else found
+    samples.item(len(samples) - 1)          # a length that is no length is found before the work, not after it
     names = found.class_names if isinstance(found, Model) else classes.model_names(found)
     overlooked, notes = classes.check(names, samples.class_names, of=OF, accept=accept)
     for note in notes:
@@ -114,7 +127,9 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
         raise UsageError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     batches = data_batches(samples, _in_order(min(first or len(samples), len(samples)), batch_size), workers)
     training = module.training
-    module.to(device).eval()
+    move(module, device, "student")
+    with users_code(f"the student ({type(module).__name__}) cannot be put in eval mode"):
+        module.eval()
     sums, wide = torch.zeros(4, dtype=torch.float64, device=device), 0
     try:
         with torch.inference_mode():

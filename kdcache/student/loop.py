@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.loading import describe, let_through
+from kdcache.guard import describe, let_through
 from kdcache.models import Output, forward
 from kdcache.student import checkpoint
 from kdcache.student.batches import Micro, student_rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples, probe_ids
 from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
+from kdcache.guard import attribute
 from kdcache.model_checks import UNSTEADY, Question, Run, find_rows, padding_of, steadiness
 from kdcache.models import (
     Model,
@@ -228,7 +228,8 @@ def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | No
         return student
     if not isinstance(student, nn.Module):
         raise UsageError(f"the student is a {type(student).__name__}; expected a model SPEC or a torch.nn.Module")
-    save = getattr(student, "save_pretrained", None)        # of Hugging Face models: a folder from_pretrained opens
+    # Of Hugging Face models: a folder that from_pretrained opens.
+    save = attribute(student, "save_pretrained", f"the student ({type(student).__name__})")
     return Model(student, "", f"{type(student).__name__} as given", None, "", save)
 
 
@@ -327,13 +328,6 @@ def _trying(module: nn.Module, inputs: Inputs) -> Iterator[None]:
             yield
     finally:
         module.train(training)
-
-
-def refuse_ranks() -> None:
-    """NotBuilt under torchrun with several processes."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks not in ("", "1"):
-        raise NotBuilt(f"WORLD_SIZE is {ranks}: training with several processes is not built yet; run one")
 
 
 def versions() -> dict[str, str]:

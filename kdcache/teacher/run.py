@@ -16,6 +16,7 @@ from kdcache.cache.writer import Writer
 from kdcache.data.collate import Collated, beyond_tokens, to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
+from kdcache.guard import users_code
 from kdcache.models import forward, trying
 from kdcache.signals import Signals
 from kdcache.teacher.batches import BatchRows, Span, batches, cached_rows_of, row_namer, spans
@@ -39,8 +40,9 @@ class Compute:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """`module` in eval mode; afterwards its submodules are as they were. UsageError for one that stays in training."""
-    before = {name: part.training for name, part in module.named_modules()}
-    module.eval()
+    with users_code(f"the teacher ({type(module).__name__}) cannot be put in eval mode"):
+        before = {name: part.training for name, part in module.named_modules()}
+        module.eval()
     try:
         still = [name or type(module).__name__ for name, part in module.named_modules() if part.training]
         if still:
@@ -58,7 +60,7 @@ def run_teacher(module: nn.Module, samples: Samples, writer: Writer, shards: Seq
     spec, start = writer.spec, monotonic()
     wanted = spans(spec, shards, compute.batch_size)
     total = sum(span.stop - span.start for span in wanted)
-    source = batches(samples, wanted, compute.workers)
+    source = batches(samples, wanted, compute.workers, signals.check)
     first = list(itertools.islice(source, 1))           # worker processes fork here, before there is a second thread
     sink = Sink(writer, signals.check)
     sink.start()
@@ -84,7 +86,7 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
     """What the teacher says about one batch, reduced and on the host. DataError names a sample it cannot be kept of."""
     inputs = to_device(batch.inputs, compute.device, non_blocking=True)
     taps.start(batch.real)
-    with trying("teacher", module, inputs):
+    with trying("teacher", module, inputs, f"samples {span.start} to {span.stop - 1}, view {span.view}: "):
         output = forward(module, inputs)
     if spec.tokens and (beyond := beyond_tokens(batch)):
         raise DataError(f"samples {span.start} to {span.stop - 1}: the teacher was given {beyond}; the first samples "

@@ -15,11 +15,13 @@ from kdcache.cache.repair import MEND
 from kdcache.data.identify import identify
 from kdcache.data.samples import Samples
 from kdcache.errors import CacheCorrupt, DataError, UsageError
+from kdcache.guard import callback, entrance
 from kdcache.model_checks import padding_of
-from kdcache.models import DTYPES, Model, pick_device
+from kdcache.models import DTYPES, Model, move, pick_device
+from kdcache.ranks import this_rank
 from kdcache.teacher.agreement import agreement, evenly_spaced
 from kdcache.teacher.run import evaluating
-from kdcache.teacher.sources import pick_samples, pick_teacher, this_rank
+from kdcache.teacher.sources import pick_samples, pick_teacher
 
 SAMPLES = 32                    # records that the teacher sees again
 
@@ -52,6 +54,7 @@ class VerifyReport:
         return {**asdict(self), "problems": list(self.problems), "notes": list(self.notes)}
 
 
+@entrance
 def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data: Any = None, samples: int | None = None,
            teacher_args: Mapping[str, Any] | None = None, teacher_weights: str | Path | None = None,
            data_args: Mapping[str, Any] | None = None, dtype: str | None = None, device: str | None = None,
@@ -74,7 +77,7 @@ def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data:
                       "--teacher-weights": teacher_weights, "--data-arg": data_args})
     try:
         with open_cache(cache) as opened:
-            problems = opened.check_all(progress, quick=quick)
+            problems = opened.check_all(callback("progress", progress), quick=quick)
             report = VerifyReport(cache=str(cache), ok=not problems, quick=quick, problems=tuple(problems),
                                   notes=tuple(opened.notes()), content_id=opened.content_id,
                                   shards=opened.spec.num_shards, advice=_advice(problems))
@@ -107,7 +110,7 @@ def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, co
     model = pick_teacher(teacher, seed=cache.spec.seed, dtype=dtype, **teacher_from)
     samples = pick_samples(data, data_args, cache.spec.seed, labels=bool(cache.spec.labels))
     samples.padding = padding_of(model.module, samples.dataset)
-    model.module.to(found)
+    move(model.module, found, "teacher")
     given = _identity(cache, model, samples)
     problems = [f"identity: {line}" for line in first_lines(difference(cache.identity, given))]
     notes = [f"identity: {field} is not compared: the cache was made before it was kept"
