@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +18,12 @@ import click
 from kdcache import __version__
 from kdcache.bench.races import RACES, Race
 from kdcache.commands import dump_teacher, evaluate, train_student, verify
+from kdcache.early import at_once, put_back
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.options import PATH, Once, answer, config_and_json, given, lines, quiet_stdout, tell
+from kdcache.guard import interrupted, printable
+from kdcache.options import PATH, Once, answer, at_work, config_and_json, given, lines, tell
+from kdcache.ranks import this_rank
+from kdcache.streams import hold, lost
 
 CACHE = click.argument("cache", type=PATH)
 
@@ -35,21 +40,44 @@ class Door(click.Group):
 
     command_class = Once
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's, of a program whose streams may go away."""
+        if not kwargs.get("standalone_mode", True):
+            return super().main(*args, **kwargs)
+        handlers = at_once()
+        hold()
+        try:
+            super().main(*args, **kwargs)
+        except SystemExit as e:
+            sys.stdout.flush()
+            if e.code not in (0, None) or (error := lost(sys.stdout)) is None:
+                raise
+            if not isinstance(error, BrokenPipeError):      # `| head` has seen enough: not a word
+                click.echo(f"Error: the command did its work, but standard output took not all of it: {error}",
+                           err=True)
+            sys.exit(1)
+        finally:
+            put_back(handlers)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            this_rank()                         # whether or not the command asks for it: who else would answer?
             return super().invoke(ctx)
         except KDCacheError as e:
             refuse(ctx, str(e), e.exit_code)
-        except BrokenPipeError:                 # `| head` has seen enough: click ends without a word
-            raise
         except OSError as e:                    # a full disk, a folder that may not be read: no bug of ours
             refuse(ctx, str(e), 1)
         except KeyboardInterrupt:
             refuse(ctx, "interrupted", 130)
+        except BaseException as e:
+            if (signal := interrupted(e)) is None:
+                raise
+            refuse(ctx, str(signal), signal.exit_code)      # which a library wrapped
 
 
 def refuse(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    said = "\n".join(map(printable, message.split("\n")))
+    click.echo(f"Error: {said}", err=True)
     ctx.exit(exit_code)
 
 
@@ -82,7 +110,7 @@ def inspect(as_json: bool, **options: Any) -> None:
     """Say what is in CACHE, whose it is, how large, and how good; with OTHER, how the two differ."""
     from kdcache import inspect as module
 
-    with quiet_stdout():
+    with at_work():
         result = module.inspect(**given(options))
     answer(result, as_json, module.render)
 
@@ -97,7 +125,7 @@ def convert(as_json: bool, **options: Any) -> None:
     from kdcache.cache.convert import convert as function
 
     chosen = given(options)
-    with quiet_stdout():
+    with at_work():
         content_id = function(chosen["cache"], chosen["out"], container=chosen.get("format"))
     answer({"out": chosen["out"], "content_id": content_id}, as_json, lines)
 
@@ -113,7 +141,7 @@ def report(as_json: bool, **options: Any) -> None:
     """Compare training runs: mean and spread over seeds of every metric, for each setting of the options."""
     from kdcache import report as module
 
-    with quiet_stdout():
+    with at_work():
         result = module.report(**given(options))
     answer(result, as_json, module.render)
 
@@ -126,7 +154,7 @@ def demo(as_json: bool, **options: Any) -> None:
     """Both stages on scikit-learn's handwritten digits, from nothing to a table and a plot, in minutes on a CPU."""
     from kdcache import demo as module
 
-    with quiet_stdout():
+    with at_work():
         result = module.demo(**given(options), say=tell)
     answer(result, as_json, module.render)
 
@@ -161,7 +189,7 @@ def _race_command(race: Race) -> click.Command:
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib: pip install 'kdcache[plot]'")
         module = importlib.import_module(f"kdcache.bench.{race.module}")
-        with quiet_stdout():
+        with at_work():
             result = getattr(module, race.module)(**given(options))
         if results is not None:
             tell(f"kept in {save(result, results)}")

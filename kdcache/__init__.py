@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CacheSpec", "FeatureSpec", "Identity", "Loader", "create", "dump_teacher", "kd_linear_loss", "kd_loss",
-           "open", "row_counts", "soft_targets", "targets_from_logits", "train_student"]
+__all__ = ["CacheSpec", "FeatureSpec", "Identity", "KDCacheError", "Loader", "create", "dump_teacher",
+           "kd_linear_loss", "kd_loss", "open", "row_counts", "soft_targets", "targets_from_logits", "train_student"]
 
 if TYPE_CHECKING:
     from kdcache.cache.identity import Identity as Identity
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import CacheSpec as CacheSpec
     from kdcache.cache.spec import FeatureSpec as FeatureSpec
     from kdcache.cache.writer import create as create
+    from kdcache.errors import KDCacheError as KDCacheError
     from kdcache.student.linear import kd_linear_loss as kd_linear_loss
     from kdcache.student.loader import Loader as Loader
     from kdcache.student.loss import kd_loss as kd_loss
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from kdcache.teacher.dump import dump_teacher as dump_teacher
 
 _WHERE = {
-    "CacheSpec": "cache.spec", "FeatureSpec": "cache.spec", "Identity": "cache.identity",
+    "KDCacheError": "errors", "CacheSpec": "cache.spec", "FeatureSpec": "cache.spec", "Identity": "cache.identity",
     "open": "cache.reader", "create": "cache.writer",
     "soft_targets": "student.targets", "targets_from_logits": "student.targets", "kd_loss": "student.loss",
     "kd_linear_loss": "student.linear", "row_counts": "student.request",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import click
 
-from kdcache.options import FOLDER, PATH, Once, answer, config_and_json, given, lines, quiet_stdout, size, tell
+from kdcache.options import FOLDER, PATH, Once, answer, at_work, config_and_json, given, lines, size, tell
+from kdcache.ranks import this_rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
@@ -82,7 +82,7 @@ DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.m
 @click.option("--shard-size", type=size, metavar="SIZE", help="Wanted size of a shard, such as 64MB.")
 @click.option("--records-per-shard", type=COUNT, metavar="N", help="Instead of a shard size.")
 @click.option("--batch-size", type=COUNT, help="Records per forward pass.")
-@click.option("--dtype", type=DTYPES, help="The teacher computes in this.  [default: float32]")
+@click.option("--dtype", type=DTYPES, help="The teacher computes in this.  [default: what its weights are stored in]")
 @click.option("--engine", metavar="NAME", help="auto (torch so far), torch or triton (fused top-k).  [default: auto]")
 @run_options
 @click.option("--seed", type=click.IntRange(min=0), help="Decides the views.  [default: 0]")
@@ -97,8 +97,8 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
     from kdcache.teacher.progress import StderrProgress
 
     chosen = given(options, tier="tiers", temperature="temperatures", feature="features", format="container")
-    with quiet_stdout():
-        result = function(**chosen, progress=StderrProgress(rank=int(os.environ.get("RANK", "0"))))
+    with at_work():
+        result = function(**chosen, progress=StderrProgress(rank=this_rank().rank))
     answer(result, as_json, partial(lines, only=DUMPED))
 
 
@@ -155,7 +155,7 @@ def train_student(as_json: bool, **options: Any) -> None:
     """Stage 2: train a student from CACHE (or, with --alpha 0, without one). The same command again continues."""
     from kdcache.student.train import train_student as function
 
-    with quiet_stdout():
+    with at_work():
         result = function(**given(options), say=tell)
     answer(result, as_json, partial(lines, only=TRAINED))
 
@@ -177,7 +177,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
     """Loss and accuracy (or perplexity) on labelled data: of a model, or of --student RUN (its best/; or RUN/last)."""
     from kdcache.student.evaluate import evaluate as function
 
-    with quiet_stdout():
+    with at_work():
         result = function(**given(options))
     answer(result, as_json, lines)
 
@@ -195,7 +195,7 @@ def verify(as_json: bool, **options: Any) -> None:
     """Check every digest of CACHE and that no file is foreign; with --teacher, that the teacher still says the same."""
     from kdcache.teacher.verify import verify as function
 
-    with quiet_stdout():
+    with at_work():
         result = function(**given(options))
     answer(result, as_json, lines)
     if not result.ok:

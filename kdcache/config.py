@@ -50,15 +50,17 @@ def _load(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UsageError(f"--config {path}: {e.strerror}") from e
-    except ValueError as e:                     # TOMLDecodeError and UnicodeDecodeError
+    except ValueError as e:                     # TOMLDecodeError, UnicodeDecodeError, numbers of thousands of digits
         raise UsageError(f"--config {path}: not a TOML file: {e}") from e
+    except RecursionError:
+        raise UsageError(f"--config {path}: nested too deep to be read") from None
 
 
 def _checked(option: click.Option, value: Any, where: str) -> Any:
     """`value` converted as the command line would convert it, after its TOML type was checked."""
     if option.multiple:
         if isinstance(value, Mapping) and str(option.name).endswith("_arg"):
-            value = [f"{key}={json.dumps(item)}" for key, item in value.items()]
+            value = [f"{key}={_json(item, f'{where}.{key}')}" for key, item in value.items()]
         items = value if isinstance(value, list) else [value]
         return tuple(_one(option, item, where) for item in items)
     return _one(option, value, where)
@@ -74,6 +76,18 @@ def _one(option: click.Option, value: Any, where: str) -> Any:
         return option.type.convert(value, option, None)
     except click.BadParameter as e:
         raise UsageError(f"{where}: {e.message}") from e
+    except OverflowError as e:
+        raise UsageError(f"{where}: the number is too large") from e
+
+
+def _json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as e:                      # of the types of TOML, dates and times
+        raise UsageError(f"{where}: found {value!r:.60}, a date or a time; expected what JSON can hold: give it as text"
+                         ) from e
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deep") from None
 
 
 TYPE_NAMES: dict[type, str] = {

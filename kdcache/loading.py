@@ -115,7 +115,6 @@ def no_foreign_code(where: str, instead: str) -> Iterator[None]:
         raise UsageError(f"{where} brings code of its own (auto_map in a config), which is never run; {instead}") from e
 
 
-
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """Whether `function` has a parameter `name`, or takes any keyword."""
     named, anything = _parameters(function, getattr(function, "__qualname__", repr(function)))

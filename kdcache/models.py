@@ -19,7 +19,7 @@ from kdcache.data.keys import array_header
 from kdcache.data.padding import Inputs
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, near
 from kdcache.generators import seeded_generators
-from kdcache.guard import attribute, describe, let_through, message, printable, users_code
+from kdcache.guard import attribute, let_through, message, printable, users_code
 from kdcache.loading import accepts
 from kdcache.model_identity import architecture
 from kdcache.model_specs import (

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,18 +18,23 @@ from click.core import ParameterSource
 
 from kdcache.config import read_config
 from kdcache.errors import UsageError
+from kdcache.guard import printable
 from kdcache.paths import local_path
+from kdcache.ranks import this_rank
+from kdcache.signals import Signals
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "kdcache.config"       # where a context keeps the file that it was given
+MOST = 2**64                    # of a number: more is no number of anything here
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def size(value: str | int) -> int:
     """A number of bytes from 64MB, 1.5GiB or 1000000: an option type."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    if found is None or found[2].upper() not in UNITS or float(found[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no size; expected a number of bytes such as 64MB, 1.5GiB or 1000000")
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(value), re.ASCII)
+    if found is None or found[2].upper() not in UNITS or round(float(found[1]) * UNITS[found[2].upper()]) == 0:
+        raise click.BadParameter(f"{str(value)[:40]!r} is no size; expected a number of bytes such as 64MB, 1.5GiB or "
+                                 "1000000")
     return round(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -49,16 +53,49 @@ PATH = LocalPath(path_type=Path)
 
 
 class Once(click.Command):
-    """A command that refuses an option which takes one value and is given several times: the last would win."""
+    """A command that refuses an option which takes one value and is given several times: the last would win. And values
+    that no function of the package can use, whichever option they are of."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's; UsageError naming the option."""
+        rest = self._parsed(ctx, args)
+        for param in self.params:
+            value = ctx.params.get(param.name or "")
+            for one in value if isinstance(value, tuple) else (value,):
+                if (fault := unusable(one)) is not None:
+                    raise click.UsageError(f"{param.get_error_hint(ctx)}: {printable(str(one)[:40])!r} {fault}", ctx)
+        return rest
+
+    def _parsed(self, ctx: click.Context, args: list[str]) -> list[str]:
         order = self.make_parser(ctx).parse_args(args=list(args))[2]
         for param in order:
             if isinstance(param, click.Option) and not param.multiple and not param.count and order.count(param) > 1:
                 name = "/".join([*param.opts, *param.secondary_opts])
                 raise click.UsageError(f"{name} is given {order.count(param)} times; it takes one value", ctx)
         return super().parse_args(ctx, args)
+
+
+def unusable(value: Any) -> str | None:
+    """Why a value is of use to no option, None if it may be: numbers that are none, text that no file can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not finite; expected a number"
+    if isinstance(value, int | float) and not abs(value) < MOST:
+        return f"is too large; expected at most {MOST - 1}"
+    if not isinstance(value, str | Path):
+        return None
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8, and is to be written into files that are; rename it"
+    if "\0" in text:
+        return "has a NUL character, which no name of a file can have"
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            return "begins with the name of a user that is not here"
+    return None
 
 
 def config_and_json(function: F) -> F:
@@ -115,21 +152,24 @@ def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Standard output carries the result and nothing else: what anything prints meanwhile goes to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
+def at_work() -> Iterator[None]:
+    """A command's work, its imports done: SIGINT and SIGTERM are errors in it, raised where they come.
+
+    Standard output carries the result and nothing else: what anything prints meanwhile goes to standard error.
+    """
+    with Signals("interrupted"), contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def tell(text: str) -> None:
     """A line of progress on standard error; rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    if this_rank().rank == 0:
         click.echo(text, err=True)
 
 
 def answer(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a command's result, as one JSON object or as text for people; rank 0 only."""
-    if os.environ.get("RANK", "0") != "0":
+    if this_rank().rank != 0:
         return
     click.echo(json.dumps(plain(result), allow_nan=False) if as_json else text(result))
 

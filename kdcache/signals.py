@@ -26,11 +26,11 @@ class Interrupted(KDCacheError):
 class Signals:
     """While it is entered, SIGINT and SIGTERM raise Interrupted; after `defer()`, the first of them only at `check()`.
 
-    A second signal raises at once. Only the main thread can catch signals; elsewhere this does nothing.
+    A second signal (`again`) raises at once. Only the main thread can catch signals; elsewhere this does nothing.
     """
 
     def __init__(self, message: str) -> None:
-        self.message, self.pending = message, 0
+        self.message, self.pending, self.again = message, 0, False
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -53,6 +53,6 @@ class Signals:
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
     def _caught(self, signum: int, frame: FrameType | None) -> None:
-        again, self.pending = bool(self.pending), signum
-        if again or not self._deferred:
+        self.again, self.pending = bool(self.pending), signum
+        if self.again or not self._deferred:
             self.check()

@@ -17,7 +17,7 @@ from student_world import VOCABULARY, Net, Points, TinyLM, Windows, write_cache
 from torch import nn
 
 from kdcache.cache.spec import FeatureSpec
-from kdcache.errors import UsageError
+from kdcache.errors import KDCacheError, UsageError
 from kdcache.student.head import FEW as FEW_POSITIONS
 from kdcache.student.train import train_student
 
@@ -157,7 +157,7 @@ def test_a_run_is_continued_and_its_chunks_are_an_option_of_it(cache: Path, tmp_
         if info.step == 4:
             raise Stop
 
-    with pytest.raises(Stop):
+    with pytest.raises(KDCacheError, match=r"^on_step: Stop"):
         trained(tmp_path / "run", Headed(dropout=0.2), cache, logits_memory=FEW, save_every=1, on_step=stop)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     rest = trained(tmp_path / "run", Headed(dropout=0.2), cache, logits_memory=FEW, save_every=1)

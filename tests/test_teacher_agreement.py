@@ -17,7 +17,7 @@ from torch import nn
 
 import kdcache
 from kdcache.canonical import seal
-from kdcache.errors import IdentityMismatch
+from kdcache.errors import IdentityMismatch, KDCacheError
 from kdcache.model_identity import architecture
 from kdcache.teacher.agreement import committed_records
 from kdcache.teacher.verify import verify
@@ -35,7 +35,7 @@ def begin(out: Path, teacher: nn.Module, data: Any, **options: Any) -> None:
         if progress.records >= STOPPED // 2:
             raise Stop
 
-    with pytest.raises(Stop):
+    with pytest.raises(KDCacheError, match=r"^progress: Stop"):
         dumper(out)(teacher=teacher, data=data, batch_size=5, records_per_shard=10, progress=stop, **options)
 
 

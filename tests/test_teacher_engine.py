@@ -15,7 +15,7 @@ from teacher_world import Broken, Points, Sentences, Speaker, files, mlp
 from test_teacher_reduce import Looks, normal, oracle_order, oracle_tail, spec_of
 
 import kdcache
-from kdcache.errors import DataError, UsageError
+from kdcache.errors import DataError, KDCacheError, UsageError
 from kdcache.teacher import reduce as module
 from kdcache.teacher.dump import DumpReport, dump_teacher
 from kdcache.teacher.engine import Reduced
@@ -201,7 +201,7 @@ def test_a_dump_that_was_stopped_ends_with_the_same_bytes_or_by_the_other_engine
         raise Sudden
 
     for name in ("c", "other"):
-        with pytest.raises(Sudden):
+        with pytest.raises(KDCacheError, match=r"^progress: Sudden"):
             dump(tmp_path / name, batch_size=3, progress=stop)
     dump(tmp_path / "whole", batch_size=3)
     assert dump(tmp_path / "c", batch_size=3).complete

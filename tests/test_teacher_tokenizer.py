@@ -120,8 +120,8 @@ def test_a_teacher_that_fails_is_one_line_with_what_it_was_given(tmp_path: Path,
             item = super().__getitem__(i)
             return item if i != 20 else {**item, "input_ids": torch.full_like(item["input_ids"], 77)}
 
-    with pytest.raises(DataError, match=r"^the teacher \(Speaker\) cannot be run on input_ids \[3, 4\] of int64, "
-                                        r"attention_mask .*: IndexError: .*functional\.py, line \d+\)$"):
+    with pytest.raises(DataError, match=r"^samples 20 to 22, view 0: the teacher \(Speaker\) cannot be run on "
+                                        r"input_ids \[3, 4\] of int64, .*: IndexError: .*world\.py, line \d+\)$"):
         dump(teacher=Speaker(), data=Loud(), batch_size=4, k=3)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -20,8 +21,10 @@ from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.sources import load_data
 from kdcache.errors import UsageError
+from kdcache.guard import entrance
 from kdcache.model_checks import check_convention, padding_of, telling_records
-from kdcache.models import forward
+from kdcache.models import forward, move, trying
+from kdcache.ranks import refuse_ranks
 from kdcache.student.batches import (
     Micro,
     Piece,
@@ -33,7 +36,7 @@ from kdcache.student.batches import (
     student_rows,
 )
 from kdcache.student.door import check_device, check_integer, check_number, check_temperature, check_type
-from kdcache.student.inputs import Fetch, Pairs, data_batches, prefetchable, token_batch
+from kdcache.student.inputs import Fetch, data_batches, prefetchable, token_batch
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
 from kdcache.student.prefetch import Prefetch
@@ -53,7 +56,7 @@ class LoaderBatch(TypedDict):
     None. label_weight: float32 [N, J] or None. targets: SoftTargets of N rows, or None. features: float32 by name.
     rows: None where each record is one row; for logits (B, L, V) the (record, position) of each row, int64 [N]:
     `logits[rows]` is [N, V], aligned with labels and targets. sample_ids, views: int64 [B], on the CPU. epoch: of the
-    first record. position: samples consumed after this batch, the `start` of a Loader that continues.
+    first record. position: samples of this iteration consumed after this batch, the `start` of a Loader that continues.
     """
 
     inputs: Inputs
@@ -81,7 +84,10 @@ class Step:
 
 
 class Loader:
-    """Batches of `batch_size` records, every sample once an epoch; each iteration begins at `start`.
+    """Batches of `batch_size` records, every sample once an epoch.
+
+    The first iteration begins at `start`. Each later one goes on where the one before it ends, or would have: with the
+    next epoch's order and views. `set_epoch(e)` makes epoch e the next.
 
     cache          a Cache or its path; None for labels and inputs only (plain training on the same batches)
     data           a dataset, `Samples` or a data SPEC with `data_args`; None takes the inputs from the cache's tokens
@@ -98,10 +104,12 @@ class Loader:
     accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
     num_classes    of the student, to check labels where no cache knows V
 
+    NotBuilt in one of several processes (torchrun, or a process group of torch): each would see every sample.
     Each record's sample_key is computed again from the data: DataError naming the first that is not the cache's.
     Cached rows are read in a background thread; `workers` processes build inputs from the data.
     """
 
+    @entrance
     def __init__(self, cache: Cache | str | Path | None = None, data: Any = None, *, batch_size: int,
                  temperature: float | str | None = None, k: int | None = None, seed: int = 0, shuffle: bool = True,
                  epochs: float | None = None, max_steps: int | None = None, device: torch.device | str = "cpu",
@@ -109,6 +117,7 @@ class Loader:
                  live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
                  data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
                  num_classes: int | None = None, model: nn.Module | None = None) -> None:
+        refuse_ranks("a Loader")
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
         self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed)
@@ -133,7 +142,12 @@ class Loader:
         if not 0 <= start <= self.total:
             raise UsageError(f"start is {start}; expected a position from 0 to {self.total}, the end")
         self.start = start
-        self.teacher = None if live_teacher is None else live_teacher.to(self.device).eval()
+        self._next_pass = 0             # where the next iteration begins
+        self.check: Callable[[], object] | None = None      # called while a batch is waited for: it may raise
+        self.teacher = live_teacher
+        if live_teacher is not None:
+            move(live_teacher, self.device, "live teacher")
+            live_teacher.eval()
         self.reads_targets = targets and self.teacher is None and self.spec is not None and self.spec.kind != "none"
         self.temperature = self._temperature(temperature)
         self.k = self._k(k)
@@ -146,23 +160,40 @@ class Loader:
         self.num_classes = known or num_classes
 
     def __len__(self) -> int:
-        """Optimizer steps from `start` on."""
+        """Optimizer steps of the next iteration."""
         return -(-(self.total - self.start) // self.batch_size)
 
     @property
     def total_steps(self) -> int:
         return -(-self.total // self.batch_size)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration begin with the order and the views of this epoch."""
+        check_integer("epoch", epoch)
+        if epoch < 0:
+            raise UsageError(f"epoch is {epoch}; expected at least 0")
+        self._next_pass = epoch * self.num_samples
+
     def __iter__(self) -> Generator[LoaderBatch, None, None]:
-        with closing(self.steps()) as steps:
-            for step in steps:
+        base, start = self._next_pass, self.start
+        self._next_pass, self.start = base + self.total, 0
+        return self._batches(base, start)
+
+    def _batches(self, base: int, start: int) -> Generator[LoaderBatch, None, None]:
+        with closing(self.steps(base, start)) as steps:
+            while (step := self._guarded(steps)) is not None:
                 for micro in step.micros:
                     yield self.place(micro)
 
-    def steps(self) -> Generator[Step, None, None]:
-        """One `Step` for each optimizer step from `start` on; closing the iterator stops its background work."""
-        at, micros = self.start, list[Micro]()
-        with closing(self._micros()) as source:
+    @entrance
+    def _guarded(self, steps: Generator[Step, None, None]) -> Step | None:
+        return next(steps, None)
+
+    def steps(self, base: int = 0, start: int | None = None) -> Generator[Step, None, None]:
+        """One `Step` for each optimizer step from `start` on, counted from position `base`; closing the iterator stops
+        its background work."""
+        at, micros = self.start if start is None else start, list[Micro]()
+        with closing(self._micros(base, at)) as source:
             for micro in source:
                 micros.append(micro)
                 stop = micro.piece.stop
@@ -191,18 +222,19 @@ class Loader:
     def _features(self, cached: Batch) -> dict[str, Tensor]:
         return feature_tensors(cached, [f.name for f in self.features], spec=self.spec, device=self.device)
 
-    def pieces(self, start: int | None = None) -> Iterator[Piece]:
-        """What stands where: the records of every forward pass, from position `start` on. Nothing is read."""
+    def pieces(self, start: int | None = None, base: int = 0) -> Iterator[Piece]:
+        """What stands where: the records of every forward pass, from position `start` on, counted from `base`. Nothing
+        is read."""
         views = (0, 0) if self.spec is None else (self.spec.views[0], self.spec.num_views)
-        at = known = base = self.start if start is None else start
+        at = known = first = self.start if start is None else start
         block = self.order.sample(np.zeros(0, np.int64))
         while at < self.total:
             # Steps lie at multiples of the batch size, also when a run continues inside one under another size.
             end = min(at - at % self.batch_size + self.batch_size, self.total)
             if end > known:
-                base, known = at, min(max(end, at + ORDER_BLOCK), self.total)
-                block = self.order.sample(np.arange(base, known, dtype=np.int64))
-            epochs, samples = block[0][at - base:end - base], block[1][at - base:end - base]
+                first, known = at, min(max(end, at + ORDER_BLOCK), self.total)
+                block = self.order.sample(np.arange(base + first, base + known, dtype=np.int64))
+            epochs, samples = block[0][at - first:end - first], block[1][at - first:end - first]
             shown = epochs if not views[1] else views[0] + epochs % views[1]
             for a in range(0, end - at, self.micro):
                 b = min(a + self.micro, end - at)
@@ -291,20 +323,21 @@ class Loader:
         assert collated is not None                 # _check_sources: there are tokens, or there is data
         return self._finish(piece, collated, batch)
 
-    def _micros(self) -> Generator[Micro, None, None]:
+    def _micros(self, base: int, start: int) -> Generator[Micro, None, None]:
         """A thread reads ahead and assembles; inputs that it may not build join their cached rows here."""
-        samples = self.samples
+        samples, pieces = self.samples, partial(self.pieces, start, base)
         if samples is None or (not self.workers and prefetchable(samples.dataset)):
-            with Prefetch(self._assembled(None if samples is None else Fetch(samples))) as ahead:
+            fetch = None if samples is None else Fetch(samples)
+            with Prefetch(self._assembled(pieces(), fetch), check=self.check) as ahead:
                 yield from ahead
             return
-        data = data_batches(samples, self._pairs, self.workers)
-        with Prefetch(self._reads()) as reads, closing(data):
+        data = data_batches(samples, lambda: (piece.pairs for piece in pieces()), self.workers, self.check)
+        with Prefetch(self._reads(pieces()), check=self.check) as reads, closing(data):
             for piece, batch, _ in reads:
                 yield self._finish(piece, next(data), batch)
 
-    def _assembled(self, fetch: Fetch | None) -> Iterator[Micro]:
-        for piece, batch, collated in self._reads():
+    def _assembled(self, pieces: Iterator[Piece], fetch: Fetch | None) -> Iterator[Micro]:
+        for piece, batch, collated in self._reads(pieces):
             inputs = collated if fetch is None else fetch(piece.pairs)
             assert inputs is not None               # _check_sources: there are tokens, or there is data
             yield self._finish(piece, inputs, batch)
@@ -316,8 +349,8 @@ class Loader:
                         convention=self.convention, targets=self.reads_targets or self.teacher is not None,
                         num_classes=self.num_classes)
 
-    def _reads(self) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
-        for piece in self.pieces():
+    def _reads(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
+        for piece in pieces:
             yield piece, *((None, None) if self.cache is None else self._read(self.cache, piece))
 
     def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
@@ -326,12 +359,11 @@ class Loader:
         batch = cache.read(records, self.columns)
         return batch, token_batch(batch, self.padding) if self.samples is None else None
 
-    def _pairs(self) -> Iterator[Pairs]:
-        return (piece.pairs for piece in self.pieces())
-
     @torch.no_grad()                        # not inference mode: its tensors cannot take part in the student's backward
     def _live(self, teacher: nn.Module, micro: Micro, inputs: Inputs, rows: Rows | None) -> SoftTargets:
-        logits_NV = student_rows(forward(teacher, inputs), micro, rows)
+        with trying("live teacher", teacher, inputs):
+            output = forward(teacher, inputs)
+        logits_NV = student_rows(output, micro, rows)
         if self.spec is not None and self.spec.num_classes:
             logits_NV = logits_NV[:, : self.spec.num_classes]
         return targets_from_logits(logits_NV, temperature=self.temperature, k=self.k)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+POLL_SECONDS = 0.5              # how soon a signal is noticed while an item is waited for
 
 
 class Prefetch(Generic[T]):
     """An iterator over `source` that a thread keeps up to `depth` items ahead.
 
-    What the source raises is raised here, after the items before it. `close()` stops the thread and waits for it; it is
-    also called at the end, at an error, and by leaving the `with` block.
+    What the source raises is raised here, after the items before it. `check` is called while an item is waited for;
+    what it raises ends the wait. `close()` stops the thread and waits for it; it is also called at the end, at an
+    error, and by leaving the `with` block.
     """
 
-    def __init__(self, source: Iterator[T], depth: int = 2) -> None:
-        self._source, self._depth = source, depth
+    def __init__(self, source: Iterator[T], depth: int = 2, check: Callable[[], object] | None = None) -> None:
+        self._source, self._depth, self._check = source, depth, check
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
         self._ended = self._stopped = False
@@ -31,7 +33,9 @@ class Prefetch(Generic[T]):
 
     def __next__(self) -> T:
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._ended)
+            while not self._changed.wait_for(lambda: self._items or self._ended, POLL_SECONDS):
+                if self._check is not None:
+                    self._check()
             if self._items:
                 item = self._items.popleft()
                 self._changed.notify_all()

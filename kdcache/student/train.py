@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from kdcache.errors import CacheCorrupt
-from kdcache.models import pick_device
+from kdcache.guard import callback, entrance
+from kdcache.models import move, pick_device
+from kdcache.ranks import refuse_ranks
 from kdcache.runs import SUMMARY, is_number, plain_arguments
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
@@ -27,19 +29,17 @@ from kdcache.student.prepare import (
     check_weights,
     load_student,
     open_sources,
-    refuse_ranks,
     resolved,
 )
 from kdcache.student.run import RunFolder
 from kdcache.student.settings import Settings, texts
-from kdcache.student.training import Training, TrainReport
+from kdcache.student.training import NOTHING_YET, Training, TrainReport
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
 
-NOTHING_YET = "no step was trained yet; give the same command again"
 
-
+@entrance
 def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
                   data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float | None = None,
                   rows: str | None = None, ce_weight: float | None = None, kd_weight: float | None = None,
@@ -95,10 +95,11 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
 
     IdentityMismatch for data or a tokenizer that the teacher did not see; DataError where keys, labels or rows are not
     the cache's; UsageError for options that cannot be used; KDCacheError naming the step if the loss is not finite;
-    Interrupted on SIGINT or SIGTERM, once the step is done and saved.
+    Interrupted on SIGINT or SIGTERM, once the step is done and saved; KDCacheError for whatever the code of student,
+    data or callbacks raises, and where a worker process dies, once the steps before are saved.
     """
-    refuse_ranks()
-    picked = pick_device(device)
+    refuse_ranks("training")
+    picked, say = pick_device(device), callback("say", say)
     settings = Settings(
         temperature=temperature, k=k, alpha=0.5 if alpha is None else alpha, ce_weight=ce_weight, kd_weight=kd_weight,
         divergence=divergence, beta=beta, tail=tail, match=texts(match), engine=engine,
@@ -133,14 +134,16 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         check_text(model, sources, settings.accept)
         check_classes(model, sources, settings.accept)
-        model.module.to(picked)
+        move(model.module, picked, "student")
         if report is not None:
             checkpoint.load(folder.last_of_finished(), model.module)
             return report
         training = Training(settings, sources, model, folder, workers=workers, live_teacher=live_teacher, say=say,
                             signals=signals)
         with closing(training):
-            return training.rehearse() if dry_run else training.run(texts(report_to), on_step, on_metrics)
+            if dry_run:
+                return training.rehearse()
+            return training.run(texts(report_to), callback("on_step", on_step), callback("on_metrics", on_metrics))
 
 
 def _options(specs: Mapping[str, Any], args: Mapping[str, Mapping[str, Any] | None],

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from kdcache.data.workers import WorkerDied
 from kdcache.engines import check_engine
 from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch
-from kdcache.loading import describe, let_through
+from kdcache.guard import describe, passes
 from kdcache.models import Model
 from kdcache.runs import BEST, LAST, is_number
-from kdcache.signals import Signals
+from kdcache.signals import Interrupted, Signals
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import Loader, Step
@@ -35,6 +36,7 @@ from kdcache.student.settings import BEST_BY, Settings
 
 SAY_EVERY = 60.0            # seconds between lines of progress
 CHECKED = 8                 # records that are evaluated before a run begins
+NOTHING_YET = "no step was trained yet; give the same command again"
 SAVED = "step {} of {} is saved in {}; give the same command again to go on"
 LOST = "the steps since the last checkpoint in {} are lost; give the same command again to go on from it"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -95,6 +97,7 @@ class Training:
             epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
             features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
             num_classes=sources.num_classes, rows=settings.rows)
+        self.loader.check = signals.check
         checked = check_student(model, self.loader, settings, evaluated=sources.eval_samples is not None,
                                 best_by=settings.best_by or folder.options.get("best-by"))
         self.head, self.matches, self.best_by = checked.head, checked.matches, checked.best_by
@@ -164,24 +167,57 @@ class Training:
 
     def _steps(self, metrics: Metrics, on_step: Callable[[StepInfo], object] | None) -> None:
         with closing(self.loader.steps()) as steps:
-            for step in steps:
+            while (step := self._next(steps, metrics)) is not None:
                 info = self._run_step(step)
                 self.step, self.position = info.step, info.position
                 self._after_step(metrics, step.start)
                 if on_step is not None:
                     on_step(info)
 
+    def _next(self, steps: Iterator[Step], metrics: Metrics) -> Step | None:
+        """The next step, None after the last. While it is waited for no step is half done: what ends the wait (a
+        signal, a worker that died) finds the steps before it saved."""
+        try:
+            return next(steps, None)
+        except (Interrupted, WorkerDied) as e:
+            if self.step != (self.saved or 0) and not self.signals.again:
+                self._log(metrics)
+                self._keep(metrics)
+            if isinstance(e, WorkerDied):
+                raise WorkerDied(f"{e}{self.folder.standing()}; give the same command again to go on") from e
+            if not self.step:
+                self.signals.message = NOTHING_YET
+            elif self.saved == self.step:
+                self.signals.message = SAVED.format(self.step, self.loader.total_steps, self.folder.path / LAST)
+            self.signals.check()
+            raise
+
     def _run_step(self, step: Step) -> StepInfo:
         """A step; KDCacheError naming it for whatever the student raises in it."""
         try:
             return self.loop.run_step(step)
-        except KDCacheError:
-            raise
-        except Exception as e:
-            let_through(e)
+        except BaseException as e:
+            if passes(e):
+                raise
             advice = "; give a smaller --micro-batch-size" if isinstance(e, torch.OutOfMemoryError) else ""
             raise KDCacheError(f"step {step.index + 1}: training the student ({type(self.model.module).__name__}) "
                                f"failed: {describe(e)}{advice}{self.folder.standing()}") from e
+
+    def _keep(self, metrics: Metrics) -> None:
+        """Save what is done, in last/."""
+        self.folder.check()
+        metrics.sync()
+        self._save(LAST)
+        self.saved = self.step
+
+    def _log(self, metrics: Metrics, passed: bool = False) -> None:
+        """Write the metrics of the steps since the last call. KDCacheError if a loss is no number."""
+        lines = self.loop.drain()
+        for line in lines:
+            metrics.write(line)
+        self.loop.check(lines, self.saved, passed=passed)
+        if lines:
+            self.training = {key: value for key, value in lines[-1].items() if key not in ("step", "epoch", "position")}
 
     def close(self) -> None:
         """Take the hooks off the student."""
@@ -207,18 +243,11 @@ class Training:
         stopping = bool(self.signals.pending) and not last
         save = last or stopping or self._due(self.settings.save_every, start)
         if evaluate or save or self.loop.pending >= LOG_EVERY:
-            lines = self.loop.drain()
-            for line in lines:
-                metrics.write(line)
-            self.loop.check(lines, self.saved, passed=last or self._due(None, start))
-            self.training = {key: value for key, value in lines[-1].items() if key not in ("step", "epoch", "position")}
+            self._log(metrics, passed=last or self._due(None, start))
         if evaluate:
             self._evaluate(metrics)
         if save:
-            self.folder.check()
-            metrics.sync()
-            self._save(LAST)
-            self.saved = self.step
+            self._keep(metrics)
         if evaluate or save:
             self.loop.rest_clock()
         if evaluate or time.perf_counter() - self.said > SAY_EVERY:

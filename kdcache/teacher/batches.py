@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, read_batch
 from kdcache.data.padding import IGNORED
 from kdcache.data.rows import NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
-from kdcache.errors import DataError, KDCacheError
+from kdcache.data.workers import by_workers
+from kdcache.errors import DataError
 
 UNKNOWN = -1                    # the label of a row without one, in a cache
 
@@ -68,40 +69,24 @@ def read(samples: Samples, view: int, ids: Sequence[int]) -> Collated:
     return read_batch(samples, [(sample_id, view) for sample_id in ids])
 
 
-class SpanData(Dataset[Any]):
-    """A dataset whose item i is the batch of span i, or the error that came of it (pickled whole from a worker)."""
+class SpanBatch:
+    """The batch of a span; the whole of what a worker process does."""
 
-    def __init__(self, samples: Samples, wanted: Sequence[Span]) -> None:
-        self.samples, self.wanted = samples, wanted
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
 
-    def __len__(self) -> int:
-        return len(self.wanted)
-
-    def __getitem__(self, i: int) -> Collated | KDCacheError:
-        span = self.wanted[i]
-        try:
-            return read(self.samples, span.view, range(span.start, span.stop))
-        except KDCacheError as e:
-            return e
+    def __call__(self, span: Span) -> Collated:
+        return read(self.samples, span.view, range(span.start, span.stop))
 
 
-def batches(samples: Samples, wanted: Sequence[Span], workers: int) -> Generator[tuple[Span, Collated], None, None]:
-    """(span, batch) in order. Worker processes start with the first `next()`."""
-    data = SpanData(samples, wanted)
-    source: Any = (data[i] for i in range(len(data))) if workers == 0 else _worker_loader(data, workers)
-    try:
-        for span, batch in zip(wanted, source, strict=True):
-            if isinstance(batch, KDCacheError):
-                raise batch
-            yield span, batch
-    finally:
-        # A traceback keeps this frame, and the frame the error: a cycle. Worker processes end with their iterator, and
-        # one that the garbage collector finds has lost its queues by then: 5 seconds of waiting for each worker.
-        batch = source = None
-
-
-def _worker_loader(data: SpanData, workers: int) -> Iterator[Collated | KDCacheError]:
-    return iter(DataLoader(data, batch_size=None, shuffle=False, num_workers=workers))
+def batches(samples: Samples, wanted: Sequence[Span], workers: int,
+            check: Callable[[], object] | None = None) -> Generator[tuple[Span, Collated], None, None]:
+    """(span, batch) in order. Worker processes start with the first `next()`; `check` is called while they are waited
+    for, and what it raises ends the wait."""
+    make = SpanBatch(samples)
+    source: Any = by_workers(make, lambda: wanted, workers, check) if workers else (make(span) for span in wanted)
+    with closing(source):
+        yield from zip(wanted, source, strict=True)
 
 
 def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None, convention: str) -> BatchRows:

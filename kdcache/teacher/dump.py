@@ -20,11 +20,14 @@ from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
 from kdcache.data import classes
 from kdcache.data.samples import Samples, extremes
+from kdcache.data.workers import WorkerDied
 from kdcache.engines import check_engine
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, KDCacheError, UsageError, near
+from kdcache.guard import callback, entrance
 from kdcache.model_checks import UNSTEADY, Question, check_convention, padding_of, steadiness, telling_records
-from kdcache.models import Model, pick_device, require_tokenizer
+from kdcache.models import Model, move, pick_device, require_tokenizer
 from kdcache.paths import local_path
+from kdcache.ranks import Rank, this_rank
 from kdcache.signals import Signals
 from kdcache.teacher.agreement import ANSWERS, agreement, committed_records
 from kdcache.teacher.batches import read, spans
@@ -34,7 +37,7 @@ from kdcache.teacher.plan import RANDOM_TEACHER, Plan, Wanted, make_plan, temper
 from kdcache.teacher.progress import Progress, readable_bytes, readable_seconds
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
-from kdcache.teacher.sources import Rank, pick_samples, pick_teacher, this_rank
+from kdcache.teacher.sources import pick_samples, pick_teacher
 
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")
@@ -95,6 +98,7 @@ class DumpReport:
                 for key, value in dataclasses.asdict(self).items()}
 
 
+@entrance
 def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None = None, k: int | None = None,
                  tiers: Sequence[int] | None = None, temperatures: Sequence[float | str] | None = None,
                  features: Sequence[str] = (), views: int = 1, container: str = "arrow", values: str = "float16",
@@ -126,10 +130,10 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
 
     Raises UsageError for what cannot be used as given, SpecMismatch or IdentityMismatch when `out` holds another cache
     or the tokenizer is not the teacher's, DataError naming a sample or an unsteady teacher, Interrupted on SIGINT or
-    SIGTERM, KDCacheError for a full disk.
+    SIGTERM, KDCacheError for a full disk and for whatever the code of teacher, data or callbacks raises.
     """
     rank = this_rank()
-    tell = _teller(rank, say)
+    tell, progress = _teller(rank, callback("say", say)), callback("progress", progress)
     out = local_path(out, "--out")
     _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples)
     wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
@@ -145,7 +149,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
         samples = pick_samples(data, data_args, seed, labels=labels is not False and kind != "none")
         samples.padding = padding_of(model.module, samples.dataset)
         overlooked = require_tokenizer(model, samples.tokenizer_identity, role="teacher", accept=accept)
-        model.module.to(compute.device)
+        move(model.module, compute.device, "teacher")
         with evaluating(model.module):
             there = standing(out)
             plan = make_plan(model, samples, wanted, compute.device, world=rank.world,
@@ -178,7 +182,10 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
                 _say_compute(writer, compute, model, missing, tell)
                 signals.defer()
                 start = monotonic()
-                totals = run_teacher(model.module, samples, writer, rank.share(missing), compute, signals, progress)
+                try:
+                    totals = run_teacher(model.module, samples, writer, rank.share(missing), compute, signals, progress)
+                except WorkerDied as e:
+                    raise WorkerDied(f"{e}; {GO_ON}") from e
                 report = dataclasses.replace(
                     _measured(report, totals), shards_written=totals.shards, records_written=totals.records,
                     rows_written=totals.rows, seconds=monotonic() - start)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from kdcache.streams import Forgiving
+
 SECONDS_BETWEEN = 60.0          # without a terminal
 REFRESHES_A_SECOND = 5.0
 
@@ -52,19 +54,23 @@ class Progress:
 
 
 class StderrProgress:
-    """A callback for `progress=`: a line that is rewritten on a terminal, a line a minute elsewhere."""
+    """A callback for `progress=`: a line that is rewritten on a terminal, a line a minute elsewhere.
+
+    Where there is no standard error, or it goes away, nothing is said any more.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, rank: int = 0) -> None:
-        self.stream = stream if stream is not None else sys.stderr
+        stream = stream if stream is not None else sys.stderr
+        self.stream = None if stream is None else Forgiving(stream)
         self.quiet = rank != 0
-        self.terminal = self.stream.isatty()
+        self.terminal = stream is not None and not self.quiet and stream.isatty()
         self._due = time.monotonic() + (0 if self.terminal else SECONDS_BETWEEN)
         self._width = 0
 
     def __call__(self, now: Progress) -> None:
         """Print `now` if a line is due, and always when it is the end."""
         done = now.records >= now.total
-        if self.quiet or (time.monotonic() < self._due and not done):
+        if self.stream is None or self.quiet or (time.monotonic() < self._due and not done):
             return
         self._due = time.monotonic() + (1 / REFRESHES_A_SECOND if self.terminal else SECONDS_BETWEEN)
         line = str(now)

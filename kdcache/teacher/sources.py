@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +13,8 @@ from torch import nn
 from kdcache.data.samples import Samples
 from kdcache.data.sources import load_data
 from kdcache.errors import UsageError, near
+from kdcache.guard import attribute, users_code
 from kdcache.models import DTYPES, Model, load_model
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """This process among those that torchrun started; (0, 1, 0) without it."""
-
-    rank: int
-    world: int
-    local: int
-
-    def share(self, shards: Iterable[int]) -> list[int]:
-        """This rank's part of the missing shards.
-
-        By shard number, not by place in the list: ranks look at different moments, when others have written some.
-        """
-        return [shard for shard in shards if shard % self.world == self.rank]
-
-
-def this_rank() -> Rank:
-    """From RANK, WORLD_SIZE and LOCAL_RANK; no process group is needed."""
-    found = []
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        text = os.environ.get(name, str(default))
-        if not text.isdigit():
-            raise UsageError(f"the environment has {name}={text!r}; expected a number, as torchrun sets it")
-        found.append(int(text))
-    if found[0] >= found[1]:
-        raise UsageError(f"the environment has RANK={found[0]}, WORLD_SIZE={found[1]}; expected RANK below WORLD_SIZE")
-    return Rank(*found)
 
 
 def pick_teacher(teacher: Any, *, args: Mapping[str, Any] | None, weights: str | Path | None, seed: int,
@@ -60,15 +30,16 @@ def pick_teacher(teacher: Any, *, args: Mapping[str, Any] | None, weights: str |
         return dataclasses.replace(teacher, module=_cast(teacher.module, dtype))
     if not isinstance(teacher, nn.Module):
         raise UsageError(f"teacher is a {type(teacher).__name__}; expected a SPEC or a torch.nn.Module")
-    classes = getattr(teacher, "num_classes", None)
     name = type(teacher).__name__
+    classes = attribute(teacher, "num_classes", f"the teacher ({name})")
     return Model(_cast(teacher, dtype), name, f"the {name} given", classes if type(classes) is int else None, "", None)
 
 
 def _cast(module: nn.Module, dtype: str | None) -> nn.Module:
     if dtype is None or all(p.dtype == DTYPES[dtype] for p in module.parameters() if p.is_floating_point()):
         return module
-    return copy.deepcopy(module).to(DTYPES[dtype])
+    with users_code(f"the teacher ({type(module).__name__}) cannot be copied and cast to {dtype}"):
+        return copy.deepcopy(module).to(DTYPES[dtype])
 
 
 def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int, labels: bool = True) -> Samples:
