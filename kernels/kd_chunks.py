@@ -18,7 +18,8 @@ from torch import Tensor
 RowFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]      # with the signature of kd_loss_rows
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WHOLE = 128                     # rows of a chunk come in multiples of it, where that many fit: a tile of the products
-PLAIN = {"z_scale": None, "logit_scale": 1.0, "softcap": None}      # what a row function need not know of
+# What a row function need not know of.
+PLAIN = {"teacher_classes": None, "z_scale": None, "logit_scale": 1.0, "softcap": None}
 BLOCKS = 4                      # float32 copies of a chunk's gradient, on a CPU, have a quarter of its columns
 
 

@@ -1,7 +1,9 @@
 """The kernel of `kd_loss` for a teacher that gives every class its probability, over rows that fit in registers.
 
 One program per row, one read of logits and teacher, one write: 2 N V + 4 N V bytes read, 2 N V written (bf16). Caches
-of few classes hold such rows; for many classes a sparse teacher is the point, and longer rows are refused.
+of few classes hold such rows; for many classes a sparse teacher is the point, and longer rows are refused. A student
+with more classes than the teacher has given them probability 0; for the conditional divergence they are left out of its
+softmax at T.
 
 Compiled for sm_90 nothing spills up to 8,192 classes (JSD with every term: up to 4,096). At 16,384 forward KL spills 56
 bytes a thread, JSD 192, with softcap, z-loss and statistics 580 and 510.
@@ -20,52 +22,76 @@ from kdcache.kernels.softcap import capped
 
 
 @triton.jit
-def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes):
-    """(id, weight) of the j-th label of a row, weight 0 where there is none."""
+def labels_known(LABELS, LABEL_WEIGHT, n, label_stride, num_labels, num_classes, BJ: tl.constexpr):
+    """How many labels of a row there are, where they have no weights and there may be several; else 1."""
+    count = 0.0
+    if LABEL_WEIGHT is None and BJ > 1:
+        for j in tl.static_range(BJ):
+            y = tl.load(LABELS + n * label_stride + j, mask=j < num_labels, other=-1)
+            count += tl.where((y >= 0) & (y < num_classes), 1.0, 0.0)
+    return tl.maximum(count, 1.0)
+
+
+@triton.jit
+def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes, alike):
+    """(id, weight) of the j-th label of a row, weight 0 where there is none and `alike` where none are given."""
     y = tl.load(LABELS + n * label_stride + j, mask=j < num_labels, other=-1)
     known = (y >= 0) & (y < num_classes)
-    weight = tl.where(known, 1.0, 0.0)
+    weight = tl.where(known, alike, 0.0)
     if LABEL_WEIGHT is not None:
         weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=known, other=0.0).to(tl.float32)
     return tl.where(known, y, 0).to(tl.int32), weight
 
 
-@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"],      # LOG_Q is read as vectors
+@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels", "taught"],    # vectors of LOG_Q
             do_not_specialize_on_alignment=[name for name in ROW_POINTERS if name not in ("IDS", "LOG_Q", "LOG_TAIL")])
 def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, Z_SCALE, x_stride,
-            g_stride, label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, c, temperature, beta,
-            unit, gain, rate, BJ: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-            VEC: tl.constexpr, ALIGNED: tl.constexpr):
+            g_stride, label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, taught, c,
+            temperature, beta, unit, gain, rate, BJ: tl.constexpr, DIVERGENCE: tl.constexpr, CONDITIONAL: tl.constexpr,
+            GRADIENT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
     """One row in one block. Every output is written, whatever the row is.
 
     c = log2(e) / T, times `unit` where that is given: what a logit is multiplied with, its scale or its cap. gain and
-    rate as in `kd_rows`.
+    rate as in `kd_rows`. `taught` is given where the teacher's classes, those below it, are fewer than the student's;
+    CONDITIONAL then takes the softmax at T over them alone.
     """
     n = tl.program_id(0).to(tl.int64)
     row = row_start(X, n, x_stride, VEC, ALIGNED)
     out = row_start(G, n, g_stride, VEC, ALIGNED)
     columns = tl.arange(0, BLOCK)
     inside = columns < (num_classes // VEC * VEC if ALIGNED else num_classes)
+    theirs = inside if taught is None else columns < taught
     row_weight = 1.0
     if ROW_WEIGHT is not None:
         row_weight = tl.load(ROW_WEIGHT + n).to(tl.float32)
     x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
-    log_q = tl.load(row_start(LOG_Q, n, q_stride, VEC, ALIGNED) + columns, mask=inside,
+    log_q = tl.load(row_start(LOG_Q, n, q_stride, VEC, ALIGNED) + columns, mask=theirs,
                     other=-float("inf")).to(tl.float32)
     if rate is not None:
         x, steep = capped(x, rate)
     top = tl.max(x, axis=0)
     below = x - top if unit is None else (x - top) * unit
     one = tl.exp2(below * (1.0 / LN2))
-    soft = tl.exp2((x - top) * c)
+    compared = inside
+    soft_top = top
+    if CONDITIONAL:
+        compared = theirs
+        soft_top = tl.max(tl.where(theirs, x, -float("inf")), axis=0)
+    soft = tl.exp2((x - soft_top) * c)
+    if CONDITIONAL:
+        soft = tl.where(theirs, soft, 0.0)
     z_one, z = sum_pair(one, soft)
     ce = 0.0
+    alike = 1.0
     taken = tl.zeros([BLOCK], tl.float32)
     weights = 0.0
     labelled = False
     if LABELS is not None:
+        if LABEL_WEIGHT is None and BJ > 1:
+            alike /= labels_known(LABELS, LABEL_WEIGHT, n, label_stride, num_labels, num_classes, BJ)
         for j in tl.static_range(BJ):
-            y, weight = label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes)
+            y, weight = label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes,
+                              alike)
             x_y = tl.load(row + y).to(tl.float32)
             if rate is not None:
                 x_y = capped(x_y, rate)[0]
@@ -75,7 +101,7 @@ def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, 
             weights += weight
             labelled = labelled | (weight != 0)
     p = soft / z
-    log_p = tl.where(inside, LN2 * c * (x - top) - tl.log(z), -float("inf"))
+    log_p = tl.where(compared, LN2 * c * (x - soft_top) - tl.log(z), -float("inf"))
     q_sum = tl.sum(tl.exp(log_q), axis=0)
     value, slope = outcome(log_q, log_p, p, q_sum, beta, DIVERGENCE)
     kd, mean = sum_pair(value, p * slope)
@@ -112,8 +138,13 @@ def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, 
     if STATS is not None:
         counts = labelled | (row_weight != 0)
         entropy = tl.log(z_one) - tl.sum(one * tl.maximum(below, -1000.0), axis=0) / z_one
+        mass = 1.0
+        if taught is not None:
+            at_t = tl.exp2((x - top) * c)
+            ours, all_of = sum_pair(tl.where(theirs, at_t, 0.0), at_t)
+            mass = ours / all_of
         agrees = tl.max(tl.where(log_q == tl.max(log_q, axis=0), x, -float("inf")), axis=0) >= top
         tl.store(STATS + n * 4, tl.where(counts, lse, 0.0))
         tl.store(STATS + n * 4 + 1, tl.where(counts, entropy, 0.0))
-        tl.store(STATS + n * 4 + 2, tl.where(row_weight != 0, 1.0, 0.0))
+        tl.store(STATS + n * 4 + 2, tl.where(row_weight != 0, mass, 0.0))
         tl.store(STATS + n * 4 + 3, tl.where(agrees & (row_weight != 0), 1.0, 0.0))

@@ -27,8 +27,9 @@ class Tiles:
     hints: bool = True          # whether reads and writes say what should stay in the cache
 
     @staticmethod
-    def of(num_classes: int, itemsize: int, sums: bool = False, softcap: bool = False) -> Tiles:
-        """By the bytes of a row. `sums`: whether the sweeps do more than sum and write; `softcap`: whether by one.
+    def of(num_classes: int, itemsize: int, sums: bool = False, slow: bool = False) -> Tiles:
+        """By the bytes of a row. `sums`: whether the sweeps do more than sum and write; `slow`: whether so much more
+        that they wait for arithmetic.
 
         A multiprocessor's 65,536 registers hold 65,536 / (32 warps registers) programs, registers in steps of 8. Those
         have rows * warps * 512 bytes each in flight; 4.8 TB/s, 132 multiprocessors and a microsecond's latency ask for
@@ -45,7 +46,7 @@ class Tiles:
 
         A tile is computed whole, however little of a row is in it: where more than a tenth would be nothing, tiles are
         half as tall, with half in flight (V = 50,257: 2 programs of 4, 8 and 27 MB; labels alone 3 and 40 MB). So they
-        are with `sums`, and of two rows with a softcap, which waits for arithmetic. Short rows finish too soon to be
+        are with `sums`, and of two rows where they are `slow`. Short rows finish too soon to be
         kept busy but by many programs, and have fewer barriers to wait at in few warps. Rows that do not fit are swept
         backwards the second time: what was read last is read first.
         """
@@ -57,7 +58,7 @@ class Tiles:
         warps, tallest = (8, 4) if row <= 64_400 else (8, 8) if row <= 140_000 else (16, 8)
         tile = tallest * warps * 512
         filled = -(-row // tile) * tile <= 1.1 * row
-        rows = 2 if softcap else tallest if filled and not sums else tallest // 2
+        rows = 2 if slow else tallest if filled and not sums else tallest // 2
         return Tiles(rows, warps, 80 if tallest == 4 else 128, reverse=row > 320_000)
 
 
@@ -85,6 +86,17 @@ class Call:
     softcap: float | None = None
     z_scale: Tensor | None = None
     stats: bool = False
+    teacher_classes: int | None = None      # of a teacher with ids, where it has fewer than the student
+
+    @property
+    def taught(self) -> int | None:
+        """The teacher's classes where that are fewer than the student's and the kernel has to know; None compiles to
+        what it is without such classes: kept ids and a tail are given as they are."""
+        if self.log_probs_NK is not None and self.ids_NK is None:
+            taught = self.log_probs_NK.shape[1]
+        else:
+            taught = self.teacher_classes if self.tail == "uniform" and self.teacher_classes else self.num_classes
+        return None if taught == self.num_classes else taught
 
     @property
     def temperatures(self) -> tuple[bool, bool]:
@@ -96,6 +108,12 @@ class Call:
     def sums(self) -> bool:
         """Whether the sweeps do more than sum and write exponentials."""
         return self.softcap is not None or self.stats or self.tail == "uniform"
+
+    @property
+    def slow(self) -> bool:
+        """Whether the sweeps wait for arithmetic: of a softcap, or of a test of each class whether it is the
+        teacher's."""
+        return self.softcap is not None or (self.ids_NK is not None and self.taught is not None)
 
     @property
     def unit(self) -> float:
@@ -167,7 +185,7 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
         slots = 7 if call.stats or call.tail == "uniform" else 4
         scratch = (x_NV.new_empty((rows, parts, slots), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
                    x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32), _counters(x_NV, parts, call.form))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.softcap is not None)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.slow)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
         for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
@@ -177,8 +195,8 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
                 call.kd_scale, call.z_scale, x_NV.stride(0), to.stride(0),
                 *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK)),
                 call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
-                0 if call.labels_NJ is None else call.labels_NJ.shape[1], *exponents(call), call.temperature,
-                call.beta, call.gain, call.rate, *scratch, part, parts, **constants, STAGE=stage,
+                0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.taught, *exponents(call),
+                call.temperature, call.beta, call.gain, call.rate, *scratch, part, parts, **constants, STAGE=stage,
                 num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
 
 
@@ -219,8 +237,9 @@ def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call, lo
             x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, log_probs_NV, call.row_weight_N, call.ce_scale,
             call.kd_scale, call.z_scale, x_NV.stride(0), to.stride(0), _stride(call.labels_NJ),
             _stride(call.label_weight_NJ), log_probs_NV.stride(0), call.num_classes, x_NV.shape[1],
-            0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.unit / (math.log(2) * call.temperature),
-            call.temperature, call.beta, None if call.unit == 1 else call.unit, call.gain, call.rate,
+            0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.taught,
+            call.unit / (math.log(2) * call.temperature), call.temperature, call.beta,
+            None if call.unit == 1 else call.unit, call.gain, call.rate,
             **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
             num_warps=full_warps(block, call.divergence), num_stages=1)
 
@@ -234,8 +253,8 @@ def full_warps(block: int, divergence: str) -> int:
 def full_constants(call: Call, itemsize: int, gradient: bool, aligned: bool) -> dict[str, Any]:
     """What the kernel for a teacher over all classes is made for."""
     return {"BJ": 1 if call.labels_NJ is None else call.labels_NJ.shape[1], "DIVERGENCE": call.divergence,
-            "GRADIENT": gradient, "BLOCK": max(triton.next_power_of_2(call.num_classes), 32), "VEC": 16 // itemsize,
-            "ALIGNED": aligned}
+            "CONDITIONAL": call.tail == "conditional" and call.taught is not None, "GRADIENT": gradient,
+            "BLOCK": max(triton.next_power_of_2(call.num_classes), 32), "VEC": 16 // itemsize, "ALIGNED": aligned}
 
 
 def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool,
@@ -245,7 +264,7 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
     one, soft = call.temperatures
     two = one and soft and ratio is None
     p, q = ratio if one and soft and ratio is not None else (int(one), int(soft))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.softcap is not None)
+    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.slow)
     vec = 16 // itemsize
     return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
             "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),

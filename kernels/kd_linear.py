@@ -34,8 +34,9 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
                    labels: Tensor | None = None, label_weight: Tensor | None = None, ids: Tensor | None = None,
                    log_probs: Tensor | None = None, log_tail: Tensor | None = None, row_weight: Tensor | None = None,
                    temperature: float = 1.0, divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
-                   ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
-                   z_scale: Tensor | float | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+                   teacher_classes: int | None = None, ce_scale: Tensor | float | None = 1.0,
+                   kd_scale: Tensor | float | None = 1.0, z_scale: Tensor | float | None = None,
+                   logit_scale: float = 1.0, softcap: float | None = None,
                    memory: int | str = "512 MB", skip_ignored: bool = False, counted_rows: int | None = None,
                    rows: RowFunction | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, CE_N, D_N): their scaled sum, a scalar, and each row's parts, float32 [N]; only the loss has a gradient,
@@ -52,8 +53,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
     counted_rows  at most so many rows count, known to the caller: skip_ignored without the wait. Where rows would be
                   lost that way the loss is NaN
     rows          the row function; None: the fused kernels, on CUDA or in triton's interpreter. Inside torch.compile,
-                  where the whole is one operator, only those. It is given z_scale, logit_scale and softcap only where
-                  they are asked for
+                  where the whole is one operator, only those. It is given teacher_classes, z_scale, logit_scale and
+                  softcap only where they are asked for
 
     Without skip_ignored, rows that do not count are computed, give 0, and their hidden states must be finite. All rows
     ignored, or none given: 0, and zero gradients. Nothing waits for the device but as said. ValueError for what does
@@ -71,8 +72,8 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *
     scales = {name: None if scale is None else scale / unit for name, scale in scales.items()}
     job = Job(rows, given, scales,
               {"num_classes": len(weight) if num_classes is None else num_classes, "temperature": float(temperature),
-               "divergence": divergence, "tail": tail, "beta": float(beta), "logit_scale": float(logit_scale),
-               "softcap": None if softcap is None else float(softcap)},
+               "divergence": divergence, "tail": tail, "beta": float(beta), "teacher_classes": teacher_classes,
+               "logit_scale": float(logit_scale), "softcap": None if softcap is None else float(softcap)},
               memory_bytes(memory) if isinstance(memory, str) else memory,
               skip_ignored or counted_rows is not None, counted_rows, dtype,
               tuple(graph and t is not None and t.requires_grad for t in (hidden, weight, bias)))
@@ -161,11 +162,11 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, given: dict[str,
 SCHEMA = ("(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor? label_weight, Tensor? ids, "
           "Tensor? log_probs, Tensor? log_tail, Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, "
           "Tensor? z_scale, int num_classes, float temperature, str divergence, str tail, float beta, "
-          "float logit_scale, float? softcap, SymInt memory, bool skip, SymInt? counted, ScalarType dtype, "
-          "bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+          "int? teacher_classes, float logit_scale, float? softcap, SymInt memory, bool skip, SymInt? counted, "
+          "ScalarType dtype, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 GIVEN = ("labels", "label_weight", "ids", "log_probs", "log_tail", "row_weight")        # the order of the schema
 SCALES = ("ce_scale", "kd_scale", "z_scale")
-SETTINGS = ("num_classes", "temperature", "divergence", "tail", "beta", "logit_scale", "softcap")
+SETTINGS = ("num_classes", "temperature", "divergence", "tail", "beta", "teacher_classes", "logit_scale", "softcap")
 
 
 @torch.library.custom_op("kdcache_kernels::kd_linear", mutates_args=(), schema=SCHEMA)

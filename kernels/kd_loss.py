@@ -71,6 +71,7 @@ class Options(TypedDict, total=False):
     divergence: str
     tail: str
     beta: float
+    teacher_classes: int | None
     ce_scale: Tensor | float | None
     kd_scale: Tensor | float | None
     z_scale: Tensor | float | None
@@ -89,8 +90,9 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                  label_weight: Tensor | None = None, ids: Tensor | None = None, log_probs: Tensor | None = None,
                  log_tail: Tensor | None = None, row_weight: Tensor | None = None, temperature: float = 1.0,
                  divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5,
-                 ce_scale: Tensor | float | None = 1.0, kd_scale: Tensor | float | None = 1.0,
-                 z_scale: Tensor | float | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+                 teacher_classes: int | None = None, ce_scale: Tensor | float | None = 1.0,
+                 kd_scale: Tensor | float | None = 1.0, z_scale: Tensor | float | None = None,
+                 logit_scale: float = 1.0, softcap: float | None = None,
                  inplace: bool = False, parts: int | None = None, form: str = "two launches",
                  stats: bool = False) -> tuple[Tensor, ...]:
     """(loss, CE, D) of each row, float32 [N]; only the loss carries a gradient. With `stats` a fourth, [N, 4]. First
@@ -99,10 +101,14 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
     logits        [N, V' >= V], float16, bfloat16 or float32; rows may be strided (a slice of a padded vocabulary).
                   Columns from V = num_classes on are padding: unread, zero gradient
     labels        integer [N] or [N, J]; below 0 or above V - 1 is no label; label_weight, of the labels' shape, weighs
-                  them: CE = sum of weight * -log p
+                  them: CE = sum of weight * -log p. Without it those of a row weigh alike, 1 in all
     ids           int32 or int64 [N, K], distinct within a row; below 0 or above V - 1 is padding
     log_probs     [N, K] teacher at `temperature`; log_tail [N] of all ids not kept, for tail "bucket" and "uniform"
-                  only. Without ids: [N, V] in id order, V up to 16,384, and nothing is left out
+                  only. Without ids: [N, V] in id order, V up to 16,384, and nothing is left out; or of fewer classes
+                  than V, [N, teacher_classes]: the others have teacher probability 0, and tail "conditional" alone
+                  leaves them out
+    teacher_classes    of a teacher with ids: its classes are those below, V by default. The others have probability 0:
+                  they are in the tail, and "uniform" gives them no part of it
     row_weight    [N] factor of D; 0 is a row without a teacher, whose ids and probabilities may hold anything
     tail          bucket: all ids not kept are one outcome. renormalise: the teacher is renormalised over the kept.
                   conditional: both are. sampled: exp(log_probs) are weights, of any sum s: the slope is s p - w.
@@ -123,7 +129,7 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
     stats         of each row, float32: log-sum-exp at T = 1; entropy at T = 1 in nats; mass of the kept ids under the
                   student at T; 1.0 where a kept id to which the teacher gives most has the greatest y of the row (or
                   one equal to it in float32), else 0.0. Without a teacher, or where row_weight is 0, the last two are
-                  0; without ids the mass is 1
+                  0; without ids the mass is of the teacher's classes
 
     A row without label and teacher gives 0 and a zero gradient, whatever it holds. Nothing waits for the device.
     ValueError for shapes, dtypes and options that do not fit.
@@ -134,7 +140,7 @@ def kd_loss_rows(logits: Tensor, *, num_classes: int | None = None, labels: Tens
                 _matrix("label_weight", label_weight, logits), ids_NK, _matrix("log_probs", log_probs, logits),
                 _column(log_tail), _column(row_weight), float(temperature), divergence, tail, float(beta),
                 _scale(ce_scale, logits), _scale(kd_scale, logits), inplace, parts, form, float(logit_scale),
-                None if softcap is None else float(softcap), _scale(z_scale, logits), stats)
+                None if softcap is None else float(softcap), _scale(z_scale, logits), stats, teacher_classes)
     _check(logits, call)
     if torch.compiler.is_compiling():
         return compiled_rows(logits, call)
@@ -217,10 +223,16 @@ def _wrong_targets(call: Call) -> Iterator[str]:
     if call.ids_NK is not None and (log_probs_NK is None or
                                     (call.tail in ("bucket", "uniform") and call.log_tail_N is None)):
         yield "ids, log_probs and, for tail 'bucket' or 'uniform', log_tail belong together"
+    most = call.num_classes if call.teacher_classes is None else call.teacher_classes
+    if not 1 <= most <= call.num_classes:
+        yield f"teacher_classes is {most}; expected 1 to the {call.num_classes} of the logits"
     if call.ids_NK is None and log_probs_NK is not None and (
-            log_probs_NK.shape[1] != call.num_classes or call.num_classes > MOST_FULL):
-        yield (f"log_probs without ids are {list(log_probs_NK.shape)}; expected [N, {call.num_classes}], and at most "
-               f"{MOST_FULL} classes")
+            log_probs_NK.shape[1] != most or call.num_classes > MOST_FULL):
+        yield (f"log_probs without ids are {list(log_probs_NK.shape)}; expected [N, {most}], the classes of the "
+               f"teacher (teacher_classes), and at most {MOST_FULL} classes in all")
+    without_ids = call.ids_NK is None and call.taught is not None
+    if without_ids and call.divergence == "reverse_kl" and call.tail != "conditional":
+        yield "reverse_kl of a teacher over fewer classes than the logits is infinite; tail 'conditional' is not"
 
 
 def _wrong_shapes(logits: Tensor, call: Call) -> Iterator[str]:

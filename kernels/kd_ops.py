@@ -17,20 +17,20 @@ from kdcache.kernels.kd_launch import Call, addressable, gradient_like, gradient
 LIBRARY = "kdcache_kernels"
 ROWS = ("(Tensor logits, Tensor? labels, Tensor? label_weight, Tensor? ids, Tensor? log_probs, Tensor? log_tail, "
         "Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, Tensor? z_scale, int num_classes, float temperature, "
-        "str divergence, str tail, float beta, float logit_scale, float? softcap, int? parts, bool stats, "
-        "bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+        "str divergence, str tail, float beta, int? teacher_classes, float logit_scale, float? softcap, int? parts, "
+        "bool stats, bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @torch.library.custom_op(f"{LIBRARY}::kd_rows", mutates_args=(), schema=ROWS)
 def kd_rows_op(logits: Tensor, labels: Tensor | None, label_weight: Tensor | None, ids: Tensor | None,
                log_probs: Tensor | None, log_tail: Tensor | None, row_weight: Tensor | None, ce_scale: Tensor | None,
                kd_scale: Tensor | None, z_scale: Tensor | None, num_classes: int, temperature: float, divergence: str,
-               tail: str, beta: float, logit_scale: float, softcap: float | None, parts: int | None, stats: bool,
-               wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+               tail: str, beta: float, teacher_classes: int | None, logit_scale: float, softcap: float | None,
+               parts: int | None, stats: bool, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_N, CE_N, D_N, stats [N, 4], gradient [N, V']); [0] in place of one that is not wanted."""
     call = Call(num_classes, labels, label_weight, ids, log_probs, log_tail, row_weight, temperature, divergence, tail,
                 beta, ce_scale, kd_scale, False, parts, logit_scale=logit_scale, softcap=softcap, z_scale=z_scale,
-                stats=stats)
+                stats=stats, teacher_classes=teacher_classes)
     x_NV = addressable(logits)
     if x_NV.data_ptr() % 16:            # rows as the fake says: its strides are known before any address is
         x_NV = x_NV.new_empty_strided(x_NV.shape, (gradient_stride(x_NV), 1)).copy_(x_NV)
@@ -90,5 +90,6 @@ def compiled_rows(logits: Tensor, call: Call) -> tuple[Tensor, ...]:
     loss_N, ce_N, kd_N, stats_N4, _ = kd_rows_op(
         logits, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK, call.log_tail_N,
         call.row_weight_N, call.ce_scale, call.kd_scale, call.z_scale, call.num_classes, call.temperature,
-        call.divergence, call.tail, call.beta, call.logit_scale, call.softcap, call.parts, call.stats, wants_gradient)
+        call.divergence, call.tail, call.beta, call.teacher_classes, call.logit_scale, call.softcap, call.parts,
+        call.stats, wants_gradient)
     return loss_N, ce_N.detach(), kd_N.detach(), *((stats_N4.detach(),) if call.stats else ())

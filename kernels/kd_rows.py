@@ -16,6 +16,7 @@ from kdcache.kernels.rows import (
     fill_zeros,
     power,
     row_start,
+    share_of,
     span,
     span_beside,
     sum_pair,
@@ -28,7 +29,7 @@ from kdcache.kernels.softcap import capped
 
 @triton.jit
 def known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels, num_classes, BJ: tl.constexpr):
-    """Ids [BJ] (-1: none) and weights [BJ] (0: none) of a row's labels."""
+    """Ids [BJ] (-1: none) and weights [BJ] (0: none) of a row's labels; without weights they weigh alike, 1 in all."""
     j = tl.arange(0, BJ)
     if LABELS is None:
         return j - BJ, tl.zeros([BJ], tl.float32)
@@ -36,6 +37,8 @@ def known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num
         label = tl.load(LABELS + n * label_stride + j, mask=j < num_labels, other=-1)
         known = (label >= 0) & (label < num_classes)
         weight = tl.full([BJ], 1.0, tl.float32)
+        if LABEL_WEIGHT is None and BJ > 1:
+            weight /= tl.maximum(tl.sum(known.to(tl.float32), axis=0), 1.0)
         if LABEL_WEIGHT is not None:
             weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=j < num_labels, other=0.0).to(tl.float32)
         return tl.where(known, label, -1).to(tl.int32), tl.where(known, weight, 0.0)
@@ -96,12 +99,12 @@ ROW_POINTERS = ("LOSS", "CE", "KD", "STATS", "LABELS", "LABEL_WEIGHT", "IDS", "L
 
 
 @triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
-                               "parts"],
+                               "taught", "parts"],
             do_not_specialize_on_alignment=ROW_POINTERS)
 def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
             Z_SCALE, x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width,
-            kept, num_labels, c, c2, temperature, beta, gain, rate, STATE, KEPT, LABELLED, COUNTERS, part, parts,
-            BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr,
+            kept, num_labels, taught, c, c2, temperature, beta, gain, rate, STATE, KEPT, LABELLED, COUNTERS, part,
+            parts, BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr,
             Q: tl.constexpr, TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr,
             C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, HINTS: tl.constexpr,
             STAGE: tl.constexpr):
@@ -113,7 +116,8 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
     one launch, with a wait between them: see `kd_parts`.
 
     c and c2 have the scale of the logits in them, or the cap; `gain` is the scale where it is not 1, as a factor of the
-    gradient, and `rate` the scale over the cap where there is one.
+    gradient, and `rate` the scale over the cap where there is one. `taught` is given where the teacher's tail is even
+    and the student has classes of its own: the teacher's are those below it.
     """
     MOMENT: tl.constexpr = STATS is not None
     LEAVE: tl.constexpr = "evict_first" if HINTS else ""
@@ -163,7 +167,9 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
         soft = 0.0
         moment = 0.0
         scores = 0.0
-        tail_size = num_classes - tl.sum(valid_K.to(tl.int32), axis=0) if SCORES else 0
+        tail_size = 0
+        if SCORES:
+            tail_size = (num_classes if taught is None else taught) - tl.sum(valid_K.to(tl.int32), axis=0)
         if STAGE == 2:
             ref, ref2, one, soft, moment, scores = merge_parts(STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS)
         elif P + Q > 0:
@@ -171,12 +177,14 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
                 tl.debug_barrier()          # every warp has its copy of the kept logits
                 tl.store(row + id_K, tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty), mask=own_K)
                 tl.debug_barrier()
-            sums = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED, STAY, rate, MOMENT, SCORES)
+            sums = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED, STAY, rate, MOMENT, SCORES,
+                              None if taught is None else taught - begin)
             ref, ref2, one, soft = sums[0], sums[1], sums[2], sums[3]
             if SLOTS > 4:
                 moment, scores = sums[4], sums[5]
             if SCORES:                      # the kept ids read -inf; any other -inf is a logit of the tail
-                own_size = count - tl.sum(own_K.to(tl.int32), axis=0)
+                own_size = count if taught is None else tl.minimum(tl.maximum(taught - begin, 0), count)
+                own_size -= tl.sum(own_K.to(tl.int32), axis=0)
                 scores = tl.where(sums[6] < own_size, -float("inf"), scores)
         if STAGE == 1 or STAGE == 3:
             at = STATE + (n * parts + s) * SLOTS
@@ -215,7 +223,8 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
             if GRADIENT:
                 if P + Q > 0:
                     sweep_gradient(row + begin, out + begin, count, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C,
-                                   VEC, ALIGNED, REVERSE, even if SCORES else None, rate, LEAVE)
+                                   VEC, ALIGNED, REVERSE, even if SCORES else None, rate, LEAVE,
+                                   None if taught is None else taught - begin)
                 else:
                     tl.debug_barrier()          # every warp has read the kept logits
                     fill_zeros(out + begin, count, R, C, VEC, ALIGNED)
@@ -226,7 +235,8 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
                 if ce_scale is not None:
                     kept_J = tl.max((label_J[:, None] == id_K[None, :]).to(tl.int32), axis=1)
                     taken_J = tl.sum(tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0), axis=1)
-                    g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even if SCORES else None)
+                    g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO,
+                                         share_of(even if SCORES else None, label_J, taught))
                     g_J -= (ce_scale if gain is None else ce_scale * gain) * taken_J
                     if rate is not None:
                         g_J *= steep_J

@@ -12,7 +12,8 @@ costs no digits. Compilers fuse a b - d into one operation: where d is the same 
 
 Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of u^P s, for the
 entropy at temperature 1; SCORES the sum of s (of s c2 / c with TWO) over the finite logits, and their number, for a
-teacher's tail that is spread evenly. They follow `ref` when it rises, as the exponentials do.
+teacher's tail that is spread evenly. They follow `ref` when it rises, as the exponentials do. Where `taught` is given,
+SCORES are of the columns below it alone, and only these get a share of the even tail: the others are the student's own.
 """
 
 # mypy: ignore-errors
@@ -49,9 +50,10 @@ def total(x):
 
 
 @triton.jit
-def add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P: tl.constexpr, Q: tl.constexpr,
+def add_tile(x, first, ref, one, soft, moment, scores, finite, c, ratio, taught, P: tl.constexpr, Q: tl.constexpr,
              TWO: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
-    """Adds a tile x [R, L, VEC] to the running state [L] of its lanes; all elements of a lane lie in one thread."""
+    """Adds a tile x [R, L, VEC] to the running state [L] of its lanes; all elements of a lane lie in one thread.
+    `first`: where its first element stands."""
     top = tl.max(tl.max(x, axis=2), axis=0)
     new = tl.maximum(ref, top * c)
     keep = tl.exp2(ref - new)
@@ -70,9 +72,20 @@ def add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P: tl.constexp
         soft = tl.fma(soft, power(keep, Q), total(power(u, Q)))
     if SCORES:
         held = x > -float("inf")
+        if taught is not None:
+            held = held & (first + places(x) < taught)
         scores = tl.fma(finite, rise, scores) + total(tl.where(held, s, 0.0))
         finite += total(held.to(tl.float32))
     return new, one, soft, moment, scores, finite
+
+
+@triton.jit
+def places(x):
+    """Where in their tile the elements of x [R, L, VEC] stand: computed in x's own layout, not moved into it."""
+    L: tl.constexpr = x.shape[1]
+    VEC: tl.constexpr = x.shape[2]
+    vector = tl.arange(0, x.shape[0])[:, None] * L + tl.arange(0, L)[None, :]
+    return vector[:, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
 
 
 @triton.jit
@@ -123,8 +136,8 @@ def merge(ref, one, soft, edge, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr, 
 
 
 @triton.jit
-def merge_scores(ref, at, left, one, moment, scores, finite, edge, c, ratio, P: tl.constexpr, EDGES: tl.constexpr,
-                 MOMENT: tl.constexpr, SCORES: tl.constexpr):
+def merge_scores(ref, at, left, one, moment, scores, finite, edge, column, c, ratio, taught, P: tl.constexpr,
+                 EDGES: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
     """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to the references of
     `merge`; `ratio` is 1 but with TWO."""
     sum_moment = 0.0
@@ -140,6 +153,8 @@ def merge_scores(ref, at, left, one, moment, scores, finite, edge, c, ratio, P: 
         number = tl.sum(finite.to(tl.int32), axis=0)
         if EDGES:
             held = edge > -float("inf")
+            if taught is not None:
+                held = held & (column < taught)
             sum_scores += tl.sum(tl.where(held, tl.fma(edge, c, -at) * ratio, 0.0), axis=0)
             number += tl.sum(held.to(tl.int32), axis=0)
         sum_scores = tl.fma(number.to(tl.float32), left, sum_scores)
@@ -160,6 +175,17 @@ def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.co
         return dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) + even
     else:
         return two_powers(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+
+
+@triton.jit
+def share_of(even, column, taught):
+    """What each of these columns gets of a teacher's even tail: `even`, or nothing from `taught` on."""
+    if even is None:
+        return None
+    elif taught is None:
+        return even
+    else:
+        return tl.where(column < taught, even, 0.0)
 
 
 @triton.jit
@@ -240,10 +266,11 @@ def logits_at(pointer, mask, other, rate, EVICT: tl.constexpr):
 @triton.jit
 def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, R: tl.constexpr,
                C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr, rate=None,
-               MOMENT: tl.constexpr = False, SCORES: tl.constexpr = False):
+               MOMENT: tl.constexpr = False, SCORES: tl.constexpr = False, taught=None):
     """Both sums of exponentials of a row, relative to its maximum: (ref, ref2, sum_one, sum_soft).
 
-    With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted.
+    With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted; `taught`: scores and
+    number are of the columns below it.
     """
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     L: tl.constexpr = C // VEC
@@ -258,21 +285,22 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
         x = tl.reshape(logits_at(start + at + offsets, None, None, rate, EVICT), [R, L, VEC])
-        ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
-                                                          TWO, MOMENT, SCORES)
+        ref, one, soft, moment, scores, finite = add_tile(x, lead + at, ref, one, soft, moment, scores,
+                                                          finite, c, ratio, taught, P, Q, TWO, MOMENT, SCORES)
     if whole < body:
         x = tl.reshape(logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT),
                        [R, L, VEC])
-        ref, one, soft, moment, scores, finite = add_tile(x, ref, one, soft, moment, scores, finite, c, ratio, P, Q,
-                                                          TWO, MOMENT, SCORES)
+        ref, one, soft, moment, scores, finite = add_tile(x, lead + whole, ref, one, soft, moment, scores,
+                                                          finite, c, ratio, taught, P, Q, TWO, MOMENT, SCORES)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
+    column = tl.arange(0, 2 * VEC)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         edge = logits_at(row + column, held, -float("inf"), rate, "")
     at, at2, left, sum_one, sum_soft = merge(ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED)
     if MOMENT or SCORES:
-        sum_moment, sum_scores, number = merge_scores(ref, at, left, one, moment, scores, finite, edge, c, ratio, P,
-                                                      not ALIGNED, MOMENT, SCORES)
+        sum_moment, sum_scores, number = merge_scores(ref, at, left, one, moment, scores, finite, edge, column, c,
+                                                      ratio, taught, P, not ALIGNED, MOMENT, SCORES)
         return at, at2, sum_one, sum_soft, sum_moment, sum_scores, number
     else:
         return at, at2, sum_one, sum_soft
@@ -281,8 +309,9 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
 @triton.jit
 def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr,
                    TWO: tl.constexpr, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-                   REVERSE: tl.constexpr, even=None, rate=None, EVICT: tl.constexpr = "evict_first"):
-    """Writes the dense gradient of a row to `out`, which may be the row itself."""
+                   REVERSE: tl.constexpr, even=None, rate=None, EVICT: tl.constexpr = "evict_first", taught=None):
+    """Writes the dense gradient of a row to `out`, which may be the row itself. `taught`: `even` is for the columns
+    below it."""
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     to = span_beside(out, lead, ALIGNED)
     offsets = tile_offsets(R, C)
@@ -290,18 +319,21 @@ def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl
     for i in tl.range(0, tiles):
         at = (tiles - 1 - i if REVERSE else i) * (R * C)
         x = tl.load(start + at + offsets, eviction_policy=EVICT).to(tl.float32)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
+        share = share_of(even, lead + at + offsets, taught)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
         tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy=EVICT)
     whole = tiles * (R * C)
     if whole < body:
         inside = whole + offsets < body
         x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
+        share = share_of(even, lead + whole + offsets, taught)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
         tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy=EVICT)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even, rate)
+        share = share_of(even, column, taught)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
         tl.store(out + column, g.to(out.dtype.element_ty), mask=held)
 
 

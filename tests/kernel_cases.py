@@ -33,7 +33,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of FACTORS; the defaults are the usual."""
+    """One combination of FACTORS, or of others: labels "alike" have no weights; the defaults are the usual."""
 
     temperature: float = 2.0
     kept: int = 8
@@ -53,14 +53,24 @@ class Case:
     logit_scale: float = 1.0
     z_scale: float | None = None
     stats: bool = False
+    beyond: int = 0                 # classes, the last ones, that the student has and the teacher has not
 
     def __str__(self) -> str:
         usual = Case()
-        return "-".join(f"{getattr(self, name)}" for name in FACTORS if getattr(self, name) != getattr(usual, name))
+        beyond = [f"beyond{self.beyond}"] if self.beyond else []
+        return "-".join([f"{getattr(self, name)}" for name in FACTORS
+                         if getattr(self, name) != getattr(usual, name)] + beyond)
+
+    @property
+    def taught(self) -> int:
+        """The classes of the teacher."""
+        return self.num_classes - self.beyond
 
     @property
     def sensible(self) -> bool:
         """Whether the float64 definition has a finite value and gradient."""
+        if self.divergence == "reverse_kl" and self.tail != "conditional" and self.beyond and self.kept >= self.taught:
+            return False        # the teacher gives nothing to a tail in which the student has classes of its own
         if self.z_scale is not None and self.labels == "none":
             return False
         if self.divergence == "reverse_kl":

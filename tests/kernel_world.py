@@ -36,8 +36,9 @@ def problem(case: Case, seed: int = 0) -> Problem:
     """Random logits and targets of a case, the same for the same seed."""
     torch.manual_seed(seed)
     rows, classes = case.rows, case.num_classes
-    kept = min(case.kept, classes)
-    ids = torch.stack([torch.randperm(classes)[:kept] for _ in range(rows)]) if rows else torch.zeros(0, kept).long()
+    kept = min(case.kept, case.taught)
+    drawn = [torch.randperm(case.taught)[:kept] for _ in range(rows)]
+    ids = torch.stack(drawn) if rows else torch.zeros(0, kept).long()
     logits = _logits(case, ids).to(case.dtype)
     ids_NK = torch.full((rows, case.kept), -1)
     ids_NK[:, :kept] = ids
@@ -53,6 +54,8 @@ def problem(case: Case, seed: int = 0) -> Problem:
                 "ce_scale": torch.tensor(0.7), "kd_scale": torch.tensor(1.3)}
     keywords |= {name: getattr(case, name) for name in ("softcap", "logit_scale", "stats")
                  if getattr(case, name) != getattr(Case(), name)}
+    if case.beyond:
+        keywords["teacher_classes"] = case.taught
     if case.z_scale is not None:
         keywords["z_scale"] = torch.tensor(case.z_scale)
     factor = {"one": torch.ones(rows), "half": torch.full((rows,), 0.5), "each": torch.rand(rows) + 0.25}
@@ -77,7 +80,7 @@ def _logits(case: Case, ids: Tensor) -> Tensor:
 def _teacher(case: Case, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the kept ids, NaN where an id is padding, and of the tail."""
     rows, kept = ids_NK.shape
-    free = (ids_NK >= 0).sum(1) < case.num_classes
+    free = (ids_NK >= 0).sum(1) < case.taught
     mass = torch.rand(rows) * 0.9 + 0.05 if case.tail_mass is None else torch.full((rows,), case.tail_mass)
     mass = torch.where(free, mass, 0).double()
     scores = torch.where(ids_NK >= 0, torch.randn(rows, kept).double(), -torch.inf)
@@ -96,6 +99,8 @@ def _labels(case: Case, ids_NK: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y = torch.full((rows,), -100)
     if case.labels == "some" and rows:
         y[0] = -100
+    if case.labels == "alike":                  # without weights: a mean over those that are known
+        return torch.stack([y, ids_NK[:, 0], torch.tensor([-1, 0, last])[:rows]], 1), None
     if case.labels in ("two", "twice"):
         other = y if case.labels == "twice" else ids_NK[:, 0]
         return torch.stack([y, other], 1), torch.tensor([[0.3, 0.7], [0.0, 0.0], [1.0, 0.25]])[:rows]
@@ -124,7 +129,8 @@ def transformed(x: Tensor, problem: Problem) -> Tensor:
         return y
     y = torch.where(x == -torch.inf, 0, y) / cap
     size = torch.where(y < 0, -y, y)
-    tanh = -torch.expm1(-2 * size) / (1 + torch.exp(-2 * size))
+    e = torch.exp(-2 * size)            # autograd takes expm1 + 1 for the derivative of expm1: 0 where that is -1
+    tanh = torch.where(size < 1, -torch.expm1(-2 * size) / (1 + e), 1 - 2 * e / (1 + e))
     return torch.where(x == -torch.inf, -torch.inf, cap * torch.where(y < 0, -tanh, tanh))
 
 
@@ -182,8 +188,9 @@ def define_stats(problem: Problem, dtype: torch.dtype) -> Tensor:
 def _cross_entropy(row: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
     log_p = torch.log_softmax(row, -1)
     total = row.new_zeros(())
+    alike = 1 / max(int((labels >= 0).sum()), 1)
     for j, y in enumerate(labels.tolist()):
-        w = 1.0 if weight is None else float(weight[j])
+        w = alike if weight is None else float(weight[j])
         if y >= 0 and w:
             total = total - w * log_p[y]
     return total
@@ -203,6 +210,7 @@ def _distillation(row: Tensor, problem: Problem, n: int) -> Tensor:
     log_tail = k["log_tail"][n].to(row.dtype) if case.tail == "bucket" else row.new_tensor(-torch.inf)
     if case.tail == "uniform":
         log_p = torch.log_softmax(score, -1)
+        free[case.taught :] = False             # the student's own classes have no part of the teacher's tail
         left, log_tail = int(free.sum()), k["log_tail"][n].to(row.dtype)
         value = divergence_of("forward_kl", log_q, log_p[ids])
         if left and log_tail > -torch.inf:

@@ -28,8 +28,8 @@ def double_targets(teacher_NV: Tensor, temperature: float, k: int | None = None)
 
 
 def problem(seed: int, rows: int, classes: int, temperature: float, k: int | None, scale: float = 3.0,
-            tail: str = "bucket") -> tuple[Tensor, Tensor, SoftTargets]:
-    """(student logits float64 [N, V], labels [N], targets float64, for tail "sampled" of draws)"""
+            tail: str = "bucket", beyond: int = 0) -> tuple[Tensor, Tensor, SoftTargets]:
+    """(student logits float64 [N, V + beyond], labels [N], targets float64 of V, for tail "sampled" of draws)"""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, classes, generator=g, dtype=torch.float64) * scale
     teacher = torch.randn(rows, classes, generator=g, dtype=torch.float64) * scale
@@ -37,6 +37,9 @@ def problem(seed: int, rows: int, classes: int, temperature: float, k: int | Non
     targets = double_targets(teacher, temperature, k)
     if tail == "sampled":
         targets = drawn(targets, g)
+    if beyond:
+        logits = torch.cat([logits, torch.randn(rows, beyond, generator=g, dtype=torch.float64) * scale], 1)
+        labels = torch.randint(0, classes + beyond, (rows,), generator=g)
     return logits, labels, targets
 
 
@@ -64,7 +67,7 @@ def double(targets: SoftTargets) -> SoftTargets:
 def rows_by_definition(logits: Tensor, labels: Tensor, targets: SoftTargets, *, alpha: float = 0.5,
                        divergence: str = "forward_kl", tail: str = "bucket", beta: float = 0.5) -> Tensor:
     """The loss of each row, in the dtype of the logits."""
-    ce_N = cross_entropy(logits, labels[:, None], torch.ones_like(logits[:, :1]))
+    ce_N = cross_entropy(logits, labels[:, None])
     kd_N = divergence_rows(logits, targets, divergence, tail, beta)
     return (1 - alpha) * ce_N + alpha * targets.temperature**2 * kd_N
 

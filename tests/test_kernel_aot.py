@@ -42,14 +42,18 @@ class Build:
     logit_scale: float = 1.0
     z_loss: bool = False
     stats: bool = False
+    beyond: int = 0             # classes of the student alone
     tiles: kd_launch.Tiles | None = None
     said: bool = True           # whether the compiler is told that pointers are multiples of 16 bytes
 
     @property
     def shape(self) -> kd_launch.Tiles:
         sums = self.softcap is not None or self.stats or self.tail == "uniform"
-        return self.tiles or kd_launch.Tiles.of(self.num_classes, ELEMENT[self.dtype], sums,
-                                                  self.softcap is not None)
+        return self.tiles or kd_launch.Tiles.of(self.num_classes, ELEMENT[self.dtype], sums, self.slow)
+
+    @property
+    def slow(self) -> bool:
+        return self.softcap is not None or self.beyond > 0
 
     def exponentials(self) -> tuple[float, float]:
         """Per element: one, or two for a temperature off the list; in sweep 1 as many more per thread and tile. A
@@ -81,6 +85,7 @@ TERMS = [
     Build("kd-128k-T2-softcap", 128_256, (28.9, 29.1), softcap=30.0),
     Build("kd-128k-T2-stats", 128_256, (10.8, 7.2), stats=True),
     Build("kd-128k-T2-uniform", 128_256, (12.9, 7.2), tail="uniform"),
+    Build("kd-128k-T2-uniform-wider", 128_256, (20.4, 14.1), tail="uniform", beyond=128),
 ]
 # Every term at once, in the parts that share a row.
 PARTS = [BUILDS[7], Build("kd-32k-T2-all", 32_000, (37.0, 28.9), tail="uniform", softcap=30.0, logit_scale=0.5,
@@ -94,14 +99,15 @@ def request(build: Build, arch: int) -> dict[str, Any]:
 
     call = kd_launch.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
                         build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace,
-                        logit_scale=build.logit_scale, softcap=build.softcap, stats=build.stats)
+                        logit_scale=build.logit_scale, softcap=build.softcap, stats=build.stats,
+                        teacher_classes=build.num_classes - build.beyond)
     size = ELEMENT[build.dtype]
     constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned, build.num_classes)
     constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED", "COUNTERS"))
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
     absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["STATS"] * (not build.stats) + ["Z_SCALE"] * (not build.z_loss)
-    absent += ["gain"] * (call.gain is None) + ["rate"] * (call.rate is None)
+    absent += ["gain"] * (call.gain is None) + ["rate"] * (call.rate is None) + ["taught"] * (call.taught is None)
     absent += ["LABELS", "CE_SCALE"] * (not build.labels)
     absent += ["IDS", "LOG_Q", "LOG_TAIL", "KD_SCALE"] * (not build.kept)
     constants |= dict.fromkeys(absent)
@@ -109,7 +115,7 @@ def request(build: Build, arch: int) -> dict[str, Any]:
     signature |= dict.fromkeys(("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT",
                                 "CE_SCALE", "KD_SCALE", "Z_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
     signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "id_stride", "q_stride",
-                                "num_classes", "width", "kept", "num_labels", "part", "parts"), "i32")
+                                "num_classes", "width", "kept", "num_labels", "taught", "part", "parts"), "i32")
     signature |= dict.fromkeys(("c", "c2", "temperature", "beta", "gain", "rate"), "fp32")
     sizes = ["x_stride", "g_stride", "num_classes", "width"] if build.aligned and build.num_classes % 16 == 0 else []
     return {"name": build.name, "kernel": "kdcache.kernels.kd_rows:kd_rows", "arch": arch, "signature": signature,
@@ -121,7 +127,8 @@ def full_request(arch: int, name: str = "full", classes: int = 1000) -> dict[str
     """A teacher over all classes, bfloat16 logits, one label, in place."""
     call = kd_launch.Call(classes, torch.empty(1, 1), None, None, torch.empty(1, classes), None, None, 4.0,
                           "forward_kl", "bucket", 0.5, None, None, True)
-    absent = ["LABEL_WEIGHT", "ROW_WEIGHT"] + ["STATS", "Z_SCALE", "unit", "gain", "rate"] * (name != "every term")
+    absent = ["LABEL_WEIGHT", "ROW_WEIGHT", "taught"]
+    absent += ["STATS", "Z_SCALE", "unit", "gain", "rate"] * (name != "every term")
     constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(absent)
     signature = {"X": "*bf16", "G": "*bf16", "LABELS": "*i64"} | dict.fromkeys(
         ("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "ROW_WEIGHT", "CE_SCALE", "KD_SCALE", "Z_SCALE"),
@@ -150,12 +157,12 @@ def programs(report: aot.Report, warps: int) -> int:
 
 def occupancy(build: Build, report: aot.Report) -> list[str]:
     """Where a multiprocessor holds too few programs to be kept busy, or more than L2 keeps the rows of. Long rows, of
-    which one each does not fit, have no more than that one; a softcap waits for arithmetic."""
+    which one each does not fit, have no more than that one; what is slow waits for arithmetic."""
     many, shape, row = programs(report, build.shape.warps), build.shape, build.num_classes * ELEMENT[build.dtype]
     found = []
     if many > 1 and many * 132 * row > MOST_ROWS:
         found.append(f"{many} programs to a multiprocessor keep {many * 132 * row / 1e6:.0f} MB of rows under way")
-    if many * shape.rows * shape.warps * 512 < LEAST_LOADS * (1 if build.softcap is None else 2 / 3):
+    if many * shape.rows * shape.warps * 512 < LEAST_LOADS * (2 / 3 if build.slow else 1):
         found.append(f"{many} programs to a multiprocessor read {many * shape.rows * shape.warps // 2} KB at once")
     return found
 

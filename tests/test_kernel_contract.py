@@ -189,8 +189,8 @@ def test_the_operators_keep_their_promises_to_torch(layout: str, device: str) ->
     k = on(device, problem.keywords)
     logits = rows_of(layout, problem.logits.to(device)).requires_grad_()
     inputs = (logits, k["labels"][:, None], None, k["ids"], k["log_probs"], k["log_tail"], None, k["ce_scale"],
-              k["kd_scale"], torch.tensor(0.1, device=device), 1272, 2.0, "forward_kl", "bucket", 0.5, 1.5, 30.0, None,
-              True)
+              k["kd_scale"], torch.tensor(0.1, device=device), 1272, 2.0, "forward_kl", "bucket", 0.5, None, 1.5,
+              30.0, None, True)
     torch.use_deterministic_algorithms(False)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)

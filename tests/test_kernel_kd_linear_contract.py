@@ -185,7 +185,7 @@ def test_the_operator_keeps_its_promises_to_torch(device: str) -> None:
         torch.library.opcheck(
             kd_linear_op, (h, w.requires_grad_(wants[1]), b, k["labels"], None, k["ids"], k["log_probs"], k["log_tail"],
                            k["row_weight"], k["ce_scale"], k["kd_scale"], None, 1000, 2.0, "forward_kl", "bucket", 0.5,
-                           1.0, None, given.memory(2), False, None, torch.float32, wants),
+                           None, 1.0, None, given.memory(2), False, None, torch.float32, wants),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 

@@ -20,6 +20,14 @@ from kernel_world import Problem, run, usual
 from torch import Tensor
 
 CASES = covering()
+# A student with classes that the teacher has not: some of these, and what meets the part of an even tail.
+WIDER = [wider for case in CASES[::16] if (wider := replace(case, beyond=3)).sensible] + [
+    Case(beyond=3, tail="uniform", labels="alike"), Case(beyond=100, tail="uniform", labels="in", stats=True),
+    Case(num_classes=1272, beyond=500, tail="uniform", dtype=torch.bfloat16, temperature=1.37, inplace=True),
+    Case(num_classes=1271, beyond=9, tail="uniform", layout="odd", softcap=5.0, logit_scale=0.3, temperature=1.0),
+    Case(num_classes=7, beyond=3, tail="uniform", tail_mass=0.0), Case(num_classes=11, beyond=3),
+    Case(num_classes=7, beyond=3, tail="renormalise", labels="alike"), Case(num_classes=11, beyond=3, divergence="tv"),
+    Case(num_classes=1272, beyond=1000, tail="conditional", temperature=1.37, kept=64)]
 
 
 def judge(case: Case, problem: Problem, ran: world.Ran, draw: Callable[[int], Problem] | None = None) -> None:
@@ -49,7 +57,7 @@ def judge(case: Case, problem: Problem, ran: world.Ran, draw: Callable[[int], Pr
     assert bool(buffer.isnan().all()), "written outside the rows"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + WIDER, ids=str)
 def test_the_kernel_is_as_good_as_plain_arithmetic(case: Case, device: str) -> None:
     problem = world.problem(case)
     judge(case, problem, run(problem, device))
@@ -111,16 +119,21 @@ FULL = [
     Case(num_classes=1, rows=3), Case(rows=0, stats=True),
     Case(num_classes=123, softcap=5.0, z_scale=0.02, labels="two"),
     Case(num_classes=1272, softcap=30.0, logit_scale=0.3, stats=True, labels="some", weights="some", layout="padded"),
+    Case(num_classes=128, beyond=5, stats=True, labels="alike"), Case(num_classes=1272, beyond=8, dtype=torch.bfloat16),
+    Case(num_classes=40, beyond=33, divergence="jsd", layout="odd", temperature=1.0, softcap=5.0),
+    Case(num_classes=123, beyond=5, divergence="tv", weights="some", inplace=True, logit_scale=0.3),
+    Case(num_classes=123, beyond=5, divergence="reverse_kl", tail="conditional", stats=True, logits="apart"),
+    Case(num_classes=64, beyond=8, tail="conditional", labels="two", temperature=1.37, dtype=torch.float16),
 ]
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_a_teacher_over_all_classes(case: Case, device: str) -> None:
-    """The same rows, given in id order, are the K = V of the definition."""
+    """The same rows, given in id order, are the K = V of the definition; a wider student has a tail besides."""
     def draw(seed: int) -> Problem:
         problem = world.problem(replace(case, kept=case.num_classes), seed)
-        log_q = torch.log_softmax(torch.randn(case.rows, case.num_classes), -1)
-        ids = torch.arange(case.num_classes).expand(case.rows, -1)
+        log_q = torch.log_softmax(torch.randn(case.rows, case.taught), -1)
+        ids = torch.arange(case.taught).expand(case.rows, -1)
         return replace(problem, keywords=problem.keywords | {"ids": ids, "log_probs": log_q,
                                                              "log_tail": torch.full((case.rows,), -torch.inf)})
 
@@ -228,6 +241,8 @@ SPLIT = [
     Case(num_classes=123, labels="none", tail="uniform", kept=100, softcap=5.0, temperature=3.0),
     Case(num_classes=1272, labels="ignored", logits="minus_inf", tail_mass=0.0, rows=1, dtype=torch.float16),
     Case(num_classes=1272, logits="offset", tail="uniform", logit_scale=0.3, z_scale=0.02, temperature=1.5, stats=True),
+    Case(num_classes=1271, layout="odd", tail="uniform", labels="alike", beyond=400, temperature=1.37),
+    Case(num_classes=1272, tail="uniform", logits="minus_inf", tail_mass=0.0, beyond=1000),
 ]
 
 

@@ -51,13 +51,16 @@ def kinds(pairs: Any = PAIRS, ks: tuple[int | None, ...] = (None, 3)) -> list[tu
 @settings(max_examples=250, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 5), classes=st.integers(2, 12), data=st.data(),
        temperature=st.sampled_from([0.5, 1.0, 1.37, 2.0, 4.0]), alpha=st.sampled_from([0.0, 0.3, 1.0]),
-       pair=st.sampled_from(PAIRS), padding=st.sampled_from([0, 3]))
+       pair=st.sampled_from(PAIRS), beyond=st.sampled_from([0, 1, 5]), padding=st.sampled_from([0, 3]))
 def test_equals_the_definition_in_float64(seed: int, rows: int, classes: int, data: st.DataObject, temperature: float,
-                                          alpha: float, pair: tuple[str, str], padding: int) -> None:
+                                          alpha: float, pair: tuple[str, str], beyond: int, padding: int) -> None:
+    """Also of a student with classes `beyond` the teacher's, and with logits that `classes` cuts."""
     divergence, tail = pair
     k = data.draw(st.integers(1, classes) if tail == "sampled" else st.none() | st.integers(1, classes))
     beta = data.draw(st.sampled_from([0.2, 0.5, 0.9])) if divergence == "jsd" else None
-    logits, labels, targets = problem(seed, rows, classes, temperature, k, tail=tail)
+    if pair == ("reverse_kl", "bucket") and k in (None, classes):
+        beyond = 0                      # of all classes kept it is infinite, and refused
+    logits, labels, targets = problem(seed, rows, classes, temperature, k, tail=tail, beyond=beyond)
     known = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     weight = torch.tensor(data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=rows, max_size=rows)))
     labels = torch.where(known, labels, -1)
@@ -65,10 +68,11 @@ def test_equals_the_definition_in_float64(seed: int, rows: int, classes: int, da
     options = {"alpha": alpha, "divergence": divergence, "tail": tail}
     want = value_and_gradient(kd_loss_reference, logits, labels, targets, beta=beta or 0.5, **options)
     wide = torch.cat([logits, torch.full((rows, padding), 99.0).double()], 1)
-    loss, gradient = value_and_gradient(kd_loss, wide, labels, targets, beta=beta, **options)
+    cut = logits.shape[1] if padding else None
+    loss, gradient = value_and_gradient(kd_loss, wide, labels, targets, beta=beta, classes=cut, **options)
     # float64 on numbers of order 100: 1e-11 is 10^3 roundings.
-    torch.testing.assert_close((loss, gradient[:, :classes]), want, rtol=1e-11, atol=1e-11)
-    assert not gradient[:, classes:].any()
+    torch.testing.assert_close((loss, gradient[:, :classes + beyond]), want, rtol=1e-11, atol=1e-11)
+    assert not gradient[:, classes + beyond:].any()
 
 
 @pytest.mark.parametrize(("divergence", "tail", "k"), kinds(ks=(None, 1, 3)))
@@ -123,6 +127,14 @@ def test_labels_with_weights() -> None:
     want = value_and_gradient(reference, logits)
     found = value_and_gradient(kd_loss, logits, labels, alpha=0.0, label_weight=weight)
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    alike = value_and_gradient(kd_loss, logits, labels, alpha=0.0)      # no weights: the mean of those of a row
+    of_each = [[0, 1], [2, 2], [3]]
+
+    def mean_of_means(z: Tensor) -> Tensor:
+        log_p = torch.log_softmax(z, -1)
+        return -torch.stack([log_p[n, ys].mean() for n, ys in enumerate(of_each)]).mean()
+
+    torch.testing.assert_close(alike, value_and_gradient(mean_of_means, logits), rtol=1e-12, atol=1e-12)
     one = value_and_gradient(kd_loss, logits, labels[:, 0], alpha=0.0)
     torch_own = value_and_gradient(lambda z: torch.nn.functional.cross_entropy(z, labels[:, 0]), logits)
     torch.testing.assert_close(one, torch_own, rtol=1e-12, atol=1e-12)

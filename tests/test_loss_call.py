@@ -95,11 +95,14 @@ def test_inplace_is_noticed_by_an_operation_that_kept_the_logits() -> None:
         (kd_loss(buffer, labels, alpha=0.0, inplace=True) + other).backward()
 
 
-def test_padded_vocabulary_is_cut_off() -> None:
+def test_classes_cuts_the_logits_and_nothing_else_does() -> None:
     logits, labels, targets = problem(19, 4, 6, 2.0, 3)
     want_loss, want = value_and_gradient(kd_loss, logits, labels, targets)
-    loss, gradient = value_and_gradient(kd_loss, torch.cat([logits, torch.full((4, 3), 50.0)], 1), labels, targets)
+    wide = torch.cat([logits, torch.full((4, 3), 50.0)], 1)
+    loss, gradient = value_and_gradient(kd_loss, wide, labels, targets, classes=6)
     assert torch.equal(loss, want_loss) and torch.equal(gradient[:, :6], want) and not gradient[:, 6:].any()
+    loss, gradient = value_and_gradient(kd_loss, wide, labels, targets)
+    assert float(loss) > 20 and bool((gradient[:, 6:] > 0.05).all()), "the softmax is over all nine"
 
 
 def test_reductions_normalizer_and_parts() -> None:
@@ -209,7 +212,19 @@ def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
     ({"labels": None, "targets": None}, "neither labels nor targets"),
     ({"targets": None, "temperature": 2.0}, "without targets"),
     ({"logits": torch.zeros(3, 6), "labels": None}, "3 rows of the student but 2 of soft targets"),
-    ({"logits": torch.zeros(2, 5)}, "the student has 5 classes, the teacher 6"),
+    ({"logits": torch.zeros(2, 5)}, "the student has 5 classes, the teacher 6; .* --classes 5"),
+    ({"logits": torch.zeros(2, 8), "classes": 5}, "classes is 5; expected at least the 6 .* at most the 8 logits"),
+    ({"classes": 7}, "classes is 7; expected at least the 6 of the teacher, and at most the 6 logits"),
+    ({"classes": 6.0}, "classes is 6.0"), ({"classes": 0, "targets": None}, "classes is 0; expected 1 to the 6 logits"),
+    ({"logits": torch.zeros(2, 8), "labels": torch.tensor([1, 8])}, r"labels of row 1 are \[8\]; expected 0 to 7"),
+    ({"logits": torch.zeros(2, 8), "labels": torch.tensor([1, 7]), "classes": 7}, r"are \[7\]; expected 0 to 6"),
+    *(({"logits": torch.zeros(2, 8), "divergence": "reverse_kl", "targets": t},
+       "the student has 8 classes, and the teacher gives those from its 6 on nothing; cut them .classes 6., or use "
+       "tail 'conditional'") for t in (double_targets(torch.zeros(2, 6), 2.0, k) for k in (None, 6))),
+    ({"logits": torch.zeros(2, 1), "labels": torch.zeros(2).long(), "targets": None}, "the student has one logit, .* "
+     "sigmoid or a regression head"),
+    ({"targets": double_targets(torch.zeros(2, 1), 2.0)}, "the teacher of the targets has one logit"),
+    ({"classes": 1, "targets": None, "labels": torch.zeros(2).long()}, "the student has one logit"),
     ({"logits": torch.zeros(1, 2, 6)}, "never shifts labels"),
     ({"logits": torch.zeros(2, 6, dtype=torch.int64)}, "expected floating"),
 ])

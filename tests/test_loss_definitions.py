@@ -73,8 +73,10 @@ def test_uniform_is_the_full_divergence_from_a_teacher_with_an_even_tail(tempera
     logits, _, t = problem(9, 3, 11, temperature, 4)
     assert t.ids_NK is not None and t.log_tail_N is not None
     dense = (t.log_tail_N - math.log(7))[:, None].expand(3, 11).scatter(1, t.ids_NK, t.log_probs_NK)
-    found = value_and_gradient(uniform, logits, t.ids_NK, t.log_probs_NK, t.log_tail_N, temperature)
-    torch.testing.assert_close(found, value_and_gradient(full, logits, dense, temperature), **CLOSE)
+    for beyond in (0, 2):               # classes of the student alone have no part of the tail
+        wide = torch.cat([logits, torch.randn(3, beyond, dtype=torch.float64)], 1)
+        found = value_and_gradient(uniform, wide, t.ids_NK, t.log_probs_NK, t.log_tail_N, temperature, 11)
+        torch.testing.assert_close(found, value_and_gradient(full, wide, dense, temperature), **CLOSE)
 
 
 def test_the_gradient_of_draws_is_s_p_minus_w_and_in_the_mean_that_of_forward_kl() -> None:
@@ -131,3 +133,40 @@ def test_kept_classes_in_any_order_and_all_of_them_are_the_full_divergence() -> 
         targets: SoftTargets = t if tail != "sampled" else SoftTargets(2.0, 6, t.ids_NK, t.log_probs_NK, None)
         torch.testing.assert_close(divergence_rows(logits, targets, divergence, tail),
                                    divergence_rows(logits, whole, divergence), **CLOSE)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [2, None])
+@pytest.mark.parametrize(("divergence", "tail"), [pair for pair in PAIRS if pair[1] != "sampled"])
+def test_classes_beyond_the_teachers_are_outcomes_of_its_tail(divergence: str, tail: str, k: int | None,
+                                                              temperature: float) -> None:
+    """Written out: as outcomes of probability 0, one by one, or as one with the tail; "conditional" never sees them."""
+    if k is None and (divergence, tail) != ("reverse_kl", "conditional") and divergence == "reverse_kl":
+        pytest.skip("infinite")
+    wide, _, t = problem(21, 3, 6, temperature, k, beyond=4)
+    found = value_and_gradient(divergence_rows, wide, t, divergence, tail)
+
+    def by_hand(z: Tensor) -> Tensor:
+        ids = torch.arange(6).expand(3, 6) if t.ids_NK is None else t.ids_NK
+        q = t.log_probs_NK.exp()
+        p = torch.softmax(z / temperature, -1)
+        if tail == "conditional":
+            q, p = q / q.sum(-1, keepdim=True), p.gather(1, ids) / p.gather(1, ids).sum(-1, keepdim=True)
+        elif tail == "uniform" and k is not None:
+            rest = (1 - q.sum(-1, keepdim=True)) / (6 - k)
+            q = torch.cat([rest.expand(3, 6).scatter(1, ids, q), torch.zeros(3, 4).double()], 1)
+        elif k is None:
+            q = torch.cat([q, torch.zeros(3, 4).double()], 1)
+        else:
+            q = q / q.sum(-1, keepdim=True) if tail == "renormalise" else q
+            p = p.gather(1, ids)
+            q, p = (torch.cat([x, (1 - x.sum(-1, keepdim=True)).clamp(min=0)], 1) for x in (q, p))
+            q = torch.where(q < 1e-12, 0, q)
+        m = (p + q) / 2
+        terms = {"forward_kl": torch.where(q > 0, q * (q.clamp(min=1e-300) / p).log(), 0),
+                 "reverse_kl": p * (p / q.clamp(min=1e-300)).log(), "tv": (p - q).abs() / 2,
+                 "jsd": (torch.where(q > 0, q * (q.clamp(min=1e-300) / m).log(), 0) + p * (p / m).log()) / 2}
+        return terms[divergence].sum(-1)
+
+    torch.testing.assert_close(found, value_and_gradient(by_hand, wide), rtol=1e-9, atol=1e-11)
+    assert bool((found[1][:, 6:] != 0).any()) == (tail != "conditional")

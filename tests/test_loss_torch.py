@@ -223,7 +223,7 @@ def test_the_operators_keep_their_promises_to_torch() -> None:
     logits, labels, t, _ = given(("jsd", "bucket", 5), "cpu")
     scale = torch.tensor(0.5)
     inputs = (logits.requires_grad_(), labels[:, None], None, t.ids_NK, t.log_probs_NK, t.log_tail_N, t.weight_N, scale,
-              scale, 40, 2.0, "jsd", "bucket", 0.3)
+              scale, 40, 40, 2.0, "jsd", "bucket", 0.3)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(loss_rows_op, (*inputs, True), test_utils=tests)
     torch.library.opcheck(scale_rows_op, (logits.detach(), torch.rand(6)), test_utils=tests)

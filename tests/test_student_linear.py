@@ -110,6 +110,9 @@ def test_labels_alone_a_teacher_alone_and_classes_beyond_the_teacher() -> None:
         assert max(error(linear((h, w, b), *some, alpha=0.4), whole((h, w, b), *some, alpha=0.4))) <= 1e-13
     wide = torch.cat([w, torch.full((4, WIDTH), 5.0, dtype=torch.float64)]), torch.cat([b, b[:4] + 100])
     found = linear((h, *wide), labels, targets)
+    assert found[2][CLASSES:].all() and found[3][CLASSES:].all(), "they have probability 0 to the teacher, and a slope"
+    assert max(error(found, whole((h, *wide), labels, targets))) <= 1e-13
+    found = linear((h, *wide), labels, targets, classes=CLASSES)
     assert not found[2][CLASSES:].any() and not found[3][CLASSES:].any()
     found = [found[0], found[1], found[2][:CLASSES], found[3][:CLASSES]]
     assert max(error(found, whole((h, w, b), labels, targets))) <= 1e-13

@@ -3,6 +3,9 @@
 A divergence D(q || p) compares outcomes, in nats, without the factor T^2; a tail treatment says what the outcomes of a
 row of student logits and teacher log-probabilities at temperature T are. They hold several [N, V] tensors at once, are
 exact in float64, and are differentiable by autograd.
+
+A student may have more classes than the teacher (a padded or resized vocabulary). To the teacher these have probability
+0: they are outcomes where all classes are, and belong to the tail, the classes that are not kept, where it has one.
 """
 
 from __future__ import annotations
@@ -47,8 +50,10 @@ def tv_rows(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def full(logits_NV: Tensor, log_q_NV: Tensor, temperature: float, rows: Rows = kl_rows) -> Tensor:
-    """All V classes are outcomes."""
-    return rows(log_q_NV, torch.log_softmax(logits_NV / temperature, -1))
+    """All classes are outcomes; those of the student alone have teacher probability 0."""
+    beyond = logits_NV.shape[1] - log_q_NV.shape[1]
+    return rows(torch.nn.functional.pad(log_q_NV, (0, beyond), value=-torch.inf),
+                torch.log_softmax(logits_NV / temperature, -1))
 
 
 def bucket(logits_NV: Tensor, ids_NK: Tensor, log_q_NK: Tensor, log_tail_N: Tensor, temperature: float,
@@ -77,13 +82,14 @@ def conditional(logits_NV: Tensor, ids_NK: Tensor, log_q_NK: Tensor, temperature
     return rows(torch.log_softmax(log_q_NK, -1), log_p_NK)
 
 
-def uniform(logits_NV: Tensor, ids_NK: Tensor, log_q_NK: Tensor, log_tail_N: Tensor, temperature: float) -> Tensor:
-    """Forward KL over all V classes; the teacher's tail is spread evenly over the V - K that are not kept."""
+def uniform(logits_NV: Tensor, ids_NK: Tensor, log_q_NK: Tensor, log_tail_N: Tensor, temperature: float,
+            num_classes: int) -> Tensor:
+    """Forward KL over all classes; the teacher's tail is spread evenly over those of its classes that are not kept."""
     log_p_NV = torch.log_softmax(logits_NV / temperature, -1)
-    kept_N, others = kl_rows(log_q_NK, log_p_NV.gather(1, ids_NK)), logits_NV.shape[1] - ids_NK.shape[1]
+    kept_N, others = kl_rows(log_q_NK, log_p_NV.gather(1, ids_NK)), num_classes - ids_NK.shape[1]
     if not others:
         return kept_N
-    mean_N = log_p_NV.scatter(1, ids_NK, 0).sum(-1) / others        # of log p over the classes not kept
+    mean_N = log_p_NV.scatter(1, ids_NK, 0)[:, :num_classes].sum(-1) / others    # of log p over these
     return kept_N + times(log_tail_N.exp(), log_tail_N - math.log(others) - mean_N)
 
 
@@ -95,8 +101,14 @@ def sampled(logits_NV: Tensor, ids_NK: Tensor, log_w_NK: Tensor, temperature: fl
     return kl_rows(log_w_NK, torch.log_softmax(logits_NV / temperature, -1).gather(1, ids_NK))
 
 
-def cross_entropy(logits_NV: Tensor, labels_NJ: Tensor, weight_NJ: Tensor) -> Tensor:
-    """-sum_j w_j log p(y_j) at temperature 1; a negative label counts for nothing."""
+def cross_entropy(logits_NV: Tensor, labels_NJ: Tensor, weight_NJ: Tensor | None = None) -> Tensor:
+    """-sum_j w_j log p(y_j) at temperature 1; a negative label counts for nothing.
+
+    Without weights the labels of a row weigh alike and 1 in all: a mean over those that are known.
+    """
+    if weight_NJ is None:
+        known_NJ = (labels_NJ >= 0).to(logits_NV.dtype)
+        weight_NJ = known_NJ / known_NJ.sum(-1, keepdim=True).clamp(min=1)
     log_p_NJ = torch.log_softmax(logits_NV, -1).gather(1, labels_NJ.clamp(min=0))
     return -(torch.where(labels_NJ >= 0, weight_NJ, 0) * log_p_NJ).sum(-1)
 
@@ -108,14 +120,15 @@ def divergence_rows(logits_NV: Tensor, targets: SoftTargets, divergence: str = "
                   "jsd": lambda log_q, log_p: jsd_rows(log_q, log_p, beta)}[divergence]
     temperature, ids_NK, log_q = targets.temperature, targets.ids_NK, targets.log_probs_NK.to(logits_NV.dtype)
     if ids_NK is None:
-        return full(logits_NV, log_q, temperature, rows)
+        kept = targets.num_classes if tail == "conditional" else logits_NV.shape[1]
+        return full(logits_NV[:, :kept], log_q, temperature, rows)
     if targets.log_tail_N is None:
         return sampled(logits_NV, ids_NK, log_q, temperature)
     log_tail_N = targets.log_tail_N.to(logits_NV.dtype)
     if tail == "bucket":
         return bucket(logits_NV, ids_NK, log_q, log_tail_N, temperature, rows)
     if tail == "uniform":
-        return uniform(logits_NV, ids_NK, log_q, log_tail_N, temperature)
+        return uniform(logits_NV, ids_NK, log_q, log_tail_N, temperature, targets.num_classes)
     return {"renormalise": renormalise, "conditional": conditional}[tail](logits_NV, ids_NK, log_q, temperature, rows)
 
 
@@ -124,7 +137,7 @@ def kd_loss_reference(logits_NV: Tensor, labels_N: Tensor, targets: SoftTargets,
     """(1 - alpha) * mean CE over labelled rows + alpha * T^2 * mean D over teacher rows, in nats."""
     kd_N = divergence_rows(logits_NV, targets, divergence, tail, beta)
     weight_N = torch.ones_like(kd_N) if targets.weight_N is None else targets.weight_N.to(kd_N.dtype)
-    ce_N = cross_entropy(logits_NV, labels_N[:, None], torch.ones_like(kd_N)[:, None])
+    ce_N = cross_entropy(logits_NV, labels_N[:, None])
     ce = ce_N.sum() / (labels_N >= 0).sum().clamp(min=1)
     kd = times(weight_N, kd_N).sum() / weight_N.sum()
     return (1 - alpha) * ce + alpha * targets.temperature**2 * kd

@@ -10,6 +10,9 @@ which for forward KL is (p_j - q_t * softmax_tail_j) / T, off the head p_j (1 - 
 is, because the tail's softmax is taken relative to the tail's own maximum. A teacher whose tail is even adds q_t times
 the divergence within the tail to that: p_j - q_t / (V - K) off the head.
 
+Classes that the student alone has, from the V of the targets on, have teacher probability 0: they are in the tail, and
+outcomes where all classes are; of an even tail they have no part, so their gradient is p_j / T.
+
 Logits x that are scaled or capped give scores z = softcap * tanh(logit_scale * x / softcap); the gradient is over x.
 """
 
@@ -37,9 +40,11 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 class RowLoss:
     """What an engine is asked: loss_N = ce_scale * CE_N + kd_scale * D_N, and its gradient.
 
-    labels_NJ int64, negative where there is none; label_weight_NJ None for 1 everywhere. A scale is a tensor of no
-    dimension on the logits' device, or None for a part that is reported and not in the loss. D_N has the targets'
-    weights in it, and no T^2. `inplace`: the gradient takes the place of the logits. All is of `capped` logits.
+    num_classes: of the student, at least those of the targets; logits from there on are cut, with a zero gradient.
+    labels_NJ int64, negative where there is none; label_weight_NJ None for labels that weigh alike, 1 in all. A scale
+    is a tensor of no dimension on the logits' device, or None for a part that is reported and not in the loss. D_N has
+    the targets' weights in it, and no T^2. `inplace`: the gradient takes the place of the logits. All is of `capped`
+    logits.
     """
 
     num_classes: int
@@ -196,7 +201,12 @@ def _cross_entropy(x_RV: Tensor, softmax: Softmax, labels_RJ: Tensor, weight_RJ:
     """sum_j w_j * -log p(y_j), and `scale` times its gradient sum_j w_j (p - [y_j]); the softmax is used up."""
     p_RV, max_R1, log_sum_R1 = softmax
     known_RJ = labels_RJ >= 0
-    weight_RJ = known_RJ.to(x_RV.dtype) if weight_RJ is None else torch.where(known_RJ, weight_RJ.to(x_RV.dtype), 0)
+    if weight_RJ is None:
+        weight_RJ = known_RJ.to(x_RV.dtype)
+        if labels_RJ.shape[1] > 1:
+            weight_RJ = weight_RJ / weight_RJ.sum(-1, keepdim=True).clamp_(min=1)
+    else:
+        weight_RJ = torch.where(known_RJ, weight_RJ.to(x_RV.dtype), 0)
     at_RJ = labels_RJ.clamp(min=0)
     log_p_RJ = x_RV.gather(1, at_RJ) - max_R1 - log_sum_R1
     value_R = torch.where(weight_RJ == 0, 0, -weight_RJ * log_p_RJ).sum(-1)
@@ -238,11 +248,19 @@ class _Slope:
 
 
 def _over_all(x_RV: Tensor, targets: SoftTargets, rows: RowLoss, wants: bool) -> tuple[Tensor, _Slope | None]:
-    """The divergence over all V classes."""
+    """The divergence over all classes; for tail "conditional" over those of the teacher."""
+    log_q_RV, beyond = targets.log_probs_NK.to(x_RV.dtype), x_RV.shape[1] - targets.num_classes
+    if beyond and rows.tail == "conditional":
+        x_RV = x_RV[:, : targets.num_classes].contiguous()
+    elif beyond:
+        log_q_RV = torch.nn.functional.pad(log_q_RV, (0, beyond), value=-torch.inf)
     score_RV = x_RV if targets.temperature == 1 else x_RV / targets.temperature
-    value_R, slope_RV = DIVERGENCES[rows.divergence](targets.log_probs_NK.to(x_RV.dtype),
-                                                     torch.log_softmax(score_RV, -1), rows.beta, wants)
-    return value_R, None if slope_RV is None else _Slope(slope_RV)
+    value_R, slope_RV = DIVERGENCES[rows.divergence](log_q_RV, torch.log_softmax(score_RV, -1), rows.beta, wants)
+    if slope_RV is None:
+        return value_R, None
+    if beyond and rows.tail == "conditional":
+        slope_RV = torch.nn.functional.pad(slope_RV, (0, beyond))
+    return value_R, _Slope(slope_RV)
 
 
 def _over_support(x_RV: Tensor, targets: SoftTargets, rows: RowLoss,
@@ -263,8 +281,8 @@ def _over_support(x_RV: Tensor, targets: SoftTargets, rows: RowLoss,
     rest_RV = x_RV - max_R1
     if targets.temperature != 1:
         rest_RV.div_(targets.temperature)
-    others = rows.num_classes - ids_RK.shape[1] if rows.tail == "uniform" else 0
-    sum_R = row_sum(rest_RV.scatter_(1, ids_RK, 0)) if others else None
+    others = targets.num_classes - ids_RK.shape[1] if rows.tail == "uniform" else 0
+    sum_R = row_sum(rest_RV.scatter_(1, ids_RK, 0)[:, : targets.num_classes]) if others else None
     tail_RV, tail_max_R1, log_sum_R1 = _softmax(rest_RV.scatter_(1, ids_RK, -torch.inf))
     empty_R1 = tail_max_R1 == -torch.inf        # a tail without a finite score takes no part: its softmax is 0, not NaN
     outcome = torch.cat([score_RK, torch.where(empty_R1, -torch.inf, tail_max_R1 + log_sum_R1)], 1)
@@ -280,7 +298,8 @@ def _over_support(x_RV: Tensor, targets: SoftTargets, rows: RowLoss,
         softmax = p_RV, max_R1, outcome.amax(-1, keepdim=True) - log_p.amax(-1, keepdim=True)
     if others:                                  # p_j - q_t / (V - K), where the bucket has (p_t - q_t) softmax_tail_j
         even_R1 = log_q[:, -1:].exp() / others
-        tail_RV.mul_(p[:, -1:]).sub_(even_R1).scatter_(1, ids_RK, 0)
+        tail_RV.mul_(p[:, -1:])[:, : targets.num_classes].sub_(even_R1)
+        tail_RV.scatter_(1, ids_RK, 0)
     return value_R, _Slope(tail_RV, None if others else slope[:, -1:], ids_RK, slope[:, :-1]), softmax
 
 

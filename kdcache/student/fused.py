@@ -12,7 +12,7 @@ from kdcache.student.engine import RowLoss
 from kdcache.student.targets import SoftTargets
 
 
-def check_fits(logits: Tensor, targets: SoftTargets | None) -> None:
+def check_fits(logits: Tensor, num_classes: int, targets: SoftTargets | None) -> None:
     """UsageError where the kernels cannot take these rows; nothing falls back to another engine."""
     if not torch.compiler.is_compiling():       # a graph cannot ask for a capability; the kernels look at the device
         check_device(logits.device)             # and whether there is triton at all
@@ -20,8 +20,9 @@ def check_fits(logits: Tensor, targets: SoftTargets | None) -> None:
 
     if logits.dtype not in DTYPES:
         refuse(f"the logits are {logits.dtype}")
-    if targets is not None and targets.ids_NK is None and targets.num_classes > MOST_FULL:
-        refuse(f"a teacher over all of {targets.num_classes} classes; the kernels hold at most {MOST_FULL}")
+    if targets is not None and targets.ids_NK is None and num_classes > MOST_FULL:
+        refuse(f"a teacher over all of {targets.num_classes} classes and a student of {num_classes}; the kernels hold "
+               f"at most {MOST_FULL}")
 
 
 def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,6 +39,7 @@ def in_kernel_words(rows: RowLoss) -> dict[str, Any]:
                              "logit_scale": rows.logit_scale, "softcap": rows.softcap}
     if rows.targets is not None:
         t = rows.targets
-        given |= {"ids": t.ids_NK, "log_probs": t.log_probs_NK, "log_tail": t.log_tail_N, "row_weight": t.weight_N,
-                  "temperature": t.temperature, "divergence": rows.divergence, "tail": rows.tail, "beta": rows.beta}
+        given |= {"teacher_classes": t.num_classes, "ids": t.ids_NK, "log_probs": t.log_probs_NK,
+                  "log_tail": t.log_tail_N, "row_weight": t.weight_N, "temperature": t.temperature,
+                  "divergence": rows.divergence, "tail": rows.tail, "beta": rows.beta}
     return given

@@ -32,16 +32,16 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = ..., 
                    kd_weight: float | None = ..., label_weight: Tensor | None = ..., temperature: float | None = ...,
                    divergence: str = ..., beta: float | None = ..., tail: str = ..., ignore_index: int = ...,
                    reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ...,
-                   memory: int | str = ..., softcap: float | None = ..., logit_scale: float = ...,
-                   return_parts: Literal[False] = ...) -> Tensor: ...
+                   classes: int | None = ..., memory: int | str = ..., softcap: float | None = ...,
+                   logit_scale: float = ..., return_parts: Literal[False] = ...) -> Tensor: ...
 @overload
 def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *,
                    bias: Tensor | None = ..., alpha: float = ..., ce_weight: float | None = ...,
                    kd_weight: float | None = ..., label_weight: Tensor | None = ..., temperature: float | None = ...,
                    divergence: str = ..., beta: float | None = ..., tail: str = ..., ignore_index: int = ...,
                    reduction: str = ..., normalizer: tuple[Count, Count] | None = ..., engine: str = ...,
-                   memory: int | str = ..., softcap: float | None = ..., logit_scale: float = ...,
-                   return_parts: Literal[True]) -> LossParts: ...
+                   classes: int | None = ..., memory: int | str = ..., softcap: float | None = ...,
+                   logit_scale: float = ..., return_parts: Literal[True]) -> LossParts: ...
 
 
 def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None, targets: SoftTargets | None = None, *,
@@ -49,15 +49,16 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
                    kd_weight: float | None = None, label_weight: Tensor | None = None, temperature: float | None = None,
                    divergence: str = "forward_kl", beta: float | None = None, tail: str = "bucket",
                    ignore_index: int = -100, reduction: str = "mean", normalizer: tuple[Count, Count] | None = None,
-                   engine: str = "auto", memory: int | str = "512 MB", softcap: float | None = None,
-                   logit_scale: float = 1.0, return_parts: bool = False) -> Tensor | LossParts:
+                   engine: str = "auto", classes: int | None = None, memory: int | str = "512 MB",
+                   softcap: float | None = None, logit_scale: float = 1.0,
+                   return_parts: bool = False) -> Tensor | LossParts:
     """`kd_loss(hidden @ weight.T + bias, ...)`, whose logits are made, used and overwritten a chunk of rows at a time.
 
-    hidden [N, H], weight [V' >= V, H], bias [V'], of one floating dtype; under autocast all are taken in its dtype.
+    hidden [N, H], weight [V', H], bias [V'], of one floating dtype; under autocast all are taken in its dtype.
     Their gradients are complete when this returns; that of the head is summed over the chunks in float32. A frozen head
     or trunk gets no gradient, and its products are not made.
 
-    labels to engine  as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a sum over the rows.
+    labels to classes as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a sum over the rows.
                       With `normalizer`, DistributedDataParallel averages here too: times the world size
     memory            bytes, or text as "512 MB" or "0.5 GiB", for the logits of a chunk. What holds fewer than about
                       1000 rows is slow: the gradient of the head is then read and written for little work
@@ -75,12 +76,12 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
         raise UsageError(f"logit_scale is {logit_scale}, softcap {softcap}; expected finite numbers above 0")
     options = Options(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, label_weight=label_weight,
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
-                      reduction=reduction, normalizer=normalizer, engine=engine)
+                      reduction=reduction, normalizer=normalizer, engine=engine, classes=classes)
     asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
     rows = dataclasses.replace(asked.rows, logit_scale=logit_scale, softcap=softcap)
     fused = meant(engine) == "triton"
     if fused:
-        check_fits(hidden, rows.targets)
+        check_fits(hidden, rows.num_classes, rows.targets)
     elif torch.compiler.is_compiling():         # with fullgraph=True an error, else a graph break
         raise UsageError("engine 'torch' behind a head is nothing that torch.compile captures: call it outside of the "
                          "compiled function, or use engine 'triton', which is one operator")
@@ -115,11 +116,12 @@ def torch_rows(logits: Tensor, *, labels: Tensor | None = None, ids: Tensor | No
                ce_scale: Tensor | None = None, kd_scale: Tensor | None = None, num_classes: int | None = None,
                label_weight: Tensor | None = None, row_weight: Tensor | None = None, divergence: str = "forward_kl",
                tail: str = "bucket", beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
-               inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+               teacher_classes: int | None = None, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The torch engine as a row function of `kernels/kd_linear.py`; ids must be valid."""
     classes = logits.shape[1] if num_classes is None else num_classes
+    taught = classes if teacher_classes is None else teacher_classes
     targets = None if log_probs is None else SoftTargets(
-        temperature, classes, ids, log_probs, log_tail, row_weight, ids_checked=True)
+        temperature, taught, ids, log_probs, log_tail, row_weight, ids_checked=True)
     labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
     return torch_engine(logits, RowLoss(classes, labels_NJ, label_weight, targets, divergence, tail, ce_scale,
                                         kd_scale, inplace, beta, logit_scale, softcap))

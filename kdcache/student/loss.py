@@ -29,26 +29,30 @@ def kd_loss(logits: Tensor, labels: Tensor | None = ..., targets: SoftTargets | 
             ce_weight: float | None = ..., kd_weight: float | None = ..., label_weight: Tensor | None = ...,
             temperature: float | None = ..., divergence: str = ..., beta: float | None = ..., tail: str = ...,
             ignore_index: int = ..., reduction: str = ..., normalizer: tuple[Count, Count] | None = ...,
-            engine: str = ..., inplace: bool = ..., return_parts: Literal[False] = ...) -> Tensor: ...
+            engine: str = ..., classes: int | None = ..., inplace: bool = ...,
+            return_parts: Literal[False] = ...) -> Tensor: ...
 @overload
 def kd_loss(logits: Tensor, labels: Tensor | None = ..., targets: SoftTargets | None = ..., *, alpha: float = ...,
             ce_weight: float | None = ..., kd_weight: float | None = ..., label_weight: Tensor | None = ...,
             temperature: float | None = ..., divergence: str = ..., beta: float | None = ..., tail: str = ...,
             ignore_index: int = ..., reduction: str = ..., normalizer: tuple[Count, Count] | None = ...,
-            engine: str = ..., inplace: bool = ..., return_parts: Literal[True]) -> LossParts: ...
+            engine: str = ..., classes: int | None = ..., inplace: bool = ...,
+            return_parts: Literal[True]) -> LossParts: ...
 
 
 def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets | None = None, *, alpha: float = 0.5,
             ce_weight: float | None = None, kd_weight: float | None = None, label_weight: Tensor | None = None,
             temperature: float | None = None, divergence: str = "forward_kl", beta: float | None = None,
             tail: str = "bucket", ignore_index: int = -100, reduction: str = "mean",
-            normalizer: tuple[Count, Count] | None = None, engine: str = "auto", inplace: bool = False,
-            return_parts: bool = False) -> Tensor | LossParts:
+            normalizer: tuple[Count, Count] | None = None, engine: str = "auto", classes: int | None = None,
+            inplace: bool = False, return_parts: bool = False) -> Tensor | LossParts:
     """The loss of N rows of student logits; float32, or float64 for float64 logits.
 
-    logits [N, V' >= V], any floating dtype; classes from V (of the targets) on are padding: cut off, zero gradient.
-    labels integer [N] or [N, J], J up to 16, never shifted; `ignore_index` and -1 mean no label. label_weight, floating
-    and at least 0, of their shape, weighs the labels of a row. A part without rows, or not given, is 0; the weight of
+    logits [N, V'], any floating dtype. Both softmaxes are over all V' classes. Where the targets have fewer, V, the
+    teacher gives the others probability 0: they are part of the tail, and have a gradient (`classes` cuts them).
+    labels integer [N] or [N, J], J up to 16, classes of the student (0 to V' - 1), never shifted; `ignore_index` and -1
+    mean no label. label_weight, floating and at least 0, of their shape, weighs the labels of a row; without it they
+    weigh alike, 1 in all: several labels are a mean, not a sum. A part without rows, or not given, is 0; the weight of
     the other stays.
 
     temperature    if given, must be the targets' own
@@ -57,6 +61,7 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
     tail           bucket: all classes not kept are one outcome. renormalise: the teacher is renormalised over the kept.
                    conditional: both are. uniform: the teacher's tail is even. All the same where nothing is left out.
                    sampled: of targets that are draws, whose weights stay as they are (arXiv 2503.16870)
+    classes        cuts the logits to the first so many, at least V: the rest are no classes, and have a zero gradient
     reduction      mean | sum | none (per row, [N]). With targets' weights, D is averaged by them.
     normalizer     (CE count, KD count), numbers or tensors, that the sums are divided by instead of this call's own:
                    the counts over all ranks and micro-batches, see `row_counts`. DistributedDataParallel averages
@@ -77,9 +82,9 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
                          f"select the rows of a sequence first (the loss never shifts labels)")
     options = Options(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, label_weight=label_weight,
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
-                      reduction=reduction, normalizer=normalizer, engine=engine)
+                      reduction=reduction, normalizer=normalizer, engine=engine, classes=classes)
     asked = ask(logits, logits.shape[1], labels, targets, options, report=return_parts)
-    run = _engine(meant(engine), logits, asked.rows.targets)
+    run = _engine(meant(engine), logits, asked.rows)
     rows, factor = dataclasses.replace(asked.rows, inplace=inplace), None
     # The kernels have a wider dtype's scales in the gradient, and skip a backward of factor 1.
     if run is not fused_engine or logits.dtype == torch.float16:
@@ -100,8 +105,8 @@ def _of_order_1(rows: RowLoss, scales: tuple[Tensor, Tensor]) -> tuple[RowLoss, 
                                kd_scale=None if rows.kd_scale is None else kd_scale), factor
 
 
-def _engine(name: str, logits: Tensor, targets: SoftTargets | None) -> Engine:
+def _engine(name: str, logits: Tensor, rows: RowLoss) -> Engine:
     if name == "triton":
-        check_fits(logits, targets)
+        check_fits(logits, rows.num_classes, rows.targets)
         return fused_engine
     return compiled_engine if torch.compiler.is_compiling() else torch_engine

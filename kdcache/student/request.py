@@ -56,6 +56,7 @@ class Options(TypedDict):
     reduction: str
     normalizer: tuple[Count, Count] | None
     engine: str
+    classes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,14 @@ def ask(like: Tensor, width: int, labels: Tensor | None, targets: SoftTargets | 
     beta = check_loss_names(divergence, tail, options["beta"])
     _check_reduction(options["reduction"], options["normalizer"])
     ce_weight, kd_weight = _weights(options["alpha"], options["ce_weight"], options["kd_weight"])
-    num_classes = _check_rows(len(like), width, labels, targets, options)
+    num_classes = _num_classes(width, options["classes"], targets)
+    _check_rows(len(like), num_classes, labels, targets, options)
     working = wide(like.dtype)
     labels_NJ, label_weight_NJ = _labels(labels, options["label_weight"], options["ignore_index"], num_classes,
                                          like.device)
     # A part of weight 0 is never multiplied into the loss (0 * inf).
     labels_NJ = labels_NJ if ce_weight or report else None
-    targets = _teacher(targets, divergence, tail, like.device) if kd_weight or report else None
+    targets = _teacher(targets, num_classes, divergence, tail, like.device) if kd_weight or report else None
     mean, counts = options["reduction"] == "mean", options["normalizer"]
     if counts is None:
         counts = _own_counts(labels_NJ, targets) if mean or report else (1.0, 1.0)
@@ -119,6 +121,7 @@ def row_counts(labels: Tensor | None, targets: SoftTargets | None, *,
     `normalizer`. DistributedDataParallel averages gradients over the ranks: multiply the loss by the world size then.
     """
     _check_given(labels, targets)
+    check_integer("ignore_index", ignore_index)
     ce_count: Count = 0.0
     kd_count: Count = 0.0 if targets is None else float(len(targets))
     if labels is not None:
@@ -167,6 +170,7 @@ def _check_types(labels: Tensor | None, targets: SoftTargets | None, options: Op
     for name in ("ce_weight", "kd_weight", "temperature", "beta"):
         check_number(name, given[name], optional=True)
     check_integer("ignore_index", options["ignore_index"])
+    check_integer("classes", options["classes"], optional=True)
     for name in ("divergence", "tail", "reduction", "engine"):
         check_type(name, given[name], str, "a name")
 
@@ -200,9 +204,35 @@ def _weights(alpha: float, ce_weight: float | None, kd_weight: float | None) -> 
     return ce_weight, kd_weight
 
 
+def _num_classes(width: int, classes: int | None, targets: SoftTargets | None) -> int:
+    """V' of a student with `width` logits, cut to `classes`; UsageError where it or the targets' V cannot be."""
+    taught = 1 if targets is None else targets.num_classes
+    if width < taught:
+        raise UsageError(f"the student has {width} classes, the teacher {taught}; where the teacher's last ones are "
+                         f"padding that nothing uses, cut its logits to the student's {width} first (dump-teacher "
+                         f"--classes {width})")
+    if classes is not None and not taught <= classes <= width:
+        raise UsageError(f"classes is {classes}; expected at least the {taught} of the teacher, and at most the "
+                         f"{width} logits of the student" if targets is not None else
+                         f"classes is {classes}; expected 1 to the {width} logits of the student")
+    num_classes = width if classes is None else classes
+    check_num_classes(num_classes, "the student")
+    if targets is not None:
+        check_num_classes(taught, "the teacher of the targets")
+    return num_classes
+
+
+def check_num_classes(num_classes: int, whose: str) -> None:
+    """UsageError for a single class, whose softmax is 1 whatever the logit is."""
+    if num_classes == 1:
+        raise UsageError(f"{whose} has one logit, and a softmax over one class is 1 whatever the logit is: loss and "
+                         "gradient would be 0. It is a sigmoid or a regression head, which this loss is not for; a "
+                         "sigmoid of z is the softmax of the two logits (0, z)")
+
+
 def _check_rows(count: int, width: int, labels: Tensor | None, targets: SoftTargets | None,
-                options: Options) -> int:
-    """V; UsageError where the student's rows of `width` classes, labels and targets are not about the same rows."""
+                options: Options) -> None:
+    """UsageError where the student's rows of `width` classes, labels and targets are not about the same rows."""
     temperature = options["temperature"]
     if labels is not None and (labels.dim() not in (1, 2) or labels.is_floating_point() or labels.is_complex()
                                or labels.dtype == torch.bool):
@@ -214,15 +244,12 @@ def _check_rows(count: int, width: int, labels: Tensor | None, targets: SoftTarg
     if targets is None:
         if temperature is not None:
             raise UsageError("temperature is given without targets; cross-entropy is at temperature 1")
-        return width
+        return
     if len(targets) != count:
         raise UsageError(f"{count} rows of the student but {len(targets)} of soft targets")
     if temperature is not None and targets.temperature not in (temperature, plain_temperature(temperature)):
         raise UsageError(f"temperature is {temperature}, but the targets are at {targets.temperature}; leave it out, "
                          f"or take targets at temperature {temperature}")
-    if width < targets.num_classes:
-        raise UsageError(f"the student has {width} classes, the teacher {targets.num_classes}")
-    return targets.num_classes
 
 
 def _check_columns(labels_NJ: Tensor, classes: set[int], weight: Tensor | None) -> None:
@@ -236,7 +263,8 @@ def _check_columns(labels_NJ: Tensor, classes: set[int], weight: Tensor | None) 
                          "rows give the class, labels.argmax(1)")
 
 
-def _teacher(targets: SoftTargets | None, divergence: str, tail: str, device: torch.device) -> SoftTargets | None:
+def _teacher(targets: SoftTargets | None, num_classes: int, divergence: str, tail: str,
+             device: torch.device) -> SoftTargets | None:
     """The targets on a device; UsageError where they are not what divergence and tail are for."""
     if targets is None:
         return None
@@ -249,8 +277,18 @@ def _teacher(targets: SoftTargets | None, divergence: str, tail: str, device: to
     if targets.weight_N is not None:
         _check_weights("the weight of soft targets", targets.weight_N)
     if (divergence, tail) == ("reverse_kl", "bucket"):
+        if targets.log_probs_NK.shape[1] == targets.num_classes:
+            check_reverse_kl(num_classes, targets.num_classes, divergence, tail)
         _check_tails(targets)
     return targets.to(device)
+
+
+def check_reverse_kl(num_classes: int, taught: int, divergence: str, tail: str) -> None:
+    """UsageError for reverse KL of a teacher that keeps all of its `taught` classes and a student that has more."""
+    if (divergence, tail) == ("reverse_kl", "bucket") and num_classes > taught:
+        raise UsageError(f"divergence 'reverse_kl' is infinite: the student has {num_classes} classes, and the teacher "
+                         f"gives those from its {taught} on nothing; cut them (classes {taught}), or use tail "
+                         "'conditional' or another divergence")
 
 
 def _check_tails(targets: SoftTargets) -> None:
