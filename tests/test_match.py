@@ -14,7 +14,7 @@ from kdcache.cache.features import decode_feature, encode_feature
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError
-from kdcache.student.match import Match, Matches, feature_tensors, parse_match
+from kdcache.student.match import LOSSES, Match, Matches, feature_tensors, parse_match
 
 
 def feature(name: str, recipe: str, *shape: int, dtype: str = "float32", level: str = "record") -> FeatureSpec:
@@ -103,11 +103,50 @@ def test_equal_widths_need_no_projection() -> None:
     loss = matches(cached)
     body, energy = seen["body"].double(), seen["conv"].double().square().mean(1)
     mse = ((body - cached["f"]) ** 2).mean()
-    cos = 1 - ((energy * cached["e"]).sum(-1) / (energy.norm(dim=-1) * cached["e"].double().norm(dim=-1))).mean()
+    a, b = energy.flatten(1), cached["e"].double().flatten(1)
+    cos = 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
     assert loss.item() == pytest.approx((0.5 * mse + cos).item(), rel=1e-5)
     assert [v.item() for v in matches.losses.values()] == pytest.approx([mse.item(), cos.item()], rel=1e-5)
     gradient = torch.autograd.grad(loss, [student.body[0].weight, student.conv.weight])
     assert all(bool(g.any()) for g in gradient)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """|| Q_S / ||Q_S|| - Q_T / ||Q_T|| || of each record, by (2) of arXiv 1612.03928 with Q the vectorised sum over
+    channels of the squares of an activation (B, C, H, W)."""
+    q_s, q_t = (a.double().pow(2).sum(1).reshape(len(a), -1) for a in (student, teacher))
+    return (q_s / q_s.norm(dim=1, keepdim=True) - q_t / q_t.norm(dim=1, keepdim=True)).norm(dim=1)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_energies_are_matched_as_attention_maps(loss: str) -> None:
+    """By either loss up to the constant that `attention_map` says, in value and gradient; the scale of a map or of its
+    channels' number is none of its business, and a map that differs in its rows alone is another."""
+    x, student = images_and_student()
+    matches = Matches(student, [parse_match(f"conv=e:{loss}")], [feature("e", "energy", 8, 8)])
+    matches.prepare(lambda: student(x))
+    seen: list[Tensor] = []
+    student.conv.register_forward_hook(lambda m, i, o: seen.append(o))
+    student(x)
+    teacher = torch.randn(3, 7, 8, 8)
+    for scale in (1.0, 100.0):
+        found = matches({"e": scale * teacher.square().mean(1)})
+        want = attention_transfer(seen[-1], teacher).square().mean() / (64 if loss == "mse" else 2)
+        assert found.item() == pytest.approx(want.item(), rel=1e-4)
+        theirs, ours = (torch.autograd.grad(one, student.conv.weight, retain_graph=True)[0] for one in (want, found))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+        student(x)
+    rows = seen[-1].detach() * torch.logspace(-5, 5, 8, base=2)[:, None]
+    assert matches({"e": rows.square().mean(1)}).item() > {"mse": 1e-3, "cosine": 0.05}[loss]
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("shape", [(0, 6), (0, 4, 8, 8), (0, 3, 6)])
+def test_no_rows_are_no_loss_and_no_gradient(loss: str, shape: tuple[int, ...]) -> None:
+    student = torch.zeros(shape, requires_grad=True)
+    value = LOSSES[loss](student, torch.zeros(shape))
+    value.backward()
+    assert value.item() == 0 and student.grad is not None
 
 
 def test_projections_are_learned_and_bring_the_loss_down() -> None:

@@ -30,13 +30,29 @@ LATER = ("at", "attention_transfer", "sp", "rkd", "rkd_distance", "rkd_angle", "
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over all elements of (student - teacher)^2; FitNets sums and halves."""
-    return (student - teacher).square().mean()
+    """Mean over all elements of (student - teacher)^2; FitNets sums and halves. Of no elements it is 0."""
+    return _mean((student - teacher).square())
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cos over vectors: along the channels of a map (B, C, H, W), along the last axis otherwise."""
-    return 1 - nn.functional.cosine_similarity(student, teacher, dim=1 if student.dim() == 4 else -1).mean()
+    """Mean of 1 - cos over vectors: along the channels of a map (B, C, H, W), along the last axis otherwise. Of no
+    vectors it is 0."""
+    return _mean(1 - nn.functional.cosine_similarity(student, teacher, dim=1 if student.dim() == 4 else -1))
+
+
+def attention_map(energy: Tensor) -> Tensor:
+    """Energies (B, H, W) as the attention maps (B, H W) of arXiv 1612.03928: flattened and divided by their L2 norms.
+
+    With Q_S, Q_T such maps the paper's loss of a pair of layers is || Q_S - Q_T ||_2 for each record. `mse` of them is
+    its square, divided by the H W elements and averaged over the records: what its authors' code computes. `cosine` of
+    them is half that square: 1 - Q_S . Q_T.
+    """
+    return nn.functional.normalize(energy.flatten(1), dim=1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean over all elements, 0 where there are none: a batch may have no rows."""
+    return x.sum() / max(x.numel(), 1)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}
@@ -147,6 +163,8 @@ class Matches(nn.Module):
             teacher = features[match.feature].to(student.device, student.dtype)
             if student.shape != teacher.shape:
                 raise _shapes(match, student.shape, teacher.shape)
+            if self.features[match.feature].recipe == "energy":
+                student, teacher = attention_map(student), attention_map(teacher)
             loss = LOSSES[match.loss](student, teacher)
             self.losses[str(match)] = loss.detach()
             total = total.to(loss) + match.weight * loss
