@@ -65,6 +65,8 @@ DATA = "digits, imagefolder:PATH, text:GLOB, npz:PATH, file.py:name or package.m
 @click.option("--kind", metavar="KIND", help="full, topk or none (features only).  [default: full for up to 1024 "
               "classes, else topk]")
 @click.option("--k", type=COUNT, help="Entries kept of a row.  [default: 64]")
+@click.option("--classes", type=COUNT, metavar="N", help="The first N logits of the teacher are its classes, the rest "
+              "is padding that nothing uses.  [default: all]")
 @click.option("--tier", type=COUNT, multiple=True, metavar="K", help="Also readable as this smaller k. Repeatable.")
 @click.option("--temperature", type=float, multiple=True, metavar="T", help="Temperature whose tails are stored. "
               "Repeatable.  [default: 1, 2, 4; for tokens 1, 2]")
@@ -112,8 +114,10 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
               "[default: by the logits, the task, or a look at whether the student is causal]")
 @click.option("--temperature", type=float, metavar="T", help="[default: 2 for rows, 1 for tokens]")
 @click.option("--k", type=COUNT, help="Read this tier of the cache.  [default: the largest]")
+@click.option("--classes", type=COUNT, metavar="N", help="The first N logits of the student are its classes, the rest "
+              "is padding.  [default: all]")
 @click.option("--alpha", type=click.FloatRange(0, 1), help="Weight of the soft loss; 0 is plain training.  "
-              "[default: 0.5]")
+              "[default: 0.5; 1 for a cache without labels]")
 @click.option("--ce-weight", type=click.FloatRange(min=0), help="Weight of the hard loss.  [default: 1 - alpha]")
 @click.option("--kd-weight", type=click.FloatRange(min=0), help="Weight of the soft loss.  [default: alpha]")
 @click.option("--divergence", metavar="NAME", help="forward_kl, reverse_kl, jsd or tv.  [default: forward_kl]")
@@ -163,6 +167,8 @@ def train_student(as_json: bool, **options: Any) -> None:
 @click.command(cls=Once)
 @model_options("student", required=True)
 @data_options("data", True, DATA)
+@click.option("--classes", type=COUNT, metavar="N", help="The first N logits are classes, the rest is padding.  "
+              "[default: all, or as the run was trained]")
 @click.option("--batch-size", type=COUNT, help="Records per forward pass.  [default: 128]")
 @click.option("--student-code", metavar="SPEC", help="The code of a RUN's student, file.py:name or "
               "package.module:name: a folder's word alone runs none.")

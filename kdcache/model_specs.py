@@ -196,7 +196,9 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
     config: Any = module.config
     width = int(config.get_text_config().vocab_size if task in LANGUAGE_TASKS else config.num_labels)
     if wanted.num_classes is not None and width < wanted.num_classes:
-        raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}")
+        raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}, the teacher's "
+                         f"classes; where the teacher's last ones are padding that no label and no token uses, dump "
+                         f"again with --classes {width}")
     folder = Path(path)
     return Built(module, loaded, width, task, partial(_save_hf, module, path), folder if folder.is_dir() else None)
 

@@ -31,6 +31,7 @@ from kdcache.model_specs import (
     position_limit,
     recorded_by,
 )
+from kdcache.own_losses import OwnLoss, own_loss
 from kdcache.paths import local_path
 from kdcache.weights_files import STEPS, read_weights, renamed
 
@@ -113,10 +114,12 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """logits: (B, V) or (B, L, V), floating point. row_mask: bool (B, L) or None."""
+    """logits: (B, V) or (B, L, V), floating point. row_mask: bool (B, L) or None. own_loss: that the model adds to its
+    own when it trains."""
 
     logits: torch.Tensor
     row_mask: torch.Tensor | None
+    own_loss: OwnLoss | None = None
 
 
 def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str | Path | None = None, seed: int = 0,
@@ -223,7 +226,7 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
     if mask is not None and (logits.ndim != 3 or mask.shape != logits.shape[:2]):
         raise DataError(f"{name} returned row_mask {tuple(mask.shape)} with logits {tuple(logits.shape)}; "
                         "expected (records, positions) of both")
-    return Output(logits, None if mask is None else mask != 0)
+    return Output(logits, None if mask is None else mask != 0, own_loss(module, answer))
 
 
 @contextmanager

@@ -23,8 +23,9 @@ LAYER = {
     "__main__": 6,
 }
 STDLIB_AND_NUMPY = {"numpy", "xxhash", *sys.stdlib_module_names}
-TOGETHER = {                    # one part in two files
-    "model_specs": "models", "weights_files": "models", "model_identity": "models", "inspect_text": "inspect",
+TOGETHER = {                    # one part in several files
+    "model_specs": "models", "weights_files": "models", "model_identity": "models", "own_losses": "models",
+    "inspect_text": "inspect",
 }
 MAY_IMPORT = {                  # part -> the only other distributions its files may import
     "kernels": {"torch", "triton", *sys.stdlib_module_names},

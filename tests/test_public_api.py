@@ -34,7 +34,8 @@ def test_all_is_what_init_offers_and_each_name_is_there() -> None:
     ({"temperature": [2]}, r"temperature is \[2\] \(list\); expected a number"),
     ({"lr": "x"}, r"lr is 'x' \(str\); expected a number"), ({"alpha": "0.5"}, r"alpha is '0.5' \(str\)"),
     ({"weight_decay": "0"}, "weight_decay is '0'"), ({"seed": 1.5}, r"seed is 1.5 \(float\); expected an integer"),
-    ({"tail": None}, "tail is None"), ({"eval_every": 1.5}, "eval_every is 1.5")])
+    ({"tail": 3}, r"tail is 3 \(int\)"), ({"classes": 5.0}, "classes is 5.0"),
+    ({"eval_every": 1.5}, "eval_every is 1.5")])
 def test_train_student_and_loader_name_an_argument_of_a_wrong_type(options: dict[str, Any], message: str,
                                                                    tmp_path: Path) -> None:
     given: dict[str, Any] = {"batch_size": 8, "epochs": 1, **options}

@@ -12,7 +12,7 @@ from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, wri
 from torch import nn
 
 from kdcache.errors import CacheCorrupt, DataError, UsageError
-from kdcache.models import load_model
+from kdcache.models import Model, load_model
 from kdcache.student import evaluate as module
 from kdcache.student.evaluate import evaluate
 from kdcache.student.train import train_student
@@ -60,13 +60,21 @@ def test_perplexity_is_exp_of_the_mean_over_tokens() -> None:
     assert evaluate(student, data, batch_size=1)["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
-def test_classes_beyond_the_real_ones_are_cut_off() -> None:
+def test_classes_alone_cuts_the_logits() -> None:
     wide, data = Net(16, classes=CLASSES + 3), Points(30)
     narrow = Net(16)
     narrow.load_state_dict({k: v[:CLASSES] if k.startswith("head") else v for k, v in wide.state_dict().items()})
     wide.head.bias.data[CLASSES:] += 100
-    assert evaluate(wide, data, num_classes=CLASSES) == pytest.approx(evaluate(narrow, data))
-    assert evaluate(wide, data, accept=["class_names"])["accuracy"] == 0
+    assert evaluate(wide, data, classes=CLASSES) == pytest.approx(evaluate(narrow, data))
+    wide_eval = evaluate(wide, data, accept=["class_names"])
+    assert wide_eval["accuracy"] == 0
+    as_a_model = Model(wide, "", "", CLASSES, "", None)         # what a model says of itself cuts nothing
+    assert evaluate(as_a_model, data, accept=["class_names"]) == wide_eval
+    for classes, message in ((CLASSES + 4, "and the student gives"), (0, "expected 1 to"), (1, "one logit")):
+        with pytest.raises(UsageError, match=message):
+            evaluate(wide, data, classes=classes, accept=["class_names"])
+    with pytest.raises(UsageError, match=r"gives one logit, whose softmax is always 1"):
+        evaluate(Net(16, classes=1), data, accept=["class_names"])
 
 
 def test_workers_and_precision(tmp_path: Path) -> None:
@@ -82,7 +90,7 @@ def test_what_cannot_be_evaluated() -> None:
     with pytest.raises(DataError, match="has no label in 10 samples"):
         evaluate(Net(), data)
     data.y = torch.full((10,), CLASSES)
-    with pytest.raises(DataError, match=rf"a label is {CLASSES}; the model has {CLASSES} classes"):
+    with pytest.raises(DataError, match=rf"a label is {CLASSES}; the student has {CLASSES} classes"):
         evaluate(Net(), data)
     data.y = torch.zeros((10, 2), dtype=torch.int64)
     with pytest.raises(DataError, match=r"one label for each of 10 rows; the data gives \[10, 2\]"):

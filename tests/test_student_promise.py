@@ -66,7 +66,7 @@ def test_both_stages_end_to_end_are_the_live_teacher_bit_for_bit(tmp_path: Path,
 def test_language_from_the_cache_is_the_live_teacher_bit_for_bit(tmp_path: Path, tokens: bool) -> None:
     data, teacher = Windows(24), TinyLM(16, seed=3)
     cache = write_cache(tmp_path / "cache", data, teacher, per_shard=8, tokens=tokens, labels=tokens)
-    options = {"batch_size": 8, "shuffle": False, "temperature": 1.5}
+    options = {"batch_size": 8, "shuffle": False, "temperature": 1.5, "alpha": 0.5}
     cached = trained(tmp_path, "cached", TinyLM(dropout=0.2), cache=cache, data=None if tokens else data, **options)
     live = trained(tmp_path, "live", TinyLM(dropout=0.2), live_teacher=teacher, data=data, **options)
     assert cached.same_as(live)

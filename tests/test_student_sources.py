@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 import kdcache
 from kdcache.errors import DataError, IdentityMismatch, UsageError
+from kdcache.student.evaluate import evaluate
 from kdcache.student.train import train_student
 from kdcache.teacher.dump import dump_teacher
 from kdcache.teacher.verify import verify
@@ -72,18 +72,73 @@ def test_labels_of_another_kind_are_unread_in_both_stages_where_nothing_needs_th
     said = r"sample \d+: .*(expected a class index|is a str|is a list of dtype object)"
     with pytest.raises(DataError, match=said):
         train_student(student=Net(8), out=tmp_path / "r", cache=out.with_name("Labelled") / "c", data=Labelled(24),
-                      epochs=1)
+                      epochs=1, alpha=0.5)
     with pytest.raises(DataError, match=said):
         dump_teacher(teacher=Net(32, seed=7), data=Labelled(24), out=tmp_path / "c", device="cpu")
 
 
-def test_that_hard_labels_are_not_the_caches_is_said(tmp_path: Path) -> None:
-    report = dump_teacher(teacher=Net(32, seed=7), data=Points(24), out=tmp_path / "c", labels=False, device="cpu")
+def test_labels_of_the_data_train_where_the_cache_keeps_none_only_if_asked_for(tmp_path: Path) -> None:
+    """By alpha, or by the weights; else what was dumped without labels is learned without them."""
+    data, unlabelled = Points(24), Points(24)
+    unlabelled.y = [None] * 24                              # type: ignore[assignment]
+    report = dump_teacher(teacher=Net(32, seed=7), data=data, out=tmp_path / "c", labels=False, device="cpu")
+    dump_teacher(teacher=Net(32, seed=7), data=data, out=tmp_path / "n", kind="none", features=["body"], device="cpu")
+    dump_teacher(teacher=Net(32, seed=7), data=unlabelled, out=tmp_path / "u", device="cpu")
+    dump_teacher(teacher=Net(32, seed=7), data=unlabelled, out=tmp_path / "nu", kind="none", features=["body"],
+                 device="cpu")
     assert report.accuracy is None
-    said: list[str] = []
-    train_student(student=Net(8), out=tmp_path / "run", cache=tmp_path / "c", data=Points(24), epochs=1,
-                  say=said.append)
-    assert any(line.startswith("labels: those of the data; the cache keeps none") for line in said)
+    of_data, default = "labels: those of the data; the cache keeps none", "default: alpha 1: the cache keeps no labels"
+    for cache, given, weights, start in (
+            ("c", {}, (0, 1), default), ("c", {"alpha": 0.5}, (0.5, 0.5), of_data),
+            ("c", {"ce_weight": 2.0, "kd_weight": 1.0}, (2, 1), of_data), ("c", {"alpha": 0.0}, (1, 0), of_data),
+            ("n", {"match": ["body=body_raw:mse"]}, (0, 0), "default: no loss of labels or rows: the cache keeps nei"),
+            ("n", {"match": ["body=body_raw:mse"], "alpha": 0.0}, (1, 0), of_data)):
+        said, out = list[str](), tmp_path / "run" / f"{cache}{given}".replace("/", "")[:200]
+        options: dict[str, Any] = {"cache": tmp_path / cache, "data": data, "epochs": 1, **given}
+        train_student(student=Net(8), out=out, say=said.append, **options)
+        assert any(line.startswith(start) for line in said), (said, start)
+        assert next(line for line in said if line.startswith("loss:")).startswith(
+            f"loss: {weights[0]:g} CE + {weights[1]:g} T^2 forward_kl"), said
+        assert (default in "".join(said)) == (start == default)
+    for cache, given, message in (
+            ("n", {"alpha": 1.0, "match": ["body=body_raw:mse"]}, "leave alpha and the weights out, for match alone"),
+            ("n", {}, "give match, which trains on them, or alpha 0 for the data's labels"),
+            ("nu", {"alpha": 0.0, "match": ["body=body_raw:mse"], "data": unlabelled}, "leave alpha and the weights"),
+            ("u", {"alpha": 0.5, "data": unlabelled}, "give alpha 1"),
+            (None, {"alpha": 0.0, "data": unlabelled}, "nothing to learn from without a cache")):
+        options = {"cache": None if cache is None else tmp_path / cache, "data": data, "epochs": 1, **given}
+        with pytest.raises(UsageError, match=message):
+            train_student(student=Net(8), out=tmp_path / "refused", **options)
+
+
+def test_an_option_that_would_do_nothing_is_refused_by_name(tmp_path: Path) -> None:
+    data = Points(24)
+    cache = write_cache(tmp_path / "c", data, Net(32, seed=7), kind="topk", tiers=(3,))
+    plain: dict[str, Any] = {"data": data, "epochs": 1, "alpha": 0.0}
+    idle: list[dict[str, Any]] = [
+        {"temperature": 7.0}, {"k": 3}, {"divergence": "jsd", "beta": 0.3}, {"tail": "conditional"},
+        {"divergence": "forward_kl"}, {"live_teacher": Net(32)}]
+    for given in idle:
+        for source in (None, cache):
+            with pytest.raises(UsageError, match=rf"^{next(iter(given))} is .*the soft loss has no weight"):
+                run(tmp_path / "run", Net(8), cache=source, **given, **plain)
+    tokens = write_cache(tmp_path / "t", Windows(8), TinyLM(seed=3), tokens=True)
+    for given, message in (
+            ({"accept": ["eval_data"]}, "there is no evaluation data"), ({"accept": ["view_key"]}, "no view keys"),
+            ({"accept": ["eval_data.nonsense"], "eval_data": data}, "no such field"),
+            ({"accept": ["nonsense"]}, "no such field"), ({"accept": ["eval_dataXX"]}, "no such field"),
+            ({"accept": ["nonsense"], "cache": tokens, "data": None}, "no such field"),
+            ({"accept": ["data.name"], "cache": tokens, "data": None}, "no data is given beside the cache")):
+        options = {"cache": cache, "data": data, "epochs": 1, **given}
+        with pytest.raises(UsageError, match=message):
+            run(tmp_path / "run", Net(8), **options)
+    for given, message in (({"accept": ["x"]}, "accept is 'x'"), ({"accept": ["view_key"]}, "has view keys"),
+                           ({"num_classes": 7}, "where a cache knows its"), ({"classes": 2}, "classes of the cache"),
+                           ({"cache": None, "num_classes": -1}, "num_classes is -1")):
+        with pytest.raises(UsageError, match=message):
+            kdcache.Loader(**{"cache": cache, "data": data, "batch_size": 4, **given})
+    with pytest.raises(UsageError, match="ignore_index is 'x'"):
+        kdcache.row_counts(torch.zeros(3).long(), None, ignore_index="x")   # type: ignore[arg-type]
 
 
 def test_evaluation_data_of_other_classes_or_tokens_is_refused(tmp_path: Path) -> None:
@@ -159,14 +214,58 @@ def test_rows_of_student_and_teacher_that_differ_are_refused_with_both_numbers(t
     assert len(run(tmp_path / "run", Masked(0), cache=tokens, data=words, epochs=1, batch_size=8)) == 3
 
 
-def test_a_wider_student_is_cut_to_the_teachers_classes_and_a_narrower_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_wider_student_keeps_its_softmax_and_classes_cuts_it(tmp_path: Path, alpha: float) -> None:
+    """Its loss and evaluation are over all of its classes, so those of the teacher's empty ones are unlearned; with
+    `classes` these are no classes, here or in an evaluation of the weights."""
     data = Points(40)
     cache = write_cache(tmp_path / "cache", data, Net(32, seed=7))
-    wide = Net(8, classes=CLASSES + 2)
-    before = wide.head.weight[CLASSES:].detach().clone()
-    for alpha in (0.0, 0.5):
-        lines = run(tmp_path / f"wide{alpha}", wide, cache=cache, data=data, epochs=1, weight_decay=0.0, alpha=alpha)
-        assert torch.equal(wide.head.weight[CLASSES:], before)
-        assert lines[0]["ce"] < math.log(CLASSES + 1)
-    with pytest.raises(UsageError, match=rf"the student has 4 classes, the teacher {CLASSES}"):
+    wide, said = Net(8, classes=CLASSES + 2), list[str]()
+    options: dict[str, Any] = {"cache": cache, "data": data, "eval_data": data, "weight_decay": 0.0, "alpha": alpha,
+                               "batch_size": 8, "epochs": 4, "lr": 0.05}
+    before = torch.softmax(wide(data.x), -1)[:, CLASSES:].sum()
+    report = train_student(student=wide, out=tmp_path / "wide", say=said.append, **options)
+    assert torch.softmax(wide(data.x), -1)[:, CLASSES:].sum() < before / 3
+    assert report.evaluation["loss"] == pytest.approx(
+        evaluate(wide, data, accept=["class_names"])["loss"], rel=1e-6)
+    lines = [line for line in said if line.startswith("student: ") and "classes" in line]
+    assert lines == [f"student: {CLASSES + 2} classes, the teacher has {CLASSES}: the others have teacher "
+                     "probability 0"]
+    kept = wide.head.weight[CLASSES:].detach().clone()
+    report = train_student(student=wide, out=tmp_path / "cut", say=said.append, classes=CLASSES, **options)
+    assert torch.equal(wide.head.weight[CLASSES:], kept)
+    assert f"student: {CLASSES + 2} logits, cut to {CLASSES} classes" in said
+    assert report.evaluation["loss"] == pytest.approx(evaluate(wide, data, classes=CLASSES)["loss"], rel=1e-6)
+    assert report.evaluation["loss"] < evaluate(wide, data, accept=["class_names"])["loss"] - 0.01
+
+
+class Padded(Net):
+    """A teacher with a column of padding, which is never the largest."""
+
+    def __init__(self) -> None:
+        super().__init__(32, seed=7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(super().forward(x), (0, 1), value=-100.0)
+
+
+def test_classes_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    data = Points(40)
+    cache = write_cache(tmp_path / "cache", data, Net(32, seed=7))
+    topk = write_cache(tmp_path / "topk", data, Net(32, seed=7), kind="topk", tiers=(3,))
+    for options, message in (
+            ({"classes": 4}, rf"classes is 4, but the cache is of {CLASSES} classes: .* dump again with --classes 4"),
+            ({"classes": 20, "student": Net(8, classes=12)}, "classes is 20, and the student gives 12 logits"),
+            ({"divergence": "reverse_kl", "student": Net(8, classes=12)}, r"infinite: the student has 12 .*\(classes "),
+            ({"live_teacher": Net(8, classes=12)}, rf"teacher gives 12 logits, the cache is of {CLASSES} .*classes="),
+            ({"cache": None, "alpha": 0.0, "student": Net(8, classes=1)}, "gives one logit, whose softmax is")):
+        given: dict[str, Any] = {"student": Net(8), "cache": cache, "data": data, "epochs": 1, **options}
+        with pytest.raises(UsageError, match=message):
+            train_student(out=tmp_path / "run", **given)
+        assert not (tmp_path / "run").exists()
+    for options in ({"tail": "conditional", "cache": cache}, {"cache": topk}, {"classes": CLASSES, "cache": cache},
+                    {"classes": CLASSES, "cache": cache, "live_teacher": Padded()}):
+        run(tmp_path / "run" / str(len(list(tmp_path.rglob("run.toml")))), Net(8, classes=12), data=data, epochs=1,
+            divergence="reverse_kl", **options)
+    with pytest.raises(UsageError, match=rf"the student has 4 classes, the teacher {CLASSES}; .* --classes 4"):
         run(tmp_path / "narrow", Net(8, classes=4), cache=cache, data=data, epochs=1)

@@ -180,7 +180,7 @@ def test_labels_are_needed_for_the_hard_loss_only(tmp_path: Path) -> None:
     data.y = [None] * 20                                # type: ignore[assignment]
     cache = write_cache(tmp_path / "cache", data, Net(32, seed=7), labels=False)
     with pytest.raises(UsageError, match=r"neither the cache nor the data has labels; give alpha 1"):
-        run(tmp_path / "run", Net(8), cache=cache, data=data, epochs=1)
+        run(tmp_path / "run", Net(8), cache=cache, data=data, epochs=1, alpha=0.5)
     assert run(tmp_path / "run", Net(8), cache=cache, data=data, epochs=1, alpha=1.0)[0]["ce"] == 0
 
 

@@ -15,9 +15,10 @@ from torch import nn
 import kdcache
 from kdcache.cache.writer import Writer
 from kdcache.data.samples import Samples
-from kdcache.errors import DataError, UsageError
+from kdcache.errors import DataError, KDCacheError, UsageError
 from kdcache.models import load_model
 from kdcache.teacher.dump import dump_teacher
+from kdcache.teacher.verify import verify
 
 NET = """
 from torch import nn
@@ -130,9 +131,63 @@ def test_a_teacher_that_says_it_has_more_classes_than_logits(tmp_path: Path) -> 
     net.num_classes = 13
     with pytest.raises(UsageError, match="says it has 13 classes, but gives 12 logits"):
         dump_teacher(teacher=net, data=Points(), out=tmp_path / "c", device="cpu")
-    net.num_classes = 10                                # padded logits: sliced first, in the probabilities too
-    data = Points()
-    data.y %= 10
-    dump_teacher(teacher=net, data=data, out=tmp_path / "c", device="cpu")
-    with kdcache.open(tmp_path / "c") as cache:
-        assert cache.spec.num_classes == 10
+    net.num_classes = 10                                # padded logits are cut by name alone
+    with pytest.raises(UsageError, match=r"says it has 10 classes, but gives 12 logits; .*: --classes 10"):
+        dump_teacher(teacher=net, data=Points(), out=tmp_path / "c", device="cpu")
+
+
+class Padded(nn.Module):
+    """A teacher with columns that are no classes, and `low` in them."""
+
+    def __init__(self, inner: nn.Module, low: float = -50.0) -> None:
+        super().__init__()
+        self.inner, self.low = inner, low
+
+    def forward(self, *args: Any, **named: Any) -> torch.Tensor:
+        return torch.nn.functional.pad(self.inner(*args, **named), (0, 3), value=self.low)
+
+
+@pytest.mark.parametrize("kind", ["full", "topk"])
+def test_classes_cuts_padding_that_nothing_uses(tmp_path: Path, kind: str) -> None:
+    """The cut cache is that of the teacher without padding, but for whose it is; its header says what was cut."""
+    net, data = mlp(), Points()
+    given: dict[str, Any] = {"data": data, "device": "cpu", "kind": kind, **({"k": 3} if kind == "topk" else {})}
+    dump_teacher(teacher=net, out=tmp_path / "plain", **given)
+    report = dump_teacher(teacher=Padded(net), out=tmp_path / "cut", classes=12, **given)
+    assert (report.num_classes, report.cut_from) == (12, 15)
+    with kdcache.open(tmp_path / "plain") as plain, kdcache.open(tmp_path / "cut") as cut:
+        assert cut.spec == plain.spec
+        assert (cut.identity.teacher["num_classes"], cut.identity.teacher["cut_from"]) == (12, 15)
+        records = np.arange(plain.num_records)
+        a, b = plain.read(records).columns, cut.read(records).columns
+        assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+    assert verify(tmp_path / "cut", teacher=Padded(net), data=data, device="cpu").ok
+    assert dump_teacher(teacher=Padded(net), out=tmp_path / "cut", classes=12, **given).already_complete
+    with pytest.raises(KDCacheError, match="num_classes"):
+        dump_teacher(teacher=Padded(net), out=tmp_path / "cut", **given)
+    with pytest.raises(DataError, match="sample 0, view 0: a logit beyond the 12 of --classes is"):
+        dump_teacher(teacher=Padded(net, 50.0), out=tmp_path / "high", classes=12, **given)
+    data.y[20] = 13
+    with pytest.raises(DataError, match="sample 20, view 0: its label is 13; the teacher has 12 classes"):
+        dump_teacher(teacher=Padded(net), out=tmp_path / "label", classes=12, **given)
+
+
+def test_classes_that_cannot_be_cut(tmp_path: Path) -> None:
+    for options, message in (({"classes": 13}, "--classes is 13, but the teacher gives 12 logits; expected 1 to 12"),
+                             ({"classes": 1}, "gives one logit, whose softmax is always 1"),
+                             ({"classes": 5, "kind": "none", "features": ["0"]}, "--classes is foreign to kind none"),
+                             ({"accept": ["nonsense"], "dry_run": True}, "--accept nonsense: no such field")):
+        with pytest.raises(UsageError, match=message):
+            dump_teacher(teacher=mlp(), data=Points(), out=tmp_path / "c", device="cpu", **options)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_token_beyond_classes_is_named(tmp_path: Path) -> None:
+    class Deaf(Speaker):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(input_ids % 40)
+
+    data = Sentences()
+    data.items[17]["input_ids"][0] = 41                 # never a label: nothing is predicted there
+    with pytest.raises(DataError, match="sample 17, view 0: its token 41 at position 0 is none of the 40 of --classes"):
+        dump_teacher(teacher=Padded(Deaf()), data=data, out=tmp_path / "c", device="cpu", k=3, classes=40)

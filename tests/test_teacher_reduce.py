@@ -116,12 +116,22 @@ def test_a_far_tail_is_summed_and_not_subtracted() -> None:
 
 def test_logits_are_sliced_to_the_classes_first() -> None:
     logits_NV = normal(5, 60)
-    logits_NV[:, 50:] += 100
+    logits_NV[:, 50:] = logits_NV[:, :50].topk(8, 1).values[:, 7:]     # as the last that is kept, which stays
     check_against_oracle(logits_NV, torch.zeros(5, 1, dtype=torch.int64), spec_of(50))
+    logits_NV[3, 57] += 0.1
+    with pytest.raises(DataError, match=r"row 3: a logit beyond the 50 of --classes is among the teacher's 8 largest"):
+        reduce_rows(logits_NV, torch.zeros(5, 1, dtype=torch.int64), spec_of(50))
+    full = spec_of(50, kind="full", tiers=(), temperatures=(), labels=0)
+    reduce_rows(logits_NV, None, full)              # all are kept: the largest alone says that it is a class
+    logits_NV[2, 50] = logits_NV[2, :50].max() + 1
+    with pytest.raises(DataError, match=r"row 2: a logit beyond .* is the teacher's largest \(1 such rows"):
+        reduce_rows(logits_NV, None, full)
+    reduce_rows(logits_NV, None, full, index_N=torch.tensor([4, 0, 3]))
 
 
 def test_full_keeps_every_logit_in_id_order_as_it_is() -> None:
     logits_NV = normal(5, 12).to(torch.bfloat16)
+    logits_NV[:, 10:] -= 10
     spec = spec_of(10, kind="full", tiers=(), temperatures=(), labels=0)
     kept = reduce_rows(logits_NV, None, spec)
     assert torch.equal(kept.logits, logits_NV[:, :10].float())

@@ -31,7 +31,7 @@ TYPES: dict[str, type | list[type]] = {
     "data.name": str, "data.revision": str, "data.num_samples": int, "data.class_names": [str], "data.window": int,
     "data.probe": [str], "tokenizer.fingerprint": str, "teacher.weights": str, "teacher.dtype": str,
     "teacher.adapters": str, "teacher.preprocessing": str, "teacher.num_classes": int, "teacher.config": dict,
-    "teacher.modules": dict, "teacher.class_names": [str], "teacher.tokenizer": str,
+    "teacher.modules": dict, "teacher.class_names": [str], "teacher.tokenizer": str, "teacher.cut_from": int,
 }
 
 
@@ -41,8 +41,8 @@ class Identity:
 
     data: name, revision, num_samples, class_names, window, probe (keys of evenly spaced samples, 16 hex digits each).
     tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype, adapters, preprocessing, num_classes,
-    class_names where it has some, config and modules (what turns the same weights into other answers). UsageError for a
-    field of another type.
+    class_names where it has some, config and modules (what turns the same weights into other answers), and cut_from,
+    its logits, where some of them are no classes. UsageError for a field of another type.
     """
 
     data: Document

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.data import classes
+from kdcache.data.classes import check as check_names
+from kdcache.data.classes import check_number, model_names
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
@@ -36,6 +37,7 @@ from kdcache.models import (
 from kdcache.paths import local_path
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
 from kdcache.student import checkpoint
+from kdcache.student.door import check_integer
 from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
 from kdcache.student.loader import as_samples
@@ -55,7 +57,7 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
              student_weights: str | Path | None = None, student_code: str | None = None,
              data_args: Mapping[str, Any] | None = None, batch_size: int = 128,
              device: str | torch.device | None = None, workers: int = 0, precision: str | None = None,
-             num_classes: int | None = None, rows: str | None = None,
+             classes: int | None = None, rows: str | None = None,
              accept: Sequence[str] = ()) -> dict[str, Any]:
     """Metrics of a student on every sample of `data` (view 0), as plain numbers.
 
@@ -67,11 +69,12 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     whose best/ (else last/) is taken, or one of these two; the result then has `checkpoint`, the folder, and `step`.
     student_code: the SPEC file.py:name or package.module:name of a run's student. A folder's word alone runs no code,
     so a run of one is refused without it, by a UsageError that says what to give. data: a dataset, `Samples` or data
-    SPEC. precision: float32 by default, or the run's. num_classes: logits are cut to so many first; a run knows its
-    own. rows: "record", "position" or "next-token" (data/rows.py); by default as a run knows, or as a dump finds them.
+    SPEC. precision: float32 by default, or the run's. All logits are classes, unless `classes` cuts them to the first
+    so many; a run that was trained with `classes` is cut to them, and takes no others. rows: "record", "position" or
+    "next-token" (data/rows.py); by default as a run knows, or as a dump finds them.
     accept: "class_names" or "tokenizer", whose difference is harmless; what was found and accepted is in the answer as
     `accepted`. IdentityMismatch where one differs and is not: the class names of a model or run, or its tokenizer, are
-    not the data's. DataError if nothing is labelled, or the student cannot take it.
+    not the data's. DataError if nothing is labelled, with one label a row, or the student cannot take it.
     """
     run = None
     if not isinstance(student, nn.Module | Model):
@@ -79,7 +82,11 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     if run is None and student_code is not None:
         raise UsageError(f"student_code {student_code} is given, but the student is no run: a SPEC is its own code; "
                          "give one of them")
-    found, known = (run.model, run.num_classes) if run is not None else _student(student, student_args, student_weights)
+    found, known = (run.model, run.classes) if run is not None else (
+        _student(student, student_args, student_weights), None)
+    if None not in (classes, known) and classes != known:
+        raise UsageError(f"classes is {classes}; the run {student} was trained with classes {known}: leave it out")
+    classes = known if classes is None else classes
     precision = precision or ("float32" if run is None else run.precision)
     samples = as_samples(data, data_args, seed=None)
     if samples is None:
@@ -92,17 +99,17 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
         accepted += require_tokenizer(found, samples.tokenizer_identity, role="student", accept=accept)
     module = found.module if isinstance(found, Model) else found
     samples.item(len(samples) - 1)          # a length that is no length is found before the work, not after it
-    names = found.class_names if isinstance(found, Model) else classes.model_names(found)
-    overlooked, notes = classes.check(names, samples.class_names, of=OF, accept=accept)
+    names = found.class_names if isinstance(found, Model) else model_names(found)
+    overlooked, notes = check_names(names, samples.class_names, of=OF, accept=accept)
     for note in notes:
         log.warning("warning: %s", note)
 
     def look(width: int) -> None:
         if not names:
-            overlooked.extend(classes.check_number(samples.class_names, width, of=OF, accept=accept))
+            overlooked.extend(check_number(samples.class_names, width, of=OF, accept=accept))
 
     metrics = evaluate_module(module, samples, batch_size=batch_size, device=pick_device(device), workers=workers,
-                              precision=precision, num_classes=num_classes or known,
+                              precision=precision, classes=classes,
                               look=look, rows=rows or (None if run is None else run.rows),
                               task=found.task if isinstance(found, Model) else "")
     accepted += overlooked
@@ -111,7 +118,7 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
 
 
 def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, device: torch.device, workers: int = 0,
-                    precision: str = "float32", num_classes: int | None = None, head: Head | None = None,
+                    precision: str = "float32", classes: int | None = None, head: Head | None = None,
                     first: int | None = None, rows: str | None = None, task: str = "",
                     look: Callable[[int], None] | None = None) -> dict[str, Any]:
     """`evaluate` of a module that is there; its mode of training is put back.
@@ -123,6 +130,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
     samples.padding = padding_of(module, samples.dataset)
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
+    check_integer("classes", classes, optional=True)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     batches = data_batches(samples, _in_order(min(first or len(samples), len(samples)), batch_size), workers)
@@ -137,8 +145,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
                 inputs = to_device(collated.inputs, device, non_blocking=True)
                 with trying("student", module, inputs), autocast(device, precision):
                     output = (forward if head is None else head.trunk)(module, inputs)
-                classes = slice(num_classes)
-                wide = len(range(output.logits.shape[-1] if head is None else head.num_classes)[classes])
+                wide = cut_width(output.logits.shape[-1] if head is None else head.num_classes, classes)
                 if look is not None:
                     look(wide)
                     look = None
@@ -150,7 +157,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
                 rows_N, labels_N = _rows(output, collated, wide, rows)
                 labels_N = labels_N.to(device)
                 if head is None:
-                    sums += _sums(rows_N[:, classes], labels_N)
+                    sums += _sums(rows_N[:, :classes], labels_N)
                 else:
                     with autocast(device, precision):
                         for chunk, logits_NV in head.chunks(rows_N, classes):
@@ -161,6 +168,13 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
     if first is not None and not float(sums[3]):
         return {}
     return _metrics(sums.tolist(), samples, rows == NEXT_TOKEN, wide)
+
+
+def cut_width(logits: int, classes: int | None) -> int:
+    """The classes of a student with so many logits, cut to `classes`; UsageError where it has fewer."""
+    if classes is not None and not 1 <= classes <= logits:
+        raise UsageError(f"classes is {classes}, and the student gives {logits} logits; expected 1 to {logits}")
+    return logits if classes is None else classes
 
 
 def _rows(output: Output, collated: Collated, num_classes: int, convention: str) -> tuple[Tensor, Tensor]:
@@ -174,10 +188,12 @@ def _rows(output: Output, collated: Collated, num_classes: int, convention: str)
         labels, _ = record_labels(labels, collated.label_weight, num_classes)
     if labels is None or labels.dim() != 1:
         found = "none" if labels is None else str(list(labels.shape))
-        raise DataError(f"evaluation needs one label for each of {len(rows_N)} rows; the data gives {found}")
+        raise DataError(f"evaluation needs one label for each of {len(rows_N)} rows; the data gives {found}"
+                        + (" (several labels of a row are trained on as a mixture, and have no accuracy)"
+                           if labels is not None and labels.dim() == 2 else ""))
     known_N = labels >= 0
     if labels.numel() and int(labels.max()) >= num_classes:
-        raise DataError(f"a label is {int(labels.max())}; the model has {num_classes} classes")
+        raise DataError(f"a label is {int(labels.max())}; the student has {num_classes} classes")
     return rows_N[known_N.to(rows_N.device)], labels[known_N]
 
 
@@ -214,29 +230,29 @@ def _in_order(num_samples: int, batch_size: int) -> Callable[[], Iterable[Pairs]
 
 
 def _student(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | None,
-             weights: str | Path | None) -> tuple[nn.Module | Model, int | None]:
-    """The student, and how many of its classes are real if that is known."""
+             weights: str | Path | None) -> nn.Module | Model:
+    """The student that is no run."""
     if isinstance(student, nn.Module | Model):
         if args or weights is not None:
             raise UsageError("student arguments or weights are given for a student that is an object")
-        return (student, None) if isinstance(student, nn.Module) else (student, student.num_classes)
+        return student
     path = _as_path(student)
     if path.is_dir():
         raise UsageError(f"{student} is a folder, and no run of train-student (it has no {OPTIONS}); expected a RUN, "
                          f"its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face")
     try:
-        model = load_model(str(student), args=args, weights=weights)
+        return load_model(str(student), args=args, weights=weights)
     except UsageError as e:
         raise UsageError(f"{e}; or a RUN, its {BEST}/ or {LAST}/") if ":" not in str(student) else e from e
-    return model, model.num_classes
 
 
 @dataclass(frozen=True, slots=True)
 class RunStudent:
-    """The student of a run as it was trained, and the checkpoint that its weights are of."""
+    """The student of a run as it was trained, and the checkpoint that its weights are of. classes: what its logits were
+    cut to, None where all counted."""
 
     model: Model
-    num_classes: int | None
+    classes: int | None
     precision: str
     checkpoint: Path
     step: int
@@ -280,7 +296,7 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
     if code is not None and not (runs_code and is_code(code) and code.partition(":")[0] not in MODELS):
         raise UsageError(f"student_code {code} is given, but {path} trained {printable(spec)}, which needs none"
                          if not runs_code else f"student_code {code}: expected file.py:name or package.module:name")
-    args, classes = options.get("student-arg") or {}, recorded.get("num-classes")
+    args, classes = options.get("student-arg") or {}, options.get("classes")
     if spec.partition(":")[0] in ("hf", "hf-config"):
         again = {key: args[key] for key in ("task", "attn_implementation") if key in args}
         if "/" in str(again.get("attn_implementation")):
@@ -289,11 +305,11 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
         values, model = checkpoint.beside_saves(folder, lambda found: (
             checkpoint.read(folder, state=False), load_model(f"hf:{found}", args=again, dtype="float32")))
     else:
-        model = load_model(code or spec, args=args, num_classes=classes, dtype="float32")
+        model = load_model(code or spec, args=args, num_classes=recorded.get("num-classes"), dtype="float32")
         values = checkpoint.load(folder, model.module)[1]
     model.folder = folder               # whose run.toml knows the tokenizer
     model.named = names_in(recorded)
     step = values.get("step")
     rows = recorded.get("rows")
-    return RunStudent(model, classes, options.get("precision", "float32"), folder, step if type(step) is int else 0,
-                      rows if rows in CONVENTIONS else None)
+    return RunStudent(model, classes if type(classes) is int else None, options.get("precision", "float32"), folder,
+                      step if type(step) is int else 0, rows if rows in CONVENTIONS else None)

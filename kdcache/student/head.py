@@ -66,27 +66,19 @@ class Head:
         output, hidden = self._without_head(run, inputs, torch.zeros_like)
         return dataclasses.replace(output, logits=hidden)
 
-    def loss(self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, classes: slice,
-             **options: Any) -> LossParts:
-        """`kd_linear_loss` over these classes, with its parts."""
-        weight, bias = self._of(classes)
-        return kd_linear_loss(hidden_NH, weight, labels, targets, bias=bias, memory=self.memory, softcap=self.softcap,
-                              logit_scale=self.scale, return_parts=True, **options)
+    def loss(self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, **options: Any) -> LossParts:
+        """`kd_linear_loss` with its parts."""
+        return kd_linear_loss(hidden_NH, self.linear.weight, labels, targets, bias=self.linear.bias, memory=self.memory,
+                              softcap=self.softcap, logit_scale=self.scale, return_parts=True, **options)
 
-    def chunks(self, hidden_NH: Tensor, classes: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of rows, and their logits of these classes, scaled and capped, in float32 (float64)."""
-        weight, bias = self._of(classes)
+    def chunks(self, hidden_NH: Tensor, classes: int | None) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows, and their logits (cut to so many classes), scaled and capped, in float32 (float64)."""
+        weight = self.linear.weight[:classes]
+        bias = None if self.linear.bias is None else self.linear.bias[:classes]
         step = rows_in(self.memory, len(hidden_NH), len(weight), weight.dtype)
         for rows in (slice(at, at + step) for at in range(0, len(hidden_NH), step)):
             x_RV = nn.functional.linear(hidden_NH[rows], weight, bias)
             yield rows, capped(x_RV.to(wide(x_RV.dtype)), self.scale, self.softcap)
-
-    def _of(self, classes: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, H] and bias [V] of these classes; of all of them the parameters themselves, not views."""
-        weight, bias = self.linear.weight, self.linear.bias
-        if len(range(*classes.indices(len(weight)))) == len(weight):
-            return weight, bias
-        return weight[classes], None if bias is None else bias[classes]
 
     def _without_head(self, run: nn.Module, inputs: Inputs,
                       logits: Callable[[Tensor], Tensor]) -> tuple[Output, Tensor]:
@@ -109,7 +101,7 @@ class Head:
         """Scale and soft cap."""
         whole = forward(self.module, inputs).logits
         made, hidden = self._without_head(self.module, inputs, self._chosen)
-        own = nn.functional.linear(hidden, *self._of(slice(None)))
+        own = nn.functional.linear(hidden, self.linear.weight, self.linear.bias)
         rows_in(self.memory, 1, self.num_classes, own.dtype)
         said = _said(self.module)
         scales = [s for name in SCALES if name in said for s in (said[name], 1 / said[name])]

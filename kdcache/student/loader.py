@@ -40,7 +40,7 @@ from kdcache.student.inputs import Fetch, data_batches, prefetchable, token_batc
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
 from kdcache.student.prefetch import Prefetch
-from kdcache.student.targets import SoftTargets, soft_targets, targets_from_logits
+from kdcache.student.targets import SoftTargets, readable, soft_targets, targets_from_logits
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache
@@ -103,6 +103,7 @@ class Loader:
                    default input_ids are padded with the dataset's `pad_token_id`, else 0
     accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
     num_classes    of the student, to check labels where no cache knows V
+    classes        cuts the logits of the live teacher to the first so many; labels from there on are no classes
 
     NotBuilt in one of several processes (torchrun, or a process group of torch): each would see every sample.
     Each record's sample_key is computed again from the data: DataError naming the first that is not the cache's.
@@ -116,7 +117,7 @@ class Loader:
                  workers: int = 0, features: Sequence[str] = (), targets: bool = True, start: int = 0,
                  live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
                  data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
-                 num_classes: int | None = None, model: nn.Module | None = None) -> None:
+                 num_classes: int | None = None, model: nn.Module | None = None, classes: int | None = None) -> None:
         refuse_ranks("a Loader")
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
@@ -134,7 +135,8 @@ class Loader:
             self.padding = padding_of(model, None if self.samples is None else self.samples.dataset)
         self.device = check_device(device)
         self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
-        self.workers, self.accept = workers, tuple(accept)
+        self.workers, self.accept, self.classes = workers, tuple(accept), classes
+        self._check_names(num_classes)
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
         self.first, self.num_samples = first, last - first
         self.order = Order(self.num_samples, seed, shuffle)
@@ -157,7 +159,7 @@ class Loader:
         self.columns = [] if self.spec is None else needed_columns(
             self.spec, targets=self.reads_targets, k=self.k, features=self.features, tokens=self.samples is None)
         known = self.spec.num_classes if self.spec is not None else 0
-        self.num_classes = known or num_classes
+        self.num_classes = known or num_classes or classes
 
     def __len__(self) -> int:
         """Optimizer steps of the next iteration."""
@@ -364,9 +366,27 @@ class Loader:
         with trying("live teacher", teacher, inputs):
             output = forward(teacher, inputs)
         logits_NV = student_rows(output, micro, rows)
-        if self.spec is not None and self.spec.num_classes:
-            logits_NV = logits_NV[:, : self.spec.num_classes]
+        taught = self.spec.num_classes if self.spec is not None else 0
+        if self.classes is not None:
+            logits_NV = cut_logits(logits_NV, self.classes)
+        if taught and logits_NV.shape[1] != taught:
+            raise UsageError(f"the live teacher gives {logits_NV.shape[1]} logits, the cache is of {taught} classes; "
+                             f"where the rest is padding that nothing uses: classes={taught}")
         return targets_from_logits(logits_NV, temperature=self.temperature, k=self.k)
+
+    def _check_names(self, num_classes: int | None) -> None:
+        """UsageError for what is no such name or number, and for what would have no effect."""
+        check_integer("num_classes", num_classes, optional=True)
+        check_integer("classes", self.classes, optional=True)
+        taught = 0 if self.spec is None else self.spec.num_classes
+        if num_classes is not None and (num_classes < 1 or taught):
+            raise UsageError(f"num_classes is {num_classes}; expected at least 1, and none where a cache knows its own")
+        if self.classes is not None and self.classes < max(1, taught):
+            raise UsageError(f"classes is {self.classes}; expected at least {max(1, taught)}"
+                             + (", the classes of the cache" if taught else ""))
+        for name in self.accept:
+            if name != "view_key" or self.spec is None or not self.spec.view_keys:
+                raise UsageError(f"accept is {name!r}; expected \"view_key\", of a cache that has view keys")
 
     def _check_sources(self) -> None:
         if self.samples is None and self.spec is None:
@@ -405,6 +425,20 @@ def _by_labels(batch: Collated) -> str:
     if batch.ids_BL is None or (batch.labels is not None and batch.labels.shape != batch.ids_BL.shape):
         return RECORD
     return POSITION if label_evidence(batch) in ("next", "other") else NEXT_TOKEN
+
+
+def cut_logits(logits_NV: Tensor, classes: int) -> Tensor:
+    """A live teacher's logits of the first so many classes. UsageError where it has fewer and, on the CPU, where one
+    beyond is the largest of a row: it is no padding then."""
+    if logits_NV.shape[1] < classes:
+        raise UsageError(f"classes is {classes}, but the live teacher gives {logits_NV.shape[1]} logits")
+    kept_NV, rest_NV = logits_NV[:, :classes], logits_NV[:, classes:]
+    if rest_NV.numel() and readable(rest_NV):
+        wrong_N = rest_NV.amax(1) > kept_NV.amax(1)
+        if bool(wrong_N.any()):
+            raise UsageError(f"classes is {classes}, but the live teacher's largest logit of row "
+                             f"{int(wrong_N.nonzero()[0])} of a batch is beyond: it is no padding")
+    return kept_NV
 
 
 def as_cache(cache: Cache | str | Path | None) -> Cache | None:

@@ -52,8 +52,9 @@ class Loop:
     """Trains `student` with an optimizer on the steps of a loader.
 
     CE is averaged over the labelled rows and KD over the teacher's rows of the whole global batch, whatever the
-    micro-batches; hint losses are averaged over its records (its rows, for features of level row). With a `head` the
-    student's logits are never whole.
+    micro-batches; hint losses are averaged over its records (its rows, for features of level row). A loss of the
+    student's own (`kdcache.own_losses`) is of each micro-batch, and averaged by records. With a `head` the student's
+    logits are never whole.
     """
 
     def __init__(self, student: nn.Module, loader: Loader, settings: Settings, *, optimizer: Optimizer,
@@ -77,6 +78,7 @@ class Loop:
         self._learns: bool | None = None if loader.start == 0 else True
         self._seen = 0
         self._consumed, self._since = 0, time.perf_counter()
+        self._own = False                           # whether the student has returned a loss of its own
 
     def run_step(self, step: Step) -> StepInfo:
         """Forward, backward and optimizer step over one global batch. Nothing here waits for the device."""
@@ -84,7 +86,7 @@ class Loop:
         lr = self.schedule.at(step.index)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        numbers = torch.zeros(3 + self._num_matches, device=self.loader.device)
+        numbers = torch.zeros(4 + self._num_matches, device=self.loader.device)
         for micro in step.micros:
             numbers += self._backward(micro, step, self._run)
         norm = self._update()
@@ -101,12 +103,15 @@ class Loop:
         values = torch.stack([numbers for _, numbers, _ in self._pending]).tolist()
         now = time.perf_counter()
         rate = self._consumed / max(now - self._since, 1e-9)
-        names = ["loss", "ce", "kd", *self._match_names(), "grad_norm"]
+        names = ["loss", "ce", "kd", *self._match_names(), "aux", "grad_norm"]
         lines = [{**line, **dict(zip(names, row, strict=True)), "samples_per_second": rate}
                  for (line, _, _), row in zip(self._pending, values, strict=True)]
         for (line, _, counted), row in zip(self._pending, values, strict=True):
             if self._learns is None and counted:
                 self._learns, self._seen = bool(row[0] or row[-1]), line["step"]
+        if not self._own:
+            for line in lines:
+                del line["aux"]
         self._pending, self._consumed, self._since = [], 0, now
         return lines
 
@@ -195,25 +200,27 @@ class Loop:
             loss = loss + share * self.matches(batch["features"], real=micro.collated.real,
                                                row_mask=row_mask(batch, output.logits))
             parts += [share * value.to(zero) for value in self.matches.losses.values()]
+        parts.append(zero)
+        if output.own_loss is not None:
+            self._own, share = True, len(micro.piece.sample_ids) / (step.stop - step.start)
+            loss = loss + share * output.own_loss.weight * output.own_loss.value
+            parts[-1] = share * output.own_loss.value.detach().to(zero)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         return torch.stack([loss.detach().to(zero), *parts])
 
     def _soft_and_hard(self, output: Output, micro: Micro, batch: LoaderBatch,
                        step: Step) -> tuple[Tensor, list[Tensor]]:
         rows_N = student_rows(output, micro, batch["rows"])     # of logits, or of hidden states without the head
-        # Without targets nothing else says how many classes are real.
-        classes = slice(None) if batch["targets"] is not None else slice(self.loader.num_classes)
         asked: Any = {"ce_weight": self.settings.weight_ce, "kd_weight": self.settings.weight_kd,
                       "label_weight": batch["label_weight"], "divergence": self.settings.divergence,
                       "beta": self.settings.beta, "tail": self.settings.tail, "normalizer": step.counts,
-                      "engine": self.settings.engine}
+                      "engine": self.settings.engine, "classes": self.settings.classes}
         if self.head is None:
             ours = batch["rows"] is not None        # a selection of rows is a copy that nobody else reads
-            parts = kd_loss(rows_N[:, classes], batch["labels"], batch["targets"], inplace=ours, return_parts=True,
-                            **asked)
+            parts = kd_loss(rows_N, batch["labels"], batch["targets"], inplace=ours, return_parts=True, **asked)
         else:
             with autocast(self.loader.device, self.settings.precision):
-                parts = self.head.loss(rows_N, batch["labels"], batch["targets"], classes, **asked)
+                parts = self.head.loss(rows_N, batch["labels"], batch["targets"], **asked)
         return parts.loss, [parts.ce.to(torch.float32), parts.kd.to(torch.float32)]
 
     def _update(self) -> Tensor:

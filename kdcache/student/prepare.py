@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,15 +35,18 @@ from kdcache.models import (
     require_tokenizer,
     trying,
 )
+from kdcache.own_losses import left_out
 from kdcache.student.batches import student_rows
-from kdcache.student.evaluate import metric_names
+from kdcache.student.evaluate import cut_width, metric_names
 from kdcache.student.head import Head
 from kdcache.student.loader import Loader, as_cache, as_samples
 from kdcache.student.loop import autocast, row_mask
 from kdcache.student.match import Matches
 from kdcache.student.optim import OPTIMIZERS
+from kdcache.student.request import check_reverse_kl
 from kdcache.student.run import check_accept
-from kdcache.student.settings import BEST_BY, Settings
+from kdcache.student.settings import ALPHA, BEST_BY, Settings
+from kdcache.student.targets import SoftTargets
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -62,6 +66,7 @@ class Sources:
     accepted: list[str]
     recorded: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    defaults: list[str] = field(default_factory=list)       # sentences about what was not given
 
     @property
     def tokenizer(self) -> dict[str, Any] | None:
@@ -101,6 +106,48 @@ class Sources:
         return None if self.samples is None else len(self.samples.class_names) or None
 
 
+def one_cache(cache: Any) -> Cache | None:
+    """The cache of a run, open; NotBuilt for several."""
+    if isinstance(cache, list | tuple):
+        if len(cache) > 1:
+            raise NotBuilt(f"{len(cache)} caches are given: an ensemble of teachers is not built yet; give one --cache")
+        cache = cache[0] if cache else None
+    return as_cache(cache)
+
+
+def default_weights(settings: Settings, spec: CacheSpec | None,
+                    live_teacher: nn.Module | None) -> tuple[Settings, list[str]]:
+    """The settings with the weights of the loss where neither alpha nor weights are given, and a sentence if they are
+    not alpha 0.5: that is where the cache keeps labels, or there is none.
+
+    Of a cache without labels those of the data train only where they are asked for: alpha 1, and no loss of rows at all
+    where it has none.
+    """
+    if settings.alpha is not None or settings.ce_weight is not None or settings.kd_weight is not None:
+        return settings, []
+    if spec is None or spec.labels:
+        return dataclasses.replace(settings, alpha=ALPHA), []
+    if spec.kind != "none" or live_teacher is not None:
+        return dataclasses.replace(settings, alpha=1.0), [
+            f"alpha 1: the cache keeps no labels; alpha {ALPHA:g} would train on the data's too"]
+    if not settings.match:
+        raise UsageError("the cache is of kind 'none': it has features and no rows; give match, which trains on them, "
+                         "or alpha 0 for the data's labels alone")
+    return dataclasses.replace(settings, ce_weight=0.0, kd_weight=0.0), [
+        "no loss of labels or rows: the cache keeps neither; alpha 0 trains on the data's labels too"]
+
+
+def check_idle(settings: Settings, live_teacher: nn.Module | None, given: Mapping[str, Any]) -> None:
+    """UsageError for an option of the soft loss that is given where that has no weight."""
+    if settings.weight_kd:
+        return
+    for name, value in {**given, "live_teacher": live_teacher}.items():
+        if value is not None:
+            shown = f"is {value}" if name != "live_teacher" else "is given"
+            raise UsageError(f"{name} {shown}, but the soft loss has no weight (alpha 0, kd_weight 0, or a cache "
+                             "without rows), so it would do nothing; leave it out")
+
+
 def check_used(*, alpha: Any, ce_weight: Any, kd_weight: Any, data: Any, data_args: Any, eval_data: Any,
                eval_data_args: Any, eval_every: Any, best_by: Any) -> None:
     """UsageError for an option that beside, or without, another one would have no effect."""
@@ -117,18 +164,13 @@ def check_used(*, alpha: Any, ce_weight: Any, kd_weight: Any, data: Any, data_ar
             raise UsageError(f"{name} is {value}, but there is nothing to evaluate on; give eval_data, or leave it out")
 
 
-def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[str, Any] | None,
+def open_sources(cache: Cache | None, data: Any, eval_data: Any, *, data_args: Mapping[str, Any] | None,
                  eval_data_args: Mapping[str, Any] | None, accept: Sequence[str], labels: bool = True) -> Sources:
     """Open what a run reads. IdentityMismatch lists the fields in which the data is not what the teacher saw.
 
     labels: whether the loss has a part for those of the data; if not, they are read only to be compared with the
     cache's, where it has some.
     """
-    if isinstance(cache, list | tuple):
-        if len(cache) > 1:
-            raise NotBuilt(f"{len(cache)} caches are given: an ensemble of teachers is not built yet; give one --cache")
-        cache = cache[0] if cache else None
-    cache = as_cache(cache)
     samples = as_samples(data, data_args, seed=0 if cache is None else cache.spec.seed,
                          labels=labels or (cache is not None and bool(cache.spec.labels)))
     eval_samples = as_samples(eval_data, eval_data_args, seed=None)
@@ -137,14 +179,13 @@ def open_sources(cache: Any, data: Any, eval_data: Any, *, data_args: Mapping[st
         identity, tokenizer = identify(samples)
         given = Identity(data=identity, tokenizer=tokenizer, teacher=cache.identity.teacher,
                          activation=cache.identity.activation)
-        of_identity = [name for name in accept if name not in (VIEW_KEY, UNSTEADY) and not name.startswith("eval_data")]
+        of_identity = [name for name in accept if name not in (VIEW_KEY, UNSTEADY) and not names_evaluation(name)]
         accepted = require_same(cache.identity, given, accept=of_identity, parts=("data", "tokenizer"),
                                 where=str(cache.path))
-    elif cache is None:
-        check_accept([name for name in accept if name != UNSTEADY])
-    recorded = {"cache-content-id": None if cache is None else cache.content_id,
-                "data": None if samples is None else _about(samples),
-                "eval-data": None if eval_samples is None else _about(eval_samples)}
+    _check_accept(accept, cache, samples, eval_samples)
+    recorded: dict[str, Any] = {"cache-content-id": None if cache is None else cache.content_id,
+                                "data": None if samples is None else _about(samples),
+                                "eval-data": None if eval_samples is None else _about(eval_samples)}
     sources = Sources(cache, samples, eval_samples, accepted, recorded)
     recorded["tokenizer"] = (sources.tokenizer or sources.teachers_tokenizer or {}).get("fingerprint")
     recorded["class-names"] = sources.class_names or None
@@ -211,7 +252,11 @@ def check_weights(settings: Settings, sources: Sources, live_teacher: nn.Module 
             raise UsageError("the soft loss has a weight but there is no teacher: give a cache, or alpha 0 for "
                              "training on hard labels alone")
         if spec.kind == "none":
-            raise UsageError("the cache is of kind 'none': it has features and no rows; give alpha 0, and match one")
+            raise UsageError(f"the soft loss has the weight {settings.weight_kd:g}, but the cache is of kind 'none': "
+                             "it has features and no rows; leave alpha and the weights out, for match alone")
+    if settings.classes is not None and spec is not None and spec.num_classes > settings.classes:
+        raise UsageError(f"classes is {settings.classes}, but the cache is of {spec.num_classes} classes: its "
+                         f"answers are shares of all of them; dump again with --classes {settings.classes}")
     if settings.match and spec is None:
         raise UsageError("match needs a cache with features; no cache is given")
 
@@ -235,12 +280,13 @@ def load_student(student: Any, sources: Sources, *, args: Mapping[str, Any] | No
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a first look at a student gave: the head that runs inside the loss, the projections of --match, and the
-    metric that best/ is best by."""
+    """What a first look at a student gave: the head that runs inside the loss, the projections of --match, the metric
+    that best/ is best by, and sentences about its logits and the losses of its own."""
 
     head: Head | None
     matches: Matches | None
     best_by: str
+    said: list[str]
 
 
 def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated: bool = False,
@@ -266,8 +312,11 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
                                                 device=loader.device, role="student", run=ask)
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
-        raise UsageError("the hard loss has a weight, but neither the cache nor the data has labels; give alpha 1, or "
-                         "ce_weight 0")
+        without = "leave alpha and the weights out, for match alone" if loader.spec and loader.spec.kind == "none" \
+            else "there is nothing to learn from without a cache" if loader.spec is None and not settings.weight_kd \
+            else "give alpha 1 (or ce_weight 0)"
+        raise UsageError(f"the hard loss has the weight {settings.weight_ce:g}, but neither the cache nor the data has "
+                         f"labels; {without}")
     batch = loader.place(micro)
 
     def run() -> Output:
@@ -275,32 +324,75 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
             return ask(module, batch["inputs"])
 
     output = run()
-    width, teacher = output.logits.shape[-1] if head is None else head.num_classes, loader.num_classes
-    if teacher is not None and width < teacher:
-        raise UsageError(f"the student has {width} classes, the teacher {teacher}; a student needs at least as many")
-    if teacher is None:                     # nobody knew V: from here on the labels are looked at with it
+    logits = output.logits.shape[-1] if head is None else head.num_classes
+    said, width = _check_logits(logits, settings, loader, batch["targets"]), cut_width(logits, settings.classes)
+    if loader.num_classes is None:          # nobody knew V: from here on the labels are looked at with it
         loader.num_classes = width
         micro = loader.peek()
     if settings.weight_ce or settings.weight_kd or evaluated:
-        require_softmax(module, min(width, teacher or width), role="student")
+        require_softmax(module, width, role="student")
+    if output.own_loss is not None:
+        said.append(f"own loss: + {output.own_loss.weight:g} aux, the balance of its router, as its config asks")
+    said += [f"own loss: {line}" for line in left_out(module, output.own_loss)]
     if micro.labels is not None or batch["targets"] is not None:
         student_rows(output, micro, batch["rows"])
-    gives = [f"eval_{name}" for name in metric_names(loader.convention == NEXT_TOKEN, teacher or width)]
+    gives = [f"eval_{name}" for name in metric_names(loader.convention == NEXT_TOKEN, width)]
     best_by = best_by or next(name for name in ("eval_accuracy", "eval_loss") if name in gives)
     if evaluated and (best_by not in gives or best_by not in BEST_BY):
         raise UsageError(f"best_by is {best_by}, but evaluating this student gives "
                          f"{', '.join(name for name in gives if name in BEST_BY)}")
     _check_steady(module, loader, settings, ask)
     if not settings.match or loader.spec is None:
-        return Checked(head, None, best_by)
+        return Checked(head, None, best_by, said)
     if head is not None and any(match.module == head.path for match in settings.matches):
         raise UsageError(f"match names {head.path!r}, the head, which with logits_memory does not run as a module of "
                          "its own; leave out one of them")
     matches = Matches(module, settings.matches, loader.spec.features, seed=settings.seed)
     matches.prepare(run, real=micro.collated.real, row_mask=row_mask(batch, output.logits))
-    return Checked(head, matches, best_by)
+    return Checked(head, matches, best_by, said)
 
 
+def _check_logits(logits: int, settings: Settings, loader: Loader, targets: SoftTargets | None) -> list[str]:
+    """What is to be said of a student's logits beside its teacher's; UsageError where they do not go together."""
+    if not settings.weight_ce and not settings.weight_kd:
+        return []
+    taught = loader.num_classes if targets is None else targets.num_classes
+    taught = taught if targets is not None or loader.spec is not None else None     # else they are names of the data
+    if taught is not None and logits < taught:
+        raise UsageError(f"the student has {logits} classes, the teacher {taught}; a student needs at least as many. "
+                         f"Where the teacher's last ones are padding that no label and no token uses, dump again with "
+                         f"--classes {logits}")
+    width = cut_width(logits, settings.classes)
+    said = [f"student: {logits} logits, cut to {width} classes"] if width < logits else []
+    if taught is not None and width > taught:
+        if targets is not None and targets.log_probs_NK.shape[1] == taught:
+            check_reverse_kl(width, taught, settings.divergence, settings.tail)
+        said.append(f"student: {width} classes, the teacher has {taught}: the others have teacher probability 0")
+    return said
+
+
+def names_evaluation(name: str) -> bool:
+    """Whether a name that --accept is given is of the data that is evaluated on."""
+    return name.partition(".")[0] == "eval_data"
+
+
+def _check_accept(accept: Sequence[str], cache: Cache | None, samples: Samples | None,
+                  evaluation: Samples | None) -> None:
+    """UsageError for a name that overlooks nothing here, whatever the data."""
+    view_keys = cache is not None and cache.spec.view_keys and samples is not None
+    for name in accept:
+        if name == VIEW_KEY and not view_keys:
+            raise UsageError(f"accept {name!r}: there are no view keys to compare: they are of a cache of augmented or "
+                             "decoded inputs, and of the data beside it; leave it out")
+        if names_evaluation(name) and evaluation is None:
+            raise UsageError(f"accept {name!r}: there is no evaluation data; leave it out")
+        if name == "data" or name.startswith("data."):
+            if samples is None:
+                raise UsageError(f"accept {name!r}: no data is given beside the cache; leave it out")
+    named = [name for name in accept if name not in (VIEW_KEY, UNSTEADY)]
+    check_accept([name for name in named if cache is None or names_evaluation(name)])
+    if cache is not None and samples is None:       # else the identity's were looked at where it was compared
+        require_same(cache.identity, cache.identity, accept=[name for name in named if not names_evaluation(name)])
 def _check_steady(module: nn.Module, loader: Loader, settings: Settings, run: Run) -> None:
     """DataError for a student whose answer in eval mode is left to chance, or to what shares its batch."""
     samples = loader.samples

@@ -20,6 +20,7 @@ from kdcache.student.match import Match, parse_match
 from kdcache.student.request import check_loss_names
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALPHA = 0.5             # the weight of the soft loss where there are labels beside it
 BEST_BY = {"eval_loss": -1, "eval_perplexity": -1, "eval_accuracy": 1, "eval_accuracy_top5": 1}     # sign of better
 
 
@@ -29,7 +30,8 @@ class Settings:
 
     temperature: float | None
     k: int | None
-    alpha: float
+    classes: int | None
+    alpha: float | None             # None: as `default_weights` says
     ce_weight: float | None
     kd_weight: float | None
     divergence: str
@@ -80,7 +82,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} is {value}; expected a number of at least 0")
-        for name in ("eval_every", "save_every", "k"):
+        for name in ("eval_every", "save_every", "k", "classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
@@ -89,32 +91,35 @@ class Settings:
         if (self.ce_weight is None) != (self.kd_weight is None):
             raise UsageError(f"ce_weight is {self.ce_weight} and kd_weight is {self.kd_weight}; give both, or neither "
                              "and alpha")
-        if not 0 <= self.alpha <= 1 or not 0 <= self.weight_ce < math.inf or not 0 <= self.weight_kd < math.inf:
+        weights = self.weight_ce, self.weight_kd
+        if not (self.alpha is None or 0 <= self.alpha <= 1) or not all(0 <= weight < math.inf for weight in weights):
             raise UsageError(f"alpha is {self.alpha}, ce_weight {self.ce_weight}, kd_weight {self.kd_weight}; expected "
                              "alpha from 0 to 1 and weights of at least 0")
         if not (self.weight_ce or self.weight_kd or self.match):
             raise UsageError("every weight of the loss is 0; there is nothing to learn from")
 
     def _check_types(self) -> None:
-        for name in ("alpha", "lr", "warmup", "clip"):
+        for name in ("lr", "warmup", "clip"):
             check_number(name, getattr(self, name))
-        for name in ("temperature", "ce_weight", "kd_weight", "beta", "epochs", "weight_decay"):
+        for name in ("alpha", "temperature", "ce_weight", "kd_weight", "beta", "epochs", "weight_decay"):
             check_number(name, getattr(self, name), optional=True)
         for name in ("batch_size", "seed"):
             check_integer(name, getattr(self, name))
-        for name in ("k", "max_steps", "micro_batch_size", "eval_every", "save_every"):
+        for name in ("k", "classes", "max_steps", "micro_batch_size", "eval_every", "save_every"):
             check_integer(name, getattr(self, name), optional=True)
         for name in ("divergence", "tail", "engine", "optimizer", "precision"):
             check_type(name, getattr(self, name), str, "a name")
         check_type("best_by", self.best_by, (str, NoneType), "a name")
+        for name in ("compile", "shuffle", "deterministic"):
+            check_type(name, getattr(self, name), bool, "True or False")
 
     @property
     def weight_ce(self) -> float:
-        return 1 - self.alpha if self.ce_weight is None else self.ce_weight
+        return 1 - (ALPHA if self.alpha is None else self.alpha) if self.ce_weight is None else self.ce_weight
 
     @property
     def weight_kd(self) -> float:
-        return self.alpha if self.kd_weight is None else self.kd_weight
+        return (ALPHA if self.alpha is None else self.alpha) if self.kd_weight is None else self.kd_weight
 
     @property
     def matches(self) -> list[Match]:

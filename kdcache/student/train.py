@@ -24,10 +24,13 @@ from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
 from kdcache.student.prepare import (
     check_classes,
+    check_idle,
     check_text,
     check_used,
     check_weights,
+    default_weights,
     load_student,
+    one_cache,
     open_sources,
     resolved,
 )
@@ -43,8 +46,8 @@ if TYPE_CHECKING:
 def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | Sequence[Any] | None = None,
                   data: Any = None, eval_data: Any = None, temperature: float | None = None, alpha: float | None = None,
                   rows: str | None = None, ce_weight: float | None = None, kd_weight: float | None = None,
-                  divergence: str = "forward_kl",
-                  beta: float | None = None, tail: str = "bucket", k: int | None = None, match: Sequence[str] = (),
+                  divergence: str | None = None, beta: float | None = None, tail: str | None = None,
+                  k: int | None = None, classes: int | None = None, match: Sequence[str] = (),
                   epochs: float | None = None, max_steps: int | None = None, batch_size: int = 128,
                   micro_batch_size: int | None = None, optimizer: str = "adamw", lr: float = 1e-3,
                   weight_decay: float | None = None, warmup: float = 0.0, clip: float = 0.0,
@@ -71,8 +74,12 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     data           a dataset or data SPEC; None takes inputs from the cache's tokens. eval_data: evaluated on
     temperature    of soft targets; 2 by default, 1 for token caches. k: a tier of the cache, by default the largest
     rows           "record", "position" or "next-token", as `dump_teacher` has them, where no cache says so
-    loss           ce_weight * CE + kd_weight * T^2 * D (alpha, 0.5, sets 1 - alpha and alpha), + weight * each `match`,
-                   "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]". divergence, beta, tail, engine: see `kd_loss`
+    loss           ce_weight * CE + kd_weight * T^2 * D (alpha sets 1 - alpha and alpha: 0.5, and 1 where the cache
+                   keeps no labels: the data's train only where alpha or weights are given), + weight * each `match`,
+                   "STUDENT_MODULE=FEATURE:LOSS[:WEIGHT]", + what a mixture of experts asks for in its config.
+                   divergence, beta, tail, engine: see `kd_loss`
+    classes        cuts the student's logits, and a live teacher's, to the first so many, at least the V of the cache.
+                   Without it all are classes: to the teacher those from V on have probability 0
     logits_memory  "512 MB": the student's head runs inside the loss (see `kd_linear_loss`), its logits never whole, in
                    chunks of this size; for models whose head is an nn.Linear with nothing after it but a scale or soft
                    cap that the config names, as `Head` has them prove
@@ -101,8 +108,9 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     refuse_ranks("training")
     picked, say = pick_device(device), callback("say", say)
     settings = Settings(
-        temperature=temperature, k=k, alpha=0.5 if alpha is None else alpha, ce_weight=ce_weight, kd_weight=kd_weight,
-        divergence=divergence, beta=beta, tail=tail, match=texts(match), engine=engine,
+        temperature=temperature, k=k, classes=classes, alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight,
+        divergence="forward_kl" if divergence is None else divergence, beta=beta,
+        tail="bucket" if tail is None else tail, match=texts(match), engine=engine,
         logits_memory=None if logits_memory is None else str(logits_memory), epochs=epochs, max_steps=max_steps,
         batch_size=batch_size, micro_batch_size=micro_batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
         warmup=warmup, clip=clip, precision=precision, compile=compile, device=str(picked), seed=seed, shuffle=shuffle,
@@ -111,9 +119,14 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     check_used(alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight, data=data, data_args=data_args,
                eval_data=eval_data, eval_data_args=eval_data_args, eval_every=eval_every, best_by=best_by)
     check_reporters(texts(report_to))
+    cache = one_cache(cache)
+    settings, defaults = default_weights(settings, None if cache is None else cache.spec, live_teacher)
     sources = open_sources(cache, data, eval_data, data_args=data_args, eval_data_args=eval_data_args,
                            accept=settings.accept, labels=bool(settings.weight_ce))
+    sources.defaults += defaults
     check_weights(settings, sources, live_teacher)
+    check_idle(settings, live_teacher, {"temperature": temperature, "k": k, "divergence": divergence, "beta": beta,
+                                        "tail": tail})
     options = _options(
         {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,
          "cache": None if sources.cache is None else str(sources.cache.path), "report-to": texts(report_to)},

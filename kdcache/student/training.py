@@ -95,15 +95,17 @@ class Training:
             sources.cache, sources.samples, batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
             temperature=settings.temperature, k=settings.k, seed=settings.seed, shuffle=settings.shuffle,
             epochs=settings.epochs, max_steps=settings.max_steps, device=self.device, workers=workers,
-            features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, accept=settings.accept,
-            num_classes=sources.num_classes, rows=settings.rows)
+            features=list(names), targets=bool(settings.weight_kd), live_teacher=live_teacher, rows=settings.rows,
+            accept=[VIEW_KEY] * (VIEW_KEY in settings.accept), classes=settings.classes,
+            num_classes=None if sources.cache is not None and sources.cache.spec.num_classes else sources.num_classes)
         self.loader.check = signals.check
         checked = check_student(model, self.loader, settings, evaluated=sources.eval_samples is not None,
                                 best_by=settings.best_by or folder.options.get("best-by"))
-        self.head, self.matches, self.best_by = checked.head, checked.matches, checked.best_by
+        self.head, self.matches, self.best_by, self.about = (checked.head, checked.matches, checked.best_by,
+                                                             checked.said)
         if sources.eval_samples is not None:        # now, and not when an epoch is over
             evaluate_module(model.module, sources.eval_samples, batch_size=CHECKED, device=self.device, first=CHECKED,
-                            precision=settings.precision, num_classes=self.loader.num_classes, head=self.head,
+                            precision=settings.precision, classes=settings.classes, head=self.head,
                             rows=self.loader.convention)
             folder.options["best-by"] = self.best_by
         self._check_micro_batches()
@@ -271,7 +273,7 @@ class Training:
         size = self.settings.micro_batch_size or self.settings.batch_size
         self.evaluation = evaluate_module(self.model.module, samples, batch_size=size, device=self.device,
                                           workers=self.workers, precision=self.settings.precision,
-                                          num_classes=self.loader.num_classes, head=self.head,
+                                          classes=self.settings.classes, head=self.head,
                                           rows=self.loader.convention)
         line, by = self._evaluated(), self.best_by
         metrics.write({"step": self.step, "epoch": self.position / self.loader.num_samples, "position": self.position,
@@ -372,7 +374,7 @@ class Training:
                 "kd-weight-used": self.settings.weight_kd, "total-steps": self.loader.total_steps}
 
     def _defaults(self) -> list[str]:
-        spec, said = self.loader.spec, []
+        spec, said = self.loader.spec, list(self.sources.defaults)
         if self.settings.temperature is None and self.settings.weight_kd:
             kind = "one row per record" if spec is None or spec.rows == "one" else "rows of tokens"
             said.append(f"temperature {self.loader.temperature:g}, the default for {kind}")
@@ -390,8 +392,7 @@ class Training:
     def _start_block(self) -> Iterator[str]:
         cache, settings, loader = self.sources.cache, self.settings, self.loader
         yield f"student: {self.model.loaded}, {sum(p.numel() for _, p in self.parameters):,} trained parameters"
-        if (width := self.model.num_classes) and loader.num_classes and width > loader.num_classes:
-            yield f"student: it has {width} logits, {loader.num_classes} are used"
+        yield from self.about
         yield from (f"warning: {note}" for note in self.sources.notes)
         yield "cache: none" if cache is None else f"cache: {cache.path}, content {(cache.content_id or '')[:12]}"
         if self.sources.samples is None:

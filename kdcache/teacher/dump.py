@@ -56,7 +56,8 @@ class DumpReport:
     bytes (of the columns, before the container), means and accuracy are of the whole cache once it is complete, until
     then of what this call wrote; shards, records, rows and seconds are this call's. predicted_bytes: of the whole, from
     the columns. engine: what reduces rows. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what
-    was not given; warnings: (code, text).
+    was not given; warnings: (code, text). cut_from: the
+    teacher's logits, where num_classes of them are its classes.
     """
 
     out: str
@@ -91,6 +92,7 @@ class DumpReport:
     quantisation_kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
     accuracy: float | None = None
     warnings: tuple[tuple[str, str], ...] = ()
+    cut_from: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, ready for json.dumps."""
@@ -100,7 +102,8 @@ class DumpReport:
 
 @entrance
 def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None = None, k: int | None = None,
-                 tiers: Sequence[int] | None = None, temperatures: Sequence[float | str] | None = None,
+                 classes: int | None = None, tiers: Sequence[int] | None = None,
+                 temperatures: Sequence[float | str] | None = None,
                  features: Sequence[str] = (), views: int = 1, container: str = "arrow", values: str = "float16",
                  batch_size: int = 32, dtype: str | None = None, engine: str = "auto", device: str = "auto",
                  workers: int = 0, seed: int = 0, shard_size: int | None = None,
@@ -115,7 +118,9 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
 
     teacher, data: SPECs, or a torch.nn.Module (moved to `device`) and a map-style dataset. kind: "full" for up to 1024
     classes, else "topk" with k = 64; tiers: smaller k's that can be read alone. temperatures: whose tails are stored
-    (1, 2, 4, for sequences 1, 2). features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
+    (1, 2, 4, for sequences 1, 2). classes: the teacher's first so many logits are its classes and the rest is padding,
+    which is cut before any softmax; DataError naming the sample where a label, a token that is predicted from or a
+    logit among the largest is beyond. features: `MODULE[:RECIPE[:DTYPE]]`. dtype: cast the weights to it. engine: what
     reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is torch so far. labels: store those of
     the data; None: if it has any; False, like kind "none", does not look at them, whatever they are. rows: "record",
     "position" or "next-token" (see data/rows.py); None: as the shape of the logits, the task or a look at the teacher
@@ -136,7 +141,8 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     tell, progress = _teller(rank, callback("say", say)), callback("progress", progress)
     out = local_path(out, "--out")
     _check_options(container, batch_size, workers, views, shard_size, records_per_shard, limit_samples)
-    wanted = Wanted(kind=kind, k=k, tiers=tuple(tiers or ()), temperatures=temperature_names(temperatures or ()),
+    wanted = Wanted(kind=kind, k=k, classes=classes, tiers=tuple(tiers or ()),
+                    temperatures=temperature_names(temperatures or ()),
                     features=parse_features(features), views=views, values=values, seed=seed,
                     shard_size=shard_size, records_per_shard=records_per_shard,
                     labels=labels, moments=moments, limit_samples=limit_samples, rows=rows,
@@ -154,6 +160,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             there = standing(out)
             plan = make_plan(model, samples, wanted, compute.device, world=rank.world,
                              standing=None if there is None else there.spec.records_per_shard)
+            require_same(plan.identity, plan.identity, accept=_of_identity(accept))     # refuses what names no field
             compute = _fitting(compute, plan)
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
             _introduce(report, plan, engine, tell)
@@ -233,7 +240,8 @@ def _planned(plan: Plan, model: Model, data: str, out: Path, container: str, com
                       features=tuple(f.name for f in spec.features), num_records=spec.num_records,
                       num_shards=spec.num_shards, records_per_shard=spec.records_per_shard,
                       predicted_bytes=plan.predicted_bytes, defaults=plan.defaults, dry_run=dry_run,
-                      shards_left=spec.num_shards, warnings=plan.warnings)
+                      shards_left=spec.num_shards, warnings=plan.warnings,
+                      cut_from=plan.identity.teacher.get("cut_from"))
 
 
 def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str], None]) -> None:
@@ -243,6 +251,8 @@ def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str],
     tell(f"teacher {report.teacher}, on {report.device}, engine {report.engine}")
     tell(f"data {report.data}: {report.num_records} records in {report.num_shards} "
          f"{'shard' if report.num_shards == 1 else 'shards'}, about {readable_bytes(report.predicted_bytes)}")
+    if report.cut_from:
+        tell(f"classes: the first {report.num_classes} of the teacher's {report.cut_from} logits; the rest is padding")
     tell(f"keeping {kept}" + (f" as {report.values}" if report.kind != "none" else "")
          + (f"; features {', '.join(report.features)}" if report.features else ""))
     if plan.spec.kind != "none":
@@ -276,9 +286,7 @@ def _same_classes(report: DumpReport, model: Model, samples: Samples, accept: Se
 def _accepted(there: Header | None, out: Path, identity: Identity, accept: Sequence[str],
               tell: Callable[[str], None]) -> Identity:
     """The identity to continue with: the cache's own where `accept` names all that differs from it."""
-    accept = [name for name in accept if name not in (UNSTEADY, ANSWERS)]
-    if there is None:
-        require_same(identity, identity, accept=accept)         # refuses a name that no field has
+    accept = _of_identity(accept)
     if there is not None and (fields := untold(there.identity, identity)):
         tell(f"not compared, as the cache was made before it was kept: {', '.join(fields)}")
     if not accept or there is None:
@@ -286,6 +294,10 @@ def _accepted(there: Header | None, out: Path, identity: Identity, accept: Seque
     found = require_same(there.identity, identity, accept=accept, where=str(out))
     tell(f"accepted differences: {', '.join(found) or 'none were found'}")
     return there.identity
+
+
+def _of_identity(accept: Sequence[str]) -> list[str]:
+    return [name for name in accept if name not in (UNSTEADY, ANSWERS)]
 
 
 def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples: Samples, plan: Plan,

@@ -67,6 +67,7 @@ class Wanted:
     limit_samples: int | None = None
     rows: str | None = None
     tokens: bool | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class Plan:
 class Probe:
     """What a few samples, `ids`, showed; `usual_B` are the evenly spaced ones, without the shortest and the longest."""
 
-    num_classes: int
+    num_classes: int            # of so many logits
+    logits: int
     batch: Collated
     rows: BatchRows
     features: dict[str, Tensor]
@@ -127,6 +129,8 @@ def make_plan(model: Model, samples: Samples, wanted: Wanted, device: torch.devi
     probed = _probe(model, samples, wanted, count, device)
     data, tokenizer = identify(samples)
     teacher = {**model.identity, "num_classes": probed.num_classes}
+    if probed.num_classes < probed.logits:
+        teacher["cut_from"] = probed.logits
     kept, defaults = _kept(model, wanted, probed)
     if kept["kind"] != "none":
         _check_some_row(samples, probed, count)
@@ -223,11 +227,24 @@ def _probe(model: Model, samples: Samples, wanted: Wanted, count: int, device: t
                 forward(model.module, inputs)
             features = taps.take(rows.mask_BL)
     width = output.logits.shape[-1]
-    classes = model.num_classes or width
-    if classes > width:
-        raise UsageError(f"teacher {model.spec} says it has {classes} classes, but gives {width} logits")
-    return Probe(classes, batch, rows, features, output.logits.dtype, warning, convention, why,
+    classes = _classes(model, wanted, width)
+    return Probe(classes, width, batch, rows, features, output.logits.dtype, warning, convention, why,
                  _vocabulary(model.module, samples, convention, classes), ids, np.isin(ids, _probe_ids(count)))
+
+
+def _classes(model: Model, wanted: Wanted, width: int) -> int:
+    """V: all logits, or as many as --classes says; UsageError where a teacher has other ones."""
+    if wanted.kind == "none":
+        if wanted.classes is not None:
+            raise UsageError("--classes is foreign to kind none, which keeps features and no rows; drop it")
+        return width
+    says = f"teacher {model.spec} says it has {model.num_classes} classes, but gives {width} logits"
+    if wanted.classes is None and model.num_classes not in (None, width):
+        raise UsageError(says + (f"; where the rest is padding that nothing uses: --classes {model.num_classes}"
+                                 if (model.num_classes or 0) < width else ""))
+    if wanted.classes is not None and not 1 <= wanted.classes <= width:
+        raise UsageError(f"--classes is {wanted.classes}, but the teacher gives {width} logits; expected 1 to {width}")
+    return wanted.classes or width
 
 
 def _vocabulary(module: torch.nn.Module, samples: Samples, convention: str | None, classes: int) -> int:

@@ -25,7 +25,8 @@ def reduce_rows(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, *,
                 chunk_rows: int | None = None) -> Reduced:
     """What `spec` (kind full or topk) keeps of rows of logits, on the CPU: K of V entries of each leave the device.
 
-    logits_MV [M, >= V], any float dtype, on any device, sliced to V and upcast to float32. On the CPU: labels_NJ int64
+    logits_MV [M, >= V], any float dtype, on any device, cut to V and upcast to float32; DataError for a row in which
+    one that is cut is among the K largest (of kind full: is the largest). On the CPU: labels_NJ int64
     [N, J], -1 unknown, None when the spec stores none; index_N int64 [N] picks rows of the M, each once, without it
     N = M. engine "triton" is the fused kernel for kind topk (see `fused.check_fits`); a full row is kept as it is, by
     torch, whose temporaries `chunk_rows` bounds. DataError with `name_row(n)` for a row with NaN or +inf, or without
@@ -34,7 +35,7 @@ def reduce_rows(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, *,
     The host waits for the device once, when all is done; for topk by torch also to know that there is no NaN, for
     which its exact order has no place.
     """
-    device, logits_MV = logits_MV.device, logits_MV[:, : spec.num_classes]
+    device, cut_ME, logits_MV = logits_MV.device, logits_MV[:, spec.num_classes :], logits_MV[:, : spec.num_classes]
     if labels_NJ is not None:
         check_labels(labels_NJ, spec.num_classes, name_row)
     if engine == "triton" and spec.kind == "topk":
@@ -46,11 +47,25 @@ def reduce_rows(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, *,
             flag_N = flag_N.cpu()
             _refuse_bad(flag_N, logits_MV.dtype, name_row)
         kept = torch_rows(logits_MV, labels_NJ, spec, index_N, chunk_rows)
+    beyond_N = fetch(_beyond(cut_ME, kept, index_N)) if cut_ME.shape[1] else None
     flag_N = fetch(flag_N)
     moved: list[Any] = [x if (x := getattr(kept, f.name)) is None else fetch(x) for f in fields(Reduced)]
     wait(device)
     _refuse_bad(flag_N, logits_MV.dtype, name_row)
+    if beyond_N is not None and bool(beyond_N.any()):
+        where = f"among the teacher's {spec.k} largest" if spec.kind == "topk" else "the teacher's largest"
+        raise DataError(f"{name_row(int(beyond_N.nonzero()[0]))}: a logit beyond the {spec.num_classes} of --classes "
+                        f"is {where} ({int(beyond_N.sum())} such rows in this batch): it is no padding; give more "
+                        "classes, or none")
     return Reduced(*moved)
+
+
+def _beyond(cut_ME: Tensor, kept: Reduced, index_N: Tensor | None) -> Tensor:
+    """bool [N]: rows in which a logit that is cut would be kept; of equal ones the lower id is, so these stay out."""
+    largest_N = cut_ME.amax(1).float()
+    if index_N is not None:
+        largest_N = largest_N[index_N.to(largest_N.device)]
+    return largest_N > (kept.logits[:, -1] if kept.ids is not None else kept.logits.amax(1))
 
 
 def _flags(logits_MV: Tensor, index_N: Tensor | None) -> Tensor:

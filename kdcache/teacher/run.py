@@ -14,6 +14,7 @@ from torch import nn
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.writer import Writer
 from kdcache.data.collate import Collated, beyond_tokens, to_device
+from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.guard import users_code
@@ -107,11 +108,22 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
         if logits_MV.shape[1] < spec.num_classes:
             raise DataError(f"{name_row(0)}: the teacher gave {logits_MV.shape[1]} logits; the cache has "
                             f"{spec.num_classes} classes")
+        if logits_MV.shape[1] > spec.num_classes and spec.convention == NEXT_TOKEN:
+            _refuse_tokens(batch, spec.num_classes, span)
         index = None if rows.mask_BL is None else rows.mask_BL.flatten().nonzero()[:, 0]
         reduced = reduce_rows(logits_MV, labels, spec, index_N=index, name_row=name_row, engine=compute.engine)
     for x in taken.values():            # free after reduce_rows, which has waited for the same device
         wait(x.device)
     return HostBatch(span, batch, rows, reduced, {name: x.numpy() for name, x in features.items()})
+
+
+def _refuse_tokens(batch: Collated, num_classes: int, span: Span) -> None:
+    """DataError for a token that --classes says is none: the next one of a position may be it."""
+    for sample, tokens in zip(range(span.start, span.stop), batch.tokens, strict=False):
+        wrong = (tokens >= num_classes).nonzero()[0]
+        if len(wrong):
+            raise DataError(f"sample {sample}, view {span.view}: its token {int(tokens[wrong[0]])} at position "
+                            f"{int(wrong[0])} is none of the {num_classes} of --classes; expected tokens below that")
 
 
 def _labels(rows: BatchRows, spec: CacheSpec, name_row: Callable[[int], str]) -> torch.Tensor | None:

@@ -133,5 +133,6 @@ def _with(report: VerifyReport, problems: Sequence[str], **found: Any) -> Verify
 def _identity(cache: Cache, model: Model, samples: Samples) -> Identity:
     """Of the teacher and the data that are given, to be compared with the cache's."""
     document, tokenizer = identify(samples)
-    return Identity(data=document, tokenizer=tokenizer, activation=cache.identity.activation,
-                    teacher={**model.identity, "num_classes": cache.identity.teacher.get("num_classes", 0)})
+    known = cache.identity.teacher
+    return Identity(data=document, tokenizer=tokenizer, activation=cache.identity.activation, teacher={
+        **model.identity, **{name: known[name] for name in ("num_classes", "cut_from") if name in known}})
