@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kdcache.cache.identity import Identity, difference, require_same
+from kdcache.cache.identity import Identity, difference, require_same, untold
 from kdcache.errors import IdentityMismatch, UsageError, near
 
 
@@ -28,6 +28,13 @@ def test_differences_are_named_field_by_field():
     said = {d.field: str(d) for d in difference(identity(), other)}
     assert said["data.class_names"].endswith("cache has \"'a' at 0\", given is \"'b' there; 2 of 2 differ\"")
     assert said["data.probe"].endswith("cache has '2 entries', given is '1 entries'")
+
+
+def test_what_a_cache_was_made_too_early_to_say_does_not_differ():
+    later = identity(data={**identity().data, "inputs": ["input_ids"]}, teacher={**identity().teacher, "config": {}})
+    assert difference(identity(), later) == [] and untold(identity(), later) == ["data.inputs", "teacher.config"]
+    assert untold(later, later) == [] and [d.field for d in difference(later, identity())] == [
+        "data.inputs", "teacher.config"]
 
 
 def test_what_is_accepted_is_returned_and_the_rest_refused():

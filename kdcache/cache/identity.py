@@ -21,7 +21,7 @@ ABSENT = _Absent()
 # Of later versions, and known of some models only: compared where both sides have them.
 WHERE_KNOWN = ("teacher.class_names", "teacher.tokenizer")
 # Of later versions: where the cache has none, there is nothing to compare.
-LATER = ("teacher.config", "teacher.modules")
+LATER = ("data.inputs", "teacher.config", "teacher.modules")
 ALIASES = {"class_names": ("data.class_names", "teacher.class_names")}      # what --accept NAME stands for
 SHOWN = 12                      # differences that are listed
 PARTS = ("data", "tokenizer", "teacher", "activation")
@@ -84,8 +84,8 @@ class Identity:
 
 def untold(cached: Identity, given: Identity) -> list[str]:
     """Fields that are not compared, because the cache was made before they were kept."""
-    return [name for name in LATER if name.removeprefix("teacher.") in given.teacher
-            and name.removeprefix("teacher.") not in cached.teacher]
+    parts = [(name, *name.split(".")) for name in LATER]
+    return [name for name, part, key in parts if key in getattr(given, part) and key not in getattr(cached, part)]
 
 
 def difference(cached: Identity, given: Identity, parts: Iterable[str] = PARTS) -> list[FieldDifference]:
