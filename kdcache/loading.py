@@ -121,6 +121,11 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return anything or name in named
 
 
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Whether `function` has a parameter `name` of its own; any keyword is not enough, as it may go anywhere."""
+    return name in _parameters(function, getattr(function, "__qualname__", repr(function)))[0]
+
+
 def _parameters(function: Callable[..., Any], where: str) -> tuple[dict[str, bool], bool]:
     """Parameter -> whether it must be given, of those that can be given by name; and whether there is a `**kwargs`."""
     try:

@@ -17,7 +17,7 @@ from torch import nn
 from kdcache.errors import KDCacheError, UsageError, near
 from kdcache.generators import seeded_generators
 from kdcache.guard import attribute, describe, let_through
-from kdcache.loading import accepts, call, no_foreign_code, resolve_spec
+from kdcache.loading import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.paths import local_path
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
@@ -111,7 +111,7 @@ def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> B
             raise UsageError(f"model {spec} is a {type(found).__name__}, not a function; it takes no arguments")
         loaded = f"the module {spec} as it is"
     elif callable(found):
-        if accepts(found, "num_classes"):
+        if has_parameter(found, "num_classes"):
             args = {**wanted.classes, **args}
         with wanted.seeded():
             found = call(found, args, where=f"model {spec}")
@@ -339,7 +339,12 @@ def _import(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except Exception as e:          # a torchvision built for another torch fails with RuntimeError, not ImportError
         let_through(e)
-        raise UsageError(f"{name} cannot be imported ({describe(e)}): pip install '{extra}'") from e
+        if isinstance(e, ModuleNotFoundError) and (e.name or "").partition(".")[0] == name.partition(".")[0]:
+            advice = f"pip install '{extra}'"
+        else:
+            advice = (f"it is installed, and does not go with torch {torch.__version__} or with another package here; "
+                      "install builds of both that belong together")
+        raise UsageError(f"{name} cannot be imported ({describe(e)}): {advice}") from e
 
 
 def _classes_of(module: nn.Module, args: Mapping[str, Any]) -> int | None:

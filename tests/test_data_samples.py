@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from kdcache.data.arrays import npz
 from kdcache.data.collate import collate, read_batch
 from kdcache.data.identify import check_same_key, identify, probe_ids
 from kdcache.data.keys import sample_key
@@ -131,6 +132,24 @@ def test_labels_weights_and_document_starts_are_kept_apart_from_inputs():
     assert Samples(Listed([(np.zeros(2, np.float32), None)])).item(0).labels is None
     assert Samples(Listed([({"x": 1}["x"], np.uint8(200))])).item(0).labels.item() == 200
     assert Samples(Listed([{"x": [1.0], "label": 2}])).item(0).labels.item() == 2
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64"])
+def test_ids_of_every_width_go_through_an_embedding(tmp_path, dtype):
+    """With the key and the answer that the same numbers of 64 bits have: of numpy, torch, .npz, and a collate_fn."""
+    ids = np.array([[1, 2, 99], [7, 0, 3]])
+    embed = torch.nn.Embedding(100, 4)
+    wanted = read_batch(Samples(Listed([{"input_ids": one} for one in ids])), [(0, 0), (1, 0)])
+    np.savez(tmp_path / "a.npz", input_ids=ids.astype(dtype), labels=np.arange(2, dtype=dtype))
+    collated = Listed([{"input_ids": one} for one in ids.astype(dtype)])
+    collated.collate_fn = lambda items: {"input_ids": torch.from_numpy(np.stack([one["input_ids"] for one in items]))}
+    for data in (Listed([{"input_ids": one} for one in ids.astype(dtype)]), collated, npz(f"{tmp_path}/a.npz"),
+                 Listed([{"input_ids": torch.from_numpy(one)} for one in ids.astype(dtype)])):
+        batch = read_batch(Samples(data), [(0, 0), (1, 0)])
+        assert torch.equal(embed(batch.inputs["input_ids"]), embed(wanted.inputs["input_ids"]))
+        assert [one.tolist() for one in batch.tokens] == ids.tolist()
+        if "labels" not in getattr(data, "tensors", {}):
+            assert (batch.sample_key == wanted.sample_key).all()
 
 
 @pytest.mark.parametrize(("item", "message"), [

@@ -248,6 +248,20 @@ def test_what_is_saved_can_be_loaded(mine, tmp_path, name):
         assert again.module.head.weight is again.module.embed.weight
 
 
+def test_what_is_known_of_the_classes_goes_only_to_who_asks_for_it(tmp_path):
+    (tmp_path / "f.py").write_text("""
+from torch import nn
+def anything(**options):
+    assert not options, options
+    return nn.Linear(2, 3)
+def asks(num_classes=3, **options):
+    assert not options, options
+    return nn.Linear(2, num_classes)
+""")
+    assert load_model(f"{tmp_path}/f.py:anything", num_classes=7).module.out_features == 3
+    assert load_model(f"{tmp_path}/f.py:asks", num_classes=7).module.out_features == 7
+
+
 def test_submodules_by_name(mine):
     module = nn.Sequential(OrderedDict(body=nn.Sequential(nn.Linear(1, 1), nn.ReLU()), head=nn.Linear(1, 1)))
     assert find_module(module, "body.1") is module.body[1]

@@ -145,6 +145,17 @@ def test_a_library_that_does_not_import_is_said_in_one_line(monkeypatch, library
         load_model(spec)
 
 
+@pytest.mark.parametrize("error", ["RuntimeError('operator nms does not exist')", "ImportError('no symbol')"])
+def test_a_library_that_is_there_and_broken_needs_no_installing(monkeypatch, tmp_path, error):
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text(f"raise {error}")
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"timm cannot be imported .*it is installed, and does not go with torch") as e:
+        load_model("timm:resnet18")
+    assert "pip install" not in str(e.value)
+
+
 def test_timm_and_torchvision_are_asked_for_what_is_wanted(monkeypatch):
     asked = []
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.data.keys import array_header, byte_parts, elements
+from kdcache.data.keys import UNSIGNED, array_header, byte_parts, elements
 from kdcache.errors import DataError, UsageError, near
 from kdcache.guard import describe
 from kdcache.paths import local_path
@@ -40,7 +40,9 @@ class ArrayData:
     def take(self, sample_ids: npt.NDArray[np.int64]) -> Any:
         """The items of `sample_ids` as one, each field stacked."""
         at = torch.from_numpy(sample_ids)
-        fields = {key: tensor.index_select(0, at) for key, tensor in self.tensors.items()}
+        # Not of uint16 and wider, for which torch has no index_select.
+        fields = {key: tensor.index_select(0, at) if tensor.dtype not in UNSIGNED else
+                  torch.from_numpy(tensor.numpy()[sample_ids]) for key, tensor in self.tensors.items()}
         return fields if "x" not in fields else (fields["x"], fields.get("y"))
 
 

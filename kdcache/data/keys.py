@@ -40,6 +40,7 @@ Array = npt.NDArray[Any]
 FLOATS = ("float16", "float32", "float64")
 PLAIN = {torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32,
          torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)   # which torch keeps, and calculates almost nothing with
 BYTES_PER_UPDATE = 1 << 24      # bounds the copy that a non-contiguous or big-endian array needs
 
 

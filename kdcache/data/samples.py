@@ -11,13 +11,14 @@ import numpy.typing as npt
 import torch
 
 from kdcache.data.attributes import read_attributes
-from kdcache.data.keys import arrays_of, elements, given_key, sample_key
+from kdcache.data.keys import UNSIGNED, arrays_of, elements, given_key, sample_key
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.views import read_view
 from kdcache.errors import DataError, UsageError
 from kdcache.guard import users_code
 from kdcache.loading import UserFiles
 
+SMALL = (torch.uint8, torch.int8, torch.int16)
 LABELS = ("labels", "label")                                    # a dict may use either, (x, y) gives the second
 NOT_INPUTS = (*LABELS, "label_weight", "document_start")        # what no model is given
 
@@ -207,15 +208,20 @@ def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_tensor(value: Any, name: str) -> torch.Tensor:
-    """A number, list or numeric array as a tensor of its own dtype; DataError for images, text and objects."""
+    """A number, list or numeric array as a tensor of its own dtype; DataError for images, text and objects.
+
+    Unsigned integers of more than 8 bits, with which torch calculates almost nothing, become int64, and so do all
+    integers whose name ends in "ids": embeddings take no others.
+    """
     if isinstance(value, torch.Tensor):
-        return value
+        return value.to(torch.int64) if value.dtype in UNSIGNED or (
+            name.endswith("ids") and value.dtype in SMALL) else value
     if isinstance(value, str | bytes) or hasattr(value, "convert"):
         raise DataError(f"{name!r} is a {type(value).__name__}; a model needs tensors: "
                         "transform it in the dataset, or give the dataset a collate_fn")
     try:
         array = np.asarray(value)
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        return as_tensor(torch.from_numpy(array if array.flags.writeable else array.copy()), name)
     except (TypeError, ValueError) as e:
         raise DataError(f"{name!r} is a {type(value).__name__} that is no tensor ({e})") from e
 

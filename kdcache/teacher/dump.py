@@ -33,7 +33,7 @@ from kdcache.teacher.agreement import ANSWERS, agreement, committed_records
 from kdcache.teacher.batches import read, spans
 from kdcache.teacher.features import parse_features
 from kdcache.teacher.fused import check_fits
-from kdcache.teacher.plan import RANDOM_TEACHER, Plan, Wanted, make_plan, temperature_names
+from kdcache.teacher.plan import Plan, Wanted, make_plan, temperature_names
 from kdcache.teacher.progress import Progress, readable_bytes, readable_seconds
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
@@ -42,7 +42,7 @@ from kdcache.teacher.sources import pick_samples, pick_teacher
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")
 LABELS_DISAGREE = "labels-disagree"
-SAID_AGAIN = (LABELS_DISAGREE, RANDOM_TEACHER)              # when the dump ends
+SAID_AT_THE_END = (LABELS_DISAGREE,)                        # the others were known when it began
 FILE_BYTES = 8192               # of a shard beyond its columns: container, commit, manifest; 4.5 KB for ten columns
 LONG_SHARD = 900.0              # seconds of teacher time above which a user should know
 GO_ON = "the open shard was dropped, the written ones stay; give the same command again to go on"
@@ -217,7 +217,7 @@ def _check_options(container: str, batch_size: int, workers: int, views: int, sh
 def _teller(rank: Rank, say: Callable[[str], None] | None) -> Callable[[str], None]:
     def tell(text: str) -> None:
         if rank.rank == 0:
-            (say or log.info)(text)
+            (say or (log.warning if text.startswith("warning: ") else log.info))(text)
 
     return tell
 
@@ -248,7 +248,7 @@ def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str],
     kept = {"full": f"all {report.num_classes} logits", "none": "features only",
             "topk": f"top {', '.join(map(str, report.tiers))} of {report.num_classes}, tails at temperature "
                     f"{', '.join(report.temperatures)}"}[report.kind]
-    tell(f"teacher {report.teacher}, on {report.device}, engine {report.engine}")
+    tell(f"teacher {report.teacher}, in {plan.identity.teacher['dtype']} on {report.device}, engine {report.engine}")
     tell(f"data {report.data}: {report.num_records} records in {report.num_shards} "
          f"{'shard' if report.num_shards == 1 else 'shards'}, about {readable_bytes(report.predicted_bytes)}")
     if report.cut_from:
@@ -445,7 +445,7 @@ def _finish(report: DumpReport, writer: Writer, rank: Rank, tell: Callable[[str]
         _require_rows(writer)
     report = dataclasses.replace(report, shards_left=len(left)) if left else _sealed(report, writer)
     for code, text in report.warnings:
-        if code in SAID_AGAIN:
+        if code in SAID_AT_THE_END:
             log.warning("warning: %s", text)
     if left:
         tell(f"this process has written its {report.shards_written} shards; {len(left)} of other ranks are still "
