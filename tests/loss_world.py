@@ -78,3 +78,36 @@ def value_and_gradient(loss_of: Any, logits: Tensor, *args: Any, **options: Any)
     loss.sum().backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
+
+
+def by_hand(z_NM: Tensor, q_NV: Tensor, ids_NK: Tensor | None, temperature: float, divergence: str,
+            tail: str = "bucket", beta: float = 0.5) -> Tensor:
+    """D of each row in probabilities, outcome by outcome: no logarithm is carried, and nothing of the product is used.
+
+    z_NM: the student's logits, at least as many as the teacher's classes. q_NV: dense, of the teacher at `temperature`.
+    ids_NK: the classes that are kept, None for all.
+    """
+    rows, classes = q_NV.shape
+    p, beyond = torch.softmax(z_NM / temperature, -1), z_NM.shape[1] - classes
+    ids = torch.arange(classes).expand(rows, -1) if ids_NK is None else ids_NK
+    dense = torch.nn.functional.pad(q_NV, (0, beyond))
+    kept = dense.gather(1, ids)
+    if tail == "conditional":
+        q, p = kept / kept.sum(-1, keepdim=True), p.gather(1, ids) / p.gather(1, ids).sum(-1, keepdim=True)
+    elif ids_NK is None:
+        q = dense
+    elif tail == "uniform":
+        even = (q_NV.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True)) / (classes - ids.shape[1])
+        q = torch.cat([even.expand(rows, classes), torch.zeros(rows, beyond).to(q_NV)], 1).scatter(1, ids, kept)
+    else:
+        others = torch.ones_like(p).scatter(1, ids, 0)
+        q_tail = (dense * others).sum(-1, keepdim=True)
+        q = torch.cat([kept, q_tail] if tail == "bucket" else
+                      [kept / kept.sum(-1, keepdim=True), torch.zeros_like(q_tail)], 1)
+        p = torch.cat([p.gather(1, ids), (p * others).sum(-1, keepdim=True)], 1)
+    m = beta * q + (1 - beta) * p
+    some = q.clamp(min=1e-300)
+    parts = {"forward_kl": torch.where(q > 0, q * (some / p).log(), 0), "reverse_kl": p * (p / some).log(),
+             "tv": (p - q).abs() / 2,
+             "jsd": torch.where(q > 0, beta * q * (some / m).log(), 0) + (1 - beta) * p * (p / m).log()}
+    return parts[divergence].sum(-1)
