@@ -306,6 +306,17 @@ def test_a_mask_or_lengths_of_the_items_are_enough() -> None:
     assert inverted.real.of(4) is not None and inverted.real.of(4).sum(1).tolist() == [2, 4]     # type: ignore[union-attr]
 
 
+def test_what_only_looks_like_a_mask_or_lengths_is_none() -> None:
+    """A number that equals the lengths by chance does not stand in for the mask of a batch."""
+    for name, value in (("lang", [2, 4]), ("loss_mask", [[1, 1, 0, 0], [1, 1, 1, 1]]), ("mask_places", [[0, 1]] * 2),
+                        ("song_length", [7, 9])):
+        data = Listed({"frames": torch.ones(n, 2), name: torch.tensor(one)}
+                      for n, one in zip((2, 4), value, strict=True))
+        batch = collate([Samples(data).item(i) for i in range(2)])
+        assert isinstance(batch.inputs, dict) and batch.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1] * 4]
+        assert {mask.shape[1] for mask in batch.real.masks.values()} == {4} and name not in batch.real.masks
+
+
 def test_packed_position_ids_take_no_mask_whatever_shares_the_batch() -> None:
     data = Listed({"input_ids": torch.arange(n), "position_ids": torch.arange(n) % 3} for n in (7, 7, 4))
     samples = Samples(data)

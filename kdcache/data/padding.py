@@ -22,7 +22,8 @@ from kdcache.errors import DataError
 IGNORED = -100                  # PyTorch's and Hugging Face's label of a position that does not count
 ATTENTION, DECODER = "attention_mask", "decoder_attention_mask"
 # Named like masks, and about something else than padding.
-NO_PADDING_MASKS = ("special_tokens_mask", "global_attention_mask", "loss_mask", "assistant_masks", "bool_masked_pos")
+NO_PADDING_MASKS = re.compile(r"(special_tokens|global_attention|loss|head)_mask$")
+LENGTHS = re.compile(r"(^|_)len(gth)?s?$")
 # 1 where a position is padding, as torch.nn.MultiheadAttention and fairseq have it; elsewhere 1 is a real position.
 INVERTED = re.compile(r"pad(ding)?_mask$")
 Inputs = Tensor | dict[str, Tensor]
@@ -147,7 +148,7 @@ def real_of(inputs: Inputs, known: Mapping[str, Tensor] | None = None) -> Real:
     if ATTENTION in found:
         found = {ATTENTION: found[ATTENTION], **found}
     for name, value in inputs.items():
-        if "len" in name and value.ndim == 1 and value.numel() and not value.is_floating_point():
+        if is_lengths(name, value) and any(x.ndim >= 2 and x.shape[1] == int(value.max()) for x in inputs.values()):
             found[name] = torch.arange(int(value.max())) < value.cpu()[:, None]
     return Real({**found, **{name: mask for name, mask in (known or {}).items() if name not in found}})
 
@@ -162,16 +163,20 @@ def decoder_inputs(labels: Sequence[Tensor], padding: Padding) -> list[Tensor]:
 
 
 def is_mask(name: str, value: Tensor) -> bool:
-    """Whether an input says which positions are padding: a 2-D one of 0 and 1 that is named a mask."""
-    if "mask" not in name or name in NO_PADDING_MASKS or value.ndim != 2 or not value.numel():
+    """Whether an input says which positions are padding: a 2-D one of 0 and 1 whose name ends in mask."""
+    if not name.endswith("mask") or NO_PADDING_MASKS.search(name) or value.ndim != 2 or not value.numel():
         return False
     return value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all())
 
 
+def is_lengths(name: str, value: Tensor) -> bool:
+    """Whether an input gives lengths of records: whole numbers that are named so."""
+    return bool(LENGTHS.search(name)) and value.ndim == 1 and value.numel() > 0 and not value.is_floating_point()
+
+
 def _says(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> bool:
     """Whether an input gives the lengths of the records."""
-    return any(value.ndim == 1 and not value.is_floating_point() and value.tolist() == list(lengths)
-               for value in inputs.values())
+    return any(is_lengths(name, value) and value.tolist() == list(lengths) for name, value in inputs.items())
 
 
 def _restart(named: Sequence[Mapping[str, Tensor]]) -> bool:

@@ -385,8 +385,10 @@ class Loader:
             raise UsageError(f"classes is {self.classes}; expected at least {max(1, taught)}"
                              + (", the classes of the cache" if taught else ""))
         for name in self.accept:
-            if name != "view_key" or self.spec is None or not self.spec.view_keys:
-                raise UsageError(f"accept is {name!r}; expected \"view_key\", of a cache that has view keys")
+            collates = self.samples is not None and self.samples.collates
+            if name != "view_key" or self.spec is None or not (self.spec.view_keys or collates):
+                raise UsageError(f"accept is {name!r}; expected \"view_key\", of a cache that has view keys or of data "
+                                 "with a collate_fn")
 
     def _check_sources(self) -> None:
         if self.samples is None and self.spec is None:

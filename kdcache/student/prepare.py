@@ -379,11 +379,11 @@ def names_evaluation(name: str) -> bool:
 def _check_accept(accept: Sequence[str], cache: Cache | None, samples: Samples | None,
                   evaluation: Samples | None) -> None:
     """UsageError for a name that overlooks nothing here, whatever the data."""
-    view_keys = cache is not None and cache.spec.view_keys and samples is not None
+    view_keys = cache is not None and samples is not None and (cache.spec.view_keys or samples.collates)
     for name in accept:
         if name == VIEW_KEY and not view_keys:
             raise UsageError(f"accept {name!r}: there are no view keys to compare: they are of a cache of augmented or "
-                             "decoded inputs, and of the data beside it; leave it out")
+                             "decoded inputs, or of data with a collate_fn; leave it out")
         if names_evaluation(name) and evaluation is None:
             raise UsageError(f"accept {name!r}: there is no evaluation data; leave it out")
         if name == "data" or name.startswith("data."):
@@ -393,6 +393,8 @@ def _check_accept(accept: Sequence[str], cache: Cache | None, samples: Samples |
     check_accept([name for name in named if cache is None or names_evaluation(name)])
     if cache is not None and samples is None:       # else the identity's were looked at where it was compared
         require_same(cache.identity, cache.identity, accept=[name for name in named if not names_evaluation(name)])
+
+
 def _check_steady(module: nn.Module, loader: Loader, settings: Settings, run: Run) -> None:
     """DataError for a student whose answer in eval mode is left to chance, or to what shares its batch."""
     samples = loader.samples
