@@ -135,7 +135,7 @@ def is_number(value: Any, least: float = -math.inf) -> bool:
 
 
 def _plain(value: Any, what: str) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float) or (type(value) is str and _is_unicode(value)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -167,18 +167,20 @@ def _deeper_than(document: Any, depth: int) -> bool:
     return bool(level)
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:                  # half of a surrogate pair
+        return False
+    return True
+
+
 def _toml_holds(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:              # half of a surrogate pair
-            return False
-        return True
     if isinstance(value, list):
         return all(map(_toml_holds, value))
     if isinstance(value, dict):
         return all(_toml_holds(item) for pair in value.items() for item in pair)
-    return isinstance(value, bool | float) or (type(value) is int and abs(value) <= MAX_INT)
+    return isinstance(value, bool | float | str) or (type(value) is int and abs(value) <= MAX_INT)
 
 
 def _short(value: Any) -> str:

@@ -21,9 +21,11 @@ from student_world import Net, Points
 
 from kdcache import report, runs
 from kdcache.canonical import digest
-from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
+from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch, UsageError
+from kdcache.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
+from kdcache.student.loop import StepInfo
 from kdcache.student.train import train_student
 
 MODELS = "import sys\nsys.path.insert(0, {tests!r})\nfrom student_world import Net as net\n"
@@ -69,7 +71,7 @@ def no_waiting() -> Iterator[None]:
         raise AssertionError("still waiting")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(240)
+    signal.alarm(90)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -138,6 +140,8 @@ CASES: dict[str, Callable[[Path], object]] = {
     **{f"run.toml {i}": put("run.toml", data) for i, data in enumerate(NO_TEXT[:5])},
     "run.toml deep": put("run.toml", b"[train-student]\nx = " + DEEP), "run.toml dots": put(
         "run.toml", b"[recorded]\n[train-student]\n" + b"a." * 30_000 + b"b = 1\n"),
+    "run.toml deep by parts": put(
+        "run.toml", b"[recorded]\n[train-student]\nx = " + (b"{" + b"a." * 60 + b"b = ") * 60 + b"1" + b"}" * 60),
     "last large": unfinished(lambda run: os.truncate(run / STATE, 2**33)),
     "summary.json large": lambda run: os.truncate(run / "summary.json", 2**33),
     "metrics.jsonl of one line": unfinished(lambda run: os.truncate(run / "metrics.jsonl", 2**24)),
@@ -236,7 +240,7 @@ def test_code_is_named_where_it_is_needed_and_nowhere_else(whole: Path, tmp_path
 
 @pytest.mark.parametrize("args", [
     {"act": None}, {"widths": [8, None, 8]}, {"scale": float("inf")}, {"scale": float("nan")}, {"n": 2**70},
-    {"table": {"a": [None, {"b": 1.0}]}}, {"text": "\udcff"}, {"text": "null"}, {"one": 1}, {"one": 1.0}, {"one": True},
+    {"table": {"a": [None, {"b": 1.0}]}}, {"text": "null"}, {"one": 1}, {"one": 1.0}, {"one": True},
     {"empty": []}, {"empty": {}}, {"lines": "a\r\nb\u2028\x00"}])
 def test_arguments_come_back_as_they_were_given(args: dict[str, Any]) -> None:
     document = {"train-student": {"student-arg": runs.arguments_for_toml(args)}}
@@ -247,9 +251,52 @@ def test_arguments_come_back_as_they_were_given(args: dict[str, Any]) -> None:
     assert runs.same_arguments(found, args) and not any(runs.same_arguments(found, other) for other in others)
 
 
+ACTIVE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, act="relu", scale=1):
+        super().__init__()
+        self.act, self.scale, self.a, self.b = act, scale, nn.Linear(5, 8), nn.Linear(8, 7)
+    def forward(self, x):
+        h = self.a(x) if self.act is None else getattr(torch, self.act)(self.a(x))
+        return self.b(h) * (1 if self.scale is True else self.scale + 1)
+
+def net(act="relu", scale=1): return Net(act, scale)
+"""
+
+
+@pytest.mark.parametrize(("args", "others"), [
+    ({"act": None}, ({}, {"act": "relu"})), ({"scale": 1}, ({"scale": True}, {"scale": 1.0})),
+    ({"act": "sigmoid"}, ({"act": None},))])
+def test_a_run_is_of_the_student_that_was_asked_for(tmp_path: Path, args: dict[str, Any],
+                                                    others: tuple[dict[str, Any], ...]) -> None:
+    (tmp_path / "models.py").write_text(ACTIVE)
+    options: dict[str, Any] = {"student": f"{tmp_path / 'models.py'}:net", "out": tmp_path / "run", "alpha": 0.0,
+                               "data": Points(32), "eval_data": (test := Points(9, seed=5)), "batch_size": 8,
+                               "epochs": 9}
+
+    def stop(info: StepInfo) -> None:
+        if info.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train_student(student_args=args, on_step=stop, **options)
+    for other in others:
+        with pytest.raises(SpecMismatch, match=r"student-arg: the run has .*, given is"):
+            train_student(student_args=other, **options)
+    report = train_student(student_args=args, **options)
+    assert report.continued_from == 5
+    found = evaluate(tmp_path / "run" / "last", test, student_code=options["student"])
+    assert {key: found[key] for key in report.evaluation} == report.evaluation
+    assert evaluate(options["student"], test, student_args=others[0], student_weights=tmp_path / "run" / "last",
+                    ) != {key: found[key] for key in report.evaluation}
+
+
 def test_arguments_that_no_file_gives_back_are_refused(tmp_path: Path) -> None:
     assert runs.plain_arguments({"a": (1, Path("x"))}, "--student-arg") == {"a": [1, "x"]}
-    for value in (Net, {1: 2}, {2}, b"x", object()):
+    for value in (Net, {1: 2}, {2}, b"x", "\udcff", object()):
         with pytest.raises(UsageError, match=r"--student-arg act is .*, which run\.toml cannot keep"):
             train_student(student="kdcache.demo:mlp", student_args={"act": value}, out=tmp_path / "run", data="digits",
                           alpha=0.0, max_steps=1)

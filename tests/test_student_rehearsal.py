@@ -220,11 +220,11 @@ class Forgetful(Net):
 
 @pytest.mark.parametrize(("student", "said"), [
     (Extra, r"Extra cannot be saved: its state_dict has '_extra_state', a dict; a checkpoint holds tensors"),
-    (Sealed, r"\(Sealed\) cannot be saved: NotImplementedError: not today"),
+    (Sealed, r"weights of Sealed cannot be saved: NotImplementedError: not today"),
     (Forgetful, r"\(Forgetful\) cannot be saved: its body.0.weight .* does not come back")])
 def test_what_cannot_be_saved_is_found_before_the_first_step(tmp_path: Path, student: Any, said: str) -> None:
     steps: list[int] = []
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(KDCacheError, match=said):
         train_student(student=student(8), out=tmp_path / "run", data=Points(32), max_steps=4, **PLAIN,
                       on_step=lambda info: steps.append(info.step))
     assert steps == [] and sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "run.toml"]
@@ -235,12 +235,13 @@ import torch
 from torch import nn
 
 class Slices(nn.Module):
-    "Two parameters and a buffer that are parts of one storage, a transposed square, and a tied pair."
+    "Parameters and buffers that are parts of one storage, some of the same part, a transposed square, a tied pair."
     def __init__(self):
         super().__init__()
         whole = torch.randn(2 * 5 + 7, 5) * 0.3
         self.a, self.b = nn.Parameter(whole[:5]), nn.Parameter(whole[5:10])
         self.register_buffer("c", whole[10:])
+        self.register_buffer("overlap", whole[3:12])
         square = torch.randn(5, 5) * 0.3
         self.d, self.e = nn.Parameter(square), nn.Parameter(square.t().clone().t())
         self.tied = self.d
@@ -371,6 +372,20 @@ def test_a_folder_that_goes_away_ends_the_run(tmp_path: Path, how: str, when: in
     if how == "moved":                          # and nothing new stands under the old name
         assert not run.exists()
         assert train(Net(8), tmp_path / "moved", eval_data=Points(9), save_every=1)[-1:] == ([4] if when < 4 else [])
+
+
+def test_a_folder_that_goes_away_while_it_is_saved_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.save
+
+    def save(folder: Path, *args: Any, **kwargs: Any) -> None:
+        if folder.name == "last":
+            (tmp_path / "run").rename(tmp_path / "moved")
+        real(folder, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(KDCacheError, match=r"is no longer the folder that this run began in: its \.lock is gone"):
+        train(Net(8), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "moved" / "last").exists()
 
 
 def test_best_is_what_best_says_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,8 +137,8 @@ class Loop:
                     raise
                 except Exception as e:
                     let_through(e)
-                    smaller = ("; give a --batch-size, --micro-batch-size or number of steps that leaves more records "
-                               "to the last micro-batch" if micro is not micros[0] else "")
+                    smaller = ("; give a --batch-size, --micro-batch-size or number of steps by which every "
+                               "micro-batch has more records" if micro is not micros[0] or size == 1 else "")
                     raise KDCacheError(f"the student ({type(self.student).__name__}) cannot be trained on {where}: "
                                        f"{describe(e)}{smaller}") from e
                 finally:

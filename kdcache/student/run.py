@@ -5,6 +5,7 @@ A process that trains holds a lock on `.lock`; it goes with the process, however
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -258,7 +259,8 @@ class RunFolder:
             _held.add(fd)
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"pid {os.getpid()} on {platform.node()}\n".encode(), 0)
-            self.files.drop_dead_temporaries("")
+            with contextlib.suppress(OSError):      # what cannot be swept is in nobody's way
+                self.files.drop_dead_temporaries("")
             checkpoint.clear_trial(self.path)
 
     def _write_options(self, document: Mapping[str, Any]) -> None:

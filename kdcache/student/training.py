@@ -245,7 +245,7 @@ class Training:
         stopping = bool(self.signals.pending) and not last
         save = last or stopping or self._due(self.settings.save_every, start)
         if evaluate or save or self.loop.pending >= LOG_EVERY:
-            self._log(metrics, passed=last or self._due(None, start))
+            self._log(metrics, passed=last or self.position >= self.loader.num_samples)
         if evaluate:
             self._evaluate(metrics)
         if save:
@@ -295,7 +295,6 @@ class Training:
         except KDCacheError:
             self.folder.check()                 # a folder that went away says more than the file that is missing
             raise
-        self.folder.check()
 
     def _try_to_save(self) -> None:
         """Save what stands before the first step and read it back, so that no hour is lost to what cannot be saved."""
