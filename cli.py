@@ -20,8 +20,8 @@ from kdcache.bench.races import RACES, Race
 from kdcache.commands import dump_teacher, evaluate, train_student, verify
 from kdcache.early import at_once, put_back
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.guard import interrupted, printable
-from kdcache.options import PATH, Once, answer, at_work, config_and_json, given, lines, tell
+from kdcache.guard import interrupted
+from kdcache.options import PATH, Once, answer, at_work, config_and_json, given, lines, shown, tell
 from kdcache.ranks import this_rank
 from kdcache.streams import hold, lost
 
@@ -32,7 +32,7 @@ class StderrLog(logging.Handler):
     """What the package logs, on the standard error of the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        click.echo(shown(self.format(record)), err=True)
 
 
 class Door(click.Group):
@@ -76,8 +76,7 @@ class Door(click.Group):
 
 
 def refuse(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
-    said = "\n".join(map(printable, message.split("\n")))
-    click.echo(f"Error: {said}", err=True)
+    click.echo(f"Error: {shown(message)}", err=True)
     ctx.exit(exit_code)
 
 
@@ -194,7 +193,7 @@ def _race_command(race: Race) -> click.Command:
         if results is not None:
             tell(f"kept in {save(result, results)}")
         if not as_json:
-            click.echo(module.render(result))
+            click.echo(shown(module.render(result)))
         click.echo(json_line(result))
         if plot is not None:
             module.draw(result, plot)

@@ -18,6 +18,8 @@ from kdcache.errors import CacheCorrupt
 DIGEST_KEY = "xxh3_128"         # sorts after every other top-level key of the format
 MAX_INT = 2**53                 # beyond it JSON readers disagree; larger values are written as hex strings
 MAX_DEPTH = 16
+MAX_CONTAINERS = 2**18          # of a header: a few for each of its columns and features
+MAX_VALUES = 2**21              # of a header: it may name the classes; 250 MB as Python objects
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -38,12 +40,21 @@ def seal(document: dict[str, Any]) -> bytes:
     return dumps({**document, DIGEST_KEY: digest(dumps(document))}) + b"\n"
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The document in the bytes of a file; CacheCorrupt naming `where` unless they are exactly canonical and intact."""
+def unseal(data: bytes, where: str, *, containers: int = MAX_CONTAINERS, values: int = MAX_VALUES) -> dict[str, Any]:
+    """The document in the bytes of a file; CacheCorrupt naming `where` unless they are exactly canonical and intact.
+
+    `containers` and `values` bound the objects and lists, and the values in them, before any of them takes memory: as
+    Python objects three bytes of `{},` become a hundred.
+    """
 
     def bad(why: str) -> NoReturn:
         raise CacheCorrupt(f"{where}: {why}; the file is damaged or was edited by hand")
 
+    # What stands in strings is counted too: the bounds are wide.
+    for found, most, what in ((data.count(b"{") + data.count(b"["), containers, "objects and lists"),
+                              (data.count(b","), values, "values")):
+        if found > most:
+            bad(f"about {found} {what}, the most allowed is {most}")
     try:
         document = json.loads(data, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as e:       # also UnicodeDecodeError and over-long integers
@@ -57,7 +68,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         bad(str(e)[:80])
     expected = digest(body)
     if found != expected:
-        bad(f"its digest is {str(found)[:40]}, its content gives {expected}")
+        bad(f"its digest is {str(found)[:40]!r}, its content gives {expected}")
     # The digest is the last key, so the bytes before it are those it was taken of.
     if data != body[:-1] + (b"," if document else b"") + f'"{DIGEST_KEY}":"{expected}"}}\n'.encode():
         bad("not in canonical form")

@@ -8,7 +8,19 @@ from typing import Any, TypeVar
 
 import click
 
-from kdcache.options import FOLDER, PATH, Once, answer, at_work, config_and_json, given, lines, size, tell
+from kdcache.options import (
+    FOLDER,
+    PATH,
+    Once,
+    answer,
+    at_work,
+    config_and_json,
+    given,
+    lines,
+    shown,
+    size,
+    tell,
+)
 from kdcache.ranks import this_rank
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -206,5 +218,5 @@ def verify(as_json: bool, **options: Any) -> None:
     answer(result, as_json, lines)
     if not result.ok:
         said = "; ".join([*result.problems, *([result.advice] if result.advice else [])])
-        click.echo(f"Error: {options['cache']} is not as it should be: {said}", err=True)
+        click.echo(f"Error: {options['cache']} is not as it should be: {shown(said)}", err=True)
         click.get_current_context().exit(1)

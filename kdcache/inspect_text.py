@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdcache.guard import printable
+
 
 def render(found: Mapping[str, Any]) -> str:
-    """The result of `inspect` for people."""
+    """The result of `inspect` for people. Names in a cache are of whoever wrote it: none of them steers a terminal, or
+    makes a line of its own."""
+    found = _printable(found)
     if "same_content" in found:
         return _comparison_text(found)
     return _record_text(found) if "record" in found else _facts_text(found)
+
+
+def _printable(value: Any) -> Any:
+    """`value` with every text in it printable."""
+    if isinstance(value, Mapping):
+        return {printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _facts_text(found: Mapping[str, Any]) -> str:

@@ -164,14 +164,19 @@ def at_work() -> Iterator[None]:
 def tell(text: str) -> None:
     """A line of progress on standard error; rank 0 only."""
     if this_rank().rank == 0:
-        click.echo(text, err=True)
+        click.echo(shown(text), err=True)
 
 
 def answer(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a command's result, as one JSON object or as text for people; rank 0 only."""
     if this_rank().rank != 0:
         return
-    click.echo(json.dumps(plain(result), allow_nan=False) if as_json else text(result))
+    click.echo(json.dumps(plain(result), allow_nan=False) if as_json else shown(text(result)))
+
+
+def shown(text: str) -> str:
+    """`text` as a terminal may be given it, line by line: nothing that it obeys."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def plain(value: Any) -> Any:
@@ -209,4 +214,4 @@ def brief(value: Any) -> str:
         return ", ".join(map(brief, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))

@@ -76,7 +76,8 @@ def make_columns(spec: CacheSpec, shard: int, seed: int = 0, most_rows: int = 4)
             out[column.name] = _floats(rng, column.name, column.dtype, shape)
         else:
             info = np.iinfo(column.storage)
-            out[column.name] = rng.integers(info.min, info.max, shape, column.storage, endpoint=True)
+            low = -127 if column.dtype == "int8" else info.min
+            out[column.name] = rng.integers(low, info.max, shape, column.storage, endpoint=True)
     return out | _bounded(spec, rng, out)
 
 
@@ -89,8 +90,10 @@ def _floats(rng: np.random.Generator, name: str, dtype: str, shape: tuple[int, .
     else:                               # as float32 with the lower half cut off
         values = (bits & np.uint32(0xFFFF0000)).view(np.float32)
     values = np.where(np.isfinite(values), values, 0).astype(values.dtype)
-    if name in ("step", "std", "weight", "label_weight"):
+    if name in ("step", "std", "weight", "label_weight") or name.endswith("_scale"):
         values = np.abs(values)
+    if name.endswith(("weight", "_scale")):
+        values = np.minimum(values, np.float32(2.0**64))
     if (name.startswith("values") or name in ("tail_lse", "label_logit")) and values.size:
         values = np.where(rng.random(shape) < 0.1, -np.inf, values).astype(values.dtype)
     if dtype == "bfloat16":
@@ -115,9 +118,10 @@ def _bounded(spec: CacheSpec, rng: np.random.Generator, columns: Columns) -> Col
             if spec.high_bits:
                 out[f"ids_{k}_high"] = pack_high(ids[:, start:stop], spec.high_bits)
     if spec.kind != "none":
-        name = f"values_{spec.tiers[0]}" if spec.tiers else "values"
-        out[name] = columns[name].copy()
-        out[name][:, 0] = 0             # a row has a maximum
+        out |= _falling(spec, columns)
+    if "label_logit" in columns:        # and no label is above it
+        most = columns["max"][:, None] if "max" in columns else np.float32(0)
+        out["label_logit"] = np.minimum(columns["label_logit"], most)
     for name in ("label", "token", "pos"):
         if name in columns:
             high = {"label": spec.num_classes - 1, "token": (spec.num_classes or 2**32) - 1, "pos": 2**31 - 1}[name]
@@ -125,6 +129,22 @@ def _bounded(spec: CacheSpec, rng: np.random.Generator, columns: Columns) -> Col
             values = rng.integers(low, high, columns[name].shape, np.int64, endpoint=True)
             out[name] = values.astype(columns[name].dtype)
     return out
+
+
+def _falling(spec: CacheSpec, columns: Columns) -> Columns:
+    """The value columns so that a head never rises: none above 0, which is the first. As unsigned integers, negative
+    numbers ascend as they fall, and so do the codes of uint8."""
+    names = [f"values_{k}" for k in spec.tiers] or ["values"]
+    dtype = columns[names[0]].dtype
+    bits = np.concatenate([columns[name] for name in names], axis=1).view(f"<u{dtype.itemsize}")
+    if spec.values != "uint8":
+        bits |= np.array(1 << (8 * dtype.itemsize - 1), bits.dtype)
+    if spec.tiers:
+        bits.sort(axis=1)
+    bits[:, 0] = 0
+    ranges = [spec.tier_range(k) for k in spec.tiers] or [(0, spec.num_classes)]
+    return {name: np.ascontiguousarray(bits[:, start:stop]).view(dtype)
+            for name, (start, stop) in zip(names, ranges, strict=True)}
 
 
 def full_seed(spec: CacheSpec) -> int:

@@ -11,6 +11,7 @@ from kdcache.cache.rawmap import Facts, layout
 from kdcache.cache.shard import Shard
 from kdcache.cache.store import DENIED, QUARANTINE, TEMPORARY, Directory, is_plain
 from kdcache.errors import KDCacheError
+from kdcache.guard import printable
 
 UNREAD = "may not be read by this user: whether it is whole is not known; check its permissions"
 
@@ -117,16 +118,16 @@ def _check_folders(directory: Directory, shards: int, used: set[str]) -> Iterato
 def _stray(directory: Directory, name: str, why: str) -> Iterator[str]:
     path = directory.full(name)
     if not name.split("/")[-1].startswith(TEMPORARY) or (os.path.lexists(path) and not is_plain(path)):
-        yield f"{directory.full(name)}: {why}"
+        yield f"{printable(path)}: {why}"
 
 
 def notes(directory: Directory) -> list[str]:
     """What is in the folder and is no damage."""
-    found = [f"{directory.full(f'{QUARANTINE}/{name}')}: put aside by an earlier repair; may be deleted"
+    found = [f"{printable(directory.full(f'{QUARANTINE}/{name}'))}: put aside by an earlier repair; may be deleted"
              for name in directory.names(QUARANTINE)]
     for folder in ("", *repair.FOLDERS):
-        found += [f"{directory.path / folder / name}: no file of the cache; let be"
+        found += [f"{printable(str(directory.path / folder / name))}: no file of the cache; let be"
                   for name in directory.names(folder) if repair.let_be(name, folder)]
-        found += [f"{directory.path / folder / name}: temporary file of a running or killed dump"
+        found += [f"{printable(str(directory.path / folder / name))}: temporary file of a running or killed dump"
                   for name in directory.names(folder) if name.startswith(TEMPORARY)]
     return found

@@ -13,8 +13,10 @@ from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
 from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
 from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, VALUES, CacheSpec
-from kdcache.canonical import digest, dumps, seal, unseal
+from kdcache.cache.store import MAX_JSON
+from kdcache.canonical import MAX_CONTAINERS, MAX_VALUES, digest, dumps, seal, unseal
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
+from kdcache.guard import printable
 
 FORMAT = 1
 HEADER = "header.json"
@@ -68,7 +70,11 @@ def header_bytes(spec: CacheSpec, identity: Identity, container: str, recorded: 
     if container not in SUFFIXES:
         raise UsageError(f"container {container!r} is unknown{near(container, SUFFIXES)}")
     check_shards(spec)
-    return seal(_header_document(spec, identity, container, recorded))
+    data = seal(_header_document(spec, identity, container, recorded))
+    if len(data) > MAX_JSON or data.count(b",") > MAX_VALUES or data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
+        raise UsageError(f"a header of {len(data)} bytes with about {data.count(b',')} values is more than a reader "
+                         f"takes ({MAX_JSON} and {MAX_VALUES}): fewer class names or features")
+    return data
 
 
 def shard_line(spec: CacheSpec) -> int:
@@ -96,13 +102,14 @@ def parse_header(data: bytes, where: str) -> Header:
     """The header in the bytes of a file; NotBuilt for what this version cannot read, CacheCorrupt for nonsense."""
     doc = unseal(data, where)
     if type(doc.get("format")) is not int or doc["format"] != FORMAT:
-        raise NotBuilt(f"{where}: format {str(doc.get('format'))[:40]}; this version reads format {FORMAT}")
+        raise NotBuilt(f"{where}: format {printable(str(doc.get('format'))[:40])}; this version reads format {FORMAT}")
     needed = doc.get("requires")
     _require(isinstance(needed, list) and all(isinstance(n, str) for n in needed), where, "requires", "a list of names")
     known = {f"{what}:{name}" for what, names in KNOWN.items() for name in names}
     foreign = [n for n in doc["requires"] if n not in known]
     if foreign:
-        raise NotBuilt(f"{where}: the cache needs {', '.join(foreign)[:200]}, which this version does not have")
+        names = ", ".join(map(printable, foreign))[:200]
+        raise NotBuilt(f"{where}: the cache needs {names}, which this version does not have")
     try:
         spec = CacheSpec.from_json(doc.get("spec"))
         identity = Identity.from_json(doc.get("identity"))
@@ -151,7 +158,8 @@ COMMIT: dict[str, Callable[[Any], bool]] = {}       # filled below: key -> check
 
 def parse_commit(data: bytes, where: str, header: Header, shard: int) -> Facts:
     """The facts in a commit record; CacheCorrupt unless they can be true of shard `shard` of this cache."""
-    doc = unseal(data, where)
+    names = len(layout(header.spec).names)
+    doc = unseal(data, where, containers=64 + names, values=2**12 + 4 * names)
     _keys(doc, COMMIT, where)
     _ours(doc, header, where)
     columns = doc["columns"]
@@ -261,10 +269,22 @@ def manifest_bytes(body: Document, generation: int, parent: str | None) -> bytes
     return seal({**body, "generation": generation, "parent": parent})
 
 
+def commit_limit(spec: CacheSpec) -> int:
+    """More bytes than the commit record of a shard of this spec can have."""
+    return 2**16 + 512 * len(layout(spec).names)
+
+
+def manifest_limit(spec: CacheSpec) -> int:
+    """More bytes than a manifest of this spec can have."""
+    return min(MAX_MANIFEST, 2**20 + 2 * spec.num_shards * shard_line(spec))
+
+
 def parse_manifest(data: bytes, where: str, header: Header, generation: int, parent: str | None) -> Manifest:
     """The manifest in the bytes of a file; CacheCorrupt unless whole, of this header, and in its place in the chain."""
-    doc = unseal(data, where)
-    count = header.spec.num_shards
+    count, known = header.spec.num_shards, layout(header.spec)
+    names, levels = len(known.names), len(known.levels)
+    doc = unseal(data, where, containers=64 + 4 * names + levels,
+                 values=2**12 + (count + 1) * (6 + levels + 3 * names))
     lists = {"file": _list(str, count), "size": _list(int, count), "records": _list(int, count),
              "file_digest": _list(HEX32, count), "rest_digest": _list(HEX32, count), "commit": _list(HEX32, count)}
     _keys(doc, MANIFEST, where)

@@ -13,6 +13,7 @@ import numpy as np
 from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns, check_offsets
 from kdcache.cache.rawmap import layout, level_rows
 from kdcache.cache.spec import CacheSpec
+from kdcache.cache.values import from_bfloat16, is_relative
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
 
 CHUNK_ELEMENTS = 2**19          # ids looked at together: a few MiB of temporaries
@@ -23,6 +24,10 @@ INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 MINUS_INFINITY = {"uint8": 0xFF, "float16": 0xFC00, "bfloat16": 0xFF80, "float32": 0xFF800000}     # as stored
 FINITE = ("max", "step", "mean", "std", "weight", "label_weight")
 NOT_NEGATIVE = ("step", "std", "weight", "label_weight")
+MOST_WEIGHT = 2.0**64           # the sum over a shard, of at most 2^31, is then finite in float32
+WEIGHTS = ("weight", "label_weight")
+ROUNDED = 2.0**-7               # by how much of its size a bfloat16 may lie below what it was rounded from
+MOST_SCALE = float(np.finfo(np.float32).max) / 127      # of int8: the largest code times it is finite
 
 
 def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tuple[Columns, dict[str, int]]:
@@ -33,10 +38,11 @@ def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tupl
     """
     known = layout(spec)
     names = known.names
+    valid = set(names)
     for name in (*columns, *names):
         if name not in columns:
             raise UsageError(f"column {name} is missing; this spec needs {', '.join(names)}")
-        if name not in names:
+        if name not in valid:
             raise UsageError(f"column {name} is not of this spec{near(name, names)}")
     rows = {}
     counts = {"record": records}
@@ -85,7 +91,11 @@ def problem(spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, g
         return None
     if name.startswith("ids_") and column.level == "row":
         return _bad_ids(spec, tier_of(name), get)
-    return _bad_values(spec, column, get(name))
+    if name.startswith("values_") and column.level == "row":
+        return _bad_values(spec, column, get(name)) or _rising(spec, column, get)
+    if name == "label_logit":
+        return _bad_values(spec, column, get(name)) or _above_the_maximum(spec, get)
+    return _bad_values(spec, column, get(name), layout(spec).scales)
 
 
 def judged_with(spec: CacheSpec, name: str) -> list[str]:
@@ -103,20 +113,69 @@ def id_columns(spec: CacheSpec, k: int) -> list[str]:
             for name in (f"ids_{tier}", *([f"ids_{tier}_high"] if spec.high_bits else []))]
 
 
-def _bad_values(spec: CacheSpec, column: Column, values: Array) -> str | None:
+def _rising(spec: CacheSpec, column: Column, get: Get) -> str | None:
+    """A value of a tier above the one before it in its row, which is the last of a smaller tier for the first (7.3)."""
+    values = get(column.name)
+    at = spec.tiers.index(tier_of(column.name))
+    before = get(f"values_{spec.tiers[at - 1]}")[:, -1:] if at else values[:, :1]
+    step = max(1, CHUNK_ELEMENTS // values.shape[1])
+    for start in range(0, len(values), step):
+        stop = start + step
+        part = _ascending(column.dtype, np.concatenate([before[start:stop], values[start:stop]], axis=1))
+        rises = part[:, 1:] > part[:, :-1]
+        if bool(rises.any()):
+            return f"column {column.name}: row {start + int(np.argmax(rises.any(axis=1)))} has a value that rises"
+    return None
+
+
+def _ascending(dtype: str, stored: Array) -> Array:
+    """Stored values as numbers in the order of what they mean: of uint8, whose codes count down from the maximum, the
+    negative code."""
+    if dtype == "uint8":
+        return -stored.astype(np.int16)
+    return from_bfloat16(stored) if dtype == "bfloat16" else stored
+
+
+def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
+    """A label's logit above the largest of its row: beside it the head would be nothing, or not a number."""
+    logits = get("label_logit")
+    if is_relative(spec.values):
+        most = get("max")
+    else:
+        most = _ascending(spec.values, get(f"values_{spec.tiers[0]}")[:, 0])
+        if spec.values == "bfloat16":
+            with np.errstate(over="ignore", invalid="ignore"):
+                above = most + np.abs(most) * np.float32(ROUNDED) + np.float32(2.0**-133)
+            most = np.where(np.isinf(most), most, above)
+    wrong = (logits > most[:, None]) & (most > -np.inf)[:, None]        # of -inf the values' own check speaks
+    if bool(wrong.any()):
+        return f"column label_logit: row {int(np.argmax(wrong.any(axis=1)))} has a label above its row's maximum"
+    return None
+
+
+def _bad_values(spec: CacheSpec, column: Column, values: Array, scales: frozenset[str] = frozenset()) -> str | None:
     name, classes = column.name, spec.num_classes
     if name in ("values", f"values_{min(spec.tiers, default=0)}"):      # entry 0 of a head is its maximum
         bits = (values if name == "values" else values[:, :1]).view(f"<u{values.itemsize}")
         step = max(1, CHUNK_ELEMENTS // bits.shape[1])
         for start in range(0, len(bits), step):
-            if bool((bits[start:start + step] == MINUS_INFINITY[column.dtype]).all(axis=1).any()):
+            part = bits[start:start + step]
+            if bool((part == MINUS_INFINITY[column.dtype]).all(axis=1).any()):
                 return f"column {name} has a row without a maximum: it is -inf"
+            if is_relative(spec.values) and not bool(_has_its_maximum(column.dtype, part).all()):
+                return f"column {name} has a row whose values do not begin at 0, its maximum"
     if column.dtype in INFINITY:
         finite = name in FINITE or name.startswith("feature_")
         if not _floats_good(values, column.dtype, allow_minus_infinity=not finite):
             return f"column {name} has a NaN, +inf" + (" or -inf" if finite else "")
-        if name in NOT_NEGATIVE and float(values.min()) < 0:
+        if (name in NOT_NEGATIVE or name in scales) and float(values.min()) < 0:
             return f"column {name} has a negative number"
+        if name in WEIGHTS and float(values.max()) > MOST_WEIGHT:
+            return f"column {name} has a weight above 2^64"
+        if name in scales and float(values.max()) > MOST_SCALE:
+            return f"column {name} has a scale by which its codes become infinite"
+    elif column.dtype == "int8" and int(values.min()) < -127:
+        return f"column {name} has the code -128; codes are -127 to 127"
     elif name == "label" and not -1 <= int(values.min()) <= int(values.max()) < classes:
         return f"column {name} has a label outside -1 to {classes - 1}"
     elif name == "token" and spec.num_tokens and int(values.max()) >= spec.num_tokens:
@@ -124,6 +183,17 @@ def _bad_values(spec: CacheSpec, column: Column, values: Array) -> str | None:
     elif name == "pos" and int(values.min()) < 0:
         return f"column {name} has a negative position"
     return None
+
+
+def _has_its_maximum(dtype: str, bits: Array) -> Array:
+    """For each row of stored values [N, K] of a relative codec, whether the largest is 0: what the maximum is from
+    itself."""
+    if dtype == "uint8":
+        out: Array = bits.min(axis=1) == 0
+        return out
+    zero = ((bits << 1) & 0xFFFF == 0).any(axis=1)              # of either sign
+    out = zero & (bits.view("<i2").max(axis=1) <= 0)            # as an integer, a positive number is positive
+    return out
 
 
 def _floats_good(values: Array, dtype: str, *, allow_minus_infinity: bool) -> bool:

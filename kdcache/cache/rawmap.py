@@ -11,7 +11,6 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,15 +71,23 @@ class Layout:
     levels: dict[str, Level]
     offsets: dict[str, Level]           # key of the offsets buffer -> its ragged level
     names: list[str]                    # the keys of a `Columns` mapping: offsets, then columns
+    scales: frozenset[str]              # the columns that hold the scales of int8 features
 
 
-@lru_cache(maxsize=256)
 def layout(spec: CacheSpec) -> Layout:
     """The layout of a spec; the same object every time, not to be changed."""
+    try:
+        kept: Layout = spec.kept_layout
+        return kept
+    except AttributeError:
+        pass
     columns = {c.name: c for c in spec.columns()}
     levels = {level.name: level for level in spec.levels()}
     offsets = {level.offsets: level for level in levels.values() if level.ragged}
-    return Layout(columns, levels, offsets, [*offsets, *columns])
+    scales = frozenset(f"{feature.column}_scale" for feature in spec.features if feature.dtype == "int8")
+    made = Layout(columns, levels, offsets, [*offsets, *columns], scales)
+    object.__setattr__(spec, "kept_layout", made)
+    return made
 
 
 def level_rows(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:

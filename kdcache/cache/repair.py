@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def outside_caches(path: str | os.PathLike[str]) -> None:
 def read_commit(directory: Directory, header: Header, shard: int) -> Facts | None:
     """The facts of a committed shard, None if it is not committed; CacheCorrupt for a record that cannot be true."""
     name = commit_name(shard)
-    data = directory.read(name)
+    data = directory.read(name, catalog.commit_limit(header.spec))
     return None if data is None else catalog.parse_commit(data, directory.full(name), header, shard)
 
 
@@ -144,15 +145,8 @@ def sweep(directory: Directory, header: Header, share: tuple[int, int] = (0, 1))
 
 
 def _sweep_manifests(directory: Directory, header: Header) -> None:
-    try:
-        good = len(read_manifests(directory, header))
-    except CacheCorrupt:
-        good = 0
-        while True:                     # a manifest names its parent: from the first bad one on, none can stand
-            try:
-                good = len(read_manifests(directory, header, last=good + 1))
-            except CacheCorrupt:
-                break
+    # A manifest names its parent: from the first bad one on, none can stand.
+    good = len(_chain(directory, header, len(directory.names("manifest")))[0])
     for name in directory.names("manifest"):
         match = NUMBERED.fullmatch(name)
         if not (match and 1 <= int(match[1]) <= good) and not name.startswith("."):
@@ -173,14 +167,30 @@ def read_manifests(directory: Directory, header: Header, last: int | None = None
     """The chain of manifests, up to generation `last`; CacheCorrupt if one is bad, of another cache or missing."""
     numbers = [int(m[1]) for m in map(NUMBERED.fullmatch, directory.names("manifest")) if m]
     top = max(numbers, default=0) if last is None else last
-    chain: list[Manifest] = []
     if top > len(numbers):
         raise CacheCorrupt(f"{directory.full('manifest')}: has {len(numbers)} manifests, the last is numbered {top}")
+    chain, wrong = _chain(directory, header, top)
+    if wrong is not None:
+        raise wrong
+    return chain
+
+
+def _chain(directory: Directory, header: Header, top: int) -> tuple[list[Manifest], CacheCorrupt | None]:
+    """The manifests from the first up to `top`, as far as they are good, and what is wrong with the next. Only the last
+    has its body: what came before was only repaired."""
+    chain: list[Manifest] = []
+    limit = catalog.manifest_limit(header.spec)
     for generation in range(1, top + 1):
         name = manifest_name(generation)
-        data = directory.read(name, catalog.MAX_MANIFEST)
-        if data is None:
-            raise CacheCorrupt(f"{directory.full(name)}: missing; the manifest after it names it as its parent")
         parent = chain[-1].digest if chain else None
-        chain.append(catalog.parse_manifest(data, directory.full(name), header, generation, parent))
-    return chain
+        try:
+            data = directory.read(name, limit)
+            if data is None:
+                raise CacheCorrupt(f"{directory.full(name)}: missing; the manifest after it names it as its parent")
+            found = catalog.parse_manifest(data, directory.full(name), header, generation, parent)
+        except CacheCorrupt as e:
+            return chain, e
+        if chain:
+            chain[-1] = replace(chain[-1], body={})
+        chain.append(found)
+    return chain, None

@@ -91,8 +91,15 @@ class ShardRange(NamedTuple):
     stop: int
 
 
+class _WithLayout:
+    """Where `rawmap.layout` keeps what it worked out: looking it up by an equal spec would compare every feature."""
+
+    __slots__ = ("kept_layout",)
+    kept_layout: Any
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSpec:
+class CacheSpec(_WithLayout):
     """Everything that decides the content of a cache, except whose answers they are (`Identity`).
 
     `num_classes` is V, 0 for kind none. `samples` and `views` are half-open ranges. `tiers` are the k's of kind topk,
