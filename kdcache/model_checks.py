@@ -66,12 +66,14 @@ def check_convention(asked: str | None) -> None:
 
 
 def find_rows(module: nn.Module, batch: Collated, output: Output, *, asked: str | None = None, task: str = "",
-              device: torch.device, role: str, run: Run | None = None) -> tuple[str, str]:
+              device: torch.device, role: str, run: Run | None = None,
+              num_classes: int | None = None) -> tuple[str, str]:
     """(convention, why) of the rows of a model that answered `batch` with `output`; it is in eval mode, on `device`.
 
     What is asked for holds; else the shape of the logits, the task or architecture, and, of logits for each token of
     the input, whether the model is causal: it is asked once more with the second half of a record's tokens changed.
-    run: how it was asked, for hidden states in place of logits; by default `forward`.
+    run: how it was asked, for hidden states in place of logits; by default `forward`. num_classes: how many logits the
+    model gives, where these are hidden states.
     DataError where the convention cannot be that of these logits, and where nothing decides it.
     """
     check_convention(asked)
@@ -99,11 +101,12 @@ def find_rows(module: nn.Module, batch: Collated, output: Output, *, asked: str 
                         f"changes with the tokens after it, so that it does not predict them; {NAME_THEM}")
     if causal is False:
         return POSITION, "what it says of a token changes with the tokens after it, so that it does not predict them"
-    beyond = int(ids_BL[batch.real_BL].max()) >= shape[2] if batch.real_BL is not None else False
+    classes = shape[2] if num_classes is None else num_classes
+    beyond = int(ids_BL[batch.real_BL].max()) >= classes if batch.real_BL is not None else False
     if beyond and evidence == "other":
-        return POSITION, f"its {shape[2]} classes are fewer than the tokens, and the labels are none of them"
+        return POSITION, f"its {classes} classes are fewer than the tokens, and the labels are none of them"
     if beyond and evidence is None and by_task is None:
-        raise DataError(f"the {role} ({name}) gives {shape[2]} logits for each token, and the tokens go up to "
+        raise DataError(f"the {role} ({name}) gives {classes} logits for each token, and the tokens go up to "
                         f"{int(ids_BL.max())}, so that it may predict something else than tokens; {NAME_THEM}")
     if evidence == "other":
         raise DataError(f"the {role} ({name}) looks at no later token, as a model that predicts the next one, but the "

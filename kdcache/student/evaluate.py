@@ -153,7 +153,8 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
                 if rows is None:
                     with autocast(device, precision):
                         rows, _ = find_rows(module, collated, output, task=task, device=device, role="student",
-                                            run=None if head is None else head.trunk)
+                                            run=None if head is None else head.trunk,
+                                            num_classes=None if head is None else head.num_classes)
                 rows_N, labels_N = _rows(output, collated, wide, rows)
                 labels_N = labels_N.to(device)
                 if head is None:

@@ -309,7 +309,8 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
     if loader.rows is None and not loader.has_rows:
         with _trying(module, inputs), autocast(loader.device, settings.precision):
             loader.rows, loader.why = find_rows(module, first, ask(module, inputs), task=model.task,
-                                                device=loader.device, role="student", run=ask)
+                                                device=loader.device, role="student", run=ask,
+                                                num_classes=None if head is None else head.num_classes)
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
         without = "leave alpha and the weights out, for match alone" if loader.spec and loader.spec.kind == "none" \
