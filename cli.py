@@ -50,11 +50,10 @@ class Door(click.Group):
             super().main(*args, **kwargs)
         except SystemExit as e:
             sys.stdout.flush()
-            if e.code not in (0, None) or (error := lost(sys.stdout)) is None:
-                raise
-            if not isinstance(error, BrokenPipeError):      # `| head` has seen enough: not a word
-                click.echo(f"Error: the command did its work, but standard output took not all of it: {error}",
-                           err=True)
+            error = lost(sys.stdout)
+            if e.code not in (0, None) or error is None or isinstance(error, BrokenPipeError):
+                raise                           # a broken pipe: `| head` has seen enough
+            click.echo(f"Error: the command did its work, but standard output took not all of it: {error}", err=True)
             sys.exit(1)
         finally:
             put_back(handlers)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
+from faults import forked
 
 import kdcache
 from kdcache import cli, errors
@@ -208,7 +211,57 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     os.close(read)                              # as of `| head` that is gone
     done = subprocess.run([sys.executable, "-m", "kdcache", "env"], stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)
-    assert done.stderr == b"" and done.returncode == 1
+    assert done.stderr == b"" and done.returncode == 0
+
+
+USER = """
+import torch
+class Data:
+    name = "rows"
+    def __len__(self): return 20
+    def __getitem__(self, i):
+        print("from the user")
+        return torch.arange(3.0) + i, i % 2
+def net(): return torch.nn.Linear(3, 2)
+"""
+
+
+def with_streams(out: Path, gone: dict[int, str], *args: Any) -> None:
+    """In a process of its own: the command as Python would start it with these descriptors closed, or full."""
+    kept = os.open(out, os.O_WRONLY | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(os.open("/dev/full", os.O_WRONLY) if gone.get(descriptor) == "full" else kept, descriptor)
+    for descriptor in gone:
+        if gone[descriptor] == "closed":
+            os.close(descriptor)
+    sys.stdout, sys.stderr = (None if gone.get(d) == "closed" else open(d, "w", closefd=False) for d in (1, 2))
+    try:
+        cli.main([str(a) for a in args], prog_name="kdcache")
+    except SystemExit as e:
+        os._exit(int(e.code or 0))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_streams_that_are_closed_or_full_lose_their_text_and_no_work(tmp_path: Path) -> None:
+    """A dump with each: the bytes of the cache are the same, also where a file of it would get the number of a stream,
+    into which libraries print."""
+    importlib.import_module("kdcache.teacher.dump")     # once, and not in every child
+    (tmp_path / "user.py").write_text(USER)
+    cases: dict[str, dict[int, str]] = {
+        "whole": {}, "stderr closed": {2: "closed"}, "stderr full": {2: "full"}, "stdout closed": {1: "closed"},
+        "all closed": {0: "closed", 1: "closed", 2: "closed"}, "stdout full": {1: "full"}}
+    codes, caches = {}, {}
+    for name, gone in cases.items():
+        cache = tmp_path / name / "cache"
+        cache.parent.mkdir()
+        args = ("dump-teacher", "--teacher", f"{tmp_path}/user.py:net", "--data", f"{tmp_path}/user.py:Data",
+                "--device", "cpu", "--out", cache)
+        codes[name] = os.waitstatus_to_exitcode(forked(partial(with_streams, tmp_path / name / "said", gone, *args))[0])
+        caches[name] = {p.relative_to(cache): p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    assert codes == {**dict.fromkeys(cases, 0), "stdout full": 1}
+    assert all(files == caches["whole"] for files in caches.values()) and len(caches["whole"]) == 4
+    assert (tmp_path / "stdout full" / "said").read_text().splitlines()[-1] == (
+        "Error: the command did its work, but standard output took not all of it: [Errno 28] No space left on device")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

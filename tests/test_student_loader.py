@@ -15,12 +15,13 @@ from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, wri
 
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.samples import Samples
-from kdcache.errors import DataError, UsageError
+from kdcache.errors import DataError, NotBuilt, UsageError
 from kdcache.student import loader as loader_module
 from kdcache.student.batches import needed_columns
 from kdcache.student.loader import Loader
 from kdcache.student.order import Order
 from kdcache.student.prefetch import Prefetch
+from kdcache.student.train import train_student
 
 
 class Noisy(Points):
@@ -286,3 +287,60 @@ def test_the_order_is_the_same_however_many_positions_are_asked_at_once(monkeypa
     epochs, samples = Order(21, 0).sample(np.arange(start, 63))
     assert np.array_equal(np.concatenate([piece.epochs for piece in pieces]), epochs)
     assert np.array_equal(np.concatenate([piece.sample_ids for piece in pieces]), samples)
+
+
+def seen(loader: Loader) -> list[int]:
+    return torch.cat([batch["sample_ids"] for batch in loader]).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_iteration_goes_on_to_the_next_epoch(tmp_path: Path, workers: int) -> None:
+    """The passes of one loader are the epochs of another; 40 is no multiple of 7, and each pass begins a batch."""
+    data = Viewed(40)
+    cache = write_cache(tmp_path / "cache", data, Net(32, seed=7), views=2)
+    whole = list(Loader(cache, data, batch_size=40, epochs=4))
+    loader = Loader(cache, data, batch_size=7, workers=workers)
+    for epoch in (0, 1, 2):
+        batches = list(loader)
+        assert [len(batch["sample_ids"]) for batch in batches] == [7, 7, 7, 7, 7, 5] and len(loader) == 6
+        assert {batch["epoch"] for batch in batches} == {epoch} and batches[-1]["position"] == 40
+        for name in ("sample_ids", "views", "inputs", "labels"):
+            assert torch.equal(torch.cat([b[name] for b in batches]), whole[epoch][name]), (epoch, name)  # type: ignore[literal-required]
+    loader.set_epoch(1)
+    assert seen(loader) == whole[1]["sample_ids"].tolist() and seen(loader) == whole[2]["sample_ids"].tolist()
+    first = iter(loader)
+    assert next(first)["epoch"] == 3 and next(iter(loader))["epoch"] == 4       # begun, or gone through
+    with pytest.raises(UsageError, match="epoch is -1; expected at least 0"):
+        loader.set_epoch(-1)
+
+
+def test_passes_of_other_lengths_join(tmp_path: Path) -> None:
+    """Of max_steps, of a part of an epoch, after a start: what one iteration leaves the next one begins with."""
+    data = Points(40)
+    whole = seen(Loader(None, data, batch_size=10, epochs=4, seed=3))
+    for options in ({"max_steps": 3}, {"epochs": 0.75}, {"epochs": 1.5}):
+        loader = Loader(None, data, batch_size=10, seed=3, **options)  # type: ignore[arg-type]
+        passes = [seen(loader) for _ in range(2)]
+        assert passes[0] + passes[1] == whole[:2 * loader.total]
+    continued = Loader(None, data, batch_size=10, seed=3, start=20)
+    assert seen(continued) == whole[20:40] and seen(continued) == whole[40:80]
+
+
+def test_a_loader_in_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each would see every sample; neither torchrun's environment nor a process group of torch's is passed over."""
+    import torch.distributed as group
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NotBuilt, match="WORLD_SIZE is 2: a Loader with several processes is not built yet"):
+        Loader(None, Points(8), batch_size=4)
+    monkeypatch.delenv("WORLD_SIZE")
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    try:
+        assert len(Loader(None, Points(8), batch_size=4)) == 2
+        monkeypatch.setattr(group, "get_world_size", lambda: 2)
+        with pytest.raises(NotBuilt, match="process group is 2: a Loader"):
+            Loader(None, Points(8), batch_size=4)
+        with pytest.raises(NotBuilt, match="process group is 2: training"):
+            train_student(student=Net(8), data=Points(8), alpha=0, epochs=1, out=tmp_path / "run")
+    finally:
+        group.destroy_process_group()

@@ -13,6 +13,7 @@ import multiprocessing
 import pickle
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -28,6 +29,7 @@ from kdcache.guard import describe, let_through, message, translated, users_code
 from kdcache.signals import CAUGHT
 
 POLL_SECONDS = 0.5              # how soon a signal or a dead worker is noticed
+DEATH_SECONDS = 1.0             # that a process whose socket is closed already may still seem to live
 TIMED_OUT = "DataLoader timed out"
 NO_ROOM = ("a worker process cannot hand over its batch ({error}): there is too little shared memory in /dev/shm; take "
            "fewer --workers or a smaller batch, or give it more (docker: --shm-size)")
@@ -101,7 +103,7 @@ def by_workers(make: Make, wanted: Callable[[], Iterable[Any]], workers: int,
     try:
         while True:
             try:
-                found = _unpacked(_next(batches, processes, check))
+                found = _unpacked(_next(batches, processes, check), processes, check)
             except StopIteration:
                 ended = True
                 return
@@ -125,7 +127,7 @@ def _next(batches: Iterator[Any], processes: list[BaseProcess], check: Callable[
             return next(batches)
         except (RuntimeError, EOFError, OSError) as e:  # of torch, and of a pipe whose other end is gone
             let_through(e)
-            gone = [process for process in processes if process.exitcode is not None]
+            gone = _gone(processes)
             if not gone and not str(e).startswith(TIMED_OUT):
                 raise
         if check is not None:
@@ -147,15 +149,25 @@ def _obituary(process: BaseProcess) -> str:
     return f"worker process {process.pid}, which builds batches, was killed by {name}{why.get(-code, '')}"
 
 
-def _unpacked(found: Any) -> Any:
+def _unpacked(found: Any, processes: list[BaseProcess], check: Callable[[], object] | None) -> Any:
     if isinstance(found, KDCacheError):
         raise found
     try:
         return pickle.loads(found.data)
-    except (RuntimeError, OSError, EOFError) as e:
+    except (RuntimeError, OSError, EOFError) as e:      # the process that holds its shared memory gives it no more
         let_through(e)
-        raise WorkerDied(f"a batch of a worker process cannot be taken over ({describe(e)}); too many open files "
-                         "(ulimit -n), or a process that is gone?") from e
+        said = describe(e)
+    deadline = time.monotonic() + DEATH_SECONDS
+    while not (gone := _gone(processes)) and time.monotonic() < deadline:
+        time.sleep(DEATH_SECONDS / 100)
+    if check is not None:
+        check()
+    raise WorkerDied(_obituary(gone[0]) if gone else f"a batch of a worker process cannot be taken over ({said}); too "
+                     "many open files (ulimit -n)?")
+
+
+def _gone(processes: list[BaseProcess]) -> list[BaseProcess]:
+    return [process for process in processes if process.exitcode is not None]
 
 
 def _begin(worker: int) -> None:

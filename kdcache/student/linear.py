@@ -99,6 +99,8 @@ def memory_size(memory: int | str) -> int:
     try:
         size: int = memory_bytes(str(memory))
         return size
+    except OverflowError:                       # a number beyond those of a float
+        raise UsageError(f"memory is {str(memory)[:20]}..., more bytes than there are") from None
     except ValueError as e:
         raise UsageError(str(e)) from None
 
