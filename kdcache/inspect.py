@@ -215,7 +215,8 @@ def _check_data(cache: Cache, batch: Batch, out: Mapping[str, Any], data: Any,
     from kdcache.data.samples import Samples
     from kdcache.data.sources import load_data
 
-    samples = Samples(load_data(data, data_args or {}) if isinstance(data, str) else data, seed=cache.spec.seed,
+    samples = Samples(load_data(data, data_args or {}, lambda: str(cache.identity.data.get("preprocessing", "")))
+                      if isinstance(data, str) else data, seed=cache.spec.seed,
                       labels=False)
     key = np.array([samples.sample_key(out["sample_id"], out["view"])], np.uint64)
     check_same_key(batch.columns["sample_key"], key, np.array([out["sample_id"]]))

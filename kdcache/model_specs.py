@@ -14,6 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcache.data.preprocessing import (
+    Preprocessing,
+    has_preprocessing,
+    of_folder,
+    of_timm,
+    of_torchvision,
+    read_preprocessing,
+)
 from kdcache.errors import KDCacheError, UsageError, near
 from kdcache.generators import seeded_generators
 from kdcache.guard import attribute, describe, let_through
@@ -69,7 +77,8 @@ class Wanted:
 @dataclass(slots=True)
 class Built:
     """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved, the
-    local folder that it came from, if any, and the names of its classes where the module does not carry them."""
+    local folder that it came from, if any, the names of its classes where the module does not carry them, and how it
+    wants pictures prepared if its library says so."""
 
     module: nn.Module
     loaded: str
@@ -78,6 +87,7 @@ class Built:
     save: Callable[[Path], None] | None = None
     folder: Path | None = None
     class_names: tuple[str, ...] = ()
+    prepared: Preprocessing | None = None
 
 
 def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
@@ -126,8 +136,11 @@ def _timm(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any
         raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
     with wanted.seeded():
         module = timm.create_model(name, pretrained=pretrained, **{**wanted.classes, **args})
+    prepared = None
+    if pretrained:
+        prepared = of_timm(_import("timm.data", "kdcache[vision]").resolve_model_data_config(module))
     return Built(module, f"pretrained weights of timm's {name}" if pretrained else wanted.random,
-                 _classes_of(module, args))
+                 _classes_of(module, args), prepared=prepared)
 
 
 def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
@@ -138,9 +151,11 @@ def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **ar
         args = {**wanted.classes, **args}                   # pretrained weights fix the number of classes themselves
     with wanted.seeded():
         module = models.get_model(name, weights="DEFAULT" if pretrained else None, **args)
-    names = models.get_model_weights(name).DEFAULT.meta.get("categories", ()) if pretrained else ()
+    best = models.get_model_weights(name).DEFAULT if pretrained else None
+    names = () if best is None else best.meta.get("categories", ())
     return Built(module, f"pretrained weights of torchvision's {name}" if pretrained else wanted.random,
-                 _classes_of(module, args), class_names=tuple(names))
+                 _classes_of(module, args), class_names=tuple(names),
+                 prepared=None if best is None else of_torchvision(best.transforms()))
 
 
 def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool = False, revision: str | None = None,
@@ -216,6 +231,28 @@ def names_in(recorded: Mapping[str, Any]) -> tuple[str, ...]:
     """The class names that a run recorded; () where it did not."""
     names = recorded.get("class-names")
     return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def own_preprocessing(folder: Path) -> Preprocessing | None:
+    """How the model in a folder wants pictures prepared; None where nobody says.
+
+    For best/ and last/ of a run as those were that it was trained on, else as the folder's preprocessor_config.json
+    says. UsageError for one that asks for what is not done here.
+    """
+    run = recorded_by(folder)
+    text = None if run is None else run[0].get("preprocessing")
+    if run is not None and isinstance(text, str) and text.startswith("{"):      # nothing else: no path of a stranger's
+        return read_preprocessing(text, f"{run[1]}: preprocessing")
+    return of_folder(folder) if has_preprocessing(folder) else None
+
+
+def spec_folder(spec: object) -> Path | None:
+    """The local folder that a model SPEC of Hugging Face names."""
+    prefix, _, rest = str(spec).partition(":")
+    if prefix not in ("hf", "hf-config") or not rest or not isinstance(spec, str):
+        return None
+    path = Path(rest).expanduser()
+    return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def own_tokenizer(folder: Path) -> tuple[str, Path] | None:

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from kdcache.data.classes import model_names
 from kdcache.data.keys import array_header
 from kdcache.data.padding import Inputs
+from kdcache.data.preprocessing import Preprocessing
 from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, near
 from kdcache.generators import seeded_generators
 from kdcache.guard import attribute, let_through, message, printable, users_code
@@ -27,6 +28,7 @@ from kdcache.model_specs import (
     build,
     first_few,
     names_in,
+    own_preprocessing,
     own_tokenizer,
     position_limit,
     recorded_by,
@@ -44,8 +46,8 @@ class Model:
 
     spec: the SPEC. loaded: a sentence saying what was loaded from where. num_classes: width of its logits, None if
     unknown before a forward pass. task: one of model_specs.TASKS for hf: and hf-config:, else "". folder: the local one
-    it is from, for these. named: its classes, where the module does not say (see `class_names`). Training or eval mode,
-    and the device, are the caller's to set.
+    it is from, for these. named: its classes, and prepared: how it wants pictures, where the library says so. Training
+    or eval mode, and the device, are the caller's to set.
     """
 
     module: nn.Module
@@ -56,6 +58,23 @@ class Model:
     save_files: Callable[[Path], None] | None
     folder: Path | None = None
     named: tuple[str, ...] = ()
+    prepared: Preprocessing | None = None
+
+    @cached_property
+    def preprocessing(self) -> str:
+        """How it wants pictures prepared, as data/preprocessing.py writes it; "" where nobody says. UsageError where
+        its folder asks for what is not done here."""
+        if self.prepared is None and self.home is not None and self.task in ("", "image-classification"):
+            self.prepared = own_preprocessing(self.home)
+        return "" if self.prepared is None else self.prepared.to_text()
+
+    @property
+    def known_preprocessing(self) -> str:
+        """The same, and "" too for what is not done here: where nothing is to be prepared by it."""
+        try:
+            return self.preprocessing
+        except UsageError:
+            return ""
 
     @property
     def class_names(self) -> list[str]:
@@ -92,7 +111,7 @@ class Model:
     def identity(self) -> dict[str, Any]:
         """The `teacher` part of an identity; the digest is of the weights as they are when this is first read."""
         adapters = attribute(self.module, "peft_config", f"model {type(self.module).__name__}")
-        return {"weights": weights_digest(self.module), "dtype": self.dtype, "preprocessing": "",
+        return {"weights": weights_digest(self.module), "dtype": self.dtype, "preprocessing": self.known_preprocessing,
                 "adapters": ",".join(sorted(map(str, adapters if isinstance(adapters, Mapping) else ()))),
                 "num_classes": self.num_classes or 0, **architecture(self.module),
                 **({"class_names": names} if (names := self.class_names) else {}),
@@ -136,12 +155,15 @@ def load_model(spec: str, *, args: Mapping[str, Any] | None = None, weights: str
         built.loaded = load_weights(built.module, weights)
     if wanted.dtype is not None:
         built.module.to(wanted.dtype)
-    named = built.class_names
+    named, prepared = built.class_names, built.prepared
     if weights is not None:         # of a run: what it was trained on
         path = local_path(weights, "weights")
-        run = recorded_by(path if path.is_dir() else path.parent)
+        folder = path if path.is_dir() else path.parent
+        run = recorded_by(folder)
         named = names_in(run[0]) if run is not None else named
-    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save, built.folder, named)
+        prepared = own_preprocessing(folder) if run is not None else None
+    return Model(built.module, spec, built.loaded, built.num_classes, built.task, built.save, built.folder, named,
+                 prepared)
 
 
 def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -> torch.device:

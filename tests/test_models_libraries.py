@@ -167,16 +167,25 @@ def test_timm_and_torchvision_are_asked_for_what_is_wanted(monkeypatch):
     timm.create_model, timm.is_model, timm.list_models = create, lambda name: name == "resnet18", lambda: ["resnet18"]
     vision, models = ModuleType("torchvision"), ModuleType("torchvision.models")
     vision.models, models.get_model, models.list_models = models, create, lambda: ["resnet18"]
-    meta = SimpleNamespace(meta={"categories": [f"class {i}" for i in range(1000)]})
+    numbers = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    transforms = SimpleNamespace(crop_size=[224], resize_size=[256], **numbers,
+                                 interpolation=SimpleNamespace(value="bilinear"))
+    meta = SimpleNamespace(meta={"categories": [f"class {i}" for i in range(1000)]}, transforms=lambda: transforms)
+    timm_data = ModuleType("timm.data")
+    timm_data.resolve_model_data_config = lambda module: {"input_size": (3, 224, 224), "crop_pct": 0.875,
+                                                          "interpolation": "bilinear", **numbers}
+    monkeypatch.setitem(sys.modules, "timm.data", timm_data)
     models.get_model_weights = lambda name: SimpleNamespace(DEFAULT=meta)
     for name, module in (("timm", timm), ("torchvision", vision), ("torchvision.models", models)):
         monkeypatch.setitem(sys.modules, name, module)
 
     dropping = load_model("timm:resnet18", num_classes=7, args={"drop_rate": 0.1}, seed=2)
     assert dropping.loaded == "random weights, seed 2"
-    assert load_model("timm:resnet18", args={"pretrained": True}).loaded == "pretrained weights of timm's resnet18"
+    known = load_model("timm:resnet18", args={"pretrained": True})
+    assert known.loaded == "pretrained weights of timm's resnet18" and dropping.preprocessing == ""
     assert load_model("torchvision:resnet18", num_classes=7).num_classes == 7
     pretrained = load_model("torchvision:resnet18", num_classes=7, args={"pretrained": True})
+    assert pretrained.preprocessing == known.preprocessing != "" and '"resize":256' in known.preprocessing
     assert pretrained.num_classes is None and pretrained.class_names == meta.meta["categories"]
     assert asked == [("resnet18", {"pretrained": False, "num_classes": 7, "drop_rate": 0.1}),
                      ("resnet18", {"pretrained": True}),

@@ -19,7 +19,7 @@ class _Absent:
 
 ABSENT = _Absent()
 # Of later versions, and known of some models only: compared where both sides have them.
-WHERE_KNOWN = ("teacher.class_names", "teacher.tokenizer")
+WHERE_KNOWN = ("teacher.class_names", "teacher.tokenizer", "data.preprocessing")
 # Of later versions: where the cache has none, there is nothing to compare.
 LATER = ("data.inputs", "teacher.config", "teacher.modules")
 ALIASES = {"class_names": ("data.class_names", "teacher.class_names")}      # what --accept NAME stands for
@@ -31,7 +31,8 @@ TYPES: dict[str, type | list[type]] = {
     "data.name": str, "data.revision": str, "data.num_samples": int, "data.class_names": [str], "data.window": int,
     "data.probe": [str], "tokenizer.fingerprint": str, "teacher.weights": str, "teacher.dtype": str,
     "teacher.adapters": str, "teacher.preprocessing": str, "teacher.num_classes": int, "teacher.config": dict,
-    "teacher.modules": dict, "teacher.class_names": [str], "teacher.tokenizer": str, "teacher.cut_from": int,
+    "teacher.modules": dict, "teacher.class_names": [str], "teacher.tokenizer": str, "data.preprocessing": str,
+    "teacher.cut_from": int,
 }
 
 

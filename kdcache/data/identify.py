@@ -33,7 +33,8 @@ def identify(samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
     data = {"name": samples.name, "revision": samples.revision, "num_samples": len(samples),
             "class_names": samples.class_names, "window": samples.window,
             "inputs": sorted(inputs) if isinstance(inputs, dict) else ["input"],
-            "probe": [f"{first[sample_id][0]:016x}" for sample_id in ids]}
+            "probe": [f"{first[sample_id][0]:016x}" for sample_id in ids],
+            **({"preprocessing": samples.preprocessing} if samples.preprocessing else {})}
     return data, samples.tokenizer_identity
 
 

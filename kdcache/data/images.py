@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from kdcache.data.folders import ClassFolders, class_folders
+from kdcache.data.preprocessing import Preprocessing, channels, read_preprocessing, size_of
 from kdcache.errors import DataError, UsageError
 from kdcache.guard import describe, let_through
 from kdcache.paths import local_path
@@ -23,7 +24,6 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0           # TIFF 6.0, 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CROP_AREA = (0.35, 1.0)         # part of the picture an augmented view keeps; milder than ImageNet training's 0.08
 CROP_RATIO = (3 / 4, 4 / 3)     # width : height of that part, before it is resized
-Box = tuple[float, float, float, float]
 
 
 class ImageFolder:
@@ -40,23 +40,18 @@ class ImageFolder:
     - CMYK and other colour spaces: as Pillow converts them to RGB, by formula, without colour profiles
     - turned and mirrored as its EXIF orientation says, where that can be read; of several frames or pages the first
 
-    Then (pixel - mean) / std. Each is resized (bicubic) so that it covers the size, then its
-    middle is taken. Samples are sorted by class name, then by path. `key(i)` is XXH3-64 of the file's bytes followed
-    by the label as 8 bytes, little-endian.
+    Then it is resized and cut, and (pixel - mean) / std is taken, as its `Preprocessing` says. Samples are sorted by
+    class name, then by path. `key(i)` is XXH3-64 of the file's bytes followed by the label as 8 bytes, little-endian.
     """
 
     pure_items = True           # no generator is drawn from: see data/views.py
     name = "imagefolder"
 
-    def __init__(self, path: str, /, *, size: int | Sequence[int] = 224, mean: Sequence[float] = (0.0, 0.0, 0.0),
-                 std: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+    def __init__(self, path: str, /, preprocessing: Preprocessing) -> None:
         self.root = local_path(path, "data imagefolder")
         if not self.root.is_dir():
             raise UsageError(f"data imagefolder:{path}: no such folder")
-        self.height, self.width = _size(size)
-        self.mean, self.std = _channels(mean, "mean"), _channels(std, "std")
-        if not np.all(self.std > 0):
-            raise UsageError(f"--data-arg std is {std}; expected numbers above 0")
+        self.prepare, self.preprocessing = preprocessing, preprocessing.to_text()
         found = class_folders(self.root, SUFFIXES, f"data imagefolder:{path}")
         self.class_names, self.files = found.names, found.files
         if not self.files:
@@ -71,11 +66,7 @@ class ImageFolder:
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         image, label = self._open(i)
-        # The largest box of the wanted shape around the middle: resizing it is "resize to cover, crop the middle".
-        scale = min(image.width / self.width, image.height / self.height)
-        width, height = scale * self.width, scale * self.height
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        return self._tensor(image, (left, top, left + width, top + height)), label
+        return torch.from_numpy(self.prepare.apply(image)), label
 
     def key(self, i: int) -> int:
         """XXH3-64 of the file's bytes and the label: it changes with neither Pillow's version nor the view."""
@@ -94,17 +85,6 @@ class ImageFolder:
         except Exception as e:          # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
             let_through(e)
             raise DataError(f"{file} cannot be decoded: {describe(e)}") from e
-
-    def _tensor(self, image: Any, box: Box, flip: bool = False) -> torch.Tensor:
-        from PIL import Image
-        resized = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
-        pixels = np.asarray(resized, np.float32)
-        if resized.mode == "F":             # of 0..1; bicubic overshoots, which 8 bits clip by themselves
-            pixels = np.repeat(pixels.clip(0, 1)[:, :, None], 3, axis=2)
-        else:
-            pixels = pixels / np.float32(255)
-        pixels = pixels[:, ::-1] if flip else pixels
-        return torch.from_numpy(np.ascontiguousarray(((pixels - self.mean) / self.std).transpose(2, 0, 1)))
 
     def _revision(self) -> str:
         """A hash of the files' relative paths and sizes: reading all bytes of a large folder would take hours."""
@@ -125,7 +105,8 @@ class AugmentedImageFolder(ImageFolder):
         width, height = min(np.sqrt(area * ratio), image.width), min(np.sqrt(area / ratio), image.height)
         left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
         right, bottom = min(left + width, image.width), min(top + height, image.height)     # rounding may pass the edge
-        return self._tensor(image, (left, top, right, bottom), flip=bool(rng.random() < 0.5)), label
+        box = (float(left), float(top), float(right), float(bottom))
+        return torch.from_numpy(self.prepare.apply(image, box, flip=bool(rng.random() < 0.5))), label
 
 
 def picture(image: Any) -> Any:
@@ -166,31 +147,28 @@ def _beside(found: ClassFolders) -> str:
     return "" if found.passed_over is None else f", and {found.passed_over}"
 
 
-def image_folder(path: str, /, *, size: int | Sequence[int] = 224, augment: bool = False,
-                 mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)) -> ImageFolder:
-    """Images in class folders; size: one number or [height, width]; augment: give random views; mean, std: of RGB."""
+def image_folder(path: str, /, *, size: int | Sequence[int] | None = None, augment: bool = False,
+                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                 preprocessing: Any = None) -> ImageFolder:
+    """Images in class folders; augment: give random views.
+
+    size: one number, 224, or [height, width]; mean, std: of RGB, 0 and 1. preprocessing, in their place: "none", or as
+    a model does it: its folder, the preprocessor_config.json there, or an object of `Preprocessing`. The commands give
+    that of the teacher, cache or run where none of the four is given.
+    """
     try:
         import PIL  # noqa: F401
     except ImportError as e:
         raise UsageError(f"data imagefolder: needs Pillow ({e}): pip install pillow") from e
     if not isinstance(augment, bool):
         raise UsageError(f"--data-arg augment is {augment!r}; expected true or false")
-    made = AugmentedImageFolder if augment else ImageFolder
-    return made(path, size=size, mean=mean, std=std)
-
-
-def _size(size: Any) -> tuple[int, int]:
-    pair = size if isinstance(size, list | tuple) else (size, size)
-    if len(pair) != 2 or not all(type(n) is int and 1 <= n <= 16384 for n in pair):
-        raise UsageError(f"--data-arg size is {size!r}; expected a number of pixels or [height, width]")
-    return pair[0], pair[1]
-
-
-def _channels(values: Any, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    try:
-        array = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        array = np.zeros(0, np.float32)
-    if array.shape != (3,) or not np.all(np.isfinite(array)):
-        raise UsageError(f"--data-arg {name} is {values!r}; expected three numbers, for red, green and blue")
-    return array
+    given = [name for name, value in (("size", size), ("mean", mean), ("std", std)) if value is not None]
+    if preprocessing not in (None, "none"):
+        if given:
+            raise UsageError(f"--data-arg {given[0]} and preprocessing both say how pictures are prepared; give one")
+        asked = read_preprocessing(preprocessing, "--data-arg preprocessing")
+    else:
+        asked = Preprocessing(size=size_of(224 if size is None else size, "--data-arg size"),
+                              mean=channels((0, 0, 0) if mean is None else mean, "--data-arg mean"),
+                              std=channels((1, 1, 1) if std is None else std, "--data-arg std", above=0.0))
+    return (AugmentedImageFolder if augment else ImageFolder)(path, asked)

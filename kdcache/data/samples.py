@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from kdcache.data.attributes import read_attributes
+from kdcache.data.images import ImageFolder
 from kdcache.data.keys import UNSIGNED, arrays_of, elements, given_key, sample_key
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.views import read_view
@@ -54,8 +55,9 @@ class Samples:
     """A map-style dataset: `item(sample_id, view)` is a pure function of its arguments and `seed`.
 
     Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown), tokenizer_identity (dict or None),
-    window (int, 0 none), token_lengths (int64, tokens of each sample, None unless the dataset knows), has_view_keys,
-    collates (whether it has a collate_fn), padding (what batches are filled up with: that of the model they are for).
+    preprocessing (of pictures, see data/preprocessing.py, "" unknown), window (int, 0 none), token_lengths (int64,
+    tokens of each sample, None unless the dataset knows), has_view_keys, collates (whether it has a collate_fn),
+    padding (what batches are filled up with: that of the model they are for).
 
     labels: False leaves labels and their weights unread, so that they may be anything (boxes, texts, several numbers),
     except where they mask tokens (see `labels_of`). Keys are the same either way.
@@ -68,6 +70,7 @@ class Samples:
             raise UsageError(f"seed is {seed}; expected 0 <= seed < 2^64")
         said = read_attributes(dataset)
         self.name, self.revision, self._length = said.name, said.revision, said.length
+        self.preprocessing = dataset.preprocessing if isinstance(dataset, ImageFolder) else ""
         self.class_names, self.window = said.class_names, said.window
         self.tokenizer_identity, self.token_lengths = said.tokenizer_identity, said.token_lengths
         self._own_key, self._own_view, self.collates = said.own_key, said.own_view, said.collates

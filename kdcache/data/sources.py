@@ -20,6 +20,7 @@ SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {
     "npz": ("PATH", npz),
     "text": ("GLOB", text_windows),
 }
+PREPARING = ("size", "mean", "std", "preprocessing")       # arguments of imagefolder:, any of which says all
 NOT_BUILT = ("jsonl", "parquet", "dataset")
 CODE_SPECS = ("file.py:name", "package.module:name")
 
@@ -29,17 +30,20 @@ def known_specs() -> list[str]:
     return [*(f"{prefix}:{rest}" if rest else prefix for prefix, (rest, _) in SOURCES.items()), *CODE_SPECS]
 
 
-def load_data(spec: str, args: Mapping[str, Any] | None = None) -> Any:
+def load_data(spec: str, args: Mapping[str, Any] | None = None, prepared: Callable[[], str] | None = None) -> Any:
     """The dataset that `spec` names, made with `args` (the parsed --data-arg's).
 
-    `file.py:name` and `package.module:name` are a dataset, or a class or function that is called with `args`.
-    UsageError for an unknown SPEC or argument, NotBuilt for a SPEC that is planned and not there yet.
+    prepared: gives, for pictures whose `args` do not say it, how they are to be prepared (see data/preprocessing.py; ""
+    unknown). `file.py:name` and `package.module:name` are a dataset, or a class or function that is called with
+    `args`. UsageError for an unknown SPEC or argument, NotBuilt for a SPEC that is planned and not there yet.
     """
     prefix, _, rest = spec.partition(":")
     if prefix in SOURCES:
         placeholder, function = SOURCES[prefix]
         if bool(rest) != bool(placeholder):
             raise UsageError(f"data {spec}: expected {prefix}:{placeholder}".removesuffix(":"))
+        if prefix == "imagefolder" and prepared is not None and not {*PREPARING} & {*(args or ())}:
+            args = {**(args or {}), **({"preprocessing": text} if (text := prepared()) else {})}
         return call(partial(function, rest) if placeholder else function, args or {}, where=f"data {prefix}")
     if prefix in NOT_BUILT:
         raise NotBuilt(f"data {prefix}: is not built yet; there are {', '.join(known_specs())}")

@@ -88,7 +88,8 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
         raise UsageError(f"classes is {classes}; the run {student} was trained with classes {known}: leave it out")
     classes = known if classes is None else classes
     precision = precision or ("float32" if run is None else run.precision)
-    samples = as_samples(data, data_args, seed=None)
+    samples = as_samples(data, data_args, seed=None,
+                         prepared=lambda: found.preprocessing if isinstance(found, Model) else "")
     if samples is None:
         raise UsageError("evaluate needs data")
     for name in accept:

@@ -121,7 +121,8 @@ class Loader:
         refuse_ranks("a Loader")
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
-        self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed)
+        self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed,
+                                  prepared=partial(cached_preprocessing, cache))
         self._check_sources()
         check_convention(rows)
         self.rows, self.why = rows, "as asked"
@@ -451,12 +452,17 @@ def as_cache(cache: Cache | str | Path | None) -> Cache | None:
     return open_cache(cache) if isinstance(cache, str | Path) else cache
 
 
-def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0,
-               labels: bool = True) -> Samples | None:
+def cached_preprocessing(cache: Cache | None) -> str:
+    """How the pictures were prepared that a cache is about, "" unknown."""
+    return "" if cache is None else str(cache.identity.data.get("preprocessing", ""))
+
+
+def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0, labels: bool = True,
+               prepared: Callable[[], str] | None = None) -> Samples | None:
     """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views; None takes any.
-    labels: False leaves its labels unread."""
+    labels: False leaves its labels unread. prepared: as `load_data` takes it."""
     if isinstance(data, str):
-        data = load_data(data, dict(args or {}))
+        data = load_data(data, dict(args or {}), prepared)
     elif args:
         raise UsageError("data arguments are given, but the data is an object, or there is none; they belong to a SPEC")
     if isinstance(data, Samples):

@@ -19,12 +19,14 @@ from kdcache.data import classes
 from kdcache.data.collate import read_batch, to_device
 from kdcache.data.identify import identify
 from kdcache.data.padding import Inputs
+from kdcache.data.preprocessing import said
 from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples, probe_ids
 from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
 from kdcache.guard import attribute
 from kdcache.model_checks import UNSTEADY, Question, Run, find_rows, padding_of, steadiness
+from kdcache.model_specs import own_preprocessing, spec_folder
 from kdcache.models import (
     Model,
     Output,
@@ -39,7 +41,7 @@ from kdcache.own_losses import left_out
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import cut_width, metric_names
 from kdcache.student.head import Head
-from kdcache.student.loader import Loader, as_cache, as_samples
+from kdcache.student.loader import Loader, as_cache, as_samples, cached_preprocessing
 from kdcache.student.loop import autocast, row_mask
 from kdcache.student.match import Matches
 from kdcache.student.optim import OPTIMIZERS
@@ -80,6 +82,12 @@ class Sources:
         """What the teacher's own folder said, as part of an identity; None where it said nothing."""
         known = None if self.cache is None else self.cache.identity.teacher.get("tokenizer")
         return None if known is None else {"fingerprint": known}
+
+    @property
+    def preprocessing(self) -> str:
+        """Of the pictures that are trained on, "" unknown."""
+        known = "" if self.samples is None else self.samples.preprocessing
+        return known or cached_preprocessing(self.cache)
 
     @property
     def class_names(self) -> list[str]:
@@ -165,15 +173,24 @@ def check_used(*, alpha: Any, ce_weight: Any, kd_weight: Any, data: Any, data_ar
 
 
 def open_sources(cache: Cache | None, data: Any, eval_data: Any, *, data_args: Mapping[str, Any] | None,
-                 eval_data_args: Mapping[str, Any] | None, accept: Sequence[str], labels: bool = True) -> Sources:
+                 eval_data_args: Mapping[str, Any] | None, accept: Sequence[str], labels: bool = True,
+                 student: Any = None) -> Sources:
     """Open what a run reads. IdentityMismatch lists the fields in which the data is not what the teacher saw.
 
     labels: whether the loss has a part for those of the data; if not, they are read only to be compared with the
-    cache's, where it has some.
+    cache's, where it has some. Pictures are prepared as the cache's were; without one, as the `student` wants them.
     """
+    def prepared() -> str:
+        if samples is not None and samples.preprocessing:       # of evaluation data
+            return samples.preprocessing
+        folder = None if cache is not None else spec_folder(student)
+        found = None if folder is None else own_preprocessing(folder)
+        return cached_preprocessing(cache) if found is None else found.to_text()
+
+    samples: Samples | None = None
     samples = as_samples(data, data_args, seed=0 if cache is None else cache.spec.seed,
-                         labels=labels or (cache is not None and bool(cache.spec.labels)))
-    eval_samples = as_samples(eval_data, eval_data_args, seed=None)
+                         labels=labels or (cache is not None and bool(cache.spec.labels)), prepared=prepared)
+    eval_samples = as_samples(eval_data, eval_data_args, seed=None, prepared=prepared)
     accepted: list[str] = []
     if cache is not None and samples is not None:
         identity, tokenizer = identify(samples)
@@ -189,6 +206,7 @@ def open_sources(cache: Cache | None, data: Any, eval_data: Any, *, data_args: M
     sources = Sources(cache, samples, eval_samples, accepted, recorded)
     recorded["tokenizer"] = (sources.tokenizer or sources.teachers_tokenizer or {}).get("fingerprint")
     recorded["class-names"] = sources.class_names or None
+    recorded["preprocessing"] = sources.preprocessing or None
     accepted += [name for name in _check_eval(sources, accept) if name not in accepted]
     return sources
 
@@ -226,6 +244,19 @@ def check_text(model: Model, sources: Sources, accept: Sequence[str]) -> None:
     sources.accepted = list(dict.fromkeys([*sources.accepted, *found]))
     said = beyond_positions(model, sources.longest, role="student")
     sources.notes += [said] if said is not None else []
+
+
+def check_pictures(model: Model, sources: Sources) -> None:
+    """Say, in the notes of `sources`, where a student comes with another preprocessing than it is trained with, and
+    where evaluation data has another."""
+    own, ours = model.known_preprocessing, sources.preprocessing
+    if own and ours and own != ours:
+        sources.notes.append(f"the student comes with another preprocessing ({said(own)}) than it is trained with "
+                             f"({said(ours)}); use it with the latter, which run.toml keeps")
+    held = "" if sources.eval_samples is None else sources.eval_samples.preprocessing
+    if held and ours and held != ours:
+        sources.notes.append(f"evaluation pictures are prepared otherwise ({said(held)}) than training ones "
+                             f"({said(ours)})")
 
 
 def check_classes(model: Model, sources: Sources, accept: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from kdcache.student.metrics import OnMetrics, check_reporters
 from kdcache.student.prepare import (
     check_classes,
     check_idle,
+    check_pictures,
     check_text,
     check_used,
     check_weights,
@@ -122,7 +123,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     cache = one_cache(cache)
     settings, defaults = default_weights(settings, None if cache is None else cache.spec, live_teacher)
     sources = open_sources(cache, data, eval_data, data_args=data_args, eval_data_args=eval_data_args,
-                           accept=settings.accept, labels=bool(settings.weight_ce))
+                           accept=settings.accept, labels=bool(settings.weight_ce),
+                           student=student)
     sources.defaults += defaults
     check_weights(settings, sources, live_teacher)
     check_idle(settings, live_teacher, {"temperature": temperature, "k": k, "divergence": divergence, "beta": beta,
@@ -147,6 +149,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         check_text(model, sources, settings.accept)
         check_classes(model, sources, settings.accept)
+        check_pictures(model, sources)
         move(model.module, picked, "student")
         if report is not None:
             checkpoint.load(folder.last_of_finished(), model.module)

@@ -19,6 +19,7 @@ from kdcache.cache.identity import Identity, require_same, untold
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
 from kdcache.data import classes
+from kdcache.data.preprocessing import said
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.workers import WorkerDied
 from kdcache.engines import check_engine
@@ -41,7 +42,7 @@ from kdcache.teacher.sources import pick_samples, pick_teacher
 
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")
-LABELS_DISAGREE = "labels-disagree"
+LABELS_DISAGREE, PREPARED_OTHERWISE = "labels-disagree", "prepared-otherwise"
 SAID_AT_THE_END = (LABELS_DISAGREE,)                        # the others were known when it began
 FILE_BYTES = 8192               # of a shard beyond its columns: container, commit, manifest; 4.5 KB for ten columns
 LONG_SHARD = 900.0              # seconds of teacher time above which a user should know
@@ -152,7 +153,8 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
     compute = Compute(batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found))
     with Signals(GO_ON) as signals:
         model = pick_teacher(teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype)
-        samples = pick_samples(data, data_args, seed, labels=labels is not False and kind != "none")
+        samples = pick_samples(data, data_args, seed, labels=labels is not False and kind != "none",
+                               prepared=lambda: model.preprocessing)
         samples.padding = padding_of(model.module, samples.dataset)
         overlooked = require_tokenizer(model, samples.tokenizer_identity, role="teacher", accept=accept)
         move(model.module, compute.device, "teacher")
@@ -165,6 +167,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
             _introduce(report, plan, engine, tell)
             report, overlooked = _same_classes(report, model, samples, accept, overlooked, tell)
+            report = _same_pictures(report, model, samples, tell)
             if dry_run:
                 return report
             identity = _accepted(there, Path(out), plan.identity, accept, tell)
@@ -263,6 +266,21 @@ def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str],
         tell(f"not given, so: {'; '.join(report.defaults)}")
     for _, text in report.warnings:
         tell(f"warning: {text}")
+
+
+def _same_pictures(report: DumpReport, model: Model, samples: Samples, tell: Callable[[str], None]) -> DumpReport:
+    """Say how pictures are prepared, as far as it is known, and warn where the teacher wants them otherwise."""
+    theirs, ours = model.known_preprocessing, samples.preprocessing
+    if ours:
+        tell(f"pictures: {said(ours)}{', as the teacher wants them' if ours == theirs else ''}")
+    elif theirs:
+        tell(f"the teacher wants pictures {said(theirs)}; whether the data makes them so is not known here")
+    if not (ours and theirs) or ours == theirs:
+        return report
+    warning = (f"the teacher wants pictures otherwise: {said(theirs)}; leave out --data-arg size, mean, std and "
+               "preprocessing to have them so")
+    tell(f"warning: {warning}")
+    return dataclasses.replace(report, warnings=(*report.warnings, (PREPARED_OTHERWISE, warning)))
 
 
 def _same_classes(report: DumpReport, model: Model, samples: Samples, accept: Sequence[str], overlooked: list[str],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ def _cast(module: nn.Module, dtype: str | None) -> nn.Module:
         return copy.deepcopy(module).to(DTYPES[dtype])
 
 
-def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int, labels: bool = True) -> Samples:
-    """The samples of a SPEC, or of a dataset given, whose labels are left unread if `labels` is False; UsageError for
-    `Samples` of another seed."""
+def pick_samples(data: Any, args: Mapping[str, Any] | None, seed: int, labels: bool = True,
+                 prepared: Callable[[], str] | None = None) -> Samples:
+    """The samples of a SPEC, or of a dataset given, whose labels are left unread if `labels` is False; `prepared` as
+    `load_data` takes it. UsageError for `Samples` of another seed."""
     if isinstance(data, str):
-        return Samples(load_data(data, args or {}), seed=seed, labels=labels)
+        return Samples(load_data(data, args or {}, prepared), seed=seed, labels=labels)
     if args:
         raise UsageError("data_args go with a data SPEC; a dataset was given")
     if not isinstance(data, Samples):

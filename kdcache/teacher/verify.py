@@ -108,7 +108,8 @@ def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, co
     if dtype is None and recorded in DTYPES:
         dtype = recorded
     model = pick_teacher(teacher, seed=cache.spec.seed, dtype=dtype, **teacher_from)
-    samples = pick_samples(data, data_args, cache.spec.seed, labels=bool(cache.spec.labels))
+    samples = pick_samples(data, data_args, cache.spec.seed, labels=bool(cache.spec.labels),
+                           prepared=lambda: str(cache.identity.data.get("preprocessing", "")))
     samples.padding = padding_of(model.module, samples.dataset)
     move(model.module, found, "teacher")
     given = _identity(cache, model, samples)
