@@ -41,7 +41,8 @@ def _facts_text(found: Mapping[str, Any]) -> str:
         ("data", f"{data.get('name')} {data.get('revision')}, {data.get('num_samples')} samples, "
                  f"{len(data.get('class_names', []))} class names, window {data.get('window', 0)}"),
         *([("tokenizer", tokenizer.get("fingerprint"))] if tokenizer else []),
-        ("teacher", f"{teacher.get('weights')} {teacher.get('dtype')}"),
+        ("teacher", f"{teacher.get('weights')} {teacher.get('dtype')}"
+                    + (f", classes are the first of {teacher['cut_from']} logits" if "cut_from" in teacher else "")),
         *((f"feature {f['name']}", f"{f['module']}, {f['recipe']}, {f['dtype']} {f['shape']} per {f['level']}")
           for f in found["features"]),
     ]

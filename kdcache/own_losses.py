@@ -49,12 +49,10 @@ def left_out(module: Any, given: OwnLoss | None) -> list[str]:
     said = []
     for config in _configs(module):
         weight = own_weight(module)
-        if given is None and weight and getattr(config, "output_router_logits", None) is False:
-            said.append(f"the balance loss of its router (router_aux_loss_coef {weight:g}) is not trained: its config "
-                        "has output_router_logits false")
-        elif given is None and weight and getattr(config, "output_router_logits", False):
-            said.append(f"the balance loss of its router (router_aux_loss_coef {weight:g}) is not trained: it returns "
-                        "no aux_loss")
+        if given is None and weight:
+            off = getattr(config, "output_router_logits", None) is False
+            said.append(f"the balance loss of its router (router_aux_loss_coef {weight:g}) is not trained: "
+                        + ("its config has output_router_logits false" if off else "it returns no aux_loss"))
         for name in INSIDE:
             if isinstance(found := getattr(config, name, None), int | float) and found > 0:
                 said.append(f"the loss of its config's {name} {found:g} is not trained: it is computed inside of its "

@@ -46,14 +46,15 @@ class Head:
 
 def head(rows: int = 7, width: int = 16, classes: int = 1000, *, kept: int = 8, temperature: float = 2.0,
          labels: int = 1, dtype: torch.dtype = torch.float32, bias: bool = False, every: bool = False,
-         padding: bool = True) -> Head:
+         padding: bool = True, tail: str = "bucket", beyond: int = 0) -> Head:
     """Rows with label and teacher, with none, with a label alone, with a teacher alone, and so on; `every`: all both.
 
-    `padding`: one of the ids kept of the first row is none.
+    `padding`: one of the ids kept of the first row is none. `beyond`: classes that the teacher has not.
 
     Normalised as a training loop does: by counts, in tensors that stay on the device.
     """
-    case = Case(rows=rows, num_classes=classes, kept=kept, temperature=temperature, dtype=dtype)
+    case = Case(rows=rows, num_classes=classes, kept=kept, temperature=temperature, dtype=dtype,
+                tail=tail, beyond=beyond)
     problem = world.problem(case)
     if not padding:
         _fill(problem.keywords, torch.promote_types(dtype, torch.float32))

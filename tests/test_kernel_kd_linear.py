@@ -92,6 +92,16 @@ def test_a_teacher_over_all_classes_and_a_padded_vocabulary(device: str) -> None
     as_good(found, truth, plain, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_classes_that_the_teacher_has_not(tail: str, device: str) -> None:
+    given = head(rows=7, classes=123, bias=True, padding=False, tail=tail, beyond=20)
+    truth, plain = whole(given, torch.float64), [whole(given, torch.float32, chunks=n) for n in (1, 3)]
+    for rows in (None, linear_world.torch_rows):
+        as_good(linear(given, device, given.memory(3), rows=rows), truth, plain, torch.finfo(torch.float32).eps)
+    narrow = linear(given, device, given.memory(3), teacher_classes=None)
+    assert (error(narrow["weight"], truth["weight"]) > 1e-3) == (tail == "uniform"), "they have no part of its tail"
+
+
 @pytest.mark.parametrize("asked", [{"softcap": 3.0, "logit_scale": 0.6}, {"logit_scale": 0.3, "z_scale": 0.01},
                                    {"softcap": 5.0, "logit_scale": 1.7, "z_scale": 0.1}], ids=str)
 def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: str) -> None:

@@ -99,6 +99,7 @@ CASES = [
     (Case(divergence="reverse_kl", temperature=1.37, labels="two", logits="offset", kept=64, inplace=True), 5),
     (Case(divergence="reverse_kl", temperature=4.0, tail_mass=1e-9, layout="padded", dtype=torch.bfloat16), 2),
     (Case(divergence="reverse_kl", tail="conditional", labels="some", weights="some", layout="strided"), 3),
+    (Case(labels="alike", beyond=5), 3),
 ]
 
 

@@ -20,6 +20,7 @@ from kdcache.student.targets import SoftTargets, targets_from_logits
 
 KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
 DRAWS = SoftTargets(2.0, 6, torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), None)
+RULED_OUT = torch.tensor([[0.0] * 6, [0, 0, -torch.inf, 0, 0, 0]])
 CERTAIN = double_targets(torch.tensor([[1.0, 0, 0, 0, 0, 0], [1, 0, 0, -torch.inf, -torch.inf, -torch.inf]]), 2.0, 3)
 
 
@@ -224,6 +225,10 @@ def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
     ({"logits": torch.zeros(2, 1), "labels": torch.zeros(2).long(), "targets": None}, "the student has one logit, .* "
      "sigmoid or a regression head"),
     ({"targets": double_targets(torch.zeros(2, 1), 2.0)}, "the teacher of the targets has one logit"),
+    ({"inplace": "no"}, r"inplace is 'no' \(str\); expected True or False"),
+    ({"return_parts": 1}, "return_parts is 1"),
+    *(({"divergence": "reverse_kl", "targets": t}, "'reverse_kl' is infinite for row 1: the teacher gives class 2 noth")
+      for t in (double_targets(RULED_OUT, 2.0), double_targets(RULED_OUT, 2.0, 6))),
     ({"classes": 1, "targets": None, "labels": torch.zeros(2).long()}, "the student has one logit"),
     ({"logits": torch.zeros(1, 2, 6)}, "never shifts labels"),
     ({"logits": torch.zeros(2, 6, dtype=torch.int64)}, "expected floating"),

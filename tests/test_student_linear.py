@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,18 @@ def test_labels_alone_a_teacher_alone_and_classes_beyond_the_teacher() -> None:
     assert not found[2][CLASSES:].any() and not found[3][CLASSES:].any()
     found = [found[0], found[1], found[2][:CLASSES], found[3][:CLASSES]]
     assert max(error(found, whole((h, w, b), labels, targets))) <= 1e-13
+
+
+def test_reverse_kl_of_a_class_the_teacher_rules_out_is_refused_unless_the_bias_does_too() -> None:
+    (h, w, b), labels, targets = given()
+    out = targets.log_probs_NK.clone()
+    out[2, 1] = -torch.inf
+    assert targets.ids_NK is not None
+    ruled, gone = replace(targets, log_probs_NK=out), b.clone()
+    with pytest.raises(UsageError, match=f"infinite for row 2: the teacher gives class {int(targets.ids_NK[2, 1])} "):
+        linear((h, w, b), labels, ruled, divergence="reverse_kl")
+    gone[targets.ids_NK[2, 1]] = -torch.inf
+    assert linear((h, w, gone), None, ruled, divergence="reverse_kl", alpha=1.0)[0].isfinite()
 
 
 def test_a_frozen_head_and_no_gradient_at_all() -> None:

@@ -127,6 +127,8 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(tmp_path: Path) -> N
             ({"accept": ["eval_data"]}, "there is no evaluation data"), ({"accept": ["view_key"]}, "no view keys"),
             ({"accept": ["eval_data.nonsense"], "eval_data": data}, "no such field"),
             ({"accept": ["nonsense"]}, "no such field"), ({"accept": ["eval_dataXX"]}, "no such field"),
+            ({"classes": 7, "ce_weight": 0.0, "kd_weight": 0.0, "match": ["body=f:mse"]},
+             "classes is 7, but no loss and no evaluation looks at logits"),
             ({"accept": ["nonsense"], "cache": tokens, "data": None}, "no such field"),
             ({"accept": ["data.name"], "cache": tokens, "data": None}, "no data is given beside the cache")):
         options = {"cache": cache, "data": data, "epochs": 1, **given}
@@ -134,7 +136,9 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(tmp_path: Path) -> N
             run(tmp_path / "run", Net(8), **options)
     for given, message in (({"accept": ["x"]}, "accept is 'x'"), ({"accept": ["view_key"]}, "has view keys"),
                            ({"num_classes": 7}, "where a cache knows its"), ({"classes": 2}, "classes of the cache"),
-                           ({"cache": None, "num_classes": -1}, "num_classes is -1")):
+                           ({"cache": None, "num_classes": -1}, "num_classes is -1"),
+                           ({"cache": None, "temperature": 2.0}, "temperature is 2.0, but no soft targets are read"),
+                           ({"k": 3, "targets": False}, "k is 3, but no soft targets are read")):
         with pytest.raises(UsageError, match=message):
             kdcache.Loader(**{"cache": cache, "data": data, "batch_size": 4, **given})
     with pytest.raises(UsageError, match="ignore_index is 'x'"):

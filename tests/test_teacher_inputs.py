@@ -16,6 +16,7 @@ import kdcache
 from kdcache.cache.writer import Writer
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, KDCacheError, UsageError
+from kdcache.inspect import inspect, render
 from kdcache.models import load_model
 from kdcache.teacher.dump import dump_teacher
 from kdcache.teacher.verify import verify
@@ -139,12 +140,15 @@ def test_a_teacher_that_says_it_has_more_classes_than_logits(tmp_path: Path) -> 
 class Padded(nn.Module):
     """A teacher with columns that are no classes, and `low` in them."""
 
-    def __init__(self, inner: nn.Module, low: float = -50.0) -> None:
+    def __init__(self, inner: nn.Module, low: float = -50.0, grows: bool = False) -> None:
         super().__init__()
-        self.inner, self.low = inner, low
+        self.inner, self.low, self.grows, self.asked = inner, low, grows, 0
 
     def forward(self, *args: Any, **named: Any) -> torch.Tensor:
-        return torch.nn.functional.pad(self.inner(*args, **named), (0, 3), value=self.low)
+        logits = self.inner(*args, **named)
+        self.asked += 1
+        wide = 3 + (self.grows and self.asked > 8)
+        return torch.nn.functional.pad(logits, (0, wide), value=self.low)
 
 
 @pytest.mark.parametrize("kind", ["full", "topk"])
@@ -167,6 +171,10 @@ def test_classes_cuts_padding_that_nothing_uses(tmp_path: Path, kind: str) -> No
         dump_teacher(teacher=Padded(net), out=tmp_path / "cut", **given)
     with pytest.raises(DataError, match="sample 0, view 0: a logit beyond the 12 of --classes is"):
         dump_teacher(teacher=Padded(net, 50.0), out=tmp_path / "high", classes=12, **given)
+    with pytest.raises(DataError, match="the teacher gave 16 logits; the cache has 12 classes, the first of 15 logits"):
+        dump_teacher(teacher=Padded(net, grows=True), out=tmp_path / "grows", classes=12, batch_size=2, **given)
+    with kdcache.open(tmp_path / "cut") as cut:
+        assert "classes are the first of 15 logits" in render(inspect(cut.path))
     data.y[20] = 13
     with pytest.raises(DataError, match="sample 20, view 0: its label is 13; the teacher has 12 classes"):
         dump_teacher(teacher=Padded(net), out=tmp_path / "label", classes=12, **given)

@@ -22,7 +22,7 @@ from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
 from kdcache.student.door import check_number, check_tensor
 from kdcache.student.engine import RowLoss, torch_engine
 from kdcache.student.fused import check_fits, in_kernel_words
-from kdcache.student.request import Count, LossParts, Options, ask
+from kdcache.student.request import Count, LossParts, Options, ask, check_ruled_out
 from kdcache.student.targets import SoftTargets
 
 
@@ -78,6 +78,7 @@ def kd_linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None = None,
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
                       reduction=reduction, normalizer=normalizer, engine=engine, classes=classes)
     asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
+    check_ruled_out(asked.rows, None if bias is None else bias.detach()[None])
     rows = dataclasses.replace(asked.rows, logit_scale=logit_scale, softcap=softcap)
     fused = meant(engine) == "triton"
     if fused:

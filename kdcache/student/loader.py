@@ -137,7 +137,6 @@ class Loader:
         self.device = check_device(device)
         self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
         self.workers, self.accept, self.classes = workers, tuple(accept), classes
-        self._check_names(num_classes)
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
         self.first, self.num_samples = first, last - first
         self.order = Order(self.num_samples, seed, shuffle)
@@ -152,6 +151,7 @@ class Loader:
             move(live_teacher, self.device, "live teacher")
             live_teacher.eval()
         self.reads_targets = targets and self.teacher is None and self.spec is not None and self.spec.kind != "none"
+        self._check_names(num_classes, temperature, k)
         self.temperature = self._temperature(temperature)
         self.k = self._k(k)
         if features and self.spec is None:
@@ -375,7 +375,7 @@ class Loader:
                              f"where the rest is padding that nothing uses: classes={taught}")
         return targets_from_logits(logits_NV, temperature=self.temperature, k=self.k)
 
-    def _check_names(self, num_classes: int | None) -> None:
+    def _check_names(self, num_classes: int | None, temperature: float | str | None, k: int | None) -> None:
         """UsageError for what is no such name or number, and for what would have no effect."""
         check_integer("num_classes", num_classes, optional=True)
         check_integer("classes", self.classes, optional=True)
@@ -385,6 +385,11 @@ class Loader:
         if self.classes is not None and self.classes < max(1, taught):
             raise UsageError(f"classes is {self.classes}; expected at least {max(1, taught)}"
                              + (", the classes of the cache" if taught else ""))
+        if not self.reads_targets and self.teacher is None:
+            for name, value in (("temperature", temperature), ("k", k)):
+                if value is not None:
+                    raise UsageError(f"{name} is {value}, but no soft targets are read here: there is neither a cache "
+                                     "with rows whose targets are wanted nor a live teacher; leave it out")
         for name in self.accept:
             collates = self.samples is not None and self.samples.collates
             if name != "view_key" or self.spec is None or not (self.spec.view_keys or collates):

@@ -17,10 +17,10 @@ from torch import Tensor
 from kdcache.engines import meant
 from kdcache.errors import UsageError
 from kdcache.student.compiled import compiled_engine
-from kdcache.student.door import check_tensor
+from kdcache.student.door import check_tensor, check_type
 from kdcache.student.engine import Engine, RowLoss, torch_engine
 from kdcache.student.fused import check_fits, fused_engine
-from kdcache.student.request import Count, LossParts, Options, ask, over
+from kdcache.student.request import Count, LossParts, Options, ask, check_ruled_out, over
 from kdcache.student.targets import SoftTargets
 
 
@@ -73,10 +73,13 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
 
     Nothing waits for the device where all tensors are on the logits' own; what is elsewhere is copied there, and that
     waits. Values are checked on the CPU alone, and not in compiled graphs: labels, weights, ids of draws, and for
-    reverse_kl that a teacher gives its tail something (else it is infinite). First derivatives only, by autograd: no
+    reverse_kl that a teacher gives its tail, and each class it keeps, something where the student does (else it is
+    infinite). First derivatives only, by autograd: no
     create_graph, no torch.func.grad. UsageError (a ValueError) for what does not fit.
     """
     check_tensor("logits", logits, "floating [N, V]")
+    for name, value in (("inplace", inplace), ("return_parts", return_parts)):
+        check_type(name, value, bool, "True or False")
     if logits.dim() != 2 or not logits.is_floating_point():
         raise UsageError(f"logits are {list(logits.shape)} of {logits.dtype}; expected floating [N, V]: "
                          f"select the rows of a sequence first (the loss never shifts labels)")
@@ -84,6 +87,7 @@ def kd_loss(logits: Tensor, labels: Tensor | None = None, targets: SoftTargets |
                       temperature=temperature, divergence=divergence, beta=beta, tail=tail, ignore_index=ignore_index,
                       reduction=reduction, normalizer=normalizer, engine=engine, classes=classes)
     asked = ask(logits, logits.shape[1], labels, targets, options, report=return_parts)
+    check_ruled_out(asked.rows, logits)
     run = _engine(meant(engine), logits, asked.rows)
     rows, factor = dataclasses.replace(asked.rows, inplace=inplace), None
     # The kernels have a wider dtype's scales in the gradient, and skip a backward of factor 1.

@@ -145,10 +145,14 @@ def default_weights(settings: Settings, spec: CacheSpec | None,
         "no loss of labels or rows: the cache keeps neither; alpha 0 trains on the data's labels too"]
 
 
-def check_idle(settings: Settings, live_teacher: nn.Module | None, given: Mapping[str, Any]) -> None:
-    """UsageError for an option of the soft loss that is given where that has no weight."""
+def check_idle(settings: Settings, live_teacher: nn.Module | None, given: Mapping[str, Any], *,
+               evaluated: bool) -> None:
+    """UsageError for an option of the soft loss that is given where that has no weight, and for classes of logits that
+    nobody looks at."""
     if settings.weight_kd:
         return
+    if settings.classes is not None and not settings.weight_ce and not evaluated:
+        raise UsageError(f"classes is {settings.classes}, but no loss and no evaluation looks at logits; leave it out")
     for name, value in {**given, "live_teacher": live_teacher}.items():
         if value is not None:
             shown = f"is {value}" if name != "live_teacher" else "is given"

@@ -304,6 +304,29 @@ def _check_tails(targets: SoftTargets) -> None:
                          "its tail nothing; use tail 'conditional', or another divergence")
 
 
+def check_ruled_out(rows: RowLoss, logits_NV: Tensor | None) -> None:
+    """UsageError for reverse KL of a row whose teacher rules out a kept class (-inf) that the student does not.
+
+    logits_NV: the student's, or [1, V] where those of all rows are -inf; None where none is.
+    """
+    targets = rows.targets
+    if targets is None or rows.divergence != "reverse_kl" or not readable(targets.log_probs_NK):
+        return
+    out_NK = targets.log_probs_NK == -torch.inf
+    if targets.weight_N is not None:
+        out_NK &= targets.weight_N[:, None] != 0
+    if not bool(out_NK.any()):
+        return
+    if logits_NV is not None:
+        too_NV = (logits_NV == -torch.inf).expand(len(out_NK), -1)
+        out_NK &= ~(too_NV[:, : out_NK.shape[1]] if targets.ids_NK is None else too_NV.gather(1, targets.ids_NK))
+    if bool(out_NK.any()):
+        row, place = out_NK.nonzero()[0].tolist()
+        which = place if targets.ids_NK is None else int(targets.ids_NK[row, place])
+        raise UsageError(f"divergence 'reverse_kl' is infinite for row {row}: the teacher gives class {which} nothing, "
+                         "and the student something; use another divergence")
+
+
 def _own_counts(labels_NJ: Tensor | None, targets: SoftTargets | None) -> tuple[Count, Count]:
     """`row_counts` of one call: a number where nothing has to be counted."""
     ce_count: Count = 0.0

@@ -128,7 +128,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     sources.defaults += defaults
     check_weights(settings, sources, live_teacher)
     check_idle(settings, live_teacher, {"temperature": temperature, "k": k, "divergence": divergence, "beta": beta,
-                                        "tail": tail})
+                                        "tail": tail}, evaluated=eval_data is not None)
     options = _options(
         {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,
          "cache": None if sources.cache is None else str(sources.cache.path), "report-to": texts(report_to)},

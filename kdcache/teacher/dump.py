@@ -163,7 +163,7 @@ def dump_teacher(*, teacher: Any, data: Any, out: str | Path, kind: str | None =
             plan = make_plan(model, samples, wanted, compute.device, world=rank.world,
                              standing=None if there is None else there.spec.records_per_shard)
             require_same(plan.identity, plan.identity, accept=_of_identity(accept))     # refuses what names no field
-            compute = _fitting(compute, plan)
+            compute = dataclasses.replace(_fitting(compute, plan), logits=plan.identity.teacher.get("cut_from"))
             report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
             _introduce(report, plan, engine, tell)
             report, overlooked = _same_classes(report, model, samples, accept, overlooked, tell)

@@ -36,6 +36,7 @@ class Compute:
     device: torch.device
     workers: int = 0
     engine: str = "torch"
+    logits: int | None = None       # that the teacher gives, where some are cut
 
 
 @contextmanager
@@ -105,9 +106,10 @@ def observe(module: nn.Module, taps: Taps, span: Span, batch: Collated, spec: Ca
         name_row = row_namer(span.view, range(span.start, span.stop), rows)
         labels = _labels(rows, spec, name_row)
         logits_MV = output.logits.flatten(0, -2)
-        if logits_MV.shape[1] < spec.num_classes:
+        if logits_MV.shape[1] != (compute.logits or spec.num_classes):
+            cut = f", the first of {compute.logits} logits" if (compute.logits or 0) > spec.num_classes else ""
             raise DataError(f"{name_row(0)}: the teacher gave {logits_MV.shape[1]} logits; the cache has "
-                            f"{spec.num_classes} classes")
+                            f"{spec.num_classes} classes{cut}")
         if logits_MV.shape[1] > spec.num_classes and spec.convention == NEXT_TOKEN:
             _refuse_tokens(batch, spec.num_classes, span)
         index = None if rows.mask_BL is None else rows.mask_BL.flatten().nonzero()[:, 0]
