@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.data.collate import Collated, to_device
-from kdcache.data.padding import Padding
+from kdcache.data.padding import Padding, decoder_inputs
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, POSITION, RECORD, label_evidence, select_rows
 from kdcache.data.samples import pad_id_of
 from kdcache.errors import DataError, UsageError, near
+from kdcache.guard import users_code
 from kdcache.models import Output, forward, trying, weights_dtype
 
 UNSTEADY = "unsteady"           # --accept it: no field of an identity; and the code of the warning
@@ -49,10 +50,18 @@ def padding_of(module: nn.Module, dataset: Any = None) -> Padding:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     own = getattr(text, "pad_token_id", None)
     pad_id = own if type(own) is int and own >= 0 else pad_id_of(dataset)
-    start = getattr(config, "decoder_start_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
-    if getattr(config, "is_encoder_decoder", False) and type(start) is not int:
-        start = pad_id
-    return Padding(pad_id, start)
+    if not getattr(config, "is_encoder_decoder", False):
+        return Padding(pad_id)
+    start = getattr(config, "decoder_start_token_id", None)
+    padding = Padding(pad_id, start if type(start) is int else pad_id)
+    shift = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+    if callable(shift):                     # some put a language first: their items have to bring decoder_input_ids
+        labels = torch.tensor([pad_id + 1, pad_id + 2, pad_id + 1])
+        with users_code(f"prepare_decoder_input_ids_from_labels of {type(module).__name__}"):
+            made = shift(labels[None])[0].cpu()
+        if not torch.equal(made, decoder_inputs([labels], padding)[0]):
+            return Padding(pad_id)
+    return padding
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------

@@ -136,6 +136,32 @@ def test_asked_for_rows_hold_in_both_stages(tmp_path: Path) -> None:
                       device="cpu")
 
 
+def test_a_student_that_sees_the_tokens_it_is_to_predict_is_refused(tmp_path: Path) -> None:
+    dump(tmp_path / "c", Reader(), sentences())
+    options: dict[str, Any] = dict(student=Tagger(20), cache=tmp_path / "c", max_steps=1, device="cpu")
+    with pytest.raises(DataError, match=r"the student \(Tagger\) looks at later tokens, .* --rows next-token"):
+        train_student(**options, out=tmp_path / "r")
+    assert train_student(**options, out=tmp_path / "r", rows="next-token").finished
+
+
+def test_decoder_inputs_are_made_as_the_model_makes_them_or_not_at_all() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=30, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                 decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16)
+    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    data = sentences(4, labels=lambda i, n: torch.arange(3, 4 + i))
+    samples = Samples(data)
+    samples.padding = padding_of(bart)
+    batch = read_batch(samples, [(i, 0) for i in range(4)])
+    assert batch.labels is not None and isinstance(batch.inputs, dict)
+    want = bart.prepare_decoder_input_ids_from_labels(batch.labels)
+    mask = batch.inputs["decoder_attention_mask"] != 0
+    assert torch.equal(batch.inputs["decoder_input_ids"][mask], want[mask])
+    assert mask.sum(1).tolist() == [len(item["labels"]) for item in data]
+    mbart = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes))
+    assert padding_of(mbart).decoder_start is None          # it begins with the language, the last of the labels
+
+
 def test_tokens_that_the_model_cannot_predict_are_no_rows_and_are_kept(tmp_path: Path) -> None:
     """An image's place, say: read, and never answered."""
 

@@ -25,7 +25,7 @@ from kdcache.data.samples import Samples, probe_ids
 from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
 from kdcache.guard import attribute
-from kdcache.model_checks import UNSTEADY, Question, Run, find_rows, padding_of, steadiness
+from kdcache.model_checks import UNSTEADY, Question, Run, find_rows, is_causal, padding_of, steadiness
 from kdcache.model_specs import own_preprocessing, spec_folder
 from kdcache.models import (
     Model,
@@ -346,6 +346,12 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
             loader.rows, loader.why = find_rows(module, first, ask(module, inputs), task=model.task,
                                                 device=loader.device, role="student", run=ask,
                                                 num_classes=None if head is None else head.num_classes)
+    elif loader.rows is None and loader.convention == NEXT_TOKEN:
+        with _trying(module, inputs), autocast(loader.device, settings.precision):
+            if is_causal(module, first, ask(module, inputs), loader.device, "student", ask) is False:
+                raise DataError(f"the student ({type(module).__name__}) looks at later tokens, and the rows of the "
+                                "cache predict them: it would learn to copy what it is to predict. If that is meant: "
+                                "--rows next-token")
     micro = loader.peek()
     if settings.weight_ce and micro.labels is None:
         without = "leave alpha and the weights out, for match alone" if loader.spec and loader.spec.kind == "none" \
