@@ -186,8 +186,7 @@ def test_label_weights_of_tokens_are_kept(tmp_path: Path) -> None:
     dump(tmp_path / "c", Reader(), data)
     want = torch.cat([item["label_weight"][1:] for item in data])
     for options in ({"data": data}, {"cache": tmp_path / "c"}, {"cache": tmp_path / "c", "data": data}):
-        (batch,) = kdcache.Loader(options.get("cache"), options.get("data"), batch_size=12, shuffle=False,
-                                  temperature=1.0)
+        (batch,) = kdcache.Loader(options.get("cache"), options.get("data"), batch_size=12, shuffle=False)
         assert batch["label_weight"] is not None and torch.equal(batch["label_weight"].reshape(-1), want)
 
 
