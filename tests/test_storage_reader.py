@@ -18,7 +18,7 @@ from strategies import CONTAINERS, IDENTITY, image_spec, make_columns, specs, to
 from test_storage_roundtrip import check_batch, expected
 
 import kdcache
-from kdcache.cache import rawmap
+from kdcache.cache import mapping
 from kdcache.cache.convert import convert
 from kdcache.cache.gather import Group, groups, run
 from kdcache.cache.reader import Cache
@@ -236,10 +236,10 @@ def test_no_cache_there(tmp_path: Path) -> None:
 
 def test_a_failing_map_is_our_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> int | None:
-        rawmap.ctypes.set_errno(errno.ENOMEM)
-        return rawmap._MAP_FAILED
+        mapping.ctypes.set_errno(errno.ENOMEM)
+        return mapping._MAP_FAILED
 
-    monkeypatch.setattr(rawmap._libc, "mmap", refuse)
+    monkeypatch.setattr(mapping._libc, "mmap", refuse)
     with kdcache.open(path) as cache, pytest.raises(KDCacheError, match="Cannot allocate memory while reading"):
         cache.read(np.array([0]))
 

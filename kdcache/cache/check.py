@@ -130,10 +130,13 @@ def _rising(spec: CacheSpec, column: Column, get: Get) -> str | None:
 
 def _ascending(dtype: str, stored: Array) -> Array:
     """Stored values as numbers in the order of what they mean: of uint8, whose codes count down from the maximum, the
-    negative code."""
+    negative code; of floats, their bits with the sign taken as that of an integer, which numpy compares faster."""
     if dtype == "uint8":
         return -stored.astype(np.int16)
-    return from_bfloat16(stored) if dtype == "bfloat16" else stored
+    bits: Array = stored.view(f"<i{stored.itemsize}")
+    sign = bits >> np.array(8 * stored.itemsize - 1, bits.dtype)            # 0 or -1
+    out: Array = ((bits & np.iinfo(bits.dtype).max) ^ sign) - sign
+    return out
 
 
 def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
@@ -142,7 +145,8 @@ def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
     if is_relative(spec.values):
         most = get("max")
     else:
-        most = _ascending(spec.values, get(f"values_{spec.tiers[0]}")[:, 0])
+        most = get(f"values_{spec.tiers[0]}")[:, 0]
+        most = from_bfloat16(most) if spec.values == "bfloat16" else most
         if spec.values == "bfloat16":
             with np.errstate(over="ignore", invalid="ignore"):
                 above = most + np.abs(most) * np.float32(ROUNDED) + np.float32(2.0**-133)

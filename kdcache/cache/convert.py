@@ -7,7 +7,7 @@ import os
 from kdcache.cache import reader
 from kdcache.cache.catalog import SUFFIXES
 from kdcache.cache.writer import create
-from kdcache.errors import CacheExists, UsageError, near
+from kdcache.errors import CacheCorrupt, CacheExists, UsageError, near
 from kdcache.paths import local_path
 
 
@@ -27,7 +27,11 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], container:
             _refuse_other_content(cache, dst)
             for shard in writer.missing():
                 writer.write(shard, cache.shard_columns(shard), cache.shard_measured(shard))
-            return writer.seal()
+            made = writer.seal()
+    if made != cache.content_id:
+        raise CacheCorrupt(f"{dst}: its content id is {made}, that of {src} was {cache.content_id}: the cache changed "
+                           "while it was read; remove the copy and convert again")
+    return made
 
 
 def _refuse_other_content(cache: reader.Cache, dst: str | os.PathLike[str]) -> None:

@@ -5,10 +5,7 @@ Readers use nothing else: a file is mapped, and a column is `length` bytes at `o
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,18 +15,10 @@ import xxhash
 
 from kdcache.cache.columns import ROOT, Array, Column, Columns, Level
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.store import open_plain
 from kdcache.errors import CacheCorrupt
 
 ALIGNMENT = 8
 OFFSET_BYTES = 8                # one entry of an offsets buffer, int64
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_PROT_READ, _MAP_SHARED = 1, 1  # the same on Linux and macOS
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Sink(Protocol):
@@ -131,33 +120,6 @@ def facts_records(spec: CacheSpec, shard: int) -> int:
     """Records of a shard, by the header alone."""
     at = spec.shard(shard)
     return at.stop - at.start
-
-
-def map_file(path: str, size: int | None = None) -> Array:
-    """The bytes of a file as a read-only uint8 array; CacheCorrupt unless it is a plain file of `size` bytes.
-
-    The file descriptor is closed again: Python's own `mmap` keeps one open for every map (before 3.13), and a cache may
-    have 20,000 shards. The map goes when the last array over it goes. OSError if the file cannot be opened.
-    """
-    fd = open_plain(path)
-    try:
-        found = os.fstat(fd)
-        if size is not None and found.st_size != size:
-            raise CacheCorrupt(f"{path}: file has {found.st_size} bytes, expected {size}; it was cut or overwritten")
-        if found.st_size == 0:
-            return np.zeros(0, np.uint8)
-        address = _libc.mmap(None, found.st_size, _PROT_READ, _MAP_SHARED, fd, 0)
-        if address in (None, _MAP_FAILED):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), path)
-        memory = (ctypes.c_ubyte * found.st_size).from_address(address)
-        # No unmapping at exit of the interpreter: threads may still read.
-        weakref.finalize(memory, _libc.munmap, address, found.st_size).atexit = False
-        out: Array = np.frombuffer(memoryview(memory), np.uint8)
-        out.flags.writeable = False
-        return out
-    finally:
-        os.close(fd)
 
 
 def view(data: Array, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

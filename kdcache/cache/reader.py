@@ -14,13 +14,13 @@ from types import TracebackType
 
 import numpy as np
 
-from kdcache.cache import audit, catalog, repair
+from kdcache.cache import audit, catalog, mapping, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest
 from kdcache.cache.columns import ROOT, Array, Columns
 from kdcache.cache.gather import gather, groups, ragged_rows
 from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.rawmap import Facts, layout
-from kdcache.cache.shard import Shard
+from kdcache.cache.shard import Proof, Shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Directory, explain
 from kdcache.errors import CacheCorrupt, CacheIncomplete, UsageError, near
@@ -92,6 +92,7 @@ class Cache:
         self._layout = layout(header.spec)
         self._columns = self._layout.columns
         self._shards: dict[int, Shard] | None = {}
+        self._proofs: dict[int, Proof] = {}         # of shards that are not mapped any more
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __enter__(self) -> Cache:
@@ -176,11 +177,15 @@ class Cache:
         except IndexError as e:
             raise UsageError(f"{self.path}: {e}") from e
         parts, back = groups(shard_B, index_B)
+        if len(parts) > mapping.MOST:
+            raise UsageError(f"{self.path}: the {len(wanted)} records lie in {len(parts)} shards; at most "
+                             f"{mapping.MOST} can be mapped at once: read fewer at a time")
         levels = self._layout.levels
         with explain(self.path, "reading"), repair.mendable():
             used = {self._columns[name].level for name in names}
             offsets = [key for key, level in self._layout.offsets.items() if level.name in used]
-            found = [self._shard(part.shard).get([*offsets, *names]) for part in parts]
+            shards = [self._shard(part.shard) for part in parts]
+            found = [shard.get([*offsets, *names]) for shard in shards]
         out: Columns = {}
         starts: Columns = {}
         for level in (ROOT, *levels):
@@ -197,7 +202,21 @@ class Cache:
                 inner = column.shape if count in (None, 1) else (count, *column.shape)
                 given = [columns[column.name].reshape(-1, *inner) for columns in found]
                 out[column.name] = gather(given, plan, np.empty((rows, *inner), column.storage), way)
+        with repair.mendable():
+            for shard in shards:
+                shard.require_whole()
         return Batch(self.spec, wanted, {name: out[name] for name in names}, starts)
+
+    def prove(self, records: Array) -> None:
+        """Read again every byte of the shards of some record numbers int64 [B], whatever was proven of them before.
+
+        For who finds that what was read of them cannot be. CacheCorrupt naming file and column.
+        """
+        with explain(self.path, "proving"), repair.mendable():
+            for number in np.unique(self.spec.locate(records)[0]).tolist():
+                shard = self._shard(number)
+                shard.forget()
+                shard.get(self._layout.names)
 
     def shard_columns(self, shard: int) -> Columns:
         """Every column of one shard as read-only views of the mapped file, and the offsets of its ragged levels."""
@@ -211,16 +230,28 @@ class Cache:
 
     def _shard(self, shard: int) -> Shard:
         if self._pid != os.getpid():            # a fork: locks may have been held by threads that are not here
-            self._shards = None if self._shards is None else {}
+            self._shards, self._proofs = None if self._shards is None else {}, dict(self._proofs)
             self._lock, self._pid = threading.Lock(), os.getpid()
         shards = self._shards
         if shards is None:
             raise UsageError(f"{self.path}: the cache is closed")
-        if shard not in shards:
+        found = shards.get(shard)
+        if found is None:
             with self._lock:
-                if shard not in shards:
-                    shards[shard] = Shard(self._directory, self._header, self.facts(shard))
-        return shards[shard]
+                found = shards.get(shard)
+                if found is None:
+                    if mapping.count() >= mapping.MOST:
+                        self._make_room(shards)
+                    found = Shard(self._directory, self._header, self.facts(shard), self._proofs.get(shard))
+                    shards[shard] = found
+        return found
+
+    def _make_room(self, shards: dict[int, Shard]) -> None:
+        """Let go of the older half of the shards; what was proven of them is kept."""
+        for number in list(shards)[:len(shards) // 2 + 1]:
+            proof = shards.pop(number).proof
+            if proof is not None:
+                self._proofs[number] = proof
 
     def check_all(self, progress: Callable[[int, int], None] | None = None, *, quick: bool = False) -> list[str]:
         """Every digest, every meaning, every file in the folder: what is wrong, a line each, naming file and column.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from kdcache.cache import catalog
 from kdcache.cache.catalog import Header, Manifest, commit_name, manifest_name
-from kdcache.cache.rawmap import Facts, digest, map_file
+from kdcache.cache.mapping import map_file
+from kdcache.cache.rawmap import Facts, digest
 from kdcache.cache.store import TEMPORARY, Directory
 from kdcache.errors import CacheCorrupt, UsageError
 

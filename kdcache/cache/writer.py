@@ -17,7 +17,8 @@ from kdcache.cache.catalog import HEADER, Header
 from kdcache.cache.check import judged_with, prepare, problem
 from kdcache.cache.columns import Array
 from kdcache.cache.identity import Identity, difference, first_lines, require_same
-from kdcache.cache.rawmap import Facts, digest, facts_records, map_file, rest_digest, survey
+from kdcache.cache.mapping import map_file
+from kdcache.cache.rawmap import Facts, digest, facts_records, rest_digest, survey
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, Hold, explain
 from kdcache.errors import (

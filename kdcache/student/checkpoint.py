@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdcache.cache import rawmap
+from kdcache.cache import mapping, rawmap
 from kdcache.cache.store import explain, read_plain, sync_folder
 from kdcache.canonical import DIGEST_KEY, digest, load_object
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
@@ -134,7 +134,7 @@ def _as_os_errors() -> Iterator[None]:
 
 
 def _digest(path: Path | str) -> str:
-    return rawmap.digest(rawmap.map_file(str(path)))
+    return rawmap.digest(mapping.map_file(str(path)))
 
 
 def clear(path: Path) -> None:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.columns import Array
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.sources import load_data
-from kdcache.errors import UsageError
+from kdcache.errors import DataError, UsageError
 from kdcache.guard import entrance
 from kdcache.model_checks import check_convention, padding_of, telling_records
 from kdcache.models import forward, move, trying
@@ -347,7 +348,12 @@ class Loader:
 
     def _finish(self, piece: Piece, collated: Collated, batch: Batch | None) -> Micro:
         if batch is not None and self.samples is not None:
-            check_keys(piece, batch, collated, self.accept)
+            try:
+                check_keys(piece, batch, collated, self.accept)
+            except DataError:
+                if self.cache is not None:          # before the data is blamed
+                    self.cache.prove(batch.records)
+                raise
         return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None,
                         convention=self.convention, targets=self.reads_targets or self.teacher is not None,
                         num_classes=self.num_classes)
@@ -356,10 +362,23 @@ class Loader:
         for piece in pieces:
             yield piece, *((None, None) if self.cache is None else self._read(self.cache, piece))
 
+    def prove(self, start: int, stop: int) -> None:
+        """Read again every cached byte that the records of positions [start, stop) come from: for a step whose numbers
+        cannot be. CacheCorrupt naming the file that has changed since it was proven."""
+        if self.cache is None:
+            return
+        for piece in self.pieces(start):
+            self.cache.prove(self._records(self.cache.spec, piece))
+            if piece.stop >= stop:
+                return
+
+    def _records(self, spec: CacheSpec, piece: Piece) -> Array:
+        """The numbers of the records of a piece in a cache."""
+        records: Array = (piece.views - spec.views[0]) * spec.num_samples + (piece.sample_ids - self.first)
+        return records
+
     def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
-        spec = cache.spec
-        records = (piece.views - spec.views[0]) * spec.num_samples + (piece.sample_ids - self.first)
-        batch = cache.read(records, self.columns)
+        batch = cache.read(self._records(cache.spec, piece), self.columns)
         return batch, token_batch(batch, self.padding) if self.samples is None else None
 
     @torch.no_grad()                        # not inference mode: its tensors cannot take part in the student's backward

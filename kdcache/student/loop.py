@@ -169,6 +169,9 @@ class Loop:
                                "that counts (every label unknown or masked, or sequences of one token?)")
         for line in lines:
             if not math.isfinite(line["loss"]):
+                # The student may have diverged, or bytes may have changed under it after they were proven.
+                start = (line["position"] - 1) // settings.batch_size * settings.batch_size
+                self.loader.prove(start, line["position"])
                 advice = ["a lower lr", "a longer warmup" if settings.warmup else "a warmup",
                           "a smaller clip" if settings.clip else "a clip",
                           *(["precision float32"] if settings.precision != "float32" else [])]

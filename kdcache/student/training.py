@@ -201,6 +201,9 @@ class Training:
         except BaseException as e:
             if passes(e):
                 raise
+            if isinstance(e, IndexError | RuntimeError) and not isinstance(e, torch.OutOfMemoryError):
+                # An id that is no class, for one, may be of bytes that changed after they were proven.
+                self.loader.prove(step.start, step.stop)
             advice = "; give a smaller --micro-batch-size" if isinstance(e, torch.OutOfMemoryError) else ""
             raise KDCacheError(f"step {step.index + 1}: training the student ({type(self.model.module).__name__}) "
                                f"failed: {describe(e)}{advice}{self.folder.standing()}") from e
