@@ -29,15 +29,16 @@ from kdcache.loading import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.paths import local_path
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
-# Task -> the transformers class that builds it. Where an architecture serves two of them, as BART's does, it is for the
-# one that comes first.
-TASKS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "masked-lm": "AutoModelForMaskedLM",
+# Task -> the transformers classes that build it, the first that knows the kind of config. Where an architecture serves
+# two tasks, as BART's does, it is for the one that comes first.
+TASKS: dict[str, tuple[str, ...]] = {
+    # Models of text and images predict the next token of text alone too.
+    "causal-lm": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "sequence-classification": ("AutoModelForSequenceClassification",),
+    "image-classification": ("AutoModelForImageClassification",),
+    "token-classification": ("AutoModelForTokenClassification",),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM",),
+    "masked-lm": ("AutoModelForMaskedLM",),
 }
 LANGUAGE_TASKS = ("causal-lm", "seq2seq-lm", "masked-lm")       # V is the vocabulary's; the others have num_labels
 # What a folder may hold beside the model that turns its inputs into ids and pixels.
@@ -169,12 +170,12 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
     if resized and not new_head:
         raise UsageError(f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: "
                          "give new_head=true to start its last layer anew")
-    loader = getattr(_import("transformers", "kdcache[hf]"), TASKS[task])
+    loader = _builder(config, task, f"hf:{path}")
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
     with wanted.seeded(), _no_progress_bars(), no_foreign_code(f"model hf:{path}", OWN_CODE):
         module, info = loader.from_pretrained(
-            path, dtype=wanted.dtype or "auto", use_safetensors=True, output_loading_info=True,
+            path, dtype=wanted.dtype or "auto", use_safetensors=not _only_pickled(path), output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False,
             **({"num_labels": wanted.num_classes} if resized else {}), **where)
     fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
@@ -200,7 +201,7 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
     if task not in LANGUAGE_TASKS and wanted.num_classes is not None:
         overrides.setdefault("num_labels", wanted.num_classes)
     config = _config(path, "hf-config", overrides)
-    maker = getattr(_import("transformers", "kdcache[hf]"), TASKS[task])
+    maker = _builder(config, task, f"hf-config:{path}")
     with wanted.seeded(), no_foreign_code(f"model hf-config:{path}", OWN_CODE):
         # load_model casts it, as it does every other.
         module = maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -328,6 +329,8 @@ def _existing(path: str, prefix: str) -> str:
 
 def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
     transformers = _import("transformers", "kdcache[hf]")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UsageError(f"model {prefix}:{path}: the folder has no config.json{_adapter(Path(path))}")
     try:
         with no_foreign_code(f"model {prefix}:{path}", OWN_CODE):
             return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
@@ -336,6 +339,14 @@ def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
     except Exception as e:          # OSError, ValueError, and for damaged files what the reading library raises
         let_through(e)
         raise UsageError(f"model {prefix}:{path} has no config that transformers can read: {describe(e)}") from e
+
+
+def _adapter(folder: Path) -> str:
+    """What to do with a folder that holds an adapter of peft and no model."""
+    if not (folder / "adapter_config.json").is_file():
+        return "; expected a folder of save_pretrained"
+    return ("; it holds an adapter of peft: merge it into its model first, "
+            "PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OTHER)")
 
 
 def _task(config: Any, asked: str | None, where: str) -> str:
@@ -360,14 +371,34 @@ def _task(config: Any, asked: str | None, where: str) -> str:
                      "if its weights were trained for that")
 
 
+def _builder(config: Any, task: str, where: str) -> Any:
+    """The class of transformers that builds models of this kind of config for a task; UsageError if none does."""
+    transformers = _import("transformers", "kdcache[hf]")
+    for auto in TASKS[task]:
+        # A class that comes with the folder is in no table: it is refused, as code of a stranger's, when it is built.
+        if type(config) in getattr(transformers, auto)._model_mapping or getattr(config, "auto_map", None):
+            return getattr(transformers, auto)
+    raise UsageError(f"{where} has a {type(config).__name__}, of which transformers makes no model for {task}"
+                     + (f"; give task={' or task='.join(kinds)}" if (kinds := _kinds(config)) else ""))
+
+
+def _only_pickled(path: str) -> bool:
+    """Whether a folder has pytorch_model.bin (or parts of it) and no safetensors; of these transformers reads tensors
+    alone too, by torch's safe unpickler."""
+    folder = Path(path)
+    return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors"))
+
+
 def _kinds(config: Any) -> dict[str, set[str]]:
     """Task -> the names of the classes that transformers has for it and this kind of config."""
-    transformers, out = _import("transformers", "kdcache[hf]"), {}
-    for task, auto in TASKS.items():
-        mapping = getattr(transformers, auto)._model_mapping
-        if type(config) in mapping:
-            classes = mapping[type(config)]
-            out[task] = {kind.__name__ for kind in (classes if isinstance(classes, tuple | list) else (classes,))}
+    transformers, out = _import("transformers", "kdcache[hf]"), dict[str, set[str]]()
+    for task, autos in TASKS.items():
+        for auto in autos:
+            mapping = getattr(transformers, auto)._model_mapping
+            if type(config) in mapping:
+                classes = mapping[type(config)]
+                kinds = classes if isinstance(classes, tuple | list) else (classes,)
+                out.setdefault(task, set()).update(kind.__name__ for kind in kinds)
     return out
 
 

@@ -136,6 +136,8 @@ def test_npz(tmp_path):
     ({"x": np.zeros(2), "z": np.zeros(2)}, r"has x and also \['z'\]"),
     ({"x": np.float64(3)}, "expected one or more"),
     ({}, "expected one or more"),
+    ({"x": np.zeros((2, 3)), "y": np.array(["cat", "dog"])}, "the array 'y' is of dtype <U3; expected numbers"),
+    ({"x": np.zeros((2, 3), complex)}, "the array 'x' is of dtype complex128; expected numbers"),
 ])
 def test_npz_files_that_cannot_be_used(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
@@ -35,6 +36,9 @@ def tiny(tmp_path_factory):
             d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
             encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=1, decoder_start_token_id=0,
             forced_eos_token_id=0, max_position_embeddings=16, **text)),
+        "mistral3": ("Mistral3ForConditionalGeneration", transformers.Mistral3Config(
+            text_config={"model_type": "mistral", "num_key_value_heads": 1, "head_dim": 4, **text, **small},
+            vision_config={"model_type": "pixtral", "head_dim": 4, **pixels, **small})),
     }
     root = tmp_path_factory.mktemp("hf")
     for name, (kind, config) in configs.items():
@@ -52,6 +56,7 @@ INPUTS = {
     "deit": (torch.arange(384.0).reshape(2, 3, 8, 8) / 384, (2, 5), "image-classification"),
     "tagger": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 3), "token-classification"),
     "mlm": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 32), "masked-lm"),
+    "mistral3": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 32), "causal-lm"),
     "bart": ({"input_ids": torch.arange(6).reshape(2, 3)}, (2, 3, 32), "seq2seq-lm"),
 }
 
@@ -89,6 +94,22 @@ def test_hugging_face_models(tiny, tmp_path, name):
     assert fresh.num_classes == shape[-1] and fresh.task == task
 
 
+def test_a_folder_with_pytorch_model_bin_alone_is_read_and_not_run(tiny, tmp_path):
+    whole = load_model(f"hf:{tiny}/bert").module
+    shutil.copytree(tiny / "bert", tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(whole.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert equal_weights(load_model(f"hf:{tmp_path}/bin").module, whole)
+
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({**whole.state_dict(), "classifier.bias": Trap()}, tmp_path / "bin" / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="UnpicklingError"):
+        load_model(f"hf:{tmp_path}/bin")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_no_keys_and_values_are_kept_in_a_forward(tiny):
     module = load_model(f"hf:{tiny}/llama").module
     seen = []
@@ -114,13 +135,18 @@ def test_hugging_face_options(tiny, tmp_path):
     for kind, name in (("t5", "T5EncoderModel"), ("encodec", "EncodecModel")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
-    (tmp_path / "broken").mkdir()
+    for name in ("broken", "adapter", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "broken" / "config.json").write_text("{")
     for spec, args, message in [
         (f"hf-config:{tmp_path}", {}, "is BertModel, .* give task=causal-lm or .* or task=masked-lm, if"),
         (f"hf-config:{tmp_path}/t5", {}, "is T5EncoderModel, .* give task=sequence-classification or "),
         (f"hf-config:{tmp_path}/encodec", {}, "is EncodecModel, which is for none of the tasks .* file.py:name"),
         (f"hf:{tiny}/llama", {"task": "sequence-classification"}, "no fitting weights for score.weight of LlamaForSeq"),
+        (f"hf:{tiny}/vit", {"task": "causal-lm"}, "has a ViTConfig, .* no model for causal-lm; give task=im"),
+        (f"hf:{tmp_path}/adapter", {}, r"has no config.json; it holds an adapter of peft: merge it"),
+        (f"hf-config:{tmp_path}/empty", {}, r"has no config.json; expected a folder of save_pretrained"),
         (f"hf:{tiny}/llama", {"task": "causal"}, r"task is 'causal' \(did you mean 'causal-lm'"),
         (f"hf:{tiny}/llama", {"tsk": "causal-lm"}, "takes no argument 'tsk'"),
         (f"hf-config:{tiny}/llama", {"hiden_size": 8}, r"has no field 'hiden_size' \(did you mean 'hidden_size'"),

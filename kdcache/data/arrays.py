@@ -90,6 +90,10 @@ def npz(path: str, /) -> ArrayData:
     names = arrays.pop("class_names", None)
     if not arrays or any(array.ndim == 0 for array in arrays.values()):
         raise DataError(f"{path} has the arrays {sorted(arrays)}; expected one or more, each with an axis of samples")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{path}: the array {name!r} is of dtype {array.dtype}; expected numbers (of labels the "
+                            "class indices, their names as class_names)")
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path}: the arrays differ in length: {lengths}")
