@@ -115,11 +115,11 @@ def test_teacher_and_student_are_compared_whatever_the_data_is(tmp_path: Path) -
         train_student(student=f"hf:{tmp_path}/same", cache=tmp_path / "c", out=tmp_path / "no", epochs=1, **evaluated)
 
 
-def test_logits_that_are_not_used_are_said(tmp_path: Path, text: dict[str, Any]) -> None:
+def test_logits_beyond_the_teachers_are_said(tmp_path: Path, text: dict[str, Any]) -> None:
     _, said = train(tmp_path, llama(tmp_path / "student", vocabulary=30))
-    assert "student: it has 30 logits, 24 are used" in said
+    assert "student: 30 classes, the teacher has 24: the others have teacher probability 0" in said
     _, said = train(tmp_path, llama(tmp_path / "same"), out=tmp_path / "other")
-    assert not [line for line in said if "are used" in line]
+    assert not [line for line in said if "the teacher has" in line]
 
 
 def test_windows_beyond_the_positions_of_a_student(tmp_path: Path, text: dict[str, Any]) -> None:

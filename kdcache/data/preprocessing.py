@@ -265,6 +265,6 @@ def _same(candidate: Preprocessing, processor: Any) -> bool:
     return True
 
 
-def said(text: str) -> str:
+def in_words(text: str) -> str:
     """A text of `to_text` in words."""
     return str(read_preprocessing(text, "preprocessing"))

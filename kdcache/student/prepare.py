@@ -19,7 +19,7 @@ from kdcache.data import classes
 from kdcache.data.collate import read_batch, to_device
 from kdcache.data.identify import identify
 from kdcache.data.padding import Inputs
-from kdcache.data.preprocessing import said
+from kdcache.data.preprocessing import in_words
 from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples, probe_ids
 from kdcache.engines import meant
@@ -255,12 +255,12 @@ def check_pictures(model: Model, sources: Sources) -> None:
     where evaluation data has another."""
     own, ours = model.known_preprocessing, sources.preprocessing
     if own and ours and own != ours:
-        sources.notes.append(f"the student comes with another preprocessing ({said(own)}) than it is trained with "
-                             f"({said(ours)}); use it with the latter, which run.toml keeps")
+        sources.notes.append(f"the student comes with another preprocessing ({in_words(own)}) than it is trained with "
+                             f"({in_words(ours)}); use it with the latter, which run.toml keeps")
     held = "" if sources.eval_samples is None else sources.eval_samples.preprocessing
     if held and ours and held != ours:
-        sources.notes.append(f"evaluation pictures are prepared otherwise ({said(held)}) than training ones "
-                             f"({said(ours)})")
+        sources.notes.append(f"evaluation pictures are prepared otherwise ({in_words(held)}) than training ones "
+                             f"({in_words(ours)})")
 
 
 def check_classes(model: Model, sources: Sources, accept: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from kdcache.cache.identity import Identity, require_same, untold
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
 from kdcache.data import classes
-from kdcache.data.preprocessing import said
+from kdcache.data.preprocessing import in_words
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.workers import WorkerDied
 from kdcache.engines import check_engine
@@ -272,12 +272,12 @@ def _same_pictures(report: DumpReport, model: Model, samples: Samples, tell: Cal
     """Say how pictures are prepared, as far as it is known, and warn where the teacher wants them otherwise."""
     theirs, ours = model.known_preprocessing, samples.preprocessing
     if ours:
-        tell(f"pictures: {said(ours)}{', as the teacher wants them' if ours == theirs else ''}")
+        tell(f"pictures: {in_words(ours)}{', as the teacher wants them' if ours == theirs else ''}")
     elif theirs:
-        tell(f"the teacher wants pictures {said(theirs)}; whether the data makes them so is not known here")
+        tell(f"the teacher wants pictures {in_words(theirs)}; whether the data makes them so is not known here")
     if not (ours and theirs) or ours == theirs:
         return report
-    warning = (f"the teacher wants pictures otherwise: {said(theirs)}; leave out --data-arg size, mean, std and "
+    warning = (f"the teacher wants pictures otherwise: {in_words(theirs)}; leave out --data-arg size, mean, std and "
                "preprocessing to have them so")
     tell(f"warning: {warning}")
     return dataclasses.replace(report, warnings=(*report.warnings, (PREPARED_OTHERWISE, warning)))
