@@ -20,16 +20,16 @@ INSIDE = ("router_z_loss_coef", "z_loss_coefficient")
 
 @dataclass(frozen=True, slots=True)
 class OwnLoss:
-    """`weight` times `value`, a scalar with its graph, is what the model adds."""
+    """`weight` times `value`, a scalar with its graph, is what the model adds; None where nobody says its weight."""
 
     value: Tensor
-    weight: float
+    weight: float | None
 
 
 def own_loss(module: Any, answer: Any) -> OwnLoss | None:
-    """The `aux_loss` of what a model returned, with its weight; None where there is none, or no weight is known."""
+    """The `aux_loss` of what a model returned, with its weight; None where there is none, or its weight is 0."""
     value = answer.get("aux_loss") if isinstance(answer, Mapping) else getattr(answer, "aux_loss", None)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not (weight := own_weight(module)):
+    if not isinstance(value, Tensor) or value.numel() != 1 or (weight := own_weight(module)) == 0:
         return None
     return OwnLoss(value.reshape(()), weight)
 
@@ -45,8 +45,11 @@ def own_weight(module: Any) -> float | None:
 
 
 def left_out(module: Any, given: OwnLoss | None) -> list[str]:
-    """A sentence for each loss that a model's config names and that is not added. given: what it returned is."""
+    """A sentence for each loss that a model's config names, or that it returned (`given`), and that is not added."""
     said = []
+    if given is not None and given.weight is None:
+        said.append("the aux_loss that it returns is not trained: neither it nor its config has "
+                    + " or ".join(WEIGHTS))
     for config in _configs(module):
         weight = own_weight(module)
         if given is None and weight:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from student_world import Windows
+from student_world import TinyLM, Windows
 from torch import nn
 
 from kdcache.own_losses import left_out
@@ -60,6 +60,27 @@ def test_a_router_is_balanced_as_its_own_loss_does(kind: str, micro: int, tmp_pa
     for (name, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     assert "own loss: + 5 aux, the balance of its router, as its config asks" in said
+
+
+class Returning(TinyLM):
+    """Returns a loss of its own beside the logits."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        logits = super().forward(input_ids, attention_mask)
+        return {"logits": logits, "aux_loss": logits.square().mean()}
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.5])
+def test_a_loss_that_any_student_returns_is_added_by_its_weight_or_named(tmp_path: Path, weight: float | None) -> None:
+    student, said, lines = Returning(), list[str](), list[dict[str, Any]]()
+    if weight is not None:
+        student.router_aux_loss_coef = weight               # type: ignore[assignment]
+    train_student(student=student, data=Windows(8), out=tmp_path / "run", alpha=0.0, max_steps=1, device="cpu",
+                  say=said.append, on_metrics=lines.append)
+    assert ("aux" in lines[0]) == bool(weight)
+    assert any("the aux_loss that it returns is not trained" in line for line in said) == (weight is None)
+    if weight:
+        assert lines[0]["loss"] == pytest.approx(lines[0]["ce"] + weight * lines[0]["aux"], rel=1e-6)
 
 
 def test_what_is_not_added_is_named(tmp_path: Path) -> None:

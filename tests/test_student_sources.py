@@ -68,11 +68,15 @@ def test_labels_of_another_kind_are_unread_in_both_stages_where_nothing_needs_th
         students[out.name] = Net(8, seed=1)
         train_student(student=students[out.name], out=out / "r", cache=out / "c", data=data, epochs=1, alpha=1.0)
         assert verify(out / "c", teacher=Net(32, seed=7), data=data, device="cpu").ok
+        batch = next(iter(kdcache.Loader(out / "c", data, batch_size=4, labels=False)))
+        assert batch["labels"] is None and batch["targets"] is not None
     assert equal_weights(*students.values())
     said = r"sample \d+: .*(expected a class index|is a str|is a list of dtype object)"
     with pytest.raises(DataError, match=said):
         train_student(student=Net(8), out=tmp_path / "r", cache=out.with_name("Labelled") / "c", data=Labelled(24),
                       epochs=1, alpha=0.5)
+    with pytest.raises(DataError, match=said):
+        next(iter(kdcache.Loader(out.with_name("Labelled") / "c", Labelled(24), batch_size=4)))
     with pytest.raises(DataError, match=said):
         dump_teacher(teacher=Net(32, seed=7), data=Labelled(24), out=tmp_path / "c", device="cpu")
 

@@ -115,8 +115,9 @@ def check_number(names: Sequence[str], num_classes: int, *, of: tuple[str, str],
         return []
     if accept is not None and CLASS_NAMES in accept:
         return [CLASS_NAMES]
+    cut = f" Where the last ones are padding: --classes {len(names)}." if len(names) < num_classes else ""
     raise IdentityMismatch(f"{of[1]} names {len(names)} classes ({_few(names)}), {of[0]} gives {num_classes} logits: "
-                           f"are the classes numbered alike?{_harmless(accept)}",
+                           f"are the classes numbered alike?{cut}{_harmless(accept)}",
                            [FieldDifference(CLASS_NAMES, num_classes, len(names))])
 
 

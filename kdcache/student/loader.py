@@ -105,6 +105,8 @@ class Loader:
     accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
     num_classes    of the student, to check labels where no cache knows V
     classes        cuts the logits of the live teacher to the first so many; labels from there on are no classes
+    labels         False leaves those of the data unread, whatever they are; those of a cache that keeps some are given,
+                   and compared with the data's
 
     NotBuilt in one of several processes (torchrun, or a process group of torch): each would see every sample.
     Each record's sample_key is computed again from the data: DataError naming the first that is not the cache's.
@@ -118,11 +120,14 @@ class Loader:
                  workers: int = 0, features: Sequence[str] = (), targets: bool = True, start: int = 0,
                  live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
                  data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
-                 num_classes: int | None = None, model: nn.Module | None = None, classes: int | None = None) -> None:
+                 num_classes: int | None = None, model: nn.Module | None = None, classes: int | None = None,
+                 labels: bool = True) -> None:
         refuse_ranks("a Loader")
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
+        check_type("labels", labels, bool, "True or False")
         self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed,
+                                  labels=labels or (self.spec is not None and bool(self.spec.labels)),
                                   prepared=partial(cached_preprocessing, cache))
         self._check_sources()
         check_convention(rows)

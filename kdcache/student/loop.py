@@ -204,7 +204,7 @@ class Loop:
                                                row_mask=row_mask(batch, output.logits))
             parts += [share * value.to(zero) for value in self.matches.losses.values()]
         parts.append(zero)
-        if output.own_loss is not None:
+        if output.own_loss is not None and output.own_loss.weight is not None:
             self._own, share = True, len(micro.piece.sample_ids) / (step.stop - step.start)
             loss = loss + share * output.own_loss.weight * output.own_loss.value
             parts[-1] = share * output.own_loss.value.detach().to(zero)

@@ -373,7 +373,7 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
         micro = loader.peek()
     if settings.weight_ce or settings.weight_kd or evaluated:
         require_softmax(module, width, role="student")
-    if output.own_loss is not None:
+    if output.own_loss is not None and output.own_loss.weight is not None:
         said.append(f"own loss: + {output.own_loss.weight:g} aux, the balance of its router, as its config asks")
     said += [f"own loss: {line}" for line in left_out(module, output.own_loss)]
     if micro.labels is not None or batch["targets"] is not None:
