@@ -118,6 +118,21 @@ def test_where_nothing_decides_it_is_refused_by_name(tmp_path: Path, teacher: nn
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("item", [
+    {"input_ids": [[1, 2], [3]]}, {"input_ids": [1, None]}, {"frames": [[1.0], [2.0, 3.0]], "mask": [1, [2]]},
+    {"input_ids": object()}, {"x": {"deep": [1]}}])
+@pytest.mark.parametrize("collates", [False, True])
+def test_an_item_that_is_no_array_is_one_line(tmp_path: Path, item: Any, collates: bool) -> None:
+    class Odd(Listed):
+        pass
+
+    if collates:
+        Odd.collate_fn = staticmethod(lambda items: {"input_ids": torch.ones(len(items), 4).long()})  # type: ignore[attr-defined]
+    with pytest.raises(KDCacheError) as caught:
+        dump(tmp_path / "c", Reader(), Odd([item] * 3))
+    assert "\n" not in str(caught.value)
+
+
 def test_asked_for_rows_hold_in_both_stages(tmp_path: Path) -> None:
     """A tagger that looks at no other token cannot be told from a language model: --rows says which."""
     data, teacher = sentences(labels=tags), Reader(3)

@@ -13,7 +13,16 @@ import torch
 from kdcache.data.arrays import ArrayData
 from kdcache.data.keys import arrays_of, sample_key
 from kdcache.data.padding import ATTENTION, IGNORED, Inputs, Padding, Real, decoder_inputs, padded, real_of, together
-from kdcache.data.samples import Item, Samples, document_start_of, input_tensors, labels_of, model_fields
+from kdcache.data.samples import (
+    Item,
+    Samples,
+    as_tensor,
+    axes,
+    document_start_of,
+    input_tensors,
+    labels_of,
+    model_fields,
+)
 from kdcache.errors import DataError
 from kdcache.guard import users_code
 
@@ -235,7 +244,7 @@ def _by_lengths(items: Sequence[Item], inputs: dict[str, torch.Tensor], where: s
         if name != "input_ids":
             continue
         for record, one in enumerate(own):
-            ids = torch.as_tensor(one)[: value.shape[1]]
+            ids = as_tensor(one, name)[: value.shape[1]]
             if not torch.equal(value[record, : len(ids)].cpu().to(torch.int64), ids.cpu().to(torch.int64)):
                 raise DataError(f"{where}: it padded its records to {value.shape[1]} tokens and gave no "
                                 f"attention_mask, and record {record} of the batch does not begin with its "
@@ -248,7 +257,7 @@ def _by_lengths(items: Sequence[Item], inputs: dict[str, torch.Tensor], where: s
 def _sequence(raw: Any, name: str) -> Any:
     """The field `name` of an item if it has an axis of positions."""
     value = raw.get(name) if isinstance(raw, Mapping) else None
-    return value if value is not None and not isinstance(value, str | bytes) and np.ndim(value) >= 1 else None
+    return value if value is not None and not isinstance(value, str | bytes) and axes(value) >= 1 else None
 
 
 def _key_of(inputs: Inputs, real: Real, record: int) -> int:

@@ -182,11 +182,19 @@ def measure(inputs: Mapping[str, Any]) -> dict[str, int]:
         return {}
     out = {}
     for name, value in inputs.items():
-        if "mask" in name and np.ndim(value) == 1:
+        if name.endswith("mask") and axes(value) == 1:
             out[name] = int(np.count_nonzero(np.asarray(value)))
-        elif hasattr(value, "__len__") and (isinstance(value, str | bytes) or np.ndim(value) >= 1):
+        elif isinstance(value, str | bytes) or (hasattr(value, "__len__") and axes(value) != 0):
             out[name] = len(value)
     return out
+
+
+def axes(value: Any) -> int:
+    """How many axes a value has as an array; -1 for lists of several lengths, which are none."""
+    try:
+        return int(np.ndim(value))
+    except ValueError:
+        return -1
 
 
 def pad_id_of(dataset: Any, default: int = 0) -> int:
@@ -197,7 +205,7 @@ def pad_id_of(dataset: Any, default: int = 0) -> int:
 
 def _check_length(inputs: Mapping[str, Any]) -> None:
     ids = inputs.get("input_ids")
-    if ids is not None and np.ndim(ids) == 1 and len(ids) == 0:
+    if ids is not None and axes(ids) == 1 and len(ids) == 0:
         raise DataError("it has no tokens (input_ids is empty); leave it out of the dataset: no model can be asked "
                         "about nothing")
 
