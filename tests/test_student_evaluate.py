@@ -28,10 +28,13 @@ def net(num_classes=2, hidden=8):
 
 
 def test_classification_by_its_definition() -> None:
-    data, student = Points(53), Net(16)
+    """Of a student that trains too: its dropout is off, and its batch norm takes and keeps the statistics it has."""
+    data, student = Points(53), Net(16, dropout=0.5, norm=True)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
     data.y[5] = data.y[17] = -1                         # unknown: not counted
     found = evaluate(student.train(), data, batch_size=10)
-    assert student.training
+    assert all(part.training for part in student.modules())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     known = data.y >= 0
     with torch.no_grad():
         log_p = torch.log_softmax(student.eval()(data.x[known]).double(), -1)

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 from student_world import CLASSES, VOCABULARY, Net, Points, TinyLM, Windows, write_cache
+from test_order import plain_sample
 
+import kdcache
+from kdcache.cache.codec import encode_rows
+from kdcache.cache.identity import Identity
+from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, NotBuilt, UsageError
@@ -80,6 +85,38 @@ def test_a_loader_continues_at_any_position(tmp_path: Path) -> None:
             assert torch.equal(a["targets"].log_probs_NK, b["targets"].log_probs_NK)
     with pytest.raises(UsageError, match="start is 81; expected a position from 0 to 80"):
         Loader(cache, data, batch_size=7, epochs=2, start=81)
+
+
+def test_of_a_part_of_samples_and_views_each_record_is_its_own(tmp_path: Path) -> None:
+    """12 of 20 samples, views 2 and 3 of them, in 3 shards a view: docs/order.md in plain integers."""
+    data, rng = Points(20, classes=3), np.random.default_rng(0)
+    said = {(view, i): rng.normal(size=3).astype(np.float32) for view in (2, 3) for i in range(5, 17)}
+    spec = CacheSpec(kind="full", num_classes=3, samples=(5, 17), views=(2, 4), records_per_shard=5, values="float32")
+    keys = Samples(data)
+    with kdcache.create(tmp_path / "cache", spec, Identity(data={}, teacher={})) as writer:
+        for shard in range(6):
+            view, ids = 2 + shard // 3, range(5 + shard % 3 * 5, min(10 + shard % 3 * 5, 17))
+            rows = Rows(logits=np.stack([said[view, i] for i in ids]))
+            writer.write(shard, {"sample_key": np.array([keys.sample_key(i) for i in ids], np.uint64),
+                                 **encode_rows(spec, rows).columns})
+    seen = 0
+    for batch in Loader(tmp_path / "cache", data, batch_size=4, epochs=3, seed=3, temperature=1.0):
+        ids = [5 + plain_sample(12, 3, position) for position in range(seen, seen + 4)]
+        views = [2 + position // 12 % 2 for position in range(seen, seen + 4)]
+        assert (batch["sample_ids"].tolist(), batch["views"].tolist()) == (ids, views)
+        stored = torch.stack([torch.from_numpy(said[record]) for record in zip(views, ids, strict=True)])
+        assert batch["targets"] is not None and torch.equal(batch["inputs"], data.x[ids])
+        assert torch.equal(batch["targets"].log_probs_NK, torch.log_softmax(stored, -1))
+        seen += 4
+    assert seen == 36
+
+
+def test_a_step_ends_where_the_steps_of_the_whole_run_end() -> None:
+    """Also when it is gone on with inside of a step, which an earlier batch size may have left."""
+    steps = list(Loader(None, Points(21), batch_size=8, micro_batch_size=3, epochs=2, start=11).steps())
+    assert [(step.index, step.start, step.stop) for step in steps] == [
+        (1, 11, 16), (2, 16, 24), (3, 24, 32), (4, 32, 40), (5, 40, 42)]
+    assert [sum(step.counts) for step in steps] == [5, 8, 8, 8, 2]
 
 
 def test_epoch_e_uses_view_e_modulo_the_views(tmp_path: Path) -> None:
