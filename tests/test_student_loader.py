@@ -169,6 +169,19 @@ def test_windows_tokenised_otherwise_are_caught(tmp_path: Path) -> None:
         list(Loader(cache, changed, batch_size=4, shuffle=False))
 
 
+def test_an_answer_beyond_the_tokens_of_the_data_is_refused(tmp_path: Path) -> None:
+    """Where keys do not tell, because the dataset gives its own."""
+    class Named(Windows):
+        def key(self, i: int) -> int:
+            return i
+
+    data = Named(12, equal=True)
+    cache = write_cache(tmp_path / "cache", data, TinyLM(16, seed=3), kind="topk", tiers=(4,), labels=False)
+    data.items[3] = tuple(part[:-1] for part in data.items[3])
+    with pytest.raises(DataError, match=r"sample 3: the teacher answered at position 7, the data has 8 tokens"):
+        list(Loader(cache, data, batch_size=12))
+
+
 def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
     data = Keyed(30)
     cache = write_cache(tmp_path / "cache", data, Net(32, seed=7), view_keys=True)

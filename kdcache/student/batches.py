@@ -213,13 +213,14 @@ def _selection(collated: Collated, convention: str, num_classes: int | None) -> 
 
 
 def _check_positions(piece: Piece, collated: Collated, rows: Rows | None, convention: str) -> None:
-    """DataError for a row of the teacher's at a place where the data has no token."""
+    """DataError for a row of the teacher's at a place where the data has no token, or none after it to predict."""
     real_BL = collated.real_BL
     if rows is None or real_BL is None or convention != NEXT_TOKEN:
         return
     record_N, position_N = rows
-    outside_N = position_N >= real_BL.shape[1]
-    outside_N |= ~real_BL[record_N, position_N.clamp(max=real_BL.shape[1] - 1)]
+    outside_N = position_N + 1 >= real_BL.shape[1]
+    for place_N in (position_N, position_N + 1):
+        outside_N |= ~real_BL[record_N, place_N.clamp(max=real_BL.shape[1] - 1)]
     if bool(outside_N.any()):
         row = int(outside_N.nonzero()[0])
         at = int(record_N[row])
