@@ -61,6 +61,19 @@ class Tagger(Reader):
         return self.head(x + x.sum(1, keepdim=True))
 
 
+class Faint(Reader):
+    """Its logits grow and shrink with all tokens by up to this part of themselves: of 1e-6 sums of float32 in another
+    grouping could be the reason, of 1e-4 not."""
+
+    def __init__(self, part: float) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **extra: Tensor) -> Tensor:
+        whole_B11 = input_ids.sum(1)[:, None, None]
+        return super().forward(input_ids, attention_mask, **extra) * (1 + self.part * torch.sin(whole_B11))
+
+
 def dump(out: Path, teacher: nn.Module, data: Any, **options: Any) -> Any:
     return dump_teacher(teacher=teacher, data=data, out=out, device="cpu", batch_size=5, **options)
 
@@ -86,6 +99,8 @@ def tags(i: int, length: int) -> Tensor:
     (Reader(), tokens_as_labels(1), "position", "is the token after p already"),
     (Tagger(), sentences(labels=tags), "position", "changes with the tokens after it"),
     (Tagger(), sentences(), "position", "changes with the tokens after it"),
+    (Faint(1e-4), sentences(), "position", "changes with the tokens after it"),
+    (Faint(1e-6), sentences(), "next-token", "looks at no later token"),
     (Reader(3), sentences(labels=tags), "position", "fewer than the tokens"),
     (mlp(), Points(), "record", r"\(records, classes\)"),
 ])

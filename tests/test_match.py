@@ -177,7 +177,8 @@ def test_prepare_changes_neither_student_nor_random_state() -> None:
     state = torch.get_rng_state()
 
     def projections(seed: int) -> list[Tensor]:
-        matches = Matches(student, [parse_match("body=f:mse")], [feature("f", "raw", 9)], seed=seed)
+        matches = Matches(student, [parse_match("body=f:mse"), parse_match("body=f:cosine")], [feature("f", "raw", 9)],
+                          seed=seed)
         matches.prepare(lambda: student(x))
         matches.close()
         return list(matches.parameters())
@@ -187,6 +188,8 @@ def test_prepare_changes_neither_student_nor_random_state() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     assert [m.training for m in student.modules()] == modes
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+    assert torch.equal(first[2], again[2]) and not torch.equal(first[2], other[2])
+    assert not torch.equal(first[0], first[2])          # two matches of one run do not start alike
     # Uniform on +-1/sqrt(6), as nn.Linear: variance 1 / 18, here of 54 draws.
     assert float(first[0].detach().abs().max()) <= 6**-0.5 and 0.4 / 18 < float(first[0].detach().var()) < 1.7 / 18
 

@@ -108,8 +108,8 @@ def test_the_weights_of_rows_in_a_cache_are_in_the_gradient_of_a_run(tmp_path) -
         rows = encode_rows(spec, Rows(logits=logits.numpy(), weight=weight.numpy()))
         keys = np.array([samples.sample_key(i) for i in range(12)], np.uint64)
         writer.write(0, {"sample_key": keys, **rows.columns})
-    train_student(student=student, data=data, cache=tmp_path / "cache", out=tmp_path / "run", max_steps=1, batch_size=12,
-                  micro_batch_size=5, alpha=1.0, temperature=2.0, optimizer="sgd", lr=0.1, device="cpu")
+    train_student(student=student, data=data, cache=tmp_path / "cache", out=tmp_path / "run", max_steps=1,
+                  batch_size=12, micro_batch_size=5, alpha=1.0, temperature=2.0, optimizer="sgd", lr=0.1, device="cpu")
     kd_N = nn.functional.kl_div(torch.log_softmax(plain(data.x) / 2, -1), torch.softmax(logits / 2, -1),
                                 reduction="none").sum(-1)
     moved(student, plain, 4 * (weight * kd_N).sum() / weight.sum())
@@ -117,11 +117,17 @@ def test_the_weights_of_rows_in_a_cache_are_in_the_gradient_of_a_run(tmp_path) -
 
 @pytest.mark.parametrize("weight", [0.25, 3.0])
 def test_the_weight_of_a_match_is_in_the_gradient(tmp_path, weight: float) -> None:
-    """One step of plain SGD: the weights move by lr times the gradient of the weighted mean of squares."""
+    """One step of plain SGD on the weighted sum of two means over the batch, which micro-batches of 5, 5, 5 and 1 share
+    by their records; each is reported, unweighted, under its name."""
     data, teacher, student, plain = Points(16), Net(32, seed=7).eval(), Net(32), Net(32)
     cache = write_cache(tmp_path / "cache", data, teacher, features=[BODY])
-    train_student(student=student, cache=cache, data=data, out=tmp_path / "run", ce_weight=0.0, kd_weight=0.0,
-                  match=[f"body=body:mse:{weight}"], batch_size=16, max_steps=1, optimizer="sgd", lr=0.1, device="cpu")
+    names = ["body=body:cosine:0.5", f"body=body:mse:{weight:g}"]
+    report = train_student(
+        student=student, cache=cache, data=data, out=tmp_path / "run", ce_weight=0.0, kd_weight=0.0, match=names,
+        batch_size=16, micro_batch_size=5, max_steps=1, optimizer="sgd", lr=0.1, device="cpu")
     with torch.no_grad():
         want = teacher.body(data.x)
-    moved(student, plain, weight * nn.functional.mse_loss(plain.body(data.x), want))
+    cosine = 1 - nn.functional.cosine_similarity(plain.body(data.x), want).mean()
+    mse = nn.functional.mse_loss(plain.body(data.x), want)
+    assert [report.training[f"match {name}"] for name in names] == pytest.approx([cosine.item(), mse.item()], rel=1e-5)
+    moved(student, plain, 0.5 * cosine + weight * mse)

@@ -26,6 +26,7 @@ from kdcache.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
 from kdcache.student.loop import StepInfo
+from kdcache.student.settings import BEST_BY
 from kdcache.student.train import train_student
 
 TIMES = ("samples_per_second",)
@@ -290,18 +291,20 @@ def test_run_toml_says_what_was_asked_and_with_what(tmp_path: Path) -> None:
     assert summary["best"]["step"] in {line["step"] for line in here.lines("run")}
 
 
-def test_best_is_the_best_and_last_the_last(tmp_path: Path) -> None:
-    here = points_world(tmp_path, epochs=9, lr=0.3, best_by="eval_accuracy", eval_every=2, save_every=50)
-    student = here.train("run")
-    evaluations = [line for line in here.lines("run") if "eval_accuracy" in line]
-    best = max(evaluations, key=lambda line: line["eval_accuracy"])
+@pytest.mark.parametrize("by", BEST_BY)
+def test_best_is_the_best_and_last_the_last(tmp_path: Path, by: str) -> None:
+    here = language_world(tmp_path) if by == "eval_perplexity" else points_world(tmp_path)
+    student = here.train("run", epochs=9, lr=0.3, best_by=by, eval_every=2, save_every=50)
+    evaluations = [line for line in here.lines("run") if by in line]
+    best = (max if "accuracy" in by else min)(evaluations, key=lambda line: line[by])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best"] == {key: best[key] for key in summary["best"]}       # the first of equals
-    assert len({line["eval_accuracy"] for line in evaluations}) > 2
-    for name, expected in (("best", best["eval_accuracy"]), ("last", summary["eval_accuracy"])):
+    assert len({line[by] for line in evaluations}) > 2
+    for name, expected in (("best", best[by]), ("last", summary[by])):
         loaded = here.make()
         kdcache.models.load_weights(loaded, tmp_path / "run" / name)
-        assert evaluate(loaded, here.options["eval_data"])["accuracy"] == expected
+        found = evaluate(loaded, here.options["eval_data"])[by.removeprefix("eval_")]
+        assert found == pytest.approx(expected, rel=1e-6)
     assert equal_weights(loaded, student)
 
 
