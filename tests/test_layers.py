@@ -13,7 +13,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kdcache"
 LAYER = {
     "kernels": 0,
-    "errors": 1, "early": 1, "streams": 1, "paths": 1, "canonical": 1, "signals": 1, "ranks": 1, "guard": 1,
+    "errors": 1, "early": 1, "streams": 1, "paths": 1, "canonical": 1, "signals": 1, "ranks": 1, "arguments": 1,
+    "guard": 1,
     "cache": 1,
     "generators": 2, "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "model_checks": 2,
     "engines": 2,
@@ -35,6 +36,7 @@ MAY_IMPORT = {                  # part -> the only other distributions its files
     "streams": set(sys.stdlib_module_names),
     "signals": set(sys.stdlib_module_names),
     "ranks": set(sys.stdlib_module_names),
+    "arguments": set(sys.stdlib_module_names),
     "guard": set(sys.stdlib_module_names),
     "canonical": STDLIB_AND_NUMPY,
     "cache": {"pyarrow", "h5py", *STDLIB_AND_NUMPY},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 from student_world import Net, Points, run, write_cache
 from torch import nn
 
-from kdcache.errors import UsageError
+from kdcache.errors import KDCacheError, UsageError
 from kdcache.student.loader import Loader
 from kdcache.student.loop import Loop
 from kdcache.student.optim import Schedule, make_optimizer, trainable
@@ -47,6 +50,22 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [(a["step"], a["loss"]) for a in lines]
+
+
+def test_a_full_disk_under_tensorboard_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        capfd: pytest.CaptureFixture[str]) -> None:
+    """Its writer meets it in a thread of its own, and says neither where nor to whom."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    before = threading.excepthook
+    with pytest.raises(KDCacheError, match=r"run.tensorboard: disk full while reporting to tensorboard"):
+        run(tmp_path / "run", Net(8), data=Points(64), alpha=0.0, epochs=9, batch_size=8, report_to=["tensorboard"])
+    assert threading.excepthook is before and "Traceback" not in capfd.readouterr().err
 
 
 # ---- optimizers ---------------------------------------------------------------------------------------------------

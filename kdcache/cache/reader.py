@@ -14,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
+from kdcache.arguments import checked
 from kdcache.cache import audit, catalog, mapping, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest
 from kdcache.cache.columns import ROOT, Array, Columns
@@ -44,6 +45,7 @@ class Batch:
         return len(self.records)
 
 
+@checked
 def open(path: str | os.PathLike[str], *, expect: Identity | None = None, accept: Sequence[str] = (),
          allow_partial: bool = False) -> Cache:
     """Open a sealed cache, or with `allow_partial` one that is still being written.

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from kdcache.arguments import checked
 from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header
 from kdcache.cache.check import judged_with, prepare, problem
@@ -34,6 +35,7 @@ from kdcache.errors import (
 ATTEMPTS = 5                    # at a name whose file is bad, with others repairing it at the same time
 
 
+@checked
 def create(path: str | os.PathLike[str], spec: CacheSpec, identity: Identity, *, container: str = "arrow",
            recorded: dict[str, str] | None = None, share: tuple[int, int] = (0, 1)) -> Writer:
     """A writer of the cache at `path`: a new one, or one of the same spec, identity and container, continued.

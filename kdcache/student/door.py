@@ -37,6 +37,13 @@ def check_integer(name: str, value: Any, *, optional: bool = False) -> None:
         raise UsageError(f"{name} is {_seen(value)}; expected an integer")
 
 
+def check_workers(workers: Any) -> None:
+    """UsageError for a number of processes that is none."""
+    check_integer("workers", workers)
+    if workers < 0:
+        raise UsageError(f"workers is {workers}; expected at least 0")
+
+
 def check_device(device: Any) -> torch.device:
     """The device; UsageError for a name that is none, or for CUDA where there is none."""
     try:

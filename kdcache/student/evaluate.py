@@ -37,7 +37,7 @@ from kdcache.models import (
 from kdcache.paths import local_path
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
 from kdcache.student import checkpoint
-from kdcache.student.door import check_integer
+from kdcache.student.door import check_integer, check_workers
 from kdcache.student.head import Head
 from kdcache.student.inputs import Pairs, data_batches
 from kdcache.student.loader import as_samples
@@ -129,6 +129,7 @@ def evaluate_module(module: nn.Module, samples: Samples, *, batch_size: int, dev
     look: called with the number of classes, once it is known.
     """
     samples.padding = padding_of(module, samples.dataset)
+    check_workers(workers)
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
     check_integer("classes", classes, optional=True)

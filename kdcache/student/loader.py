@@ -36,7 +36,7 @@ from kdcache.student.batches import (
     needed_columns,
     student_rows,
 )
-from kdcache.student.door import check_device, check_integer, check_number, check_temperature, check_type
+from kdcache.student.door import check_device, check_integer, check_number, check_temperature, check_type, check_workers
 from kdcache.student.inputs import Fetch, data_batches, prefetchable, token_batch
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
@@ -141,6 +141,7 @@ class Loader:
         if model is not None:
             self.padding = padding_of(model, None if self.samples is None else self.samples.dataset)
         self.device = check_device(device)
+        check_workers(workers)
         self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
         self.workers, self.accept, self.classes = workers, tuple(accept), classes
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
@@ -521,6 +522,9 @@ def _total(epochs: float | None, max_steps: int | None, num_samples: int, batch_
         if max_steps < 1:
             raise UsageError(f"max_steps is {max_steps}; expected at least 1")
         return max_steps * batch_size
+    if epochs is not None and not 0 < epochs * num_samples < 2**62:         # nor NaN
+        raise UsageError(f"epochs is {epochs}; expected a number of at least 1 / {num_samples}, the part of an "
+                         "epoch that one sample is")
     total = round((1 if epochs is None else epochs) * num_samples)
     if total < 1:
         raise UsageError(f"epochs is {epochs}; {num_samples} samples make less than one of it")

@@ -7,7 +7,9 @@ import importlib
 import json
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,10 @@ class Metrics:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             self._file = open(handle, "a", encoding="utf-8")
         self._on_metrics = on_metrics
-        self._reports = [REPORTERS[name](folder, step, options or {}) for name in report_to]
+        self._reports: list[tuple[str, Report, Callable[[], None]]] = []
+        for name in report_to:
+            with self._explained(name):
+                self._reports.append((name, *REPORTERS[name](folder, step, options or {})))
 
     def write(self, line: dict[str, Any]) -> None:
         """One line: `step` and numbers. What is not finite stands as null in the file."""
@@ -54,8 +59,9 @@ class Metrics:
         with explain(self.path, "writing metrics", self._standing):
             self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         numbers = {key: v for key, v in line.items() if isinstance(v, int | float) and key != "step"}
-        for report, _ in self._reports:
-            report(int(line["step"]), numbers)
+        for name, report, _ in self._reports:
+            with self._explained(name):
+                report(int(line["step"]), numbers)
         if self._on_metrics is not None:
             self._on_metrics(line)
 
@@ -76,8 +82,13 @@ class Metrics:
     def close(self) -> None:
         with contextlib.suppress(OSError):      # what a checkpoint counts on is on disk; the rest will be written again
             self._file.close()
-        for _, close in self._reports:
-            close()
+        for name, _, close in self._reports:
+            with self._explained(name):
+                close()
+
+    def _explained(self, name: str) -> AbstractContextManager[None]:
+        """A block of a reporter, whose errors of the operating system need not name its folder."""
+        return explain(self.path.parent / name, f"reporting to {name}", self._standing)
 
 
 def truncate(path: Path, step: int) -> None:
@@ -133,12 +144,25 @@ def _step(line: bytes) -> float:
 def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
     writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    before = threading.excepthook
+
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        """A thread of the writer fails over a full disk: `report` raises what it met, its traceback says no more."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+            before(args)
 
     def report(at: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, at)
 
-    return report, writer.close
+    def close() -> None:
+        try:
+            writer.close()
+        finally:
+            threading.excepthook = before
+
+    threading.excepthook = quiet
+    return report, close
 
 
 def _wandb(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:

@@ -19,6 +19,7 @@ from kdcache.ranks import refuse_ranks
 from kdcache.runs import SUMMARY, is_number, plain_arguments
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
+from kdcache.student.door import check_workers
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import OnMetrics, check_reporters
@@ -107,6 +108,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
     data or callbacks raises, and where a worker process dies, once the steps before are saved.
     """
     refuse_ranks("training")
+    check_workers(workers)
     picked, say = pick_device(device), callback("say", say)
     settings = Settings(
         temperature=temperature, k=k, classes=classes, alpha=alpha, ce_weight=ce_weight, kd_weight=kd_weight,
