@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
@@ -52,6 +53,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [(a["step"], a["loss"]) for a in lines]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")     # it leaves its file open then
 def test_a_full_disk_under_tensorboard_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                         capfd: pytest.CaptureFixture[str]) -> None:
     """Its writer meets it in a thread of its own, and says neither where nor to whom."""
@@ -65,6 +67,7 @@ def test_a_full_disk_under_tensorboard_names_its_folder(tmp_path: Path, monkeypa
     before = threading.excepthook
     with pytest.raises(KDCacheError, match=r"run.tensorboard: disk full while reporting to tensorboard"):
         run(tmp_path / "run", Net(8), data=Points(64), alpha=0.0, epochs=9, batch_size=8, report_to=["tensorboard"])
+    gc.collect()
     assert threading.excepthook is before and "Traceback" not in capfd.readouterr().err
 
 
@@ -120,8 +123,8 @@ def test_float16_scales_its_gradients(tmp_path: Path) -> None:
     loader = Loader(cache, data, batch_size=8, epochs=1)
     student, losses = Net(8), []
     settings = Settings(
-        temperature=None, k=None, alpha=0.5, ce_weight=None, kd_weight=None, divergence="forward_kl", beta=None,
-        tail="bucket", match=(), engine="auto", logits_memory=None, epochs=1, max_steps=None, batch_size=8,
+        temperature=None, k=None, classes=None, alpha=0.5, ce_weight=None, kd_weight=None, divergence="forward_kl",
+        beta=None, tail="bucket", match=(), engine="auto", logits_memory=None, epochs=1, max_steps=None, batch_size=8,
         micro_batch_size=None, optimizer="sgd", lr=0.1, weight_decay=None, warmup=0, clip=1.0, precision="float16",
         compile=False, device="cuda", seed=0, shuffle=True, deterministic=False, eval_every=None, save_every=None,
         best_by="eval_loss", accept=())

@@ -19,7 +19,7 @@ from kdcache.runs import METRICS as FILE
 
 LONGEST = 2**20             # bytes of a line
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-OnMetrics = Callable[[dict[str, Any]], None]
+OnMetrics = Callable[[dict[str, Any]], object]
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -143,7 +143,6 @@ def _step(line: bytes) -> float:
 
 def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
-    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
     before = threading.excepthook
 
     def quiet(args: threading.ExceptHookArgs) -> None:
@@ -161,7 +160,12 @@ def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[R
         finally:
             threading.excepthook = before
 
-    threading.excepthook = quiet
+    threading.excepthook = quiet                # the thread of the writer writes as soon as it is there
+    try:
+        writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    except BaseException:
+        threading.excepthook = before
+        raise
     return report, close
 
 

@@ -22,7 +22,7 @@ from kdcache.student import checkpoint
 from kdcache.student.door import check_workers
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
-from kdcache.student.metrics import OnMetrics, check_reporters
+from kdcache.student.metrics import check_reporters
 from kdcache.student.prepare import (
     check_classes,
     check_idle,
@@ -60,7 +60,8 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
                   student_args: Mapping[str, Any] | None = None, student_weights: str | Path | None = None,
                   data_args: Mapping[str, Any] | None = None, eval_data_args: Mapping[str, Any] | None = None,
                   engine: str = "auto", logits_memory: str | int | None = None, live_teacher: nn.Module | None = None,
-                  on_step: Callable[[StepInfo], object] | None = None, on_metrics: OnMetrics | None = None,
+                  on_step: Callable[[StepInfo], object] | None = None,
+                  on_metrics: Callable[[dict[str, Any]], object] | None = None,
                   say: Callable[[str], object] | None = None) -> TrainReport:
     """Train `student` on what a teacher said, and keep run and weights in the folder `out`.
 
