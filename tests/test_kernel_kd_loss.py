@@ -141,6 +141,26 @@ def test_a_teacher_over_all_classes(case: Case, device: str) -> None:
     judge(case, problem, run(problem, device, ids=None, log_tail=None), draw)
 
 
+@pytest.mark.parametrize(("tail", "full"), [("bucket", False), ("uniform", False), ("conditional", False),
+                                            ("bucket", True), ("conditional", True)])
+def test_classes_of_the_student_alone_may_be_far_above_the_others(tail: str, full: bool, device: str) -> None:
+    """Their exponentials are the row's; "conditional" does not see them, and keeps all its digits."""
+    case = Case(beyond=5, tail=tail, labels="alike", weights="some", kept=118 if full else 8)
+
+    def draw(seed: int) -> Problem:
+        problem = world.problem(case, seed)
+        problem.logits[:, case.taught :] += 500
+        if not full:
+            return problem
+        log_q = torch.log_softmax(torch.randn(3, case.taught), -1)
+        return replace(problem, keywords=problem.keywords | {
+            "ids": torch.arange(case.taught).expand(3, -1), "log_probs": log_q,
+            "log_tail": torch.full((3,), -torch.inf)})
+
+    problem = draw(0)
+    judge(case, problem, run(problem, device, **({"ids": None, "log_tail": None} if full else {})), draw)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_logit_spoils_its_own_row_and_no_other(value: float, device: str) -> None:
     problem = usual()

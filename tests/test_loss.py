@@ -116,6 +116,18 @@ def test_is_as_good_as_plain_arithmetic(divergence: str, tail: str, k: int | Non
     assert bool(((found[1] - truth[1]).abs() <= 2 * max(plain_gradient) + ulp).all())
 
 
+@pytest.mark.parametrize("k", [None, 5])
+def test_the_conditional_divergence_keeps_its_digits_below_classes_it_does_not_see(k: int | None) -> None:
+    """500 above: subtracted from the kept, they would leave 2^-16 of each."""
+    logits, labels, targets = problem(40, 16, 50, 2.0, k, beyond=3)
+    logits[:, 50:] += 500
+    logits, options = logits.float().double(), {"tail": "conditional", "alpha": 1.0}
+    truth = value_and_gradient(rows_by_definition, logits, labels, targets, **options)
+    found = value_and_gradient(kd_loss, logits.float(), labels, single(targets), reduction="none", **options)
+    for a, b in zip(found, truth, strict=True):
+        assert float((a - b).abs().max()) <= 2e-6
+
+
 def test_labels_with_weights() -> None:
     logits, _, _ = problem(8, 4, 5, 1.0, None)
     labels = torch.tensor([[0, 1], [2, 2], [3, -1], [-100, -1]])

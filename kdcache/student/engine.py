@@ -272,9 +272,10 @@ def _over_support(x_RV: Tensor, targets: SoftTargets, rows: RowLoss,
     assert targets.ids_NK is not None
     ids_RK, divergence = targets.ids_NK, sampled_kl if rows.tail == "sampled" else DIVERGENCES[rows.divergence]
     log_q = _teacher(targets, rows.tail, x_RV.dtype)
-    # Relative to the row's maximum before the division: a large common offset costs no digits.
-    max_R1 = x_RV.amax(-1, keepdim=True)
-    score_RK = (x_RV.gather(1, ids_RK) - max_R1).div_(targets.temperature)
+    # Relative to the maximum of what is compared before the division: a large common offset costs no digits.
+    score_RK = x_RV.gather(1, ids_RK)
+    max_R1 = (score_RK if rows.tail == "conditional" else x_RV).amax(-1, keepdim=True)
+    score_RK = score_RK.sub_(max_R1).div_(targets.temperature)
     if rows.tail == "conditional":
         value_R, slope_RK = divergence(log_q, torch.log_softmax(score_RK, -1), rows.beta, wants)
         return value_R, None if slope_RK is None else _Slope(None, None, ids_RK, slope_RK), None
