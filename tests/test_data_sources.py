@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from kdcache.data.identify import identify
-from kdcache.data.samples import Samples
+from kdcache.data.samples import Samples, as_tensor
 from kdcache.data.sources import load_data
 from kdcache.data.text import fingerprint
 from kdcache.errors import DataError, NotBuilt, UsageError
@@ -130,8 +130,76 @@ def test_npz(tmp_path):
     assert load_data(f"npz:{tmp_path}/d.npz")[0][1] is None
 
 
+WIDENED = ("uint16", "uint32", "uint64", ">i4", ">u2", ">f4", "uint8", "int8", "bool", "<i8")
+
+
+@pytest.mark.parametrize("dtype", WIDENED)
+def test_numbers_of_any_width_and_byte_order_train_and_keep_their_key(tmp_path, dtype):
+    """Both stages, with the array as labels and as token ids; the key is that of the same numbers as int64."""
+    from teacher_world import Speaker, mlp
+
+    import kdcache
+
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(">f4" if dtype == ">f4" else "f4")
+    if dtype == ">f4":
+        cases = [({"x": x}, lambda: mlp(2))]
+    else:
+        cases = [({"x": x, "y": (np.arange(8) % 2).astype(dtype)}, lambda: mlp(2))]
+    if dtype not in (">f4", "bool"):
+        cases.append(({"input_ids": np.arange(40).reshape(8, 5).astype(dtype)}, Speaker))
+    for i, (arrays, net) in enumerate(cases):
+        odd, cache = f"npz:{tmp_path}/odd.npz", tmp_path / f"c{i}"
+        np.savez(tmp_path / "odd.npz", **arrays)
+        np.savez(tmp_path / "plain.npz", **{
+            name: array.astype("f4" if array.dtype.kind == "f" else "i8") for name, array in arrays.items()})
+        keys = [Samples(load_data(spec)).sample_key(3) for spec in (odd, f"npz:{tmp_path}/plain.npz")]
+        assert keys[0] == keys[1]
+        kdcache.dump_teacher(teacher=net(), data=odd, out=cache, device="cpu", values="float32")
+        kdcache.train_student(student=net(), data=odd, cache=cache, out=tmp_path / f"r{i}", max_steps=2, device="cpu",
+                              batch_size=4)
+
+        class Own:                                              # and of a dataset that is no file
+            name, revision = "own", "1"
+
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, n, arrays=arrays):
+                item = {name: array[n] for name, array in arrays.items()}
+                return item if "input_ids" in item else (item["x"], item.get("y"))
+
+        kdcache.dump_teacher(teacher=net(), data=Own(), out=tmp_path / f"own{i}", device="cpu")
+
+
+def test_a_uint64_that_no_tensor_of_a_model_can_hold_is_refused_by_name(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2), "f4"), y=np.array([0, 2**63, 1], np.uint64))
+    with pytest.raises(DataError, match=r"array 'y' has a uint64 of 2\^63 or more"):
+        load_data(f"npz:{tmp_path}/a.npz")
+    for value in (np.array([2**63], np.uint64), torch.from_numpy(np.array([2**64 - 1], np.uint64))):
+        with pytest.raises(DataError, match=r"'ids' has a uint64 of 2\^63 or more"):
+            as_tensor(value, "ids")
+    assert as_tensor(np.array([2**63 - 1], np.uint64), "ids").tolist() == [2**63 - 1]
+
+
+def test_members_of_an_npz_file_that_are_no_arrays_are_refused(tmp_path):
+    import zipfile
+
+    for name, content in (("notes.txt", b"hello"), ("x.npy", b"no header"), ("deep/x.npy", b"\x93NUMPY\x01\x00")):
+        np.savez(tmp_path / "a.npz", x=np.zeros(3))
+        with zipfile.ZipFile(tmp_path / "a.npz", "w" if name == "x.npy" else "a") as file:
+            file.writestr(name, content)
+        with pytest.raises(DataError, match=r"is no \.npz file of plain arrays") as caught:
+            load_data(f"npz:{tmp_path}/a.npz")
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"x": np.array([{}], object)}, "no .npz file of plain arrays"),
+    ({"x": np.zeros(2, np.longdouble)}, "expected numbers of at most 64 bits"),
+    ({"x": np.zeros(2, [("a", "i4")])}, "expected numbers of at most 64 bits"),
+    ({"x": np.zeros(2, "M8[s]")}, "expected numbers of at most 64 bits"),
+    ({"x": np.zeros(2), "class_names": np.array("a")}, r"class_names is <U1 \[\]; expected strings"),
+    ({"x": np.zeros(2), "class_names": np.arange(2)}, r"class_names is int64 \[2\]; expected strings"),
     ({"x": np.zeros(2), "y": np.zeros(3)}, "differ in length"),
     ({"x": np.zeros(2), "z": np.zeros(2)}, r"has x and also \['z'\]"),
     ({"x": np.float64(3)}, "expected one or more"),

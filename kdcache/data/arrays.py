@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from kdcache.data.keys import UNSIGNED, array_header, byte_parts, elements
 from kdcache.errors import DataError, UsageError, near
-from kdcache.guard import describe
+from kdcache.guard import describe, let_through
 from kdcache.paths import local_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -26,7 +25,8 @@ class ArrayData:
     pure_items = True           # no generator is drawn from: see data/views.py
 
     def __init__(self, arrays: Arrays, *, name: str, class_names: list[str] | None = None) -> None:
-        self.tensors = {key: torch.from_numpy(np.array(array, order="C")) for key, array in arrays.items()}
+        self.tensors = {key: torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+                        for key, array in arrays.items()}
         self.name, self.class_names, self.revision = name, class_names or [], content_hash(arrays)
 
     def __len__(self) -> int:
@@ -71,6 +71,17 @@ def digits(*, split: str = "train") -> ArrayData:
                      class_names=[str(digit) for digit in range(10)])
 
 
+def _check_plain(name: str, array: Any) -> None:
+    """ValueError for a member of an .npz file that is no array of numbers (or of strings, for class_names)."""
+    if not isinstance(array, np.ndarray):               # numpy gives the bytes of members that are no .npy
+        raise ValueError(f"its member {name!r} is no .npy")
+    if name == "class_names":
+        if array.ndim != 1 or array.dtype.kind != "U":
+            raise ValueError(f"class_names is {array.dtype} {list(array.shape)}; expected strings, one for each class")
+    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
+        raise ValueError(f"its array {name!r} has a uint64 of 2^63 or more, which int64 cannot hold")
+
+
 def npz(path: str, /) -> ArrayData:
     """A numpy .npz file: arrays x and y (or x alone), or any named model inputs with `labels`; one first axis.
 
@@ -85,15 +96,18 @@ def npz(path: str, /) -> ArrayData:
             if not isinstance(opened, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array, of np.save")
             arrays = {name: opened[name] for name in opened.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+            for name, array in arrays.items():
+                _check_plain(name, array)
+    except Exception as e:          # numpy, zipfile and zlib each raise their own for damaged and for foreign files
+        let_through(e)
         raise DataError(f"{path} is no .npz file of plain arrays: {describe(e)}") from e
     names = arrays.pop("class_names", None)
     if not arrays or any(array.ndim == 0 for array in arrays.values()):
         raise DataError(f"{path} has the arrays {sorted(arrays)}; expected one or more, each with an axis of samples")
     for name, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise DataError(f"{path}: the array {name!r} is of dtype {array.dtype}; expected numbers (of labels the "
-                            "class indices, their names as class_names)")
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise DataError(f"{path}: the array {name!r} is of dtype {array.dtype}; expected numbers of at most 64 "
+                            "bits (of labels the class indices, their names as class_names)")
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path}: the arrays differ in length: {lengths}")

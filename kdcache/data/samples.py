@@ -222,9 +222,12 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
     """A number, list or numeric array as a tensor of its own dtype; DataError for images, text and objects.
 
     Unsigned integers of more than 8 bits, with which torch calculates almost nothing, become int64, and so do all
-    integers whose name ends in "ids": embeddings take no others.
+    integers whose name ends in "ids": embeddings take no others. DataError for a uint64 that int64 cannot hold.
     """
     if isinstance(value, torch.Tensor):
+        if value.dtype is torch.uint64 and bool((value.view(torch.int64) < 0).any()):
+            raise DataError(f"{name!r} has a uint64 of 2^63 or more, which int64 cannot hold; no model takes it: give "
+                            "it as int64 or as floating point")
         return value.to(torch.int64) if value.dtype in UNSIGNED or (
             name.endswith("ids") and value.dtype in SMALL) else value
     if isinstance(value, str | bytes) or hasattr(value, "convert"):
@@ -232,6 +235,7 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
                         "transform it in the dataset, or give the dataset a collate_fn")
     try:
         array = np.asarray(value)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         return as_tensor(torch.from_numpy(array if array.flags.writeable else array.copy()), name)
     except (TypeError, ValueError) as e:
         raise DataError(f"{name!r} is a {type(value).__name__} that is no tensor ({e})") from e
