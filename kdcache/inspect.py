@@ -211,6 +211,7 @@ def namer(cache: Cache, class_names: Sequence[str], tokenizer: str | Path | None
 def _check_data(cache: Cache, batch: Batch, out: Mapping[str, Any], data: Any,
                 data_args: Mapping[str, Any] | None) -> list[str]:
     """Class names of the dataset, after its key of this record was found to be the one in the cache."""
+    from kdcache.data.classes import check
     from kdcache.data.identify import check_same_key
     from kdcache.data.samples import Samples
     from kdcache.data.sources import load_data
@@ -220,6 +221,8 @@ def _check_data(cache: Cache, batch: Batch, out: Mapping[str, Any], data: Any,
                       labels=False)
     key = np.array([samples.sample_key(out["sample_id"], out["view"])], np.uint64)
     check_same_key(batch.columns["sample_key"], key, np.array([out["sample_id"]]))
+    kept = list(cache.identity.data.get("class_names", []))
+    check(kept, samples.class_names, of=(f"the cache {cache.path}", "the data"), accept=None)
     return samples.class_names
 
 

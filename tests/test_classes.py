@@ -20,6 +20,7 @@ import kdcache
 from kdcache.data.classes import CLASS_NAMES, compare, dataset_names, model_names
 from kdcache.data.samples import Samples
 from kdcache.errors import IdentityMismatch, UsageError
+from kdcache.inspect import inspect
 from kdcache.student.evaluate import evaluate
 from kdcache.student.train import train_student
 from kdcache.teacher.dump import dump_teacher
@@ -163,6 +164,32 @@ def test_students_runs_and_evaluation_data_are_compared_too(tmp_path: Path, capl
     assert evaluate(net, named(["x", "y", "z"])) == want and "not one in common" in caplog.text
     with pytest.raises(UsageError, match=r"--accept class_name: evaluation compares .*class_names"):
         evaluate(net, named(NLI), accept=["class_name"])
+
+
+def test_a_live_teacher_evaluation_data_and_inspect_are_compared(tmp_path: Path) -> None:
+    def train(out: str, **more: Any) -> Any:
+        return train_student(student=Net(8, 3), out=tmp_path / out, epochs=1, **more)
+
+    live = {"data": named(NLI), "alpha": 1.0}
+    with pytest.raises(IdentityMismatch, match="'contradiction' for the live teacher and 'entailment' for the data"):
+        train("no", live_teacher=teacher(NLI[::-1]), **live)
+    assert train("l", live_teacher=teacher(NLI[::-1]), accept=[CLASS_NAMES], **live).accepted == (CLASS_NAMES,)
+    sigmoid = teacher(NLI)
+    sigmoid.config.problem_type = "multi_label_classification"
+    with pytest.raises(UsageError, match=r"the live teacher .* is for multi_label"):
+        train("no", live_teacher=sigmoid, **live)
+    with pytest.raises(UsageError, match="the teacher has one class, whose softmax is always 1"):
+        train("no", live_teacher=Net(8, 1), **live)
+    dump_teacher(teacher=teacher(), data=named(None), out=tmp_path / "c", device="cpu")
+    two = {"cache": tmp_path / "c", "data": named(None), "eval_data": named(NLI[:2])}
+    with pytest.raises(IdentityMismatch, match=r"the evaluation data names 2 classes .*, the teacher gives 3 logits"):
+        train("no", **two)
+    assert train("e", accept=[CLASS_NAMES], **two).accepted == (CLASS_NAMES,)
+    assert not (tmp_path / "no").exists()
+    dump_teacher(teacher=teacher(), data=named(NLI), out=tmp_path / "d", device="cpu")
+    assert inspect(tmp_path / "d", record=1, data=named(NLI))
+    with pytest.raises(IdentityMismatch, match="'contradiction' for the data"):
+        inspect(tmp_path / "d", record=1, data=named(NLI[::-1]))
 
 
 def test_a_run_remembers_the_classes_of_a_student_that_cannot(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class ImageFolder:
     systems leave behind (data/folders.py), are nobody's.
 
     What a picture is, by its mode, as values in 0..1 for red, green and blue:
-    - RGB and L (grey) 8 bits / 255, 1 bit 0 or 1, P its palette's colours; grey is the same in all three
+    - RGB and L (grey) 8 bits / 255 (of 16 bits in colour Pillow keeps the upper 8), 1 bit 0 or 1, P its palette's
+      colours; grey is the same in all three
     - I;16 (PNG, TIFF) and I (PGM, TIFF; 32 bits that hold 16) / 65535, or the largest value of the bits that a TIFF
       says; outside that it is refused by name. F (TIFF) as it is; outside 0..1 it is refused
     - alpha (RGBA, LA, PA, a transparent colour): as it looks on white
@@ -140,6 +141,9 @@ def _deep_grey(image: Any) -> npt.NDArray[np.float32]:
         raise DataError(f"it is of mode {image.mode} with values from {low:g} to {high:g}; expected 0 to {largest:g}: "
                         "convert it to 8 or 16 bits")
     grey = values.astype(np.float32) / np.float32(largest)
+    hidden = image.info.get("transparency")             # of a PNG: the value that is no colour
+    if isinstance(hidden, int):
+        grey[values == hidden] = 1
     return 1 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 

@@ -263,16 +263,29 @@ def check_pictures(model: Model, sources: Sources) -> None:
                              f"({in_words(ours)})")
 
 
-def check_classes(model: Model, sources: Sources, accept: Sequence[str]) -> None:
-    """IdentityMismatch for a student that names its classes otherwise than what it is to be trained on; what was
-    accepted, and what cannot be compared, is added to `sources`.
+def check_classes(model: Model, sources: Sources, accept: Sequence[str],
+                  live_teacher: nn.Module | None = None) -> None:
+    """IdentityMismatch for a student or live teacher that names its classes otherwise than what is trained on, and for
+    evaluation data that alone names some, and another number than there are; what was accepted, and what cannot be
+    compared, is added to `sources`. UsageError for a live teacher whose logits are no softmax.
 
     The config of a Hugging Face student without names, or whose other ones were accepted, gets those of the data.
     """
     names, own = sources.class_names, model.class_names
     config: Any = getattr(model.module, "config", None)
     found, said = classes.check(own, names, of=("the student", "the data"), accept=accept)
-    sources.accepted = list(dict.fromkeys([*sources.accepted, *found]))
+    others: list[str] = []
+    if live_teacher is not None:
+        require_softmax(live_teacher, 2, role="live teacher")       # its width is looked at with its logits
+        others, more = classes.check(classes.model_names(live_teacher), names or own, accept=accept,
+                                     of=("the live teacher", "the data" if names else "the student"))
+        said += more
+    held = [] if sources.eval_samples is None or names or own else sources.eval_samples.class_names
+    known = sources.cache.spec.num_classes if sources.cache is not None else model.num_classes
+    if known:
+        others += classes.check_number(held, known, of=("the student" if sources.cache is None else "the teacher",
+                                                        "the evaluation data"), accept=accept)
+    sources.accepted = list(dict.fromkeys([*sources.accepted, *found, *others]))
     sources.notes += said
     if (found or not own) and names and len(getattr(config, "id2label", None) or ()) == len(names):
         config.id2label = dict(enumerate(names))
@@ -400,6 +413,9 @@ def _check_logits(logits: int, settings: Settings, loader: Loader, targets: Soft
         return []
     taught = loader.num_classes if targets is None else targets.num_classes
     taught = taught if targets is not None or loader.spec is not None else None     # else they are names of the data
+    if taught == 1:
+        raise UsageError("the teacher has one class, whose softmax is always 1 and says nothing; expected at least two "
+                         "(of a sigmoid's logit z the teacher is to give [0, z])")
     if taught is not None and logits < taught:
         raise UsageError(f"the student has {logits} classes, the teacher {taught}; a student needs at least as many. "
                          f"Where the teacher's last ones are padding that no label and no token uses, dump again with "
