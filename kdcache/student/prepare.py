@@ -361,7 +361,8 @@ def check_student(model: Model, loader: Loader, settings: Settings, *, evaluated
                                                 num_classes=None if head is None else head.num_classes)
     elif loader.rows is None and loader.convention == NEXT_TOKEN:
         with _trying(module, inputs), autocast(loader.device, settings.precision):
-            if is_causal(module, first, ask(module, inputs), loader.device, "student", ask) is False:
+            answer = ask(module, inputs)        # one row a record is another fault, which is named below
+            if answer.logits.dim() == 3 and is_causal(module, first, answer, loader.device, "student", ask) is False:
                 raise DataError(f"the student ({type(module).__name__}) looks at later tokens, and the rows of the "
                                 "cache predict them: it would learn to copy what it is to predict. If that is meant: "
                                 "--rows next-token")
