@@ -43,7 +43,7 @@ def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_lab
     return tl.where(known, y, 0).to(tl.int32), weight
 
 
-@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels", "taught"],    # vectors of LOG_Q
+@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"],      # LOG_Q is read as vectors
             do_not_specialize_on_alignment=[name for name in ROW_POINTERS if name not in ("IDS", "LOG_Q", "LOG_TAIL")])
 def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, Z_SCALE, x_stride,
             g_stride, label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, taught, c,
