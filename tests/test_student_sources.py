@@ -266,13 +266,15 @@ def test_classes_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
             ({"classes": 20, "student": Net(8, classes=12)}, "classes is 20, and the student gives 12 logits"),
             ({"divergence": "reverse_kl", "student": Net(8, classes=12)}, r"infinite: the student has 12 .*\(classes "),
             ({"live_teacher": Net(8, classes=12)}, rf"teacher gives 12 logits, the cache is of {CLASSES} .*classes="),
+            ({"live_teacher": Padded(), "cache": None}, rf"the teacher {CLASSES + 1}; .* give classes {CLASSES},"),
             ({"cache": None, "alpha": 0.0, "student": Net(8, classes=1)}, "gives one logit, whose softmax is")):
         given: dict[str, Any] = {"student": Net(8), "cache": cache, "data": data, "epochs": 1, **options}
         with pytest.raises(UsageError, match=message):
             train_student(out=tmp_path / "run", **given)
         assert not (tmp_path / "run").exists()
     for options in ({"tail": "conditional", "cache": cache}, {"cache": topk}, {"classes": CLASSES, "cache": cache},
-                    {"classes": CLASSES, "cache": cache, "live_teacher": Padded()}):
+                    {"classes": CLASSES, "cache": cache, "live_teacher": Padded()},
+                    {"classes": CLASSES, "live_teacher": Padded()}):
         run(tmp_path / "run" / str(len(list(tmp_path.rglob("run.toml")))), Net(8, classes=12), data=data, epochs=1,
             divergence="reverse_kl", **options)
     with pytest.raises(UsageError, match=rf"the student has 4 classes, the teacher {CLASSES}; .* --classes 4"):

@@ -418,9 +418,10 @@ def _check_logits(logits: int, settings: Settings, loader: Loader, targets: Soft
         raise UsageError("the teacher has one class, whose softmax is always 1 and says nothing; expected at least two "
                          "(of a sigmoid's logit z the teacher is to give [0, z])")
     if taught is not None and logits < taught:
+        cut = f"give classes {logits}, which cuts both" if loader.teacher is not None else \
+            f"dump again with --classes {logits}"
         raise UsageError(f"the student has {logits} classes, the teacher {taught}; a student needs at least as many. "
-                         f"Where the teacher's last ones are padding that no label and no token uses, dump again with "
-                         f"--classes {logits}")
+                         f"Where the teacher's last ones are padding that no label and no token uses, {cut}")
     width = cut_width(logits, settings.classes)
     said = [f"student: {logits} logits, cut to {width} classes"] if width < logits else []
     if taught is not None and width > taught:
