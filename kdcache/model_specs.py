@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcache.data.preprocessing import FILES as PREPROCESSING
 from kdcache.data.preprocessing import (
     Preprocessing,
     has_preprocessing,
@@ -78,8 +79,8 @@ class Wanted:
 @dataclass(slots=True)
 class Built:
     """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved, the
-    local folder that it came from, if any, the names of its classes where the module does not carry them, and how it
-    wants pictures prepared if its library says so."""
+    local folder that it or its small files are in, if any, the names of its classes where the module does not carry
+    them, and how it wants pictures prepared if its library says so."""
 
     module: nn.Module
     loaded: str
@@ -187,7 +188,8 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
         loaded += f", with {wanted.random}, for {first_few(fresh)}"
     if unused := sorted(info["unexpected_keys"]):
         loaded += f" ({len(unused)} of its tensors unused: {first_few(unused)})"
-    return _hf_built(module, loaded, task, path, wanted)
+    return _hf_built(module, loaded, task, path, wanted,
+                     _small_files(path, revision=revision or "main", local_files_only=local_files_only))
 
 
 def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overrides: Any) -> Built:
@@ -205,18 +207,33 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
     with wanted.seeded(), no_foreign_code(f"model hf-config:{path}", OWN_CODE):
         # load_model casts it, as it does every other.
         module = maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted)
+    return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted,
+                     _small_files(path))
 
 
-def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted) -> Built:
+def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted, folder: Path | None) -> Built:
     config: Any = module.config
     width = int(config.get_text_config().vocab_size if task in LANGUAGE_TASKS else config.num_labels)
     if wanted.num_classes is not None and width < wanted.num_classes:
         raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}, the teacher's "
                          f"classes; where the teacher's last ones are padding that no label and no token uses, dump "
                          f"again with --classes {width}")
-    folder = Path(path)
-    return Built(module, loaded, width, task, partial(_save_hf, module, path), folder if folder.is_dir() else None)
+    return Built(module, loaded, width, task, partial(_save_hf, module, path), folder)
+
+
+def _small_files(path: str, *, revision: str = "main", local_files_only: bool = False) -> Path | None:
+    """The local folder with what a model has beside its weights: `path`, or for a hub id its snapshot in the hub's
+    cache, into which tokenizer and preprocessing are fetched; None for a config.json alone."""
+    if Path(path).exists():
+        return Path(path) if Path(path).is_dir() else None
+    from transformers.utils.hub import cached_file
+    found = None
+    for name in ("config.json", *PREPROCESSING, "tokenizer.json"):
+        file = cached_file(path, name, revision=revision, local_files_only=local_files_only,
+                           _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+                           _raise_exceptions_for_connection_errors=False)
+        found = Path(file).parent if name == "config.json" and file is not None else found
+    return found
 
 
 def recorded_by(folder: Path) -> tuple[dict[str, Any], Path] | None:
@@ -248,12 +265,12 @@ def own_preprocessing(folder: Path) -> Preprocessing | None:
 
 
 def spec_folder(spec: object) -> Path | None:
-    """The local folder that a model SPEC of Hugging Face names."""
+    """The local folder with the small files of the model that a SPEC of Hugging Face names; None for other SPECs."""
     prefix, _, rest = str(spec).partition(":")
     if prefix not in ("hf", "hf-config") or not rest or not isinstance(spec, str):
         return None
-    path = Path(rest).expanduser()
-    return path if path.is_dir() else path.parent if path.is_file() else None
+    path = _existing(rest, prefix)
+    return Path(path).parent if Path(path).is_file() else _small_files(path)
 
 
 def own_tokenizer(folder: Path) -> tuple[str, Path] | None:

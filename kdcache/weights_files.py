@@ -22,7 +22,6 @@ ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")          # .t
 # What the weights are called among the other things that are saved, the first that is there being taken.
 WRAPPED = ("state_dict", "model_state_dict", "model")
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")         # a moving average of them
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")      # DDP and AveragedModel, torch.compile, Lightning, wrappers
 STEPS = "num_batches_tracked"           # of batch norms; older torch did not save it, and in eval mode it is not used
 FOREIGN = re.compile(r"GLOBAL ([\w.]+)")                 # what torch's safe unpickler stumbled over
 REASON = re.compile(r"WeightsUnpickler error: (.{1,120})")
@@ -51,16 +50,17 @@ def read_weights(path: Path) -> tuple[State, list[str]]:
 
 
 def renamed(state: State) -> Iterator[tuple[State, list[str]]]:
-    """The tensors under their own names, then without the prefixes that all of them have, one after another, each
-    with what was taken off, in words."""
+    """The tensors under their own names, then without the prefix that all of them have, one after another, each with
+    what was taken off, in words: `module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning, ..."""
     yield state, []
     taken: list[str] = []
     while True:
         # AveragedModel counts what it has averaged beside the module that it wraps.
         kept = {name: value for name, value in state.items() if name != "n_averaged"}
-        prefix = next((one for one in PREFIXES if kept and all(name.startswith(one) for name in kept)), None)
-        if prefix is None:
+        prefixes = {name.partition(".")[0] for name in kept}
+        if len(prefixes) != 1 or not all("." in name for name in kept):
             return
+        prefix = f"{prefixes.pop()}."
         state = {name.removeprefix(prefix): value for name, value in kept.items()}
         taken.append(prefix)
         yield state, [f"without {''.join(taken)!r} before all names"]

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from text_world import WORDS, tokenizer_file
 
 import kdcache
 from kdcache.data.preprocessing import Preprocessing, of_folder, of_timm, of_torchvision, read_preprocessing
 from kdcache.data.sources import load_data
 from kdcache.errors import DataError, IdentityMismatch, UsageError
 from kdcache.inspect import inspect
+from kdcache.model_specs import own_tokenizer
+from kdcache.models import load_model
 from kdcache.student.evaluate import evaluate
 from kdcache.student.loader import Loader
 from kdcache.student.train import train_student
@@ -161,6 +164,25 @@ def test_a_run_without_a_cache_is_prepared_as_its_student_wants_and_remembered(t
     train_student(student=f"hf:{student}", data=data, data_args={"size": 8}, alpha=0.0, epochs=1, out=tmp_path / "r2")
     with pytest.raises(UsageError, match="size and preprocessing both say"):
         load_data(data, {"size": 8, "preprocessing": str(student)})
+
+
+def test_a_model_of_the_hub_brings_its_small_files(tmp_path: Path, pictures: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    root = tmp_path / "hub" / "models--org--tiny"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("a" * 40)
+    snapshot = folder(root / "snapshots" / ("a" * 40), VIT)
+    tokenizer_file(snapshot / "tokenizer.json", WORDS)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for spec in ("hf:org/tiny", "hf-config:org/tiny"):
+        model = load_model(spec)
+        assert model.home == snapshot and model.preprocessing == of_folder(snapshot).to_text()
+        assert own_tokenizer(model.home) == own_tokenizer(snapshot)
+        train_student(student=spec, data=f"imagefolder:{pictures}", alpha=0.0, epochs=1, out=tmp_path / spec[:5])
+        recorded = tomllib.loads((tmp_path / spec[:5] / "run.toml").read_text())["recorded"]
+        assert recorded["preprocessing"] == model.preprocessing
 
 
 def test_what_libraries_say_of_their_weights() -> None:

@@ -181,6 +181,8 @@ FILES = {                       # name, what is saved, and what is said of it
                      ", without '_orig_mod.module.' before all names"),
     "lightning.ckpt": ({"state_dict": {f"model.net.{name}": value for name, value in STATE.items()}, "loops": {}},
                        ", of its 'state_dict', without 'model.net.' before all names"),
+    "wrapped.pt": ({f"student.backbone.{name}": value for name, value in STATE.items()},
+                   ", without 'student.backbone.' before all names"),
     "swa.pt": ({"n_averaged": torch.tensor(5), **{f"module.{name}": value for name, value in STATE.items()}},
                ", without 'module.' before all names"),
     "half.pt": ({name: value.half() if value.is_floating_point() else value for name, value in STATE.items()}, ""),
