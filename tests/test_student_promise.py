@@ -154,6 +154,8 @@ def test_what_is_drawn_in_training_leaves_the_callers_generator(tmp_path: Path) 
     assert not equal_weights(student, Net(8, dropout=0.5))
     torch.manual_seed(99)                   # nor does it decide what is drawn: the seed of the run does
     trained(tmp_path, "again", again := Net(8, dropout=0.5), data=Points(20), alpha=0.0)
+    trained(tmp_path, "asleep", asleep := Net(8, dropout=0.5).eval(), data=Points(20), alpha=0.0)
+    assert equal_weights(student, asleep)   # and a student that comes in eval mode, as from_pretrained gives it, trains
     trained(tmp_path, "other", other := Net(8, dropout=0.5), data=Points(20), alpha=0.0, seed=1, shuffle=False)
     trained(tmp_path, "third", third := Net(8, dropout=0.5), data=Points(20), alpha=0.0, seed=2, shuffle=False)
     assert equal_weights(student, again) and not equal_weights(other, third)

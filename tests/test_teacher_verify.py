@@ -140,20 +140,29 @@ def test_other_views_of_the_same_samples_are_named_as_such(tmp_path: Path) -> No
     assert len(report.problems) == 1 and "sample 17: view_key in the cache" in report.problems[0]
 
 
-def test_a_teacher_whose_last_digits_change_from_run_to_run_is_allowed_that(tmp_path: Path) -> None:
-    class Wobbly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.by = mlp(), 0.0
+class Moved(nn.Module):
+    """A net whose logits grow by `scale`, and by `wobble` with every call; all but the first three are lowered."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.by += 1e-6
-            return self.net(x) * (1 + self.by)
+    def __init__(self, scale: float = 0.0, wobble: float = 0.0, lowered: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.by, self.wobble, self.lowered = mlp(), 1 + scale, wobble, lowered
 
-    net = Wobbly()
-    dump_teacher(teacher=net, data=Points(), out=tmp_path / "c", device="cpu", values="float32", batch_size=50)
-    report = check(tmp_path / "c", net, Points())
-    assert report.ok and report.live_difference is not None and report.live_difference > 1e-5
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.by += self.wobble
+        z_BV = self.net(x) * self.by
+        return torch.where(z_BV < z_BV.topk(3).values[:, -1:], z_BV - self.lowered, z_BV)
+
+
+@pytest.mark.parametrize(("change", "found"), [
+    ({}, False), ({"scale": 1e-4}, True), ({"lowered": 0.01}, True), ({"wobble": 1e-6}, False),
+    ({"wobble": 1e-6, "scale": 1e-3}, True)])
+def test_a_ten_thousandth_is_found_also_in_a_tail_unless_two_runs_differ_as_much(
+        tmp_path: Path, change: dict[str, float], found: bool) -> None:
+    dump_teacher(teacher=Moved(wobble=change.get("wobble", 0.0)), data=Points(), out=tmp_path / "c", device="cpu", k=3,
+                 values="float32", batch_size=50)
+    report = check(tmp_path / "c", Moved(**change), Points())
+    assert any("differs from the cache" in problem for problem in report.problems) == found == (not report.ok)
+    assert report.live_difference is not None and (report.live_difference > 1e-5) == ("wobble" in change)
 
 
 def test_a_teacher_of_other_shapes_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
