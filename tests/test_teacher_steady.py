@@ -76,10 +76,11 @@ def test_it_is_refused_before_anything_is_written_and_kept_where_that_is_accepte
         tmp_path: Path, teacher: Any, data: Any, said: str) -> None:
     dump = dumper(tmp_path / "c")
     options = {"teacher": teacher(), "data": data(), "batch_size": 8, "k": 3}
-    with pytest.raises(DataError, match=said) as caught:
-        dump(**options)
-    assert "\n" not in str(caught.value) and "--accept unsteady" in str(caught.value)
-    assert not (tmp_path / "c").exists()
+    for accept in ([], ["class_names"]):        # another name accepts no other difference
+        with pytest.raises(DataError, match=said) as caught:
+            dump(**options, accept=accept)
+        assert "\n" not in str(caught.value) and "--accept unsteady" in str(caught.value)
+        assert not (tmp_path / "c").exists()
     told: list[str] = []
     report = dump(**options, accept=["unsteady"], say=told.append)
     assert report.complete and "unsteady" in [code for code, _ in report.warnings]
