@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool
     loader = _builder(config, task, f"hf:{path}")
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
-    with wanted.seeded(), _no_progress_bars(), no_foreign_code(f"model hf:{path}", OWN_CODE):
+    with wanted.seeded(), no_progress_bars(), no_foreign_code(f"model hf:{path}", OWN_CODE):
         module, info = loader.from_pretrained(
             path, dtype=wanted.dtype or "auto", use_safetensors=not _only_pickled(path), output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=False,
@@ -305,8 +306,11 @@ def position_limit(module: nn.Module) -> tuple[int, bool] | None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """transformers draws a bar for every checkpoint and every load: standard error is for our own progress."""
+    if "transformers" not in sys.modules:
+        yield
+        return
     from transformers.utils import logging as module
 
     logging: Any = module
@@ -322,7 +326,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _save_hf(module: Any, source: str, folder: Path) -> None:
     """Model and config by `save_pretrained`, and the tokenizer's files as they came."""
-    with _no_progress_bars():
+    with no_progress_bars():
         module.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         file = Path(source) / name

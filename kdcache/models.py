@@ -28,6 +28,7 @@ from kdcache.model_specs import (
     build,
     first_few,
     names_in,
+    no_progress_bars,
     own_preprocessing,
     own_tokenizer,
     position_limit,
@@ -126,7 +127,8 @@ class Model:
         from safetensors.torch import save_file
         with users_code(f"the weights of {type(self.module).__name__} cannot be saved", but=(OSError, SafetensorError)):
             if self.save_files is not None:
-                self.save_files(path)
+                with no_progress_bars():
+                    self.save_files(path)
             else:
                 save_file(plain_state(self.module), str(path / "model.safetensors"))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from cli_world import run as cli
 from student_world import Net, Points
 
 from kdcache import report, runs
@@ -292,6 +293,18 @@ def test_a_run_is_of_the_student_that_was_asked_for(tmp_path: Path, args: dict[s
     assert {key: found[key] for key in report.evaluation} == report.evaluation
     assert evaluate(options["student"], test, student_args=others[0], student_weights=tmp_path / "run" / "last",
                     ) != {key: found[key] for key in report.evaluation}
+
+
+def test_the_run_toml_of_any_arguments_is_a_config(tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text("from torch import nn\n\n\ndef net(act='x', n=0):\n    assert act is None\n"
+                                        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n")
+    done = cli("train-student", "--student", f"{tmp_path}/models.py:net", "--student-arg", "act=null", "--student-arg",
+               f"n={2**70}", "--data", "digits", "--alpha", "0", "--max-steps", "1", "--out", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    again = cli("train-student", "--config", tmp_path / "a" / "run.toml", "--out", tmp_path / "b")
+    assert again.exit_code == 0, again.stderr
+    a, b = (runs.read_options(tmp_path / name)["train-student"]["student-arg"] for name in "ab")
+    assert a == b == {"act": None, "n": 2**70}
 
 
 def test_arguments_that_no_file_gives_back_are_refused(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("given", ["spec", "object"])
-def test_a_hugging_face_student_is_a_folder_from_pretrained_opens(tmp_path: Path, llama: Path, given: str) -> None:
+def test_a_hugging_face_student_is_a_folder_from_pretrained_opens(tmp_path: Path, llama: Path, given: str,
+                                                                  capfd: pytest.CaptureFixture[str]) -> None:
     import transformers
     data = Windows(20)
     cache = write_cache(tmp_path / "cache", data, TinyLM(16, seed=3), tokens=True, kind="topk", tiers=(4,))
@@ -166,6 +167,7 @@ def test_a_hugging_face_student_is_a_folder_from_pretrained_opens(tmp_path: Path
     models: list[nn.Module] = []
     report = train_student(student=student, out=tmp_path / "run", cache=cache, eval_data=data, epochs=3, batch_size=5,
                            lr=0.01, on_step=lambda info: models.append(info.model))
+    assert "shards" not in capfd.readouterr().err       # no bar of transformers' for each checkpoint
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last")
     ids = torch.from_numpy(data.items[0][0])[None]
     with torch.no_grad():

@@ -20,6 +20,7 @@ from kdcache.cache import store
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
 from kdcache.models import Model
 from kdcache.student import checkpoint, metrics, training
+from kdcache.student import run as run_folder
 from kdcache.student.evaluate import evaluate
 from kdcache.student.loop import Loop, StepInfo
 from kdcache.student.train import train_student
@@ -372,6 +373,16 @@ def test_a_folder_that_goes_away_ends_the_run(tmp_path: Path, how: str, when: in
     if how == "moved":                          # and nothing new stands under the old name
         assert not run.exists()
         assert train(Net(8), tmp_path / "moved", eval_data=Points(9), save_every=1)[-1:] == ([4] if when < 4 else [])
+
+
+def test_a_file_is_known_where_inodes_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of some FUSE file systems: what is written to the open file is then read under its name."""
+    for module in (run_folder, metrics):
+        monkeypatch.setattr(module, "samestat", lambda a, b: False)
+    assert train(Net(8), tmp_path / "run", save_every=1) == [1, 2, 3, 4]
+    with pytest.raises(KDCacheError, match=r"its \.lock is another file"):
+        train_student(student=Net(8), out=tmp_path / "copied", data=Points(32), max_steps=4, save_every=1, **PLAIN,
+                      on_step=lambda info: replaced(tmp_path / "copied") if info.step == 2 else None)
 
 
 def test_a_folder_that_goes_away_while_it_is_saved_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,8 @@ class Loop:
         KDCacheError for what the student raises, UsageError for a gradient that no optimizer here takes.
         """
         modules = [self.student, *([] if self.matches is None else [self.matches])]
-        micros = self.loader.extremes()
+        with unchanged():                           # a collate_fn may draw
+            micros = self.loader.extremes()
         for micro in micros:
             size = len(micro.piece.sample_ids)
             where = (f"{size} record{'s' * (size != 1)}, the {'smallest' if micro is not micros[0] else 'first'} "
@@ -139,6 +140,8 @@ class Loop:
                     let_through(e)
                     smaller = ("; give a --batch-size, --micro-batch-size or number of steps by which every "
                                "micro-batch has more records" if micro is not micros[0] or size == 1 else "")
+                    if isinstance(e, torch.OutOfMemoryError):
+                        smaller = "; give a smaller --micro-batch-size"
                     raise KDCacheError(f"the student ({type(self.student).__name__}) cannot be trained on {where}: "
                                        f"{describe(e)}{smaller}") from e
                 finally:

@@ -11,8 +11,10 @@ import fcntl
 import json
 import os
 import platform
+import secrets
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from os.path import samestat
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +144,8 @@ class RunFolder:
         """
         try:
             named = os.stat(self.path / LOCK, follow_symlinks=False)
-            found = None if self._lock is not None and os.path.samestat(named, os.fstat(self._lock)) else (
-                f"its {LOCK} is another file")
+            ours = self._lock is not None and (samestat(named, os.fstat(self._lock)) or self._answers())
+            found = None if ours else f"its {LOCK} is another file"
             if found is None and not (self.path / OPTIONS).is_file():
                 found = f"its {OPTIONS} is gone"
         except OSError as e:
@@ -153,6 +155,25 @@ class RunFolder:
                                "emptied or replaced while the run trained, which ends here; nothing more was written. "
                                "Put the folder back and give the same command again to go on from its last checkpoint, "
                                "or name another --out")
+
+    def _answers(self) -> bool:
+        """Whether what is written into the locked file is read under its name: inodes of some FUSE systems change."""
+        assert self._lock is not None
+        text = self._sign(secrets.token_hex(8))
+        os.fsync(self._lock)
+        fd = os.open(self.path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.pread(fd, len(text) + 1, 0) == text
+        finally:
+            os.close(fd)
+
+    def _sign(self, mark: str = "") -> bytes:
+        """Write into the locked file who holds it."""
+        assert self._lock is not None
+        text = f"pid {os.getpid()} on {platform.node()}{mark and ' ' + mark}\n".encode()
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, text, 0)
+        return text
 
     def last(self) -> Path | None:
         """The checkpoint to continue from. What an interrupted swap left is put in order by the holder of the lock."""
@@ -237,7 +258,7 @@ class RunFolder:
                 if e.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK):
                     raise
                 found = None
-            if found is None or not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            if found is None or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 if found is not None:
                     os.close(fd)
                 raise KDCacheError(f"{self.path / LOCK} is no plain file of its own (a link, a folder, a pipe?); "
@@ -257,8 +278,7 @@ class RunFolder:
                                   "from training here")
             self._lock = fd
             _held.add(fd)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()} on {platform.node()}\n".encode(), 0)
+            self._sign()
             with contextlib.suppress(OSError):      # what cannot be swept is in nobody's way
                 self.files.drop_dead_temporaries("")
             checkpoint.clear_trial(self.path)

@@ -136,7 +136,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
         {"student": student, "student-weights": student_weights, "data": data, "eval-data": eval_data,
          "cache": None if sources.cache is None else str(sources.cache.path), "report-to": texts(report_to)},
         {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args},
-        {"workers": workers, **settings.table()})
+        {"workers": workers, **settings.table()}, soft=bool(settings.weight_kd))
     sources.recorded |= {key: type(value).__name__ for key, value in
                          (("student", student), ("live-teacher", live_teacher))
                          if value is not None and not isinstance(value, str | Path)}
@@ -166,11 +166,15 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
 
 
 def _options(specs: Mapping[str, Any], args: Mapping[str, Mapping[str, Any] | None],
-             values: Mapping[str, Any]) -> dict[str, Any]:
-    """What run.toml holds: SPECs and paths (objects have no text), their arguments, and the values that have a part."""
+             values: Mapping[str, Any], *, soft: bool) -> dict[str, Any]:
+    """What run.toml holds: SPECs and paths (objects have no text), their arguments, and the values that have a part.
+
+    soft: the soft loss has one.
+    """
     out = {**{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
            **{key: plain_arguments(value, f"--{key}") for key, value in args.items() if value}, **values}
-    unused = [*(["alpha"] if "ce-weight" in out else []), *(["best-by"] if specs["eval-data"] is None else [])]
+    unused = [*(["alpha"] if "ce-weight" in out else []), *(["best-by"] if specs["eval-data"] is None else []),
+              *(() if soft else SOFT)]
     return {key: value for key, value in out.items() if key not in unused}
 
 
@@ -205,6 +209,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+SOFT = ("temperature", "k", "divergence", "beta", "tail")       # options of the soft loss alone
 # What summary.json holds -> whether a value may stand there.
 SUMMARISED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("out", "student", "device", "cache", "best_by"), _is_text),
