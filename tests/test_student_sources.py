@@ -104,6 +104,13 @@ def test_labels_of_the_data_train_where_the_cache_keeps_none_only_if_asked_for(t
         assert next(line for line in said if line.startswith("loss:")).startswith(
             f"loss: {weights[0]:g} CE + {weights[1]:g} T^2 forward_kl"), said
         assert (default in "".join(said)) == (start == default)
+    words = write_cache(tmp_path / "w", Windows(8), TinyLM(seed=3), tokens=True, labels=False)
+    for given, weights, start in (({}, (0, 1), "inputs: the tokens of the cache"), ({"alpha": 0.5}, (0.5, 0.5),
+                                  "inputs: the tokens of the cache, and its labels are the next of them")):
+        said = []
+        train_student(student=TinyLM(), cache=words, out=tmp_path / f"words{len(given)}", epochs=1, say=said.append,
+                      **given)
+        assert start in said and any(line.startswith(f"loss: {weights[0]:g} CE + {weights[1]:g} T^2") for line in said)
     for cache, given, message in (
             ("n", {"alpha": 1.0, "match": ["body=body_raw:mse"]}, "leave alpha and the weights out, for match alone"),
             ("n", {}, "give match, which trains on them, or alpha 0 for the data's labels"),

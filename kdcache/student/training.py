@@ -397,9 +397,11 @@ class Training:
         yield from self.about
         yield from (f"warning: {note}" for note in self.sources.notes)
         yield "cache: none" if cache is None else f"cache: {cache.path}, content {(cache.content_id or '')[:12]}"
+        cache_labels = cache is not None and bool(cache.spec.labels)
         if self.sources.samples is None:
-            yield "inputs: the tokens of the cache"
-        elif cache is not None and not cache.spec.labels and settings.weight_ce:
+            yield "inputs: the tokens of the cache" + (
+                ", and its labels are the next of them" if settings.weight_ce and not cache_labels else "")
+        elif cache is not None and not cache_labels and settings.weight_ce:
             yield "labels: those of the data; the cache keeps none, so that nobody compared them with the teacher's"
         yield f"rows by {loader.convention} ({'as in the cache' if loader.has_rows else loader.why})"
         beta = "" if settings.beta is None else f", beta {settings.beta:g}"
