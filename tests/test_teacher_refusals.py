@@ -18,7 +18,7 @@ from kdcache.data.samples import Samples
 from kdcache.errors import DataError, IdentityMismatch, NotBuilt, SpecMismatch, UsageError
 from kdcache.student.evaluate import evaluate
 from kdcache.student.train import train_student
-from kdcache.teacher.dump import LABELS_DISAGREE
+from kdcache.teacher.dump import LABELS_DISAGREE, _say_long_shard
 from kdcache.teacher.progress import Progress
 
 
@@ -122,6 +122,28 @@ def test_a_bad_logit_names_the_record_and_the_cache_can_be_continued(
     broken.value = 0.5
     report = dump(teacher=broken, data=data, records_per_shard=10, batch_size=4)
     assert report.complete and report.shards_written == 3
+
+
+def test_a_dump_that_fails_before_its_first_shard_does_not_block_the_corrected_command(
+        dump: Dump, tmp_path: Path) -> None:
+    data = Points()
+    data.y[0] = 99
+    for change in ({"labels": False}, {"k": 3, "labels": False}, {"container": "hdf5", "labels": False},
+                   {"data": Points(30)}, {"values": "float32", "data": Points()}):
+        out = tmp_path / "-".join(change)
+        with pytest.raises(DataError, match=r"sample 0, view 0: its label is 99"):
+            dump(data=data, out=out)
+        assert dump(**{"data": data, "out": out, **change}).complete
+        assert not (out / "quarantine").exists()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.01, ""), (1.0, "takes this teacher about 16m40s")])
+def test_what_an_interruption_of_a_slow_teacher_can_lose_is_said(seconds: float, said: str) -> None:
+    told: list[str] = []
+    plan: Any = SimpleNamespace(spec=SimpleNamespace(records_per_shard=1000))
+    _say_long_shard(plan, seconds, told.append)
+    assert said in "".join(told) and bool(told) == bool(said)
+    assert not said or "--records-per-shard 300 makes it 5m00s" in told[0]
 
 
 def test_labels_of_another_order_are_a_named_warning(dump: Dump, caplog: pytest.LogCaptureFixture) -> None:
