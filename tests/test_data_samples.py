@@ -15,6 +15,7 @@ from kdcache.data.arrays import npz
 from kdcache.data.collate import collate, read_batch
 from kdcache.data.identify import check_same_key, identify, probe_ids
 from kdcache.data.keys import sample_key
+from kdcache.data.padding import Padding
 from kdcache.data.samples import Samples
 from kdcache.data.views import view_rng
 from kdcache.errors import DataError, UsageError
@@ -191,6 +192,16 @@ def test_labels_that_are_not_wanted_are_not_looked_at(name):
     if name != "a class":
         with pytest.raises(DataError):
             Samples(Listed([(x, label)])).item(0)
+
+
+def test_labels_that_are_not_wanted_still_make_the_inputs_of_a_decoder():
+    items = [{"input_ids": torch.arange(3), "labels": torch.arange(4 + i)} for i in range(2)]
+    made = []
+    for labels in (True, False):
+        samples = Samples(Listed(items), labels=labels)
+        samples.padding = Padding(0, decoder_start=7)
+        made.append(read_batch(samples, [(0, 0), (1, 0)]).inputs["decoder_input_ids"])
+    assert torch.equal(*made) and made[0].tolist() == [[7, 0, 1, 2, 0], [7, 0, 1, 2, 3]]
 
 
 def test_labels_that_are_not_wanted_still_mask_tokens():

@@ -126,7 +126,7 @@ def read_batch(samples: Samples, pairs: Sequence[tuple[int, int]]) -> Collated:
     keys = samples.keys_in_memory(sample_ids)           # first: it reads, and so checks, every item once
     raw = samples.dataset.take(sample_ids)
     fields = arrays_of(raw)
-    inputs, (labels, weight) = input_tensors(raw, model_fields(fields)), labels_of(fields, samples.labels)
+    inputs, (labels, weight) = input_tensors(raw, model_fields(fields)), labels_of(fields, samples.reads_labels)
     return Collated(inputs, labels, weight, document_start_of(fields), keys, None, real_of(inputs))
 
 
@@ -212,7 +212,7 @@ def _by_collate_fn(items: Sequence[Item], samples: Samples) -> Parts:
         batch = dict(batch) if hasattr(batch, "keys") else batch    # transformers' BatchEncoding is no Mapping
     try:
         fields = arrays_of(batch)
-        inputs, (labels, weight) = input_tensors(batch, model_fields(fields)), labels_of(fields, samples.labels)
+        inputs, (labels, weight) = input_tensors(batch, model_fields(fields)), labels_of(fields, samples.reads_labels)
         start = document_start_of(fields)
     except DataError as e:
         raise DataError(f"{where}: {e}") from e

@@ -84,6 +84,11 @@ class Samples:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether labels are read: where they are wanted, and where inputs of an encoder-decoder are made of them."""
+        return self.labels or self.padding.decoder_start is not None
+
     def __reduce__(self) -> tuple[Any, ...]:
         """For a worker process that is no fork of this one: with the files of users that it has to import."""
         return _revived, (UserFiles(), type(self), self.__dict__)
@@ -103,7 +108,7 @@ class Samples:
                 self.measured[sample_id] = measure(inputs)
             if self.collates:
                 return Item(None, None, None, None, self._key(sample_id, own), view_key, raw)
-            labels, weight = labels_of(fields, self.labels)
+            labels, weight = labels_of(fields, self.reads_labels)
             return Item(input_tensors(raw, inputs), labels, weight, document_start_of(fields),
                         self._key(sample_id, own), view_key, raw)
         except DataError as e:
