@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.padding import Padding, decoder_inputs
-from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, POSITION, RECORD, label_evidence, select_rows
+from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, POSITION, RECORD, label_evidence, row_starts, select_rows
 from kdcache.data.samples import pad_id_of
 from kdcache.errors import DataError, UsageError, near
 from kdcache.guard import users_code
@@ -30,6 +30,8 @@ TENSOR_FLOAT = 2.0**-10         # unit of TensorFloat-32, in which GPUs convolve
 CHANCE = "Is something random on in eval mode, such as dropout without training=self.training?"
 SHARED = ("Does it normalise over the batch (BatchNorm without running statistics), attend to padding, or look for "
           "another padding id than {pad_id}?")
+ON_THE_LEFT = ("The batch is padded on the left: does the model count positions from the padding on, or attend to it? "
+               "Pad on the right, or let the collate_fn give position_ids too: (attention_mask.cumsum(1) - 1).clamp(0)")
 # What Hugging Face calls models that answer for every position of their own input, and for the next token.
 OF_POSITIONS = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining", "ForConditionalGeneration", "ForSeq2SeqLM")
 OF_NEXT_TOKENS = ("ForCausalLM", "LMHeadModel")
@@ -173,12 +175,14 @@ def _by_name(module: nn.Module) -> str | None:
 @dataclass(frozen=True, slots=True)
 class Steadiness:
     """The most that logits of some rows differed by when asked again, and when their record was asked alone (None: of a
-    batch of one record); what rounding can explain; `problem` says what it cannot, in a sentence."""
+    batch of one record); what rounding can explain; `problem` says what it cannot, in a sentence. harmless: whether
+    somebody may know that it does no harm, which padding on the left does."""
 
     again: float
     alone: float | None
     rounding: float
     problem: str | None = None
+    harmless: bool = True
 
 
 def unit(module: nn.Module, logits: torch.dtype, device: torch.device) -> float:
@@ -261,14 +265,16 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
     except DataError as e:
         return Steadiness(again, math.inf, rounding, f"{e}, which is sample {sample} alone. {shared}")
     alone = _apart(mine, alone_NV[own].float()) if len(alone_NV) == counts_B[one] else math.inf
-    problem = None
     if alone > rounding:
         padding_B = batch.real.padding_B
         padding = 0 if padding_B is None else int(padding_B[one])
+        left = bool((row_starts(batch) > 0).any())
+        shared = ON_THE_LEFT if left else shared
         problem = (f"{who} answers by what shares its batch: the logits of sample {sample} differ by up to {alone:.3g} "
                    f"between a batch of {len(batch)}{f', with {padding} positions of padding,' if padding else ''} and "
                    f"alone{known}. {shared}")
-    return Steadiness(again, alone, rounding, problem)
+        return Steadiness(again, alone, rounding, problem, harmless=not left)
+    return Steadiness(again, alone, rounding)
 
 
 def _most_padded(batch: Collated, counts_B: Any) -> int:

@@ -511,6 +511,46 @@ def test_a_student_that_looks_at_padding_is_refused_before_its_first_step(tmp_pa
     assert train_student(**{**options, "data": data}, out=tmp_path / "s").finished
 
 
+class Counting(Reader):
+    """Learned positions, counted from the first column on, padding or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Embedding(16, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **extra: Tensor) -> Tensor:
+        at = extra.get("position_ids", torch.arange(input_ids.shape[1]).expand_as(input_ids))
+        x = self.embed(input_ids) + self.place(at)
+        return self.head((x if attention_mask is None else x * attention_mask[..., None]).cumsum(1))
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_padding_on_the_left_is_right_or_is_named_as_the_cause(tmp_path: Path, positions: bool) -> None:
+    class Left(Listed):
+        @staticmethod
+        def collate_fn(items: list[Any]) -> Any:
+            width = max(len(item["input_ids"]) for item in items)
+            gaps = [width - len(item["input_ids"]) for item in items]
+            mask = torch.stack([(torch.arange(width) >= gap).long() for gap in gaps])
+            ids = torch.stack([nn.functional.pad(item["input_ids"], (gap, 0))
+                               for item, gap in zip(items, gaps, strict=True)])
+            return {"input_ids": ids, "attention_mask": mask,
+                    **({"position_ids": (mask.cumsum(1) - 1).clamp(0)} if positions else {})}
+
+    teacher, data = Counting(), Left(sentences())
+    if not positions:
+        with pytest.raises(DataError, match=r"The batch is padded on the left: .* position_ids too") as caught:
+            dump(tmp_path / "c", teacher, data)
+        assert "accept" not in str(caught.value)
+        return
+    report = dump(tmp_path / "c", teacher, data, values="float32")
+    assert report.rows_written == sum(len(item["input_ids"]) - 1 for item in data)
+    with kdcache.open(tmp_path / "c") as cache:
+        batch = cache.read(np.arange(12))
+    alone = torch.cat([teacher(item["input_ids"][None])[0, :-1] for item in data]).detach()
+    np.testing.assert_allclose(batch.columns["values"], alone.numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_4d_mask_is_the_models_own_affair(tmp_path: Path) -> None:
     """[1, L, L] for each item, the usual way to pack: given to the model as it is, and no mask of positions."""
 

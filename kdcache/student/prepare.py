@@ -468,8 +468,8 @@ def _check_steady(module: nn.Module, loader: Loader, settings: Settings, run: Ru
     finally:
         module.train(training)
     if found is not None and found.problem is not None and UNSTEADY not in settings.accept:
-        raise DataError(f"{found.problem} It would be evaluated by chance too; to train it all the same: "
-                        f"--accept {UNSTEADY}")
+        raise DataError(found.problem + (f" It would be evaluated by chance too; to train it all the same: --accept "
+                                         f"{UNSTEADY}" if found.harmless else ""))
 
 
 @contextmanager

@@ -337,8 +337,8 @@ def _steady(report: DumpReport, shards: Sequence[int], *, model: Model, samples:
              f"by at most {max(found.again, found.alone or 0):.2g}; rounding may make it {found.rounding:.2g}")
         return report
     if UNSTEADY not in accept:
-        raise DataError(f"{found.problem} A cache keeps one answer for good; to keep it all the same: "
-                        f"--accept {UNSTEADY}")
+        raise DataError(found.problem + (f" A cache keeps one answer for good; to keep it all the same: --accept "
+                                         f"{UNSTEADY}" if found.harmless else ""))
     tell(f"warning: {found.problem} Accepted.")
     return dataclasses.replace(report, warnings=(*report.warnings, (UNSTEADY, found.problem)))
 
