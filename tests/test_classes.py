@@ -192,6 +192,22 @@ def test_a_live_teacher_evaluation_data_and_inspect_are_compared(tmp_path: Path)
         inspect(tmp_path / "d", record=1, data=named(NLI[::-1]))
 
 
+def test_names_beyond_the_classes_that_are_meant_do_not_count(tmp_path: Path) -> None:
+    wide = teacher([*NLI, "padding"], classes=4)
+    with torch.no_grad():
+        wide.head.bias[3] = -1e4                    # as a padded head has it: --classes has the logits prove it
+    cut = {"classes": 3, "alpha": 0.0, "epochs": 1}
+    for data, said in ((named(NLI), None), (named(NLI[::-1]), "0 is 'entailment' for the student")):
+        for call in (lambda data: train_student(student=wide, data=data, out=tmp_path / data.class_names[0], **cut),
+                     lambda data: evaluate(wide, data, classes=3)):
+            if said is None:
+                call(data)
+            else:
+                with pytest.raises(IdentityMismatch, match=said):
+                    call(data)
+    assert dump_teacher(teacher=wide, data=named(NLI), out=tmp_path / "c", k=1, classes=3, device="cpu").complete
+
+
 def test_a_run_remembers_the_classes_of_a_student_that_cannot(tmp_path: Path) -> None:
     """Evaluated, and as a teacher by its weights: a folder that is missing or renamed would be scored as another."""
     (tmp_path / "net.py").write_text("import torch\ndef net(): return torch.nn.Linear(5, 3)\n")

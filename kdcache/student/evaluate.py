@@ -101,7 +101,7 @@ def evaluate(student: nn.Module | Model | str | Path, data: Any, *, student_args
     module = found.module if isinstance(found, Model) else found
     samples.item(len(samples) - 1)          # a length that is no length is found before the work, not after it
     names = found.class_names if isinstance(found, Model) else model_names(found)
-    overlooked, notes = check_names(names, samples.class_names, of=OF, accept=accept)
+    overlooked, notes = check_names(names[:classes], samples.class_names, of=OF, accept=accept)
     for note in notes:
         log.warning("warning: %s", note)
 

@@ -264,14 +264,15 @@ def check_pictures(model: Model, sources: Sources) -> None:
 
 
 def check_classes(model: Model, sources: Sources, accept: Sequence[str],
-                  live_teacher: nn.Module | None = None) -> None:
+                  live_teacher: nn.Module | None = None, cut: int | None = None) -> None:
     """IdentityMismatch for a student or live teacher that names its classes otherwise than what is trained on, and for
     evaluation data that alone names some, and another number than there are; what was accepted, and what cannot be
-    compared, is added to `sources`. UsageError for a live teacher whose logits are no softmax.
+    compared, is added to `sources`. UsageError for a live teacher whose logits are no softmax. cut: the first so many
+    of the student's classes are meant.
 
     The config of a Hugging Face student without names, or whose other ones were accepted, gets those of the data.
     """
-    names, own = sources.class_names, model.class_names
+    names, own = sources.class_names, model.class_names[:cut]
     config: Any = getattr(model.module, "config", None)
     found, said = classes.check(own, names, of=("the student", "the data"), accept=accept)
     others: list[str] = []

@@ -151,7 +151,7 @@ def train_student(*, student: Any, out: str | Path, cache: Cache | str | Path | 
             return report
         model = load_student(student, sources, args=student_args, weights=student_weights, seed=seed)
         check_text(model, sources, settings.accept)
-        check_classes(model, sources, settings.accept, live_teacher)
+        check_classes(model, sources, settings.accept, live_teacher, settings.classes)
         check_pictures(model, sources)
         move(model.module, picked, "student")
         if report is not None:

@@ -290,7 +290,8 @@ def _same_classes(report: DumpReport, model: Model, samples: Samples, accept: Se
     if report.kind == "none":                   # features of any order
         return report, overlooked
     of = ("the teacher", "the data")
-    found, warnings = classes.check(model.class_names, samples.class_names, of=of, accept=accept)
+    found, warnings = classes.check(model.class_names[: report.num_classes], samples.class_names, of=of,
+                                    accept=accept)              # those beyond --classes are padding
     if not found and not warnings:
         found = classes.check_number(samples.class_names, report.num_classes, of=of, accept=accept)
         warnings = [f"the data names {len(samples.class_names)} classes, the teacher gives {report.num_classes} "
