@@ -219,9 +219,10 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
     dtype = weights_dtype(module)
     if isinstance(inputs, dict):
         named = {key: _as_weights(value, dtype) for key, value in inputs.items()}
-        if "attention_mask" in named and not _takes(module, "attention_mask"):
-            raise DataError(f"the sequences of a batch differ in length and were padded, but {name}.forward takes no "
-                            "attention_mask; let it take one (a causal model may ignore it), or give equal lengths")
+        for needed in ("attention_mask", "decoder_attention_mask"):
+            if needed in named and not _takes(module, needed):
+                raise DataError(f"the sequences of a batch differ in length and were padded, but {name}.forward takes "
+                                f"no {needed}; let it take one (a causal model may ignore it), or give equal lengths")
         records = len(next(iter(named.values())))
         if _keeps_a_cache(module):
             answer = module(**named, use_cache=False)       # else it returns the keys and values of every layer
