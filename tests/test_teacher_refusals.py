@@ -127,12 +127,13 @@ def test_a_bad_logit_names_the_record_and_the_cache_can_be_continued(
 def test_a_dump_that_fails_before_its_first_shard_does_not_block_the_corrected_command(
         dump: Dump, tmp_path: Path) -> None:
     data = Points()
-    data.y[0] = 99
+    data.y[33] = 99                                         # not looked at before a header is written
     for change in ({"labels": False}, {"k": 3, "labels": False}, {"container": "hdf5", "labels": False},
                    {"data": Points(30)}, {"values": "float32", "data": Points()}):
         out = tmp_path / "-".join(change)
-        with pytest.raises(DataError, match=r"sample 0, view 0: its label is 99"):
+        with pytest.raises(DataError, match=r"sample 33, view 0: its label is 99"):
             dump(data=data, out=out)
+        assert (out / "header.json").exists()
         assert dump(**{"data": data, "out": out, **change}).complete
         assert not (out / "quarantine").exists()
 
