@@ -210,7 +210,8 @@ def _is_count(value: Any) -> bool:
 
 # (table, key, whether a value is right, what is expected), of what a command reads.
 CHECKED: Sequence[tuple[str, str, Callable[[Any], bool], str]] = (
-    *((TABLE, name, _is_text, "text") for name in ("student", "precision", "best-by", "student-weights")),
+    *((TABLE, name, _is_text, "text") for name in (
+        "student", "precision", "best-by", "student-weights", "optimizer", "engine", "divergence", "tail", "device")),
     (TABLE, "seed", lambda value: type(value) is int, "a number"),
     *((RECORDED, name, _is_text, "text") for name in ("student", "tokenizer", "cache-content-id", "best-by-used")),
     *((RECORDED, name, _is_table, "a table") for name in ("data", "eval-data", "versions")),

@@ -159,7 +159,8 @@ CASES: dict[str, Callable[[Path], object]] = {
     **{f"run.toml option {key} {value!r:.20}": toml("train-student", **{key: value}) for key, values in {
         "student": (5, [1], "os:system", "hf:/etc", "\x1b]0;x\x07"), "student_arg": ([1], 5, ["no equals"], ["a=[1"]),
         "seed": ("x", [1]), "lr": (float("nan"), "x"), "precision": (5, "x"), "best_by": (5,), "optimizer":
-        ("\x1b[31m\x1b]0;x\x07",), "match": ([[1]],)}.items() for value in values},
+        ("\x1b[31m\x1b]0;x\x07", [1], {"a": 1}), "engine": ([1],),
+        "divergence": ([1],), "match": ([[1]],)}.items() for value in values},
     **{f"run.toml recorded {key} {value!r:.20}": toml("recorded", **{key: value}) for key, values in {
         "num_classes": ("x", -5, 2**40, True), "data": (5, {"probe": [1], "name": 2}), "changes": (5, [5]), "tokenizer":
         (5,), "cache_content_id": (5,), "versions": (5,)}.items() for value in values},
