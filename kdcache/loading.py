@@ -18,9 +18,7 @@ from typing import Any
 import xxhash
 
 from kdcache.errors import KDCacheError, UsageError, near
-from kdcache.guard import describe as describe
-from kdcache.guard import is_the_users, users_code
-from kdcache.guard import let_through as let_through
+from kdcache.guard import describe, is_the_users, let_through, users_code
 from kdcache.paths import local_path
 
 FILES = "kdcache_user_"         # how the names of modules begin that are files of users

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kdcache.errors import UsageError
-from kdcache.loading import describe, let_through
+from kdcache.guard import describe, let_through
 
 State = dict[str, torch.Tensor]
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")          # .tar: of .pth.tar, which is no archive
