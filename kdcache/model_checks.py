@@ -248,7 +248,8 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
     first, mine = logits_NV[picked].float(), logits_NV[offsets[one] + own].float()
     eps = unit(asked.module, logits_NV.dtype, asked.device)
     del logits_NV                       # before the next ones: rows of a large vocabulary are gigabytes
-    again = _apart(first, _rows(asked, batch)[0][picked].float())
+    second_NV = _rows(asked, batch)[0]
+    again = _apart(first, second_NV[picked].float()) if second_NV.shape[1] == first.shape[1] else math.inf
     size = float(torch.cat([first, mine]).nan_to_num(0, 0, 0).abs().amax())
     rounding = explained(size, eps)
     known = f"; rounding explains {rounding:.3g} in values of up to {size:.3g}"
@@ -264,7 +265,8 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
         alone_NV, _ = _rows(asked, single)
     except DataError as e:
         return Steadiness(again, math.inf, rounding, f"{e}, which is sample {sample} alone. {shared}")
-    alone = _apart(mine, alone_NV[own].float()) if len(alone_NV) == counts_B[one] else math.inf
+    same = len(alone_NV) == counts_B[one] and alone_NV.shape[1] == mine.shape[1]
+    alone = _apart(mine, alone_NV[own].float()) if same else math.inf
     if alone > rounding:
         padding_B = batch.real.padding_B
         padding = 0 if padding_B is None else int(padding_B[one])

@@ -66,6 +66,13 @@ class Wide(Speaker):
         return super().forward(input_ids) + self.head(self.embed(input_ids).mean(1, keepdim=True))
 
 
+class Widening(nn.Module):
+    """As many classes as records."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1].expand(len(x), 12 + len(x))
+
+
 @pytest.mark.parametrize(("teacher", "data", "said"), [
     (Dropping, Points, "answers differently each time: asked twice about samples 0 to 7"),
     (Normed, Points, r"the teacher \(Normed\) cannot be run on inputs \[1, 6\] of float32: ValueError"),
@@ -85,6 +92,11 @@ def test_it_is_refused_before_anything_is_written_and_kept_where_that_is_accepte
     report = dump(**options, accept=["unsteady"], say=told.append)
     assert report.complete and "unsteady" in [code for code, _ in report.warnings]
     assert any(line.startswith("warning: ") and "Accepted" in line for line in told)
+
+
+def test_as_many_classes_as_records_are_no_answer_either(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="answers by what shares its batch: the logits of sample 0 differ by up to inf"):
+        dump_teacher(teacher=Widening(), data=Points(), out=tmp_path / "c", device="cpu", labels=False)
 
 
 def test_it_is_refused_where_a_dump_goes_on_and_the_shards_there_stay(tmp_path: Path) -> None:
