@@ -95,6 +95,13 @@ def test_the_public_functions_keep_to_it(tmp_path: Path) -> None:
     assert tried > 500
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    report = kdcache.train_student(student=nn.Linear(4, 3), data=Data(), alpha=np.float64(0), max_steps=np.int64(2),
+                                   batch_size=np.int64(3), seed=np.int32(1), lr=np.float32(0.1), device="cpu",
+                                   out=tmp_path / "run", say=lambda _: None)
+    assert report.finished and report.steps == 2
+
+
 @pytest.mark.parametrize(("options", "said"), [
     ({"epochs": float("inf")}, "epochs is inf"), ({"epochs": float("nan")}, "epochs is nan"),
     ({"epochs": 1e308}, r"epochs is 1e\+308"), ({"epochs": 0}, "epochs is 0"), ({"workers": -1}, "workers is -1"),

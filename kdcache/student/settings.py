@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdcache.engines import check_engine
@@ -63,6 +64,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_types()
+        for field in dataclasses.fields(self):          # numpy's scalars, which have arithmetic of their own
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())
         if (self.epochs is None) == (self.max_steps is None):
             raise UsageError("give either epochs or max_steps: how long to train")
         check_convention(self.rows)

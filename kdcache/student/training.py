@@ -410,8 +410,8 @@ class Training:
                f"{loader.temperature:g}" + "".join(f" + {match.weight:g} {match}" for match in settings.matches))
         if self.matches is not None:
             yield from self.matches.learned()
-        yield (f"{loader.total_steps} step{'s' * (loader.total_steps != 1)} of {settings.batch_size} "
-               f"record{'s' * (settings.batch_size != 1)}, {settings.optimizer}, "
+        yield (f"{loader.total_steps} step{'' if loader.total_steps == 1 else 's'} of {settings.batch_size} "
+               f"record{'' if settings.batch_size == 1 else 's'}, {settings.optimizer}, "
                f"lr {settings.lr:g}, {settings.precision} on {self.device}, "
                f"engine {check_engine(settings.engine, self.device)}")
         if self.head is not None:
