@@ -29,6 +29,8 @@ from kdcache.signals import Interrupted
 P = ParamSpec("P")
 R = TypeVar("R")
 SHOWN = 300                     # characters of a message
+# Control characters, what turns the direction of text or begins a line, and halves of surrogates.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 LIBRARIES = tuple(sorted({os.path.abspath(path) + os.sep for path in (
     *(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -172,7 +174,7 @@ def message(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """`text` with its control characters, and what is no Unicode, escaped: a terminal obeys some of them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def is_users(code: CodeType) -> bool:

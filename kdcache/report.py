@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
+from kdcache.guard import printable
 from kdcache.paths import local_path
 from kdcache.runs import (
     BEST,
@@ -20,7 +21,6 @@ from kdcache.runs import (
     is_finished,
     is_number,
     is_run,
-    printable,
     read_options,
     read_summary,
 )

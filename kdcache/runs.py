@@ -18,6 +18,7 @@ from typing import Any
 from kdcache.cache.store import explain, read_plain
 from kdcache.canonical import load_object
 from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.guard import printable
 from kdcache.loading import parse_args
 
 OPTIONS, SUMMARY, METRICS, LOCK = "run.toml", "summary.json", "metrics.jsonl", ".lock"
@@ -122,11 +123,6 @@ def same_arguments(a: Any, b: Any) -> bool:
     """Whether two mappings of arguments are the same in value and type: 1, 1.0 and true are three things, and a number
     that is none is itself."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
-
-
-def printable(text: str) -> str:
-    """Text from a file, for a terminal: what a terminal would obey is spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_number(value: Any, least: float = -math.inf) -> bool:

@@ -73,11 +73,11 @@ def check_name(name: str, folder: Path | str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{printable(folder)}: the name {os.fsencode(name)!r} there is not UTF-8; rename it (convmv -f "
+        raise DataError(f"{readable(folder)}: the name {os.fsencode(name)!r} there is not UTF-8; rename it (convmv -f "
                         "latin1 -t utf8 does so for a whole tree)") from None
 
 
-def printable(path: Path | str) -> str:
+def readable(path: Path | str) -> str:
     """A path as a terminal can show it: bytes that are no UTF-8 as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -112,7 +112,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             out = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in NOBODYS]
     except OSError as e:
-        raise DataError(f"{printable(folder)} cannot be read: {e.strerror or e}") from e
+        raise DataError(f"{readable(folder)} cannot be read: {e.strerror or e}") from e
     for entry in out:
         check_name(entry.name, folder)
     return out

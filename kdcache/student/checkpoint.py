@@ -38,9 +38,8 @@ from kdcache.cache import mapping, rawmap
 from kdcache.cache.store import explain, read_plain, sync_folder
 from kdcache.canonical import DIGEST_KEY, digest, load_object
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
-from kdcache.guard import describe, let_through
+from kdcache.guard import describe, let_through, printable
 from kdcache.models import Model, fit_weights, materialise, place
-from kdcache.runs import printable
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from kdcache.data.collate import Collated, to_device
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError, near
-from kdcache.guard import entrance, users_code
+from kdcache.guard import entrance, printable, users_code
 from kdcache.loading import is_code
 from kdcache.model_checks import find_rows, padding_of
 from kdcache.model_specs import MODELS, names_in
@@ -35,7 +35,7 @@ from kdcache.models import (
     trying,
 )
 from kdcache.paths import local_path
-from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, printable, read_options
+from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
 from kdcache.student import checkpoint
 from kdcache.student.door import check_integer, check_workers
 from kdcache.student.head import Head

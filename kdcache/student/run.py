@@ -24,6 +24,7 @@ from kdcache.cache.repair import outside_caches
 from kdcache.cache.store import NO_LOCKS, TEMPORARY, Directory, explain
 from kdcache.data.classes import CLASS_NAMES
 from kdcache.errors import CacheCorrupt, CacheExists, DataError, KDCacheError, SpecMismatch, UsageError, near
+from kdcache.guard import printable
 from kdcache.paths import local_path
 from kdcache.runs import (
     ARGUMENTS,
@@ -37,7 +38,6 @@ from kdcache.runs import (
     TABLE,
     arguments_for_toml,
     is_finished,
-    printable,
     read_options,
     read_summary,
     same_arguments,
