@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -225,8 +226,8 @@ def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Want
 def _small_files(path: str, *, revision: str = "main", local_files_only: bool = False) -> Path | None:
     """The local folder with what a model has beside its weights: `path`, or for a hub id its snapshot in the hub's
     cache, into which tokenizer and preprocessing are fetched; None for a config.json alone."""
-    if Path(path).exists():
-        return Path(path) if Path(path).is_dir() else None
+    if os.path.exists(path):
+        return Path(path) if os.path.isdir(path) else None
     from transformers.utils.hub import cached_file
     found = None
     for name in ("config.json", *PREPROCESSING, "tokenizer.json"):
@@ -343,14 +344,14 @@ def _save_hf(module: Any, source: str, folder: Path) -> None:
 def _existing(path: str, prefix: str) -> str:
     """`path` with its ~ spelt out; UsageError if it has the form of a local path and nothing is there."""
     local = local_path(path, f"model {prefix}")
-    if not local.exists() and (path.startswith(("/", "~", ".")) or path.count("/") > 1):
+    if not os.path.exists(local) and (path.startswith(("/", "~", ".")) or path.count("/") > 1):
         raise UsageError(f"model {prefix}:{path}: no such file or folder")
-    return str(local) if local.exists() else path
+    return str(local) if os.path.exists(local) else path
 
 
 def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
     transformers = _import("transformers", "kdcache[hf]")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
         raise UsageError(f"model {prefix}:{path}: the folder has no config.json{_adapter(Path(path))}")
     try:
         with no_foreign_code(f"model {prefix}:{path}", OWN_CODE):

@@ -10,6 +10,7 @@ from kdcache.errors import NotBuilt, UsageError
 
 # Two letters or more before the colon: one is a drive of Windows. `Path` makes one slash of two.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+LONGEST_NAME, LONGEST_PATH = 255, 4095     # bytes, of Linux and macOS (there 1,023)
 
 
 def local_path(path: str | os.PathLike[str], what: str) -> Path:
@@ -25,6 +26,10 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
         raise UsageError(f"{what} is empty; expected a path ('.' is the folder one is in)")
     if "\0" in text:
         raise UsageError(f"{what} {text!r} has a NUL in it; no path has")
+    encoded = text.encode(errors="replace")
+    if len(encoded) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in encoded.split(b"/")):
+        raise UsageError(f"{what} {text[:40]}... has {len(text)} characters; a path has at most {LONGEST_PATH}, a name "
+                         f"in it {LONGEST_NAME}")
     scheme = SCHEME.match(text)
     if scheme is not None:
         raise NotBuilt(f"{what} {text}: {scheme[1]}:// is no folder of this machine, and object stores and web "

@@ -117,3 +117,10 @@ def test_nothing_is_written_into_the_folder_of_a_cache(place: Path) -> None:
             with pytest.raises(UsageError, match="lies inside the cache"):
                 write(place / inside)
     assert sorted(str(path) for path in (place / "c").rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "x/" * 2048 + "x"])
+def test_a_name_that_no_file_system_has_is_one_line(name: str) -> None:
+    for ask in (lambda: local_path(name, "--out"), lambda: evaluate(name, "digits"), lambda: load_model(f"hf:{name}")):
+        with pytest.raises(UsageError, match="a path has at most 4095, a name in it 255"):
+            ask()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ def _student(student: nn.Module | Model | str | Path, args: Mapping[str, Any] | 
             raise UsageError("student arguments or weights are given for a student that is an object")
         return student
     path = _as_path(student)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{student} is a folder, and no run of train-student (it has no {OPTIONS}); expected a RUN, "
                          f"its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face")
     try:
