@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.data.collate import collate, to_device
+from kdcache.data.padding import Real
 from kdcache.data.rows import next_token_rows, position_rows, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError
@@ -53,6 +54,15 @@ def test_sequences_are_padded_and_their_lengths_kept():
     assert frames.inputs["frames"].sum((1, 2)).tolist() == [6, 12] and frames.inputs["frames"].shape == (2, 4, 3)
     assert frames.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert to_device(batch.inputs, "cpu")["input_ids"] is batch.inputs["input_ids"]
+
+
+def test_a_record_is_trimmed_to_its_own_positions_on_every_axis_of_them():
+    """Also a mask of pairs of positions, with an axis of heads before it."""
+    mask = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    real, pairs = Real({"attention_mask": mask}), torch.arange(2 * 3 * 16).reshape(2, 3, 4, 4)
+    assert torch.equal(real.trim(pairs, 0), pairs[0, :, :2, :2])
+    assert torch.equal(real.trim(pairs, 1), pairs[1, :, 1:, 1:])
+    assert torch.equal(real.trim(pairs[:, 0, 0], 1), pairs[1, 0, 0, 1:])
 
 
 def test_equal_lengths_need_no_attention_mask():

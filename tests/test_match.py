@@ -111,6 +111,13 @@ def test_equal_widths_need_no_projection() -> None:
     assert all(bool(g.any()) for g in gradient)
 
 
+def test_the_cosine_of_maps_is_of_the_channels_at_each_place() -> None:
+    a, b = (torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    places = [(i, y, x) for i in range(2) for y in range(4) for x in range(5)]
+    cos = [float(a[i, :, y, x] @ b[i, :, y, x] / a[i, :, y, x].norm() / b[i, :, y, x].norm()) for i, y, x in places]
+    assert LOSSES["cosine"](a, b).item() == pytest.approx(1 - sum(cos) / 40)
+
+
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     """|| Q_S / ||Q_S|| - Q_T / ||Q_T|| || of each record, by (2) of arXiv 1612.03928 with Q the vectorised sum over
     channels of the squares of an activation (B, C, H, W)."""

@@ -117,6 +117,8 @@ def test_a_step_ends_where_the_steps_of_the_whole_run_end() -> None:
     assert [(step.index, step.start, step.stop) for step in steps] == [
         (1, 11, 16), (2, 16, 24), (3, 24, 32), (4, 32, 40), (5, 40, 42)]
     assert [sum(step.counts) for step in steps] == [5, 8, 8, 8, 2]
+    (alone,) = Loader(None, Points(1), batch_size=8)
+    assert alone["position"] == 1
 
 
 def test_epoch_e_uses_view_e_modulo_the_views(tmp_path: Path) -> None:

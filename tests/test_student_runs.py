@@ -242,6 +242,16 @@ def test_other_options_are_refused_with_the_fields(tmp_path: Path) -> None:
     here.train("run", cache=moved, workers=0, report_to=())
 
 
+def test_another_micro_batch_size_is_refused_where_batch_norms_see_it(tmp_path: Path) -> None:
+    here = points_world(tmp_path)
+    here.train("norm", stop_after=4)
+    with pytest.raises(SpecMismatch, match=r"another micro-batch size .*batch norms, such as the student's 'norm'"):
+        here.train("norm", micro_batch_size=8)
+    here.make = lambda: Net(8)
+    here.train("none", stop_after=4)
+    here.train("none", micro_batch_size=8)
+
+
 def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     here = points_world(tmp_path)
     (tmp_path / "notes").mkdir()
