@@ -156,6 +156,18 @@ def test_two_weighted_labels_unknown_labels_and_none(dump: Dump, tmp_path: Path)
         assert cache.spec.labels == 0
 
 
+def test_accuracy_is_over_the_rows_that_have_a_label(dump: Dump) -> None:
+    """Of 50 labels 17 are unknown, and of the 33 others 5 are not what the teacher says."""
+    data = Points(50)
+    data.y[::3] = -1
+    data.y[1::7] = torch.where(data.y[1::7] < 0, -1, (data.y[1::7] + 1) % CLASSES)
+    with torch.no_grad():
+        right = mlp()(data.x).argmax(1) == data.y
+    known = data.y >= 0
+    assert 0 < int(right.sum()) < int(known.sum()) < 50
+    assert dump(data=data).accuracy == int(right.sum()) / int(known.sum())
+
+
 def test_views_are_records_of_their_own(dump: Dump, tmp_path: Path) -> None:
     net, data = mlp(), Noisy(10)
     report = dump(teacher=net, data=data, views=3, seed=5, values="float32", records_per_shard=4, batch_size=10)
