@@ -38,6 +38,7 @@ def test_sequences() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
     x[0, 2:] = torch.nan                                        # padding may hold anything
     assert torch.equal(apply_recipe("cls", x), x[:, 0])
+    assert torch.equal(apply_recipe("cls", x, mask), torch.stack([x[0, 0], x[1, 2], x[2, 0]]))
     assert torch.equal(apply_recipe("last", x, mask), torch.stack([x[0, 1], x[1, 3], x[2, 3]]))
     assert torch.equal(apply_recipe("last", x[1:]), x[1:, 3])
     want = torch.stack([x[0, :2].mean(0), x[1, 2:].mean(0), x[2].mean(0)])
