@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from student_world import Net, Points, run, write_cache
 from torch import nn
 
@@ -72,6 +73,18 @@ def test_a_full_disk_under_tensorboard_names_its_folder(tmp_path: Path, monkeypa
 
 
 # ---- optimizers ---------------------------------------------------------------------------------------------------
+
+
+def test_adam_takes_decay_into_the_gradient_and_adamw_beside_it() -> None:
+    """As torch's own two classes do; without a decay they are one."""
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)) for _ in range(2))
+        for p, optimizer in ((ours, make_optimizer(name, [("w", ours)], lr=0.1, weight_decay=0.3)),
+                             (theirs, kind([theirs], lr=0.1, weight_decay=0.3))):
+            for _ in range(3):
+                p.grad = p.detach().cos()
+                optimizer.step()
+        assert torch.equal(ours, theirs)
 
 
 def test_the_schedule_is_a_warm_up_and_half_a_cosine() -> None:
