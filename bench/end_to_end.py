@@ -127,9 +127,10 @@ def train(student: nn.Module, data: Images, sizes: Sizes, device: torch.device, 
     """`sizes.steps` optimizer steps, ended by a wait for the device; the same batches whoever teaches, or nobody."""
     student.to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-    loader = Loader(cache, data, batch_size=sizes.batch, temperature=TEMPERATURE, max_steps=sizes.steps, device=device,
-                    live_teacher=teacher)
-    alpha = 0.0 if cache is None and teacher is None else ALPHA
+    taught = cache is not None or teacher is not None
+    loader = Loader(cache, data, batch_size=sizes.batch, temperature=TEMPERATURE if taught else None,
+                    max_steps=sizes.steps, device=device, live_teacher=teacher)
+    alpha = ALPHA if taught else 0.0
     for batch in loader:
         loss = kd_loss(student(batch["inputs"]), batch["labels"], batch["targets"], alpha=alpha)
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import numpy as np
@@ -68,6 +69,7 @@ def test_files_that_do_not_run(tmp_path, monkeypatch, source, message):
 
 
 def test_call_looks_at_the_signature():
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored, where the tests run in the background
     assert call(lambda **anything: anything, {"a": 1}, where="f") == {"a": 1}
     with pytest.raises(UsageError, match="f takes 'a' by position only"):
         call(lambda a, /: a, {}, where="f")

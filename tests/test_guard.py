@@ -258,6 +258,7 @@ def test_a_model_on_several_devices_is_not_moved(good: Path, tmp_path: Path) -> 
 
 
 def test_what_passes_and_what_does_not() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored, where the tests run in the background
     with pytest.raises(DataError, match=r"^ours$"), users_code("x"):
         raise DataError("ours")
     with pytest.raises(KeyboardInterrupt), users_code("x"):     # pytest leaves Python's own handler of Ctrl-C
