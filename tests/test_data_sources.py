@@ -333,13 +333,21 @@ def test_text_windows_cover_each_document_alone(corpus):
 
 def test_text_parts_and_identity(corpus, tmp_path):
     def load(pattern="texts/**/*.py", **args):
-        return load_data(f"text:{corpus}/{pattern}", {"tokenizer": f"{corpus}/tokenizer.json", "window": 8, **args})
+        return load_data(f"text:{corpus}/{pattern}", {"tokenizer": f"{corpus}/tokenizer.json", **{"window": 8, **args}})
 
     def windows(data):
         return [tuple(data[i]["input_ids"].tolist()) for i in range(len(data))]
 
     every, train, held = load(), load(split="train", eval_fraction=0.3), load(split="eval", eval_fraction=0.3)
     assert sorted(windows(train) + windows(held)) == sorted(windows(every)) and len(held) and len(train)
+    # About three tenths to eval, by a hash of the path below the pattern's folder.
+    names = [file.relative_to(corpus / "texts").as_posix() for file in sorted((corpus / "texts").rglob("*.py"))
+             if file.name != "empty.py"]
+    of_eval = [name for name in names if xxhash.xxh3_64_intdigest(name.encode()) / 2**64 < 0.3]
+    assert windows(held) == [window for name in sorted(of_eval) for window in windows(load(f"texts/{name}"))]
+    one = load("texts/a/02.py", window=2**20)       # a last window of one token predicts nothing, and is none
+    assert [len(window) for window in windows(load("texts/a/02.py", window=len(one[0]["input_ids"]) - 1))] == [
+        len(one[0]["input_ids"]) - 1]
     assert len({every.revision, train.revision, held.revision}) == 3
     assert windows(load(max_files=3)) == windows(every)[:len(load(max_files=3))]
     assert windows(load("texts/a/02.py")) and len(load("texts/a/02.py")) < len(load("texts/a/*.py"))

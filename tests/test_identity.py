@@ -37,6 +37,13 @@ def test_what_a_cache_was_made_too_early_to_say_does_not_differ():
         "data.inputs", "teacher.config"]
 
 
+def test_an_accepted_field_is_not_all_that_begin_like_it():
+    one, other = ({**identity().teacher, "config": {"rope": a, "rope_theta": b}} for a, b in ((1, 500), (2, 10000)))
+    with pytest.raises(IdentityMismatch, match=r"teacher\.config\.rope_theta") as caught:
+        require_same(identity(teacher=one), identity(teacher=other), accept=["teacher.config.rope"])
+    assert [d.field for d in caught.value.fields] == ["teacher.config.rope_theta"]
+
+
 def test_what_is_accepted_is_returned_and_the_rest_refused():
     other = identity(data={**identity().data, "name": "mnist", "num_samples": 11})
     with pytest.raises(IdentityMismatch, match=r"data.name: cache has 'digits', given is 'mnist'\n.*--acc") as caught:

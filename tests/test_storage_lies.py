@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from forge import Document, Forge
+from forge import Document, Forge, load
 from strategies import CONTAINERS, IDENTITY, full_seed, image_spec, make_columns, write_cache
 from test_storage_corruption import TINY, read_all
 
@@ -18,6 +18,7 @@ import kdcache
 from kdcache.cache.identity import Identity
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.cache.writer import create
+from kdcache.canonical import seal
 from kdcache.cli import main
 from kdcache.errors import CacheCorrupt, DataError, KDCacheError
 
@@ -100,6 +101,18 @@ def test_counts_and_names_that_cannot_be_are_refused(key: str, value: object, wh
     (path / "manifest/00000001.json").unlink()
     with pytest.raises(CacheCorrupt), kdcache.open(path, allow_partial=True) as cache:
         cache.read(np.array([2]))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("content_id", "0" * 64), ("keys_digest", "0" * 32), ("parent", "0" * 32), ("generation", 2), ("header", "0" * 32)])
+def test_a_manifest_of_another_place_or_content_is_refused(key: str, value: object, whole: Path,
+                                                          tmp_path: Path) -> None:
+    """docs/format.md 12.2, of a manifest whose own digest is right."""
+    path = Forge(whole).write(tmp_path / "c")
+    file = path / "manifest/00000001.json"
+    file.write_bytes(seal({**load(file), key: value}))
+    with pytest.raises(CacheCorrupt, match=f"00000001.json.*{key}"):
+        kdcache.open(path)
 
 
 def test_a_forged_row_count_of_a_constant_level_is_refused(tmp_path: Path) -> None:

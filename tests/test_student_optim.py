@@ -21,7 +21,7 @@ from torch import nn
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.student.loader import Loader
 from kdcache.student.loop import Loop
-from kdcache.student.optim import Schedule, make_optimizer, trainable
+from kdcache.student.optim import Schedule, make_optimizer, optimizer_tensors, restore_optimizer, trainable
 from kdcache.student.settings import Settings
 
 
@@ -153,3 +153,23 @@ def test_float16_scales_its_gradients(tmp_path: Path) -> None:
     assert [line["grad_norm"] for line in loop.drain()] == pytest.approx([x["grad_norm"] for x in exact], rel=0.02)
     assert losses != [line["loss"] for line in exact] and loop.scaler is not None
     assert json.loads(json.dumps(loop.scaler.state_dict()))["scale"] == 2.0**16
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_a_restored_optimizer_goes_on_as_if_it_had_never_stopped(name: str) -> None:
+    """Four steps at once, and two, the tensors of the state, and two more in another optimizer: the same weights."""
+    def stepped(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1 * (step + 1))
+            optimizer.step()
+
+    nets = [Net(4), Net(4)]
+    parameters = [trainable(("", net)) for net in nets]
+    whole, first, second = (make_optimizer(name, own, lr=0.1) for own in (parameters[0], parameters[1], parameters[1]))
+    stepped(nets[0], whole, range(4))
+    stepped(nets[1], first, range(2))
+    restore_optimizer(second, parameters[1], {k: v.clone() for k, v in optimizer_tensors(first, parameters[1]).items()})
+    stepped(nets[1], second, range(2, 4))
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(one, other)
