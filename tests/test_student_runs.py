@@ -21,7 +21,7 @@ from torch import nn
 
 import kdcache.models
 from kdcache.cache.spec import FeatureSpec
-from kdcache.errors import CacheCorrupt, CacheExists, KDCacheError, SpecMismatch
+from kdcache.errors import CacheCorrupt, CacheExists, DataError, KDCacheError, SpecMismatch
 from kdcache.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
@@ -240,6 +240,25 @@ def test_other_options_are_refused_with_the_fields(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     moved = shutil.move(tmp_path / "cache", tmp_path / "moved")         # the content counts, not the place
     here.train("run", cache=moved, workers=0, report_to=())
+
+
+def test_other_data_is_refused_with_the_fields_and_what_is_accepted_is_that_alone(tmp_path: Path) -> None:
+    """The same length and names, other bytes: the keys of samples differ, and nothing else tells."""
+    here = points_world(tmp_path, cache=None, alpha=0.0)        # no cache, whose own comparison would come first
+    here.train("run", stop_after=4)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other, newer = Points(48, seed=1), Points(48)
+    newer.revision = "2"
+    for part, given, line in (
+            ("data", other, r"data.probe: 48 of 48 sample keys, evenly spaced, differ; the first is \S+ in the run"),
+            ("data", newer, "data.revision: the run has '1', given is '2'"),
+            ("data", Points(47), "data.num_samples: the run has 48, given is 47"),
+            ("eval_data", Points(20, seed=6), "eval_data.probe: 20 of 20 sample keys, evenly spaced, differ")):
+        for accept in ((), ("eval_data.name",)):
+            with pytest.raises(DataError, match=f"is a run on other data:(?s:.)*  {line}"):
+                here.train("run", **{part: given}, accept=accept)
+    assert {path: path.read_bytes() for path in before} == before
+    here.train("run", data=newer, accept=["data.revision"])
 
 
 def test_another_micro_batch_size_is_refused_where_batch_norms_see_it(tmp_path: Path) -> None:
