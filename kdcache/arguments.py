@@ -48,7 +48,7 @@ def check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
         found = [_fits(value, one, function) for one in _union(annotation)]
         if not any(found):
             raise UsageError(f"{name} is {seen(value)}; expected {_expected(annotation)}")
-        if isinstance(value, str) and not _writable(value):
+        if isinstance(value, str) and ("\0" in value or not is_unicode(value)):
             raise UsageError(f"{name} is {seen(value)}, text that no file can hold (a NUL, or half a surrogate pair)")
 
 
@@ -127,12 +127,14 @@ def _is_of(value: Any, name: str, function: Callable[..., Any]) -> bool:
     return found is not None or name.rpartition(".")[2] in {kind.__name__ for kind in type(value).__mro__}
 
 
-def _writable(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether text can stand in a file: half of a surrogate pair, as JSON and names of files that are no UTF-8 give it,
+    cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return "\0" not in text
+    return True
 
 
 @functools.lru_cache(maxsize=256)

@@ -53,7 +53,7 @@ class FieldDifference:
     given: Any
 
     def __str__(self) -> str:
-        return f"{self.field}: cache has {_short(self.cached)}, given is {_short(self.given)}"
+        return f"{self.field}: cache has {short(self.cached)}, given is {short(self.given)}"
 
 
 class IdentityMismatch(KDCacheError):
@@ -73,6 +73,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f" (known: {', '.join(names[:40])}{', ...' if len(names) > 40 else ''})" if names else ""
 
 
-def _short(value: Any, limit: int = 90) -> str:
+def short(value: Any, limit: int = 90) -> str:
+    """A value as an error shows it, in at most `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from kdcache.arguments import check_arguments
+from kdcache.arguments import checked
 from kdcache.errors import DataError, KDCacheError
 from kdcache.signals import Interrupted
 
@@ -91,10 +91,14 @@ def callback(name: str, function: Callable[P, R] | None) -> Callable[P, R] | Non
 def entrance(function: Callable[P, R]) -> Callable[P, R]:
     """A decorator of functions that are given objects of users: see the head of this file. Plain arguments are checked
     against their annotations (kdcache/arguments.py)."""
+    return functools.wraps(function)(in_one_line(checked(function)))        # `__wrapped__` is the function itself
+
+
+def in_one_line(function: Callable[P, R]) -> Callable[P, R]:
+    """`entrance` without a look at the arguments, for what is called at every batch."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_arguments(function, args, kwargs)
         try:
             return function(*args, **kwargs)
         except BaseException as e:

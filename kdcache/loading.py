@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from kdcache.arguments import is_unicode
 from kdcache.errors import KDCacheError, UsageError, near
 from kdcache.guard import describe, is_the_users, let_through, users_code
 from kdcache.paths import local_path
@@ -40,10 +41,8 @@ def parse_args(items: Iterable[str], option: str = "--data-arg") -> dict[str, An
             args[key] = text
         except RecursionError:
             raise UsageError(f"{option} {key}: its JSON is nested too deep to be read") from None
-        try:
-            str(args[key]).encode()
-        except UnicodeEncodeError:              # JSON can spell half a surrogate pair, no file can hold one
-            raise UsageError(f"{option} {key}: its text is no Unicode, it has half a surrogate pair") from None
+        if not is_unicode(str(args[key])):      # JSON can spell half a surrogate pair
+            raise UsageError(f"{option} {key}: its text is no Unicode, it has half a surrogate pair")
     return args
 
 

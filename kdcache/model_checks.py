@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.padding import Padding, decoder_inputs
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, POSITION, RECORD, label_evidence, row_starts, select_rows
-from kdcache.data.samples import pad_id_of
+from kdcache.data.samples import evenly_spaced, pad_id_of
 from kdcache.errors import DataError, UsageError, near
 from kdcache.guard import users_code
 from kdcache.models import Output, forward, trying, weights_dtype
@@ -242,9 +242,9 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
     logits_NV, offsets = _rows(asked, batch)
     if not len(logits_NV):
         return None
-    picked, counts_B = _evenly(len(logits_NV)), np.diff(offsets)
+    picked, counts_B = evenly_spaced(len(logits_NV), MOST_ROWS), np.diff(offsets)
     one = _most_padded(batch, counts_B)
-    own = _evenly(int(counts_B[one]))
+    own = np.array(evenly_spaced(int(counts_B[one]), MOST_ROWS))
     first, mine = logits_NV[picked].float(), logits_NV[offsets[one] + own].float()
     eps = unit(asked.module, logits_NV.dtype, asked.device)
     del logits_NV                       # before the next ones: rows of a large vocabulary are gigabytes
@@ -341,11 +341,6 @@ def _named(ids: Sequence[int]) -> str:
             parts.append([i])
     said = [f"{part[0]} to {part[-1]}" if len(part) > 1 else str(part[0]) for part in parts]
     return f"sample{'s' if len(ids) > 1 else ''} {', '.join(said[:6])}{', ...' if len(said) > 6 else ''}"
-
-
-def _evenly(count: int) -> Any:
-    """Up to MOST_ROWS of `count` rows, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(np.int64))
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

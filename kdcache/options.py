@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from kdcache.arguments import is_unicode
 from kdcache.config import read_config
 from kdcache.errors import UsageError
 from kdcache.guard import printable
@@ -84,9 +85,7 @@ def unusable(value: Any) -> str | None:
     if not isinstance(value, str | Path):
         return None
     text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not is_unicode(text):
         return "is not UTF-8, and is to be written into files that are; rename it"
     if "\0" in text:
         return "has a NUL character, which no name of a file can have"

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache.arguments import is_unicode
 from kdcache.cache.store import explain, read_plain
 from kdcache.canonical import load_object
-from kdcache.errors import CacheCorrupt, UsageError
+from kdcache.errors import CacheCorrupt, UsageError, short
 from kdcache.guard import printable
 from kdcache.loading import parse_args
 
@@ -94,7 +95,7 @@ def arguments_of(value: Any, where: str) -> dict[str, Any]:
     try:
         if isinstance(value, dict):
             return plain_arguments(value, where)
-        if _is_texts(value):
+        if is_texts(value):
             return parse_args(value, where)
     except (UsageError, RecursionError) as e:
         raise CacheCorrupt(f"{where}: {_brief(e)}") from e
@@ -131,7 +132,7 @@ def is_number(value: Any, least: float = -math.inf) -> bool:
 
 
 def _plain(value: Any, what: str) -> Any:
-    if value is None or type(value) in (bool, int, float) or (type(value) is str and _is_unicode(value)):
+    if value is None or type(value) in (bool, int, float) or (type(value) is str and is_unicode(value)):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -163,14 +164,6 @@ def _deeper_than(document: Any, depth: int) -> bool:
     return bool(level)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:                  # half of a surrogate pair
-        return False
-    return True
-
-
 def _toml_holds(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_toml_holds, value))
@@ -180,8 +173,7 @@ def _toml_holds(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, dict) else "a table"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "a table" if isinstance(value, dict) else short(value, 60)
 
 
 def _brief(error: BaseException) -> str:
@@ -196,7 +188,8 @@ def _is_table(value: Any) -> bool:
     return type(value) is dict
 
 
-def _is_texts(value: Any) -> bool:
+def is_texts(value: Any) -> bool:
+    """Whether it is a list of text."""
     return type(value) is list and all(type(item) is str for item in value)
 
 
@@ -212,5 +205,5 @@ CHECKED: Sequence[tuple[str, str, Callable[[Any], bool], str]] = (
     *((RECORDED, name, _is_text, "text") for name in ("student", "tokenizer", "cache-content-id", "best-by-used")),
     *((RECORDED, name, _is_table, "a table") for name in ("data", "eval-data", "versions")),
     (RECORDED, "num-classes", _is_count, "a number of at least 1"),
-    (RECORDED, CHANGES, _is_texts, "a list of text"),
+    (RECORDED, CHANGES, is_texts, "a list of text"),
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kdcache.arguments import is_unicode
 from kdcache.errors import DataError
 
 # What systems and archivers leave behind, besides all names that begin with a dot (.DS_Store, .ipynb_checkpoints, and
@@ -70,11 +71,9 @@ def class_folders(root: Path, endings: Sequence[str], where: str) -> ClassFolder
 
 def check_name(name: str, folder: Path | str) -> None:
     """DataError for a file name that is not UTF-8: it can stand in no message, key or header as it is."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
+    if not is_unicode(name):
         raise DataError(f"{readable(folder)}: the name {os.fsencode(name)!r} there is not UTF-8; rename it (convmv -f "
-                        "latin1 -t utf8 does so for a whole tree)") from None
+                        "latin1 -t utf8 does so for a whole tree)")
 
 
 def readable(path: Path | str) -> str:

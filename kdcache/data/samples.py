@@ -45,10 +45,15 @@ class Item:
 PROBE_SAMPLES = 256
 
 
+def evenly_spaced(length: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `length`, evenly spaced, the first and the last included."""
+    count = min(length, most)
+    return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
+
+
 def probe_ids(num_samples: int) -> list[int]:
-    """The samples that stand for all of a dataset: up to 256, evenly spaced, the first and the last included."""
-    count = min(PROBE_SAMPLES, num_samples)
-    return [i * (num_samples - 1) // max(count - 1, 1) for i in range(count)]
+    """The samples that stand for all of a dataset: up to 256."""
+    return evenly_spaced(num_samples, PROBE_SAMPLES)
 
 
 class Samples:

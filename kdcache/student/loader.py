@@ -22,7 +22,7 @@ from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.sources import load_data
 from kdcache.errors import DataError, UsageError
-from kdcache.guard import entrance
+from kdcache.guard import entrance, in_one_line
 from kdcache.model_checks import check_convention, padding_of, telling_records
 from kdcache.models import forward, move, trying
 from kdcache.ranks import refuse_ranks
@@ -195,7 +195,7 @@ class Loader:
                 for micro in step.micros:
                     yield self.place(micro)
 
-    @entrance
+    @in_one_line
     def _guarded(self, steps: Generator[Step, None, None]) -> Step | None:
         return next(steps, None)
 

@@ -16,7 +16,7 @@ from kdcache.errors import CacheCorrupt
 from kdcache.guard import callback, entrance
 from kdcache.models import move, pick_device
 from kdcache.ranks import refuse_ranks
-from kdcache.runs import SUMMARY, is_number, plain_arguments
+from kdcache.runs import SUMMARY, is_number, is_texts, plain_arguments
 from kdcache.signals import Signals
 from kdcache.student import checkpoint
 from kdcache.student.door import check_workers
@@ -205,16 +205,12 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict) and all(item is None or is_number(item) for item in value.values())
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 SOFT = ("temperature", "k", "divergence", "beta", "tail")       # options of the soft loss alone
 # What summary.json holds -> whether a value may stand there.
 SUMMARISED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("out", "student", "device", "cache", "best_by"), _is_text),
     **dict.fromkeys(("steps", "epochs", "position", "continued_from", "seconds", "samples_per_second"), is_number),
-    **dict.fromkeys(("training", "best", "last"), _is_table), **dict.fromkeys(("accepted", "defaults"), _is_texts),
+    **dict.fromkeys(("training", "best", "last"), _is_table), **dict.fromkeys(("accepted", "defaults"), is_texts),
     **dict.fromkeys(("dry_run", "finished", "already_finished"), lambda value: isinstance(value, bool))}
 
 

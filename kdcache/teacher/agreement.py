@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from kdcache.cache.columns import Array
 from kdcache.cache.reader import Cache
 from kdcache.data.identify import check_same_key
-from kdcache.data.samples import Samples
+from kdcache.data.samples import Samples, evenly_spaced
 from kdcache.errors import DataError
 from kdcache.teacher.compare import Saying, cached_saying, gaps, live_sayings, most_noise, noise
 
@@ -80,22 +79,16 @@ def committed_records(cache: Cache, missing: Iterable[int], count: int = ASKED_A
     """Up to `count` records of a cache that is being written, evenly chosen among the shards that are not `missing`."""
     absent = set(missing)
     there = [shard for shard in range(cache.spec.num_shards) if shard not in absent]
-    shards = [there[i] for i in _evenly(len(there), count)]
+    shards = [there[i] for i in evenly_spaced(len(there), count)]
     out = []
     for i, shard in enumerate(shards):
         at = cache.spec.shard(shard)
         of_this = -(-count // len(shards))          # a single shard gives them all
         size = at.stop - at.start
         # Elsewhere in each shard, so that not all are the first of a batch.
-        places = _evenly(size, of_this) if len(shards) == 1 else [i * (size - 1) // max(len(shards) - 1, 1)]
+        places = evenly_spaced(size, of_this) if len(shards) == 1 else [i * (size - 1) // max(len(shards) - 1, 1)]
         out += [cache.spec.record(at.view, at.start + place) for place in places]
     return out
-
-
-def _evenly(length: int, count: int) -> list[int]:
-    """Up to `count` of the numbers below `length`, evenly spaced, the first and the last included."""
-    count = min(length, count)
-    return sorted({i * (length - 1) // max(count - 1, 1) for i in range(count)})
 
 
 def _name(cache: Cache, record: int) -> str:
@@ -140,9 +133,3 @@ def _worst(said: Mapping[int, Saying], live: Mapping[int, Saying],
             excess = beyond - tolerance
             found.append((math.inf if math.isnan(excess) else excess, record, beyond, tolerance))
     return max(found)[1:]
-
-
-def evenly_spaced(count: int, most: int) -> Sequence[int]:
-    """Record numbers that a check asks about: up to `most` of `count`."""
-    out: Array = np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
-    return [int(record) for record in out]

@@ -57,8 +57,8 @@ class DumpReport:
     bytes (of the columns, before the container), means and accuracy are of the whole cache once it is complete, until
     then of what this call wrote; shards, records, rows and seconds are this call's. predicted_bytes: of the whole, from
     the columns. engine: what reduces rows. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what
-    was not given; warnings: (code, text). cut_from: the
-    teacher's logits, where num_classes of them are its classes.
+    was not given; warnings: (code, text). cut_from: the teacher's logits, where num_classes of
+    them are its classes.
     """
 
     out: str

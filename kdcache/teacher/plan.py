@@ -22,7 +22,7 @@ from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
 from kdcache.data.collate import Collated, beyond_tokens, to_device
 from kdcache.data.identify import identify
 from kdcache.data.rows import NEXT_TOKEN, POSITION, next_token_rows, position_rows
-from kdcache.data.samples import Samples, extremes, probe_ids
+from kdcache.data.samples import Samples, evenly_spaced, extremes, probe_ids
 from kdcache.errors import DataError, UsageError
 from kdcache.loading import is_code
 from kdcache.model_checks import find_rows
@@ -176,11 +176,6 @@ def records_per_shard(count: int, views: int, record_bytes: int, world: int) -> 
     return min(max(part, least), most, each)
 
 
-def _probe_ids(count: int) -> list[int]:
-    number = min(PROBE_RECORDS, count)
-    return sorted({i * (count - 1) // max(number - 1, 1) for i in range(number)})
-
-
 def _warn_of_random(model: Model) -> tuple[tuple[str, str], ...]:
     if RANDOM not in model.loaded:
         return ()
@@ -190,7 +185,7 @@ def _warn_of_random(model: Model) -> tuple[tuple[str, str], ...]:
 
 
 def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str], ...]:
-    ids = _probe_ids(count)
+    ids = evenly_spaced(count, PROBE_RECORDS)
     for sample_id in ids:
         first, second = (samples.item(sample_id, view) for view in (0, 1))
         if (first.sample_key, first.view_key) != (second.sample_key, second.view_key):
@@ -202,7 +197,7 @@ def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str],
 
 def _probe(model: Model, samples: Samples, wanted: Wanted, count: int, device: torch.device) -> Probe:
     # The shortest and the longest are among them: what a model cannot do with padding shows here.
-    ids = sorted({*_probe_ids(count), *(i for i in extremes(samples) if i < count)})
+    ids = sorted({*evenly_spaced(count, PROBE_RECORDS), *(i for i in extremes(samples) if i < count)})
     batch = read(samples, 0, ids)
     longest, warning = _longest(samples, batch, count), None
     if longest:
@@ -229,7 +224,8 @@ def _probe(model: Model, samples: Samples, wanted: Wanted, count: int, device: t
     width = output.logits.shape[-1]
     classes = _classes(model, wanted, width)
     return Probe(classes, width, batch, rows, features, output.logits.dtype, warning, convention, why,
-                 _vocabulary(model.module, samples, convention, classes), ids, np.isin(ids, _probe_ids(count)))
+                 _vocabulary(model.module, samples, convention, classes), ids,
+                 np.isin(ids, evenly_spaced(count, PROBE_RECORDS)))
 
 
 def _classes(model: Model, wanted: Wanted, width: int) -> int:
