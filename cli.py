@@ -1,7 +1,9 @@
-"""The command line: parse, call one function of the package, translate our errors, print the result.
+"""The command line: parse, call one function of the package, translate our errors, print the
+result.
 
-Nothing heavy is imported before a command needs it. Exit codes: 0; 1 an error of ours or of the system, one clear line;
-2 usage; 130 and 143 after SIGINT and SIGTERM; anything else is a bug and shows its traceback.
+Nothing heavy is imported before a command needs it. Exit codes: 0; 1 an error of ours or of the
+system, one clear line; 2 usage; 130 and 143 after SIGINT and SIGTERM; anything else is a bug and
+shows its traceback.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class StderrLog(logging.Handler):
 
 
 class Door(click.Group):
-    """A group whose commands end in one line and an exit code when they meet an error that is not a bug."""
+    """A group whose commands end in one line and an exit code when they meet an error that is not a
+    bug.
+    """
 
     command_class = Once
 
@@ -52,26 +56,31 @@ class Door(click.Group):
             sys.stdout.flush()
             error = lost(sys.stdout)
             if e.code not in (0, None) or error is None or isinstance(error, BrokenPipeError):
-                raise                           # a broken pipe: `| head` has seen enough
-            click.echo(f"Error: the command did its work, but standard output took not all of it: {error}", err=True)
+                raise  # a broken pipe: `| head` has seen enough
+            click.echo(
+                f"Error: the command did its work, but standard output took not all of it: {error}",
+                err=True,
+            )
             sys.exit(1)
         finally:
             put_back(handlers)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            this_rank()                         # whether or not the command asks for it: who else would answer?
+            # whether or not the command asks for it: who else would answer?
+            this_rank()
             return super().invoke(ctx)
         except KDCacheError as e:
             refuse(ctx, str(e), e.exit_code)
-        except OSError as e:                    # a full disk, a folder that may not be read: no bug of ours
+        # a full disk, a folder that may not be read: no bug of ours
+        except OSError as e:
             refuse(ctx, str(e), 1)
         except KeyboardInterrupt:
             refuse(ctx, "interrupted", 130)
         except BaseException as e:
             if (signal := interrupted(e)) is None:
                 raise
-            refuse(ctx, str(signal), signal.exit_code)      # which a library wrapped
+            refuse(ctx, str(signal), signal.exit_code)  # which a library wrapped
 
 
 def refuse(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
@@ -79,7 +88,9 @@ def refuse(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
     ctx.exit(exit_code)
 
 
-@click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="kdcache")
 def main() -> None:
     """Knowledge distillation from a cached teacher.
@@ -99,10 +110,25 @@ for two_stages in (dump_teacher, train_student, evaluate, verify):
 @main.command()
 @CACHE
 @click.argument("other", type=PATH, required=False)
-@click.option("--record", type=click.IntRange(min=0), metavar="N", help="Show what the teacher said about record N.")
-@click.option("--tokenizer", metavar="PATH", help="Show token ids as text with this tokenizer, if it is the cache's.")
-@click.option("--data", metavar="SPEC", help="Check the record's key against this dataset; take class names from it.")
-@click.option("--data-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the dataset. Repeatable.")
+@click.option(
+    "--record",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Show what the teacher said about record N.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="PATH",
+    help="Show token ids as text with this tokenizer, if it is the cache's.",
+)
+@click.option(
+    "--data",
+    metavar="SPEC",
+    help="Check the record's key against this dataset; take class names from it.",
+)
+@click.option(
+    "--data-arg", multiple=True, metavar="KEY=VALUE", help="Argument of the dataset. Repeatable."
+)
 @config_and_json
 def inspect(as_json: bool, **options: Any) -> None:
     """Say what is in CACHE, whose it is, how large, and how good; with OTHER, how the two differ."""
@@ -116,7 +142,11 @@ def inspect(as_json: bool, **options: Any) -> None:
 @main.command()
 @CACHE
 @click.argument("out", type=PATH)
-@click.option("--format", type=click.Choice(["arrow", "hdf5"]), help="Container of the copy.  [default: the other one]")
+@click.option(
+    "--format",
+    type=click.Choice(["arrow", "hdf5"]),
+    help="Container of the copy.  [default: the other one]",
+)
 @config_and_json
 def convert(as_json: bool, **options: Any) -> None:
     """Copy CACHE to OUT in the other container: lossless, and with the same content id."""
@@ -130,13 +160,25 @@ def convert(as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True)
-@click.option("--by", multiple=True, metavar="OPTION", help="Group by this option alone. Repeatable.  "
-              "[default: every option that differs between the runs, except the seed]")
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="OPTION",
+    help="Group by this option alone. Repeatable.  "
+    "[default: every option that differs between the runs, except the seed]",
+)
 @click.option("--sort", metavar="METRIC", help="Best first by this metric.")
-@click.option("--plot", type=PATH, metavar="FILE", help="Also draw the sorted metric over the first --by option.")
+@click.option(
+    "--plot",
+    type=PATH,
+    metavar="FILE",
+    help="Also draw the sorted metric over the first --by option.",
+)
 @config_and_json
 def report(as_json: bool, **options: Any) -> None:
-    """Compare training runs: mean and spread over seeds of every metric, for each setting of the options."""
+    """Compare training runs: mean and spread over seeds of every metric, for each setting of the
+    options.
+    """
     from kdcache import report as module
 
     with at_work():
@@ -145,11 +187,18 @@ def report(as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.option("--out", type=PATH, metavar="FOLDER", help="Where cache, runs, table and plot go.  [default: demo-out]")
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="FOLDER",
+    help="Where cache, runs, table and plot go.  [default: demo-out]",
+)
 @click.option("--seeds", type=click.IntRange(min=1), help="Students of each kind.  [default: 5]")
 @config_and_json
 def demo(as_json: bool, **options: Any) -> None:
-    """Both stages on scikit-learn's handwritten digits, from nothing to a table and a plot, in minutes on a CPU."""
+    """Both stages on scikit-learn's handwritten digits, from nothing to a table and a plot, in
+    minutes on a CPU.
+    """
     from kdcache import demo as module
 
     with at_work():
@@ -172,9 +221,15 @@ def bench() -> None:
 
 
 RACE_OPTIONS = {
-    "folder": click.option("--folder", type=PATH, help="Where the caches are written.  [default: a temporary folder]"),
-    "device": click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
-    "plot": click.option("--plot", type=PATH, metavar="FILE", help="Also draw rates over the classes, with the roof."),
+    "folder": click.option(
+        "--folder", type=PATH, help="Where the caches are written.  [default: a temporary folder]"
+    ),
+    "device": click.option(
+        "--device", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"
+    ),
+    "plot": click.option(
+        "--plot", type=PATH, metavar="FILE", help="Also draw rates over the classes, with the roof."
+    ),
 }
 
 
@@ -202,9 +257,13 @@ def _race_command(race: Race) -> click.Command:
     for option in reversed(race.options):
         run = RACE_OPTIONS[option](run)
     run = click.option("--json", "as_json", is_flag=True, help="The JSON line alone.")(run)
-    run = click.option("--results", type=PATH, metavar="FOLDER", help="Keep the JSON line there, dated.")(run)
+    run = click.option(
+        "--results", type=PATH, metavar="FOLDER", help="Keep the JSON line there, dated."
+    )(run)
     run = click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender.")(run)
-    run = click.option("--quick", is_flag=True, help="Tiny sizes: shows that it works, measures nothing.")(run)
+    run = click.option(
+        "--quick", is_flag=True, help="Tiny sizes: shows that it works, measures nothing."
+    )(run)
     return click.command(race.name, cls=Once, help=race.help)(run)
 
 

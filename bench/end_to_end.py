@@ -1,10 +1,12 @@
-"""Time of a student's step: without a teacher, with the cached teacher, with the live teacher, in turns in one run.
+"""Time of a student's step: without a teacher, with the cached teacher, with the live teacher, in
+turns in one run.
 
-The floor is the step without a teacher: the same batches, forward, cross-entropy, backward, optimizer. A cached teacher
-adds B R bytes read (a batch of B records of R bytes each: 100 classes as float16 in kind full, 216 bytes), their copy
-to the device, and the soft part of a loss that reads the B V logits anyway. A live teacher adds its forward pass: with
-T multiplications an image, and S for the student's forward, about T / (3 S) of the floor, since backward costs twice
-the forward. T and S are counted from the layers and reported.
+The floor is the step without a teacher: the same batches, forward, cross-entropy, backward,
+optimizer. A cached teacher adds B R bytes read (a batch of B records of R bytes each: 100 classes
+as float16 in kind full, 216 bytes), their copy to the device, and the soft part of a loss that
+reads the B V logits anyway. A live teacher adds its forward pass: with T multiplications an image,
+and S for the student's forward, about T / (3 S) of the floor, since backward costs twice the
+forward. T and S are counted from the layers and reported.
 
     kdcache bench end-to-end [--quick] [--rounds N] [--device cuda]
 """
@@ -40,13 +42,16 @@ class Sizes:
     classes: int = 100
     student_width: int = 16
     teacher_width: int = 32
-    teacher_depth: int = 2          # 14 times the student's multiplications, as ResNet-50 has those of MobileNetV2
+    # 14 times the student's multiplications, as ResNet-50 has those of MobileNetV2
+    teacher_depth: int = 2
     batch: int = 64
     steps: int = 10
     rounds: int = 7
 
 
-QUICK = Sizes(samples=64, side=8, classes=10, student_width=4, teacher_width=8, batch=16, steps=2, rounds=2)
+QUICK = Sizes(
+    samples=64, side=8, classes=10, student_width=4, teacher_width=8, batch=16, steps=2, rounds=2
+)
 
 
 class Images:
@@ -68,16 +73,24 @@ class Images:
 
 
 def convnet(width: int, depth: int, classes: int) -> nn.Module:
-    """Three stages of `depth` convolutions, each stage twice as wide and half as fine: (B, 3, H, W) -> (B, classes)."""
+    """Three stages of `depth` convolutions, each stage twice as wide and half as fine: (B, 3, H, W)
+    -> (B, classes).
+    """
     layers: list[nn.Module] = []
     channels = 3
     for stage in range(3):
         for block in range(depth):
             out = width * 2**stage
             stride = 2 if stage and not block else 1
-            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, out, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             channels = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
 
 
 def multiplications(model: nn.Module, side: int) -> int:
@@ -97,7 +110,9 @@ def multiplications(model: nn.Module, side: int) -> int:
     return total
 
 
-def end_to_end(quick: bool = False, rounds: int | None = None, device: str | None = None) -> dict[str, Any]:
+def end_to_end(
+    quick: bool = False, rounds: int | None = None, device: str | None = None
+) -> dict[str, Any]:
     """Race the three steps and return one JSON object: sizes, seconds a step, ratios, machine."""
     sizes = QUICK if quick else Sizes()
     rounds = sizes.rounds if rounds is None else rounds
@@ -106,30 +121,77 @@ def end_to_end(quick: bool = False, rounds: int | None = None, device: str | Non
     data = Images(sizes)
     teacher = convnet(sizes.teacher_width, sizes.teacher_depth, sizes.classes)
     student = convnet(sizes.student_width, 1, sizes.classes)
-    work = {"teacher": multiplications(teacher, sizes.side), "student": multiplications(student, sizes.side)}
+    work = {
+        "teacher": multiplications(teacher, sizes.side),
+        "student": multiplications(student, sizes.side),
+    }
     with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
         path = Path(folder) / "cache"
-        dump_teacher(teacher=teacher, data=data, out=path, kind="full", batch_size=sizes.batch, device=str(place))
+        dump_teacher(
+            teacher=teacher,
+            data=data,
+            out=path,
+            kind="full",
+            batch_size=sizes.batch,
+            device=str(place),
+        )
         cache = open_cache(path)
         step = partial(train, student, data, sizes, place)
-        seconds = race({"no teacher": partial(step, None), "cached": partial(step, cache),
-                        "live teacher": partial(step, None, teacher)}, rounds)
+        seconds = race(
+            {
+                "no teacher": partial(step, None),
+                "cached": partial(step, cache),
+                "live teacher": partial(step, None, teacher),
+            },
+            rounds,
+        )
         record_bytes = sum(column.row_bytes for column in cache.spec.columns())
-    steps = {name: {"step_seconds": {key: value / sizes.steps for key, value in spread(s).items()},
-                    "times_no_teacher": median_ratio(s, seconds["no teacher"])} for name, s in seconds.items()}
-    return {"bench": "end_to_end", "command": command(), "machine": machine(), "device": str(place), "rounds": rounds,
-            "batch": sizes.batch, "steps": sizes.steps, "classes": sizes.classes, "side": sizes.side,
-            "multiplications": work, "record_bytes": record_bytes, "contenders": steps}
+    steps = {
+        name: {
+            "step_seconds": {key: value / sizes.steps for key, value in spread(s).items()},
+            "times_no_teacher": median_ratio(s, seconds["no teacher"]),
+        }
+        for name, s in seconds.items()
+    }
+    return {
+        "bench": "end_to_end",
+        "command": command(),
+        "machine": machine(),
+        "device": str(place),
+        "rounds": rounds,
+        "batch": sizes.batch,
+        "steps": sizes.steps,
+        "classes": sizes.classes,
+        "side": sizes.side,
+        "multiplications": work,
+        "record_bytes": record_bytes,
+        "contenders": steps,
+    }
 
 
-def train(student: nn.Module, data: Images, sizes: Sizes, device: torch.device, cache: Cache | None,
-          teacher: nn.Module | None = None) -> None:
-    """`sizes.steps` optimizer steps, ended by a wait for the device; the same batches whoever teaches, or nobody."""
+def train(
+    student: nn.Module,
+    data: Images,
+    sizes: Sizes,
+    device: torch.device,
+    cache: Cache | None,
+    teacher: nn.Module | None = None,
+) -> None:
+    """`sizes.steps` optimizer steps, ended by a wait for the device; the same batches whoever
+    teaches, or nobody.
+    """
     student.to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     taught = cache is not None or teacher is not None
-    loader = Loader(cache, data, batch_size=sizes.batch, temperature=TEMPERATURE if taught else None,
-                    max_steps=sizes.steps, device=device, live_teacher=teacher)
+    loader = Loader(
+        cache,
+        data,
+        batch_size=sizes.batch,
+        temperature=TEMPERATURE if taught else None,
+        max_steps=sizes.steps,
+        device=device,
+        live_teacher=teacher,
+    )
     alpha = ALPHA if taught else 0.0
     for batch in loader:
         loss = kd_loss(student(batch["inputs"]), batch["labels"], batch["targets"], alpha=alpha)
@@ -143,10 +205,14 @@ def train(student: nn.Module, data: Images, sizes: Sizes, device: torch.device, 
 def render(result: dict[str, Any]) -> str:
     """The table."""
     work = result["multiplications"]
-    rows = [[name, 1000 * one["step_seconds"]["median"], one["times_no_teacher"]]
-            for name, one in result["contenders"].items()]
-    return (table(["", "ms a step", "x no teacher"], rows)
-            + f"\nteacher / student multiplications: {work['teacher'] / work['student']:.1f}")
+    rows = [
+        [name, 1000 * one["step_seconds"]["median"], one["times_no_teacher"]]
+        for name, one in result["contenders"].items()
+    ]
+    return (
+        table(["", "ms a step", "x no teacher"], rows)
+        + f"\nteacher / student multiplications: {work['teacher'] / work['student']:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Which tiles the loss kernel should walk a row with: every candidate of each length of row, in turns with a copy.
+"""Which tiles the loss kernel should walk a row with: every candidate of each length of row, in
+turns with a copy.
 
-`Tiles.of` in `kernels/kd_launch.py` chooses by arithmetic: vectors in flight hide latency, rows in flight must stay in
-L2 for the second read, registers decide how many programs a multiprocessor holds. This measures it, at N = 8192 rows of
-bfloat16 with K = 64, in place. "second_read_misses" is what a share f of the copy's rate means where bytes alone limit:
-(2 + misses) N V b bytes moved in the time of 2 / f of them, so 2 / f - 2. The tiles in use are raced without cache
-hints too, and rows that do not fit into L2 by two programs to a row, in one launch and in two. A machine with another
-L2 wants another table.
+`Tiles.of` in `kernels/kd_launch.py` chooses by arithmetic: vectors in flight hide latency, rows in
+flight must stay in L2 for the second read, registers decide how many programs a multiprocessor
+holds. This measures it, at N = 8192 rows of bfloat16 with K = 64, in place. "second_read_misses" is
+what a share f of the copy's rate means where bytes alone limit:
+(2 + misses) N V b bytes moved in the time of 2 / f of them, so 2 / f - 2. The tiles in use are
+raced without cache hints too, and rows that do not fit into L2 by two programs to a row, in one
+launch and in two. A machine with another L2 wants another table.
 
     python -m kdcache.bench.kd_tiles [--rounds N] [--results FOLDER]
 """
@@ -46,9 +48,35 @@ class Sizes:
     flush_bytes: int = 2**29
 
 
-SMALL = ((2, 1, 128), (2, 1, 64), (2, 2, 128), (2, 2, 64), (2, 4, 128), (2, 4, 64), (1, 4, 128), (4, 1, 128))
-MIDDLE = ((2, 8, 80), (2, 8, 64), (4, 8, 80), (4, 8, 128), (8, 8, 128), (2, 16, 64), (4, 4, 128), (2, 4, 80))
-LONG = ((8, 16, 128), (4, 16, 128), (4, 8, 128), (2, 16, 128), (2, 16, 64), (2, 32, 64), (8, 8, 168))
+SMALL = (
+    (2, 1, 128),
+    (2, 1, 64),
+    (2, 2, 128),
+    (2, 2, 64),
+    (2, 4, 128),
+    (2, 4, 64),
+    (1, 4, 128),
+    (4, 1, 128),
+)
+MIDDLE = (
+    (2, 8, 80),
+    (2, 8, 64),
+    (4, 8, 80),
+    (4, 8, 128),
+    (8, 8, 128),
+    (2, 16, 64),
+    (4, 4, 128),
+    (2, 4, 80),
+)
+LONG = (
+    (8, 16, 128),
+    (4, 16, 128),
+    (4, 8, 128),
+    (2, 16, 128),
+    (2, 16, 64),
+    (2, 32, 64),
+    (8, 8, 168),
+)
 
 
 def candidates(classes: int, itemsize: int) -> list[Way]:
@@ -62,7 +90,7 @@ def candidates(classes: int, itemsize: int) -> list[Way]:
     return [usual, Way(replace(usual.tiles, hints=False)), *(way for way in found if way != usual)]
 
 
-SHARED = ("one launch", "two launches")         # forms in which two programs share a row
+SHARED = ("one launch", "two launches")  # forms in which two programs share a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +122,21 @@ def walked_with(tiles: Tiles) -> Iterator[None]:
         kd_launch.Tiles = usual  # type: ignore[misc]
 
 
-def try_case(track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float) -> dict[str, Any]:
+def try_case(
+    track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float
+) -> dict[str, Any]:
     """The race over one length of row, or why there was none."""
     try:
         return one_case(track, sizes, rounds, classes, temperature)
     except Exception as e:
-        return {"num_classes": classes, "temperature": temperature, "contenders": {}, "chosen": "", "best": "",
-                "failed": f"{type(e).__name__}: {e}"}
+        return {
+            "num_classes": classes,
+            "temperature": temperature,
+            "contenders": {},
+            "chosen": "",
+            "best": "",
+            "failed": f"{type(e).__name__}: {e}",
+        }
 
 
 def progress(case: Mapping[str, Any]) -> str:
@@ -110,53 +146,97 @@ def progress(case: Mapping[str, Any]) -> str:
     return f"V={case['num_classes']} T={case['temperature']:g}: {said}"
 
 
-def one_case(track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float) -> dict[str, Any]:
+def one_case(
+    track: Track, sizes: Sizes, rounds: int, classes: int, temperature: float
+) -> dict[str, Any]:
     """The race over one length of row."""
     track.release()
     problem = make_problem(sizes.rows, classes, sizes.kept, temperature, sizes.dtype, track.device)
     fused, tried = Fused.of(problem), candidates(classes, sizes.dtype.itemsize)
     least = model_bytes(sizes.rows, classes, sizes.kept, sizes.dtype.itemsize)
-    out = track.race({str(way): Entrant(partial(way.run, fused), problem.restore) for way in tried}, rounds, least)
+    out = track.race(
+        {str(way): Entrant(partial(way.run, fused), problem.restore) for way in tried},
+        rounds,
+        least,
+    )
     for way, found in zip(tried, out["contenders"].values(), strict=True):
         found["tiles"], found["form"] = astuple(way.tiles), way.form
         if "failed" not in found:
             found["second_read_misses"] = 2 / found["share_of_copy"] - 2
     shares = {name: found.get("share_of_copy", 0) for name, found in out["contenders"].items()}
-    return {"num_classes": classes, "temperature": temperature, "k": sizes.kept, "model_bytes": least, **out,
-            "chosen": str(Way(Tiles.of(classes, sizes.dtype.itemsize))), "best": max(shares, key=shares.__getitem__)}
+    return {
+        "num_classes": classes,
+        "temperature": temperature,
+        "k": sizes.kept,
+        "model_bytes": least,
+        **out,
+        "chosen": str(Way(Tiles.of(classes, sizes.dtype.itemsize))),
+        "best": max(shares, key=shares.__getitem__),
+    }
 
 
 def kd_tiles(sizes: Sizes, rounds: int | None = None) -> dict[str, Any]:
-    """Race over every case; one JSON object. UsageError without a CUDA device: nothing else runs these tiles."""
+    """Race over every case; one JSON object. UsageError without a CUDA device: nothing else runs
+    these tiles.
+    """
     place = choose_device(None)
     if place.type != "cuda":
-        raise UsageError("bench kd_tiles times the kernel's tiles and needs a CUDA device; torch sees none here")
+        raise UsageError(
+            "bench kd_tiles times the kernel's tiles and needs a CUDA device; torch sees none here"
+        )
     track = Track(place, sizes.copy_bytes, sizes.flush_bytes)
     rounds = sizes.rounds if rounds is None else rounds
-    order = sorted(product(sizes.classes, sizes.temperatures), key=lambda case: case[1] != sizes.temperatures[-1])
+    order = sorted(
+        product(sizes.classes, sizes.temperatures),
+        key=lambda case: case[1] != sizes.temperatures[-1],
+    )
     cases = each_case(order, partial(try_case, track, sizes, rounds), progress)
-    return {"bench": "kd_tiles", "command": command(), "machine": machine(), "device": str(place), "rounds": rounds,
-            "rows": sizes.rows, "dtype": str(sizes.dtype).removeprefix("torch."),
-            "left_out": len(order) - len(cases), "cases": cases}
+    return {
+        "bench": "kd_tiles",
+        "command": command(),
+        "machine": machine(),
+        "device": str(place),
+        "rounds": rounds,
+        "rows": sizes.rows,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "left_out": len(order) - len(cases),
+        "cases": cases,
+    }
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The table: candidates of each case, the fastest first; * is what `Tiles.of` chooses."""
     rows: list[list[Any]] = []
     for case in result["cases"]:
-        found = sorted(case["contenders"].items(), key=lambda item: -item[1].get("share_of_copy", 0))
+        found = sorted(
+            case["contenders"].items(), key=lambda item: -item[1].get("share_of_copy", 0)
+        )
         for name, one in found:
             mark = " *" if name == case["chosen"] else ""
             where = f"V={case['num_classes']} T={case['temperature']:g}  {name}{mark}"
-            rows.append([where, "failed", "", one["failed"]] if "failed" in one else
-                        [where, 1000 * one["seconds"]["median"], 100 * one["share_of_copy"], one["second_read_misses"]])
-    return table([f"N={result['rows']} {result['dtype']}", "ms", "% of copy", "second read misses"], rows)
+            rows.append(
+                [where, "failed", "", one["failed"]]
+                if "failed" in one
+                else [
+                    where,
+                    1000 * one["seconds"]["median"],
+                    100 * one["share_of_copy"],
+                    one["second_read_misses"],
+                ]
+            )
+    return table(
+        [f"N={result['rows']} {result['dtype']}", "ms", "% of copy", "second read misses"], rows
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdcache.bench.kd_tiles", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kdcache.bench.kd_tiles", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--results", type=Path, default=None, help="keep the JSON line in this folder")
+    parser.add_argument(
+        "--results", type=Path, default=None, help="keep the JSON line in this folder"
+    )
     given = parser.parse_args()
     try:
         result = kd_tiles(Sizes(), given.rounds)

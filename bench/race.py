@@ -1,4 +1,6 @@
-"""What the benchmarks share: contenders timed in turns in one run, a small table, and one JSON line at the end."""
+"""What the benchmarks share: contenders timed in turns in one run, a small table, and one JSON line
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,17 @@ def wall_clock(name: str, run: Contender) -> float:
     return time.perf_counter() - start
 
 
-def race(contenders: Mapping[str, Contender], rounds: int, warmups: int = 1,
-         clock: Callable[[str, Contender], float] = wall_clock) -> dict[str, list[float]]:
+def race(
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    warmups: int = 1,
+    clock: Callable[[str, Contender], float] = wall_clock,
+) -> dict[str, list[float]]:
     """Seconds of each round of each contender, as `clock` measures them.
 
-    They run in turns, so that a drift of the clock or a noisy neighbour hits all alike, and the order turns by one from
-    round to round, so that none always follows the same other. `warmups` rounds before are not counted.
+    They run in turns, so that a drift of the clock or a noisy neighbour hits all alike, and the
+    order turns by one from round to round, so that none always follows the same other. `warmups`
+    rounds before are not counted.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -55,11 +62,16 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where it ran, as `kdcache env` says it, without the packages no benchmark uses and the build of the kernel."""
+    """Where it ran, as `kdcache env` says it, without the packages no benchmark uses and the build
+    of the kernel.
+    """
     found = env()
     used = ("torch", "triton", "numpy", "pyarrow", "h5py")
-    return {**found, "platform": f"{platform.system()} {platform.machine()}",
-            "packages": {name: found["packages"][name] for name in used}}
+    return {
+        **found,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: found["packages"][name] for name in used},
+    }
 
 
 def command() -> str:
@@ -69,10 +81,17 @@ def command() -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned text: the first column to the left, numbers to the right, floats to four digits."""
-    cells = [list(heads), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows)]
+    cells = [
+        list(heads),
+        *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows),
+    ]
     first, *others = (max(len(row[i]) for row in cells) for i in range(len(heads)))
-    return "\n".join("  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))])
-                     for row in cells)
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))]
+        )
+        for row in cells
+    )
 
 
 def json_line(result: Mapping[str, Any]) -> str:
@@ -81,7 +100,9 @@ def json_line(result: Mapping[str, Any]) -> str:
 
 
 def save(result: Mapping[str, Any], folder: Path) -> Path:
-    """Keep the line in `folder`, under the benchmark's name, the device's, and the date; never over an older one."""
+    """Keep the line in `folder`, under the benchmark's name, the device's, and the date; never over
+    an older one.
+    """
     gpus = result["machine"]["gpus"] if str(result.get("device", "cpu")).startswith("cuda") else []
     device = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()).strip("-") if gpus else "cpu"
     folder = local_path(folder, "--results")

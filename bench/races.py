@@ -1,8 +1,9 @@
 """The benchmarks by name. One entry here makes `kdcache bench NAME`, and a step of `make gpu`.
 
-`kdcache bench NAME` calls the function `kdcache.bench.MODULE.MODULE(quick=..., rounds=..., ...)`, which returns one
-JSON object, and prints `MODULE.render(object)` and the object; with `plot`, `MODULE.draw(object, file)` draws it. What
-the object lists under "errors" is printed and makes the exit code 1, after everything is kept.
+`kdcache bench NAME` calls the function `kdcache.bench.MODULE.MODULE(quick=..., rounds=..., ...)`,
+which returns one JSON object, and prints `MODULE.render(object)` and the object; with `plot`,
+`MODULE.draw(object, file)` draws it. What the object lists under "errors" is printed and makes the
+exit code 1, after everything is kept.
 """
 
 from __future__ import annotations
@@ -21,14 +22,35 @@ class Race:
 
 
 RACES = (
-    Race("shard-io", "shard_io", "Write and read shards of both containers, against a bare gather from memory.",
-         ("folder",)),
-    Race("end-to-end", "end_to_end", "Time of a student's step: no teacher, the cached teacher, the live teacher.",
-         ("device",)),
-    Race("loss", "kd_loss", "The distillation loss and its gradient: the fused kernel against the copy bandwidth and "
-         "its rivals; on a CPU the torch engine against the definition.", ("device", "plot")),
-    Race("kd-linear", "kd_linear", "The loss behind an LM head, its logits never whole, against its bare products.",
-         ("device",)),
-    Race("topk-lse", "topk_lse", "What is kept of a teacher's logits: the kernel against the copy bandwidth and torch.",
-         ("device",)),
+    Race(
+        "shard-io",
+        "shard_io",
+        "Write and read shards of both containers, against a bare gather from memory.",
+        ("folder",),
+    ),
+    Race(
+        "end-to-end",
+        "end_to_end",
+        "Time of a student's step: no teacher, the cached teacher, the live teacher.",
+        ("device",),
+    ),
+    Race(
+        "loss",
+        "kd_loss",
+        "The distillation loss and its gradient: the fused kernel against the copy bandwidth and "
+        "its rivals; on a CPU the torch engine against the definition.",
+        ("device", "plot"),
+    ),
+    Race(
+        "kd-linear",
+        "kd_linear",
+        "The loss behind an LM head, its logits never whole, against its bare products.",
+        ("device",),
+    ),
+    Race(
+        "topk-lse",
+        "topk_lse",
+        "What is kept of a teacher's logits: the kernel against the copy bandwidth and torch.",
+        ("device",),
+    ),
 )

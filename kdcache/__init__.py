@@ -1,6 +1,8 @@
-"""Knowledge distillation from a cached teacher: run the teacher once, train many students from what it said.
+"""Knowledge distillation from a cached teacher: run the teacher once, train many students from what
+it said.
 
-Public names load on first use, so that `import kdcache` costs nothing and a cache is read without torch.
+Public names load on first use, so that `import kdcache` costs nothing and a cache is read without
+torch.
 """
 
 from __future__ import annotations
@@ -9,8 +11,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CacheSpec", "FeatureSpec", "Identity", "KDCacheError", "Loader", "create", "dump_teacher",
-           "kd_linear_loss", "kd_loss", "open", "row_counts", "soft_targets", "targets_from_logits", "train_student"]
+__all__ = [
+    "CacheSpec",
+    "FeatureSpec",
+    "Identity",
+    "KDCacheError",
+    "Loader",
+    "create",
+    "dump_teacher",
+    "kd_linear_loss",
+    "kd_loss",
+    "open",
+    "row_counts",
+    "soft_targets",
+    "targets_from_logits",
+    "train_student",
+]
 
 if TYPE_CHECKING:
     from kdcache.cache.identity import Identity as Identity
@@ -29,11 +45,20 @@ if TYPE_CHECKING:
     from kdcache.teacher.dump import dump_teacher as dump_teacher
 
 _WHERE = {
-    "KDCacheError": "errors", "CacheSpec": "cache.spec", "FeatureSpec": "cache.spec", "Identity": "cache.identity",
-    "open": "cache.reader", "create": "cache.writer",
-    "soft_targets": "student.targets", "targets_from_logits": "student.targets", "kd_loss": "student.loss",
-    "kd_linear_loss": "student.linear", "row_counts": "student.request",
-    "Loader": "student.loader", "dump_teacher": "teacher.dump", "train_student": "student.train",
+    "KDCacheError": "errors",
+    "CacheSpec": "cache.spec",
+    "FeatureSpec": "cache.spec",
+    "Identity": "cache.identity",
+    "open": "cache.reader",
+    "create": "cache.writer",
+    "soft_targets": "student.targets",
+    "targets_from_logits": "student.targets",
+    "kd_loss": "student.loss",
+    "kd_linear_loss": "student.linear",
+    "row_counts": "student.request",
+    "Loader": "student.loader",
+    "dump_teacher": "teacher.dump",
+    "train_student": "student.train",
 }
 
 

@@ -2,7 +2,7 @@
 
 from kdcache.early import at_once
 
-at_once()                                       # before the imports that take time
+at_once()  # before the imports that take time
 
 from kdcache.cli import main  # noqa: E402
 

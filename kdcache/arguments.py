@@ -1,4 +1,6 @@
-"""Arguments of the public functions against their annotations: one rule for plain types, one error that names them."""
+"""Arguments of the public functions against their annotations: one rule for plain types, one error
+that names them.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,19 @@ from kdcache.errors import UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-SHOWN = 40                      # characters of a value in an error
-WORDS = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "text", "Path": "a path",
-         "os.PathLike[str]": "a path", "Cache": "what kdcache.open gives", "Callable": "a function",
-         "Mapping": "a dict", "dict": "a dict"}
+SHOWN = 40  # characters of a value in an error
+WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "text",
+    "Path": "a path",
+    "os.PathLike[str]": "a path",
+    "Cache": "what kdcache.open gives",
+    "Callable": "a function",
+    "Mapping": "a dict",
+    "dict": "a dict",
+}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -30,12 +41,15 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def check_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """UsageError for the first argument that is of no type its parameter is annotated with.
 
-    A bool is no number and a number no bool; numpy's scalars are numbers, tensors and arrays are none. Text must be
-    such that a file can hold it. Names that are no plain types are compared with the classes they name, and a name of
-    anything else (an alias) with nothing. A call that Python refuses is left to Python.
+    A bool is no number and a number no bool; numpy's scalars are numbers, tensors and arrays are
+    none. Text must be such that a file can hold it. Names that are no plain types are compared with
+    the classes they name, and a name of anything else (an alias) with nothing. A call that Python
+    refuses is left to Python.
     """
     try:
         bound = _signature(function).bind(*args, **kwargs)
@@ -49,7 +63,10 @@ def check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
         if not any(found):
             raise UsageError(f"{name} is {seen(value)}; expected {_expected(annotation)}")
         if isinstance(value, str) and ("\0" in value or not is_unicode(value)):
-            raise UsageError(f"{name} is {seen(value)}, text that no file can hold (a NUL, or half a surrogate pair)")
+            raise UsageError(
+                f"{name} is {seen(value)}, text that no file can hold (a NUL, or half a surrogate "
+                "pair)"
+            )
 
 
 def _expected(annotation: str) -> str:
@@ -64,8 +81,15 @@ def _expected(annotation: str) -> str:
 def seen(value: Any) -> str:
     """A value as an error shows it."""
     kind = type(value).__name__
-    if hasattr(type(value), "shape") and hasattr(type(value), "dtype") and not isinstance(value, Real | str | bytes):
-        return f"a {'numpy array' if kind == 'ndarray' else kind.lower()} {list(value.shape)} of {value.dtype}"
+    if (
+        hasattr(type(value), "shape")
+        and hasattr(type(value), "dtype")
+        and not isinstance(value, Real | str | bytes)
+    ):
+        return (
+            f"a {'numpy array' if kind == 'ndarray' else kind.lower()} {list(value.shape)} of "
+            f"{value.dtype}"
+        )
     if isinstance(value, Real | complex | str | bytes | list | tuple | dict | set | type(None)):
         text = repr(value)
         if len(text) <= SHOWN:
@@ -103,14 +127,17 @@ def _fits(value: Any, one: str, function: Callable[..., Any]) -> bool:
 
 
 def _is_list(value: Any, one: str, function: Callable[..., Any]) -> bool:
-    inner = list(_split(one[one.index("[") + 1:-1], ","))
-    if isinstance(value, str):                      # one value of a list of them, where they are text
+    inner = list(_split(one[one.index("[") + 1 : -1], ","))
+    # one value of a list of them, where they are text
+    if isinstance(value, str):
         return _head(one) == "Sequence" and "str" in _union(inner[0])
     if not isinstance(value, list | tuple | Set | range):
         return False
     if _head(one) == "tuple":
         return len(value) == len(inner) and all(
-            any(_fits(x, kind, function) for kind in _union(each)) for x, each in zip(value, inner, strict=True))
+            any(_fits(x, kind, function) for kind in _union(each))
+            for x, each in zip(value, inner, strict=True)
+        )
     return all(any(_fits(x, kind, function) for kind in _union(inner[0])) for x in value)
 
 
@@ -124,12 +151,14 @@ def _is_of(value: Any, name: str, function: Callable[..., Any]) -> bool:
     if isinstance(found, type):
         return isinstance(value, found)
     # A name for type checkers alone is not there; an alias is there and no class.
-    return found is not None or name.rpartition(".")[2] in {kind.__name__ for kind in type(value).__mro__}
+    return found is not None or name.rpartition(".")[2] in {
+        kind.__name__ for kind in type(value).__mro__
+    }
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can stand in a file: half of a surrogate pair, as JSON and names of files that are no UTF-8 give it,
-    cannot."""
+    """Whether text can stand in a file: half of a surrogate pair, as JSON and names of files that
+    are no UTF-8 give it, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -161,5 +190,7 @@ def _listed(one: str) -> str:
     """A type in words: a list of ..., or its name."""
     if _head(one) not in ("Sequence", "tuple"):
         return f"a {one.rpartition('.')[2]}"
-    inner = one[one.index("[") + 1:-1]
-    return f"a list of {' or '.join(WORDS.get(kind, kind).split(' ')[-1] for kind in _union(inner))}"
+    inner = one[one.index("[") + 1 : -1]
+    return (
+        f"a list of {' or '.join(WORDS.get(kind, kind).split(' ')[-1] for kind in _union(inner))}"
+    )

@@ -1,8 +1,10 @@
-"""Signals before the first command runs: while Python imports, nothing is half done, and nothing may be raised.
+"""Signals before the first command runs: while Python imports, nothing is half done, and nothing
+may be raised.
 
-An exception in the midst of an import is wrapped by the library whose import it was, or ends the process in C. So until
-a command has begun its work (kdcache/signals.py) SIGINT and SIGTERM end the process here, in one line. Imports next to
-nothing: whatever is imported before `at_once` is called has no such protection.
+An exception in the midst of an import is wrapped by the library whose import it was, or ends the
+process in C. So until a command has begun its work (kdcache/signals.py) SIGINT and SIGTERM end the
+process here, in one line. Imports next to nothing: whatever is imported before `at_once` is called
+has no such protection.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ def put_back(handlers: dict[int, Any]) -> None:
 
 def _end(signum: int, frame: FrameType | None) -> None:
     try:
-        os.write(2, f"Error: {signal.Signals(signum).name}: interrupted before anything was begun\n".encode())
+        os.write(
+            2,
+            f"Error: {signal.Signals(signum).name}: interrupted before anything was begun\n".encode(),
+        )
     except OSError:
-        pass                                    # nobody listens
+        pass  # nobody listens
     os._exit(128 + signum)

@@ -1,4 +1,6 @@
-"""Which engine computes: plain torch or the fused kernels. One choice, one check and one refusal for both stages."""
+"""Which engine computes: plain torch or the fused kernels. One choice, one check and one refusal
+for both stages.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ import torch
 from kdcache.errors import UsageError, near
 
 ENGINES = ("auto", "torch", "triton")
-AUTO = "torch"              # on every device, until the kernels have passed `make gpu` on one
-CAPABILITY = (8, 0)         # sm_80: the oldest that the kernels are compiled for in the tests
+AUTO = "torch"  # on every device, until the kernels have passed `make gpu` on one
+CAPABILITY = (8, 0)  # sm_80: the oldest that the kernels are compiled for in the tests
 
 
 def check_engine(engine: str, device: torch.device) -> str:
-    """The engine that runs for `engine` on a device. UsageError for an unknown one, or one that cannot run there."""
+    """The engine that runs for `engine` on a device. UsageError for an unknown one, or one that
+    cannot run there.
+    """
     check_name(engine)
     if engine == "triton":
         check_device(device)
@@ -49,10 +53,13 @@ def _no_device(device: torch.device) -> str:
         from kdcache.kernels.kd_loss import INTERPRETED
     except ImportError as e:
         return f"triton cannot be imported ({e})"
-    if INTERPRETED:                             # TRITON_INTERPRET=1: slow, on any device, for tests
+    if INTERPRETED:  # TRITON_INTERPRET=1: slow, on any device, for tests
         return ""
     if device.type != "cuda":
         return f"the kernels need a CUDA device, and this is {device}"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+        return (
+            f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has "
+            "less"
+        )
     return ""

@@ -9,15 +9,31 @@ from typing import Any
 
 import kdcache
 
-PACKAGES = ("torch", "triton", "numpy", "pyarrow", "h5py", "xxhash", "safetensors", "click", "transformers",
-            "tokenizers", "timm", "torchvision", "scikit-learn", "matplotlib")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pyarrow",
+    "h5py",
+    "xxhash",
+    "safetensors",
+    "click",
+    "transformers",
+    "tokenizers",
+    "timm",
+    "torchvision",
+    "scikit-learn",
+    "matplotlib",
+)
 
 
 def env() -> dict[str, Any]:
-    """Versions of Python, kdcache and the libraries it uses (None: not installed), CPUs, GPUs, the engine in use.
+    """Versions of Python, kdcache and the libraries it uses (None: not installed), CPUs, GPUs, the
+    engine in use.
 
-    Keys: kdcache, python, platform, cpus (that this process may use), packages, gpus (names), torch_threads, cuda
-    (version torch was built for, or None), engine (what `--engine auto` runs), device (where).
+    Keys: kdcache, python, platform, cpus (that this process may use), packages, gpus (names),
+    torch_threads, cuda (version torch was built for, or None), engine (what `--engine auto` runs),
+    device (where).
     """
     import torch
 
@@ -29,7 +45,9 @@ def env() -> dict[str, Any]:
         "kdcache": kdcache.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "packages": {name: version(name) for name in PACKAGES},
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
@@ -49,9 +67,14 @@ def version(package: str) -> str | None:
 
 def render(found: dict[str, Any]) -> str:
     """The result of `env` for people."""
-    rows = [("kdcache", found["kdcache"]), ("python", found["python"]), ("platform", found["platform"]),
-            *((name, version or "not installed") for name, version in found["packages"].items()),
-            ("CPUs", f"{found['cpus']}, torch uses {found['torch_threads']} threads"),
-            ("GPUs", ", ".join(found["gpus"]) or "none"), ("CUDA of torch", found["cuda"] or "none"),
-            ("engine", f"{found['engine']} (on {found['device']})")]
+    rows = [
+        ("kdcache", found["kdcache"]),
+        ("python", found["python"]),
+        ("platform", found["platform"]),
+        *((name, version or "not installed") for name, version in found["packages"].items()),
+        ("CPUs", f"{found['cpus']}, torch uses {found['torch_threads']} threads"),
+        ("GPUs", ", ".join(found["gpus"]) or "none"),
+        ("CUDA of torch", found["cuda"] or "none"),
+        ("engine", f"{found['engine']} (on {found['device']})"),
+    ]
     return "\n".join(f"{name:<14}  {value}" for name, value in rows)

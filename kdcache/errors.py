@@ -1,4 +1,6 @@
-"""Every error a user can cause or meet has one base class; the command line prints its line and exits with its code."""
+"""Every error a user can cause or meet has one base class; the command line prints its line and
+exits with its code.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Any
 
 
 class KDCacheError(Exception):
-    """Base of all errors of this package; the message says where, what was found, what was expected, what to do."""
+    """Base of all errors of this package; the message says where, what was found, what was
+    expected, what to do.
+    """
 
     exit_code = 1
 
@@ -31,7 +35,9 @@ class SpecMismatch(KDCacheError):
 
 
 class DataError(KDCacheError):
-    """A dataset, a label or a teacher output cannot be used; the message names the sample or record."""
+    """A dataset, a label or a teacher output cannot be used; the message names the sample or
+    record.
+    """
 
 
 class UsageError(KDCacheError, ValueError):
@@ -57,7 +63,9 @@ class FieldDifference:
 
 
 class IdentityMismatch(KDCacheError):
-    """The cache belongs to other data, another tokenizer or another teacher; `fields` says which fields differ."""
+    """The cache belongs to other data, another tokenizer or another teacher; `fields` says which
+    fields differ.
+    """
 
     def __init__(self, message: str, fields: list[FieldDifference]) -> None:
         super().__init__(message)

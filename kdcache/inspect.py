@@ -1,4 +1,6 @@
-"""What is in a cache, whose it is, how large, how much of the teacher it keeps; one record of it; how two differ."""
+"""What is in a cache, whose it is, how large, how much of the teacher it keeps; one record of it;
+how two differ.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +24,45 @@ from kdcache.inspect_text import render as render
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache
 
-SAMPLE_ROWS = 2**16             # rows from which covered mass and truncation KL are computed; a smaller cache: all
-SAMPLE_SHARDS = 16              # they come from so many, if these hold enough: the first touch of one reads it whole
-CHUNK_ELEMENTS = 2**22          # values decoded at a time
-SHOWN_ENTRIES = 10              # of a row of `--record`
-SHOWN_ROWS = 8                  # of a record of a token cache
+# rows from which covered mass and truncation KL are computed; a smaller cache: all
+SAMPLE_ROWS = 2**16
+# they come from so many, if these hold enough: the first touch of one reads it whole
+SAMPLE_SHARDS = 16
+CHUNK_ELEMENTS = 2**22  # values decoded at a time
+SHOWN_ENTRIES = 10  # of a row of `--record`
+SHOWN_ROWS = 8  # of a record of a token cache
 Namer = Callable[[int], str]
 
 
 @entrance
-def inspect(cache: Cache | Path | str, record: int | None = None, tokenizer: str | Path | None = None,
-            other: Cache | Path | str | None = None, data: Any = None,
-            data_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The facts of a cache (a folder, or an open Cache) as one JSON object; `render` makes them text.
+def inspect(
+    cache: Cache | Path | str,
+    record: int | None = None,
+    tokenizer: str | Path | None = None,
+    other: Cache | Path | str | None = None,
+    data: Any = None,
+    data_args: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The facts of a cache (a folder, or an open Cache) as one JSON object; `render` makes them
+    text.
 
-    record: one record instead, its entries named by class names, or by `tokenizer` (a file or folder), which must be
-    the one of the cache (IdentityMismatch). data: a dataset or SPEC, of which the record's key must be the cached one
-    (DataError). other: how `other` differs from `cache` instead. UsageError for a record that is not there.
+    record: one record instead, its entries named by class names, or by `tokenizer` (a file or
+    folder), which must be the one of the cache (IdentityMismatch). data: a dataset or SPEC, of
+    which the record's key must be the cached one (DataError). other: how `other` differs from
+    `cache` instead. UsageError for a record that is not there.
     """
     if other is not None and record is not None:
-        raise UsageError("a record of one cache or two caches: --record and a second cache do not go together")
+        raise UsageError(
+            "a record of one cache or two caches: --record and a second cache do not go together"
+        )
     if record is None and (tokenizer is not None or data is not None):
-        raise UsageError("--tokenizer and --data say how to show a record: name one with --record N")
+        raise UsageError(
+            "--tokenizer and --data say how to show a record: name one with --record N"
+        )
     if data is None and data_args:
-        raise UsageError(f"--data-arg {next(iter(data_args))}: no dataset is given; name one with --data")
+        raise UsageError(
+            f"--data-arg {next(iter(data_args))}: no dataset is given; name one with --data"
+        )
     opened = _open(cache)
     if other is not None:
         return compare(opened, _open(other))
@@ -65,16 +82,33 @@ def _open(cache: Cache | Path | str) -> Cache:
 def facts(cache: Cache) -> dict[str, Any]:
     """What is in it, whose it is, how large it is, and what it lost."""
     spec, rows = cache.spec, num_rows(cache)
-    own = [Path(cache.path) / HEADER, *(path for folder in FOLDERS for path in (Path(cache.path) / folder).rglob("*"))]
+    own = [
+        Path(cache.path) / HEADER,
+        *(path for folder in FOLDERS for path in (Path(cache.path) / folder).rglob("*")),
+    ]
     total = sum(file.stat().st_size for file in own if file.is_file())
     identity = cache.identity.to_json()
-    identity["data"] = {**identity["data"], "probe": f"{len(identity['data'].get('probe', []))} keys"}
+    identity["data"] = {
+        **identity["data"],
+        "probe": f"{len(identity['data'].get('probe', []))} keys",
+    }
     return {
-        "cache": str(cache.path), "content_id": cache.content_id, "container": cache.container,
-        "generation": cache.generation, **spec.to_json(), "k": spec.k, "num_records": cache.num_records,
-        "num_rows": rows, "num_shards": spec.num_shards, "identity": identity, "recorded": dict(cache.recorded),
-        "bytes": total, "bytes_per_record": total / cache.num_records, "bytes_per_row": total / rows if rows else None,
-        "column_bytes": cache.column_bytes(), "coverage": coverage(cache),
+        "cache": str(cache.path),
+        "content_id": cache.content_id,
+        "container": cache.container,
+        "generation": cache.generation,
+        **spec.to_json(),
+        "k": spec.k,
+        "num_records": cache.num_records,
+        "num_rows": rows,
+        "num_shards": spec.num_shards,
+        "identity": identity,
+        "recorded": dict(cache.recorded),
+        "bytes": total,
+        "bytes_per_record": total / cache.num_records,
+        "bytes_per_row": total / rows if rows else None,
+        "column_bytes": cache.column_bytes(),
+        "coverage": coverage(cache),
         "quantisation_kl": quantisation(cache.measured, spec),
     }
 
@@ -83,25 +117,33 @@ def num_rows(cache: Cache) -> int:
     """Rows of the whole cache: one per record, or what the shards' commits say; 0 for kind none."""
     if cache.spec.kind == "none":
         return 0
-    return cache.num_records if cache.spec.rows == "one" else sum(int(s.rows["row"]) for s in cache.shards)
+    return (
+        cache.num_records
+        if cache.spec.rows == "one"
+        else sum(int(s.rows["row"]) for s in cache.shards)
+    )
 
 
 def quantisation(measured: Mapping[str, float], spec: CacheSpec) -> dict[str, float] | None:
-    """Mean KL(teacher || decoded) in nats per temperature, from the sums taken during the dump; None without them."""
+    """Mean KL(teacher || decoded) in nats per temperature, from the sums taken during the dump;
+    None without them.
+    """
     rows = measured.get("rows", 0)
     names = spec.temperatures if spec.kind == "topk" else FULL_TEMPERATURES
     found = {t: measured[f"kl:{t}"] / rows for t in names if rows and f"kl:{t}" in measured}
     return found or None
 
 
-# ---- how much of the teacher is kept --------------------------------------------------------------------------------
+# ---- how much of the teacher is kept
+# --------------------------------------------------------------------------------
 
 
 def coverage(cache: Cache, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any] | None:
-    """Mean covered mass and truncation KL (-log covered mass, nats) per tier and temperature, from the cache itself.
+    """Mean covered mass and truncation KL (-log covered mass, nats) per tier and temperature, from
+    the cache itself.
 
-    Over all rows, or, where there are more than `sample_rows`, over the rows of evenly spread records. None for caches
-    that leave nothing out (kind full) or have no rows (kind none).
+    Over all rows, or, where there are more than `sample_rows`, over the rows of evenly spread
+    records. None for caches that leave nothing out (kind full) or have no rows (kind none).
     """
     spec = cache.spec
     if spec.kind != "topk":
@@ -115,13 +157,26 @@ def coverage(cache: Cache, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any] | N
             sums[:, tier] += np.exp(-truncation).sum(0), truncation.sum(0)
         rows += len(truncation)
     mass, kl = sums / max(rows, 1)
-    return {"rows": rows, "of_rows": num_rows(cache), "tiers": [
-        {"k": k, "temperature": t, "covered_mass": float(mass[i, j]), "truncation_kl": float(kl[i, j])}
-        for i, k in enumerate(spec.tiers) for j, t in enumerate(spec.temperatures)]}
+    return {
+        "rows": rows,
+        "of_rows": num_rows(cache),
+        "tiers": [
+            {
+                "k": k,
+                "temperature": t,
+                "covered_mass": float(mass[i, j]),
+                "truncation_kl": float(kl[i, j]),
+            }
+            for i, k in enumerate(spec.tiers)
+            for j, t in enumerate(spec.temperatures)
+        ],
+    }
 
 
 def sampled_records(spec: CacheSpec, rows: int, limit: int) -> list[Array]:
-    """Record numbers int64 in batches: all of them, or runs from evenly spread shards with about `limit` rows."""
+    """Record numbers int64 in batches: all of them, or runs from evenly spread shards with about
+    `limit` rows.
+    """
     per_record = max(1.0, rows / spec.num_records)
     wanted = spec.num_records if rows <= limit else max(1, int(limit / per_record))
     shards: Sequence[int] = range(spec.num_shards)
@@ -131,7 +186,7 @@ def sampled_records(spec: CacheSpec, rows: int, limit: int) -> list[Array]:
     each = -(-wanted // len(shards))
     numbers = np.concatenate([_spread(spec, shard, each) for shard in shards])
     step = max(1, int(CHUNK_ELEMENTS / (per_record * spec.k)))
-    return [numbers[at:at + step] for at in range(0, len(numbers), step)]
+    return [numbers[at : at + step] for at in range(0, len(numbers), step)]
 
 
 def _spread(spec: CacheSpec, shard: int, count: int) -> Array:
@@ -144,7 +199,11 @@ def _spread(spec: CacheSpec, shard: int, count: int) -> Array:
 
 def row_columns(batch: Batch) -> dict[str, Array]:
     """The columns of a batch as the codec takes them: [rows, *shape] without record-level ones."""
-    return {name: array for name, array in batch.columns.items() if not name.startswith(("sample_key", "view_key"))}
+    return {
+        name: array
+        for name, array in batch.columns.items()
+        if not name.startswith(("sample_key", "view_key"))
+    }
 
 
 def truncation_kl(spec: CacheSpec, rows: DecodedRows) -> Array:
@@ -156,33 +215,56 @@ def truncation_kl(spec: CacheSpec, rows: DecodedRows) -> Array:
     return out
 
 
-# ---- one record ------------------------------------------------------------------------------------------------------
+# ---- one record
+# ------------------------------------------------------------------------------------------------------
 
 
-def show_record(cache: Cache, record: int, *, tokenizer: str | Path | None = None, data: Any = None,
-                data_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the teacher said about one record: entries with names and probabilities, tail mass, labels."""
+def show_record(
+    cache: Cache,
+    record: int,
+    *,
+    tokenizer: str | Path | None = None,
+    data: Any = None,
+    data_args: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the teacher said about one record: entries with names and probabilities, tail mass,
+    labels.
+    """
     spec = cache.spec
     if not 0 <= record < cache.num_records:
-        raise UsageError(f"record {record}: {cache.path} has the records 0 to {cache.num_records - 1}")
+        raise UsageError(
+            f"record {record}: {cache.path} has the records 0 to {cache.num_records - 1}"
+        )
     view, sample = divmod(record, spec.num_samples)
     batch = cache.read(np.array([record], np.int64))
-    out: dict[str, Any] = {"cache": str(cache.path), "record": record, "sample_id": spec.samples[0] + sample,
-                           "view": spec.views[0] + view, "sample_key": f"{int(batch.columns['sample_key'][0]):016x}"}
+    out: dict[str, Any] = {
+        "cache": str(cache.path),
+        "record": record,
+        "sample_id": spec.samples[0] + sample,
+        "view": spec.views[0] + view,
+        "sample_key": f"{int(batch.columns['sample_key'][0]):016x}",
+    }
     class_names = list(cache.identity.data.get("class_names", []))
     if data is not None:
         class_names = _check_data(cache, batch, out, data, data_args) or class_names
     name = namer(cache, class_names, tokenizer)
     if spec.tokens:
-        out["tokens"] = [name(int(token)) for token in batch.columns["token"][:SHOWN_ENTRIES * SHOWN_ROWS]]
+        out["tokens"] = [
+            name(int(token)) for token in batch.columns["token"][: SHOWN_ENTRIES * SHOWN_ROWS]
+        ]
     if spec.kind != "none":
         decoded = decode_rows(spec, row_columns(batch))
         out["num_rows"] = len(decoded.max)
-        out["rows"] = [_row(spec, decoded, n, name) for n in range(min(len(decoded.max), SHOWN_ROWS))]
+        out["rows"] = [
+            _row(spec, decoded, n, name) for n in range(min(len(decoded.max), SHOWN_ROWS))
+        ]
     for feature in spec.features:
         values = batch.columns[feature.column]
         shape = values.shape[1:] if feature.level == ROOT else values.shape
-        out.setdefault("features", {})[feature.name] = {"shape": list(shape), "dtype": feature.dtype}
+        out.setdefault("features", {})[feature.name] = {
+            "shape": list(shape),
+            "dtype": feature.dtype,
+        }
     return out
 
 
@@ -194,12 +276,14 @@ def namer(cache: Cache, class_names: Sequence[str], tokenizer: str | Path | None
 
     try:
         made = load_tokenizer(str(tokenizer))
-    except UsageError as e:             # that names the option of a dump
+    except UsageError as e:  # that names the option of a dump
         raise UsageError(str(e).replace("--data-arg tokenizer=", "--tokenizer ")) from e
     cached = (cache.identity.tokenizer or {}).get("fingerprint")
     if fingerprint(made) != cached:
         found = FieldDifference("tokenizer.fingerprint", cached, fingerprint(made))
-        raise IdentityMismatch(f"--tokenizer {tokenizer} is not the one of {cache.path}:\n  {found}", [found])
+        raise IdentityMismatch(
+            f"--tokenizer {tokenizer} is not the one of {cache.path}:\n  {found}", [found]
+        )
 
     def decoded(i: int) -> str:
         with users_code(f"--tokenizer {tokenizer} cannot decode {i}"):
@@ -208,17 +292,28 @@ def namer(cache: Cache, class_names: Sequence[str], tokenizer: str | Path | None
     return decoded
 
 
-def _check_data(cache: Cache, batch: Batch, out: Mapping[str, Any], data: Any,
-                data_args: Mapping[str, Any] | None) -> list[str]:
-    """Class names of the dataset, after its key of this record was found to be the one in the cache."""
+def _check_data(
+    cache: Cache,
+    batch: Batch,
+    out: Mapping[str, Any],
+    data: Any,
+    data_args: Mapping[str, Any] | None,
+) -> list[str]:
+    """Class names of the dataset, after its key of this record was found to be the one in the
+    cache.
+    """
     from kdcache.data.classes import check
     from kdcache.data.identify import check_same_key
     from kdcache.data.samples import Samples
     from kdcache.data.sources import load_data
 
-    samples = Samples(load_data(data, data_args or {}, lambda: str(cache.identity.data.get("preprocessing", "")))
-                      if isinstance(data, str) else data, seed=cache.spec.seed,
-                      labels=False)
+    samples = Samples(
+        load_data(data, data_args or {}, lambda: str(cache.identity.data.get("preprocessing", "")))
+        if isinstance(data, str)
+        else data,
+        seed=cache.spec.seed,
+        labels=False,
+    )
     key = np.array([samples.sample_key(out["sample_id"], out["view"])], np.uint64)
     check_same_key(batch.columns["sample_key"], key, np.array([out["sample_id"]]))
     kept = list(cache.identity.data.get("class_names", []))
@@ -231,41 +326,71 @@ def _row(spec: CacheSpec, rows: DecodedRows, n: int, name: Namer) -> dict[str, A
     temperatures = spec.temperatures or FULL_TEMPERATURES
     relative = rows.relative[n].astype(np.float64)
     ids = np.arange(len(relative)) if rows.ids is None else rows.ids[n]
-    tails = np.full(len(temperatures), -np.inf) if rows.tail_lse is None else rows.tail_lse[n].astype(np.float64)
-    scaled = np.stack([relative / float(t) for t in temperatures], axis=1)                       # [K, T]
+    tails = (
+        np.full(len(temperatures), -np.inf)
+        if rows.tail_lse is None
+        else rows.tail_lse[n].astype(np.float64)
+    )
+    # [K, T]
+    scaled = np.stack([relative / float(t) for t in temperatures], axis=1)
     norm = np.logaddexp(log_sum_exp(scaled.T), tails)
     probabilities, tail = np.exp(scaled - norm), np.exp(tails - norm)
     top = np.argsort(-relative, kind="stable")[:SHOWN_ENTRIES]
     out: dict[str, Any] = {} if rows.pos is None else {"pos": int(rows.pos[n])}
     if rows.label is not None:
         out["labels"] = [name(int(i)) if i >= 0 else None for i in rows.label[n]]
-    out["entries"] = [{"id": int(ids[j]), "name": name(int(ids[j])), "logit": float(rows.logits[n, j]),
-                       "probability": dict(zip(temperatures, probabilities[j].tolist(), strict=True))} for j in top]
-    out["not_shown"] = dict(zip(temperatures, np.delete(probabilities, top, 0).sum(0).tolist(), strict=True))
+    out["entries"] = [
+        {
+            "id": int(ids[j]),
+            "name": name(int(ids[j])),
+            "logit": float(rows.logits[n, j]),
+            "probability": dict(zip(temperatures, probabilities[j].tolist(), strict=True)),
+        }
+        for j in top
+    ]
+    out["not_shown"] = dict(
+        zip(temperatures, np.delete(probabilities, top, 0).sum(0).tolist(), strict=True)
+    )
     return {**out, "tail": dict(zip(temperatures, tail.tolist(), strict=True))}
 
 
-# ---- two caches ------------------------------------------------------------------------------------------------------
+# ---- two caches
+# ------------------------------------------------------------------------------------------------------
 
 
 def compare(a: Cache, b: Cache) -> dict[str, Any]:
     """The fields of spec and identity in which two caches differ, and whether their content does."""
     fields = spec_difference(a.spec, b.spec) + difference(a.identity, b.identity)
     shared = sorted({*a.recorded, *b.recorded})
-    recorded = [FieldDifference(f"recorded.{key}", a.recorded.get(key), b.recorded.get(key))
-                for key in shared if a.recorded.get(key) != b.recorded.get(key)]
-    return {"cache": str(a.path), "other": str(b.path), "containers": [a.container, b.container],
-            "same_content": a.content_id == b.content_id, "content_ids": [a.content_id, b.content_id],
-            "shards": _other_shards(a, b) if a.spec == b.spec else None,
-            "fields": [_field(d) for d in fields], "recorded": [_field(d) for d in recorded]}
+    recorded = [
+        FieldDifference(f"recorded.{key}", a.recorded.get(key), b.recorded.get(key))
+        for key in shared
+        if a.recorded.get(key) != b.recorded.get(key)
+    ]
+    return {
+        "cache": str(a.path),
+        "other": str(b.path),
+        "containers": [a.container, b.container],
+        "same_content": a.content_id == b.content_id,
+        "content_ids": [a.content_id, b.content_id],
+        "shards": _other_shards(a, b) if a.spec == b.spec else None,
+        "fields": [_field(d) for d in fields],
+        "recorded": [_field(d) for d in recorded],
+    }
 
 
 def _other_shards(a: Cache, b: Cache) -> dict[str, Any]:
-    """Shards of two caches of one spec in which a column differs, by their digests, and the columns that differ."""
+    """Shards of two caches of one spec in which a column differs, by their digests, and the columns
+    that differ.
+    """
     differ: list[int] = []
     columns: set[str] = set()
     for one, two in zip(a.shards, b.shards, strict=True):
-        found = {name for name, extent in one.columns.items() if extent.digest != two.columns[name].digest}
+        found = {
+            name
+            for name, extent in one.columns.items()
+            if extent.digest != two.columns[name].digest
+        }
         differ += [one.shard] if found else []
         columns |= found
     return {"of": len(a.shards), "differ": differ, "columns": sorted(columns)}

@@ -1,4 +1,6 @@
-"""What turns equal weights into other answers: a model's configuration, and the tree of its modules."""
+"""What turns equal weights into other answers: a model's configuration, and the tree of its
+modules.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,31 @@ from kdcache.canonical import MAX_INT
 from kdcache.errors import KDCacheError
 from kdcache.guard import let_through
 
-# Fields of a configuration that no answer in eval mode depends on: where it came from and by which version it was
-# written, names of classes (which the data's identity has), what is returned beside the logits, how it is trained.
+# Fields of a configuration that no answer in eval mode depends on: where it came from and by which
+# version it was written, names of classes (which the data's identity has), what is returned beside
+# the logits, how it is trained.
 # `dtype` is a field of the identity itself.
 NO_MATTER = re.compile(
     r"_?name_or_path|_commit_hash|transformers_version|auto_map|architectures|torch_dtype|dtype|id2label|label2id"
     r"|finetuning_task|task_specific_params|tokenizer_class|prefix|problem_type|use_cache|return_dict"
     r"|output_(hidden_states|attentions|past|scores|router_logits)|gradient_checkpointing|torchscript"
     r"|initializer_(range|factor)|.*dropout(_prob|_rate|_p)?|\w*pdrop|(\w+_)?layerdrop|_\w+_implementation\w*"
-    r"|attn_implementation|loss_type|router_aux_loss_coef")
+    r"|attn_implementation|loss_type|router_aux_loss_coef"
+)
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+|0x[0-9a-fA-F]{6,}")
-IDENTITIES = ("Dropout", "Identity", "DropPath")        # modules that do nothing in eval mode, by how their names begin
-MOST_TEXT = 2000                # characters of one module's description
-MOST_DEPTH = 8                  # of a configuration; canonical JSON allows 16 in all
+# modules that do nothing in eval mode, by how their names begin
+IDENTITIES = ("Dropout", "Identity", "DropPath")
+MOST_TEXT = 2000  # characters of one module's description
+MOST_DEPTH = 8  # of a configuration; canonical JSON allows 16 in all
 
 
 def architecture(module: nn.Module) -> dict[str, Any]:
     """`config` and `modules` of an identity's `teacher`.
 
-    config: the fields of `module.config` (an object with `to_dict`, a mapping or a dataclass) that can matter, floats
-    as text, and the attention implementation; absent where there is none. modules: name -> type and `extra_repr`, for
-    all submodules but those that do nothing in eval mode; numbers in a name are `*` where all such modules are alike.
+    config: the fields of `module.config` (an object with `to_dict`, a mapping or a dataclass) that
+    can matter, floats as text, and the attention implementation; absent where there is none.
+    modules: name -> type and `extra_repr`, for all submodules but those that do nothing in eval
+    mode; numbers in a name are `*` where all such modules are alike.
     """
     out: dict[str, Any] = {"modules": _modules(module)}
     config = _config(getattr(module, "config", None))
@@ -55,7 +61,8 @@ def _config(config: Any) -> dict[str, Any] | None:
         out: dict[str, Any] = _plain(fields, 0)
     except KDCacheError:
         raise
-    except Exception as e:          # a configuration that cannot be told: the modules and the answers are compared
+    # a configuration that cannot be told: the modules and the answers are compared
+    except Exception as e:
         let_through(e)
         return None
     attention = getattr(config, "_attn_implementation", None)
@@ -67,7 +74,11 @@ def _plain(value: Any, depth: int) -> Any:
     if depth > MOST_DEPTH:
         return ADDRESS.sub("", repr(value))[:MOST_TEXT]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items() if not NO_MATTER.fullmatch(str(key))}
+        return {
+            str(key): _plain(item, depth + 1)
+            for key, item in value.items()
+            if not NO_MATTER.fullmatch(str(key))
+        }
     if isinstance(value, list | tuple):
         return [_plain(item, depth + 1) for item in value]
     if isinstance(value, set | frozenset):
@@ -85,7 +96,8 @@ def _modules(module: nn.Module) -> dict[str, str]:
     for name, part in module.named_modules():
         kind = type(part).__name__
         if not kind.startswith(IDENTITIES):
-            name = ".".join(step for step in name.split(".") if step != "_orig_mod")    # of torch.compile
+            # of torch.compile
+            name = ".".join(step for step in name.split(".") if step != "_orig_mod")
             shape = ".".join("*" if step.isdecimal() else step for step in name.split("."))
             alike.setdefault(shape, {})[name] = f"{kind}({_extra(part)})"
     out: dict[str, str] = {}
@@ -97,7 +109,7 @@ def _modules(module: nn.Module) -> dict[str, str]:
 def _extra(part: nn.Module) -> str:
     try:
         text = part.extra_repr()
-    except Exception as e:          # a module that cannot describe itself is known by its name
+    except Exception as e:  # a module that cannot describe itself is known by its name
         let_through(e)
         return "?"
     return ADDRESS.sub("", str(text))[:MOST_TEXT]

@@ -32,8 +32,8 @@ from kdcache.loading import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.paths import local_path
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 
-# Task -> the transformers classes that build it, the first that knows the kind of config. Where an architecture serves
-# two tasks, as BART's does, it is for the one that comes first.
+# Task -> the transformers classes that build it, the first that knows the kind of config. Where an
+# architecture serves two tasks, as BART's does, it is for the one that comes first.
 TASKS: dict[str, tuple[str, ...]] = {
     # Models of text and images predict the next token of text alone too.
     "causal-lm": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
@@ -43,16 +43,32 @@ TASKS: dict[str, tuple[str, ...]] = {
     "seq2seq-lm": ("AutoModelForSeq2SeqLM",),
     "masked-lm": ("AutoModelForMaskedLM",),
 }
-LANGUAGE_TASKS = ("causal-lm", "seq2seq-lm", "masked-lm")       # V is the vocabulary's; the others have num_labels
+# V is the vocabulary's; the others have num_labels
+LANGUAGE_TASKS = ("causal-lm", "seq2seq-lm", "masked-lm")
 # What a folder may hold beside the model that turns its inputs into ids and pixels.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "preprocessor_config.json",
 )
 
 OWN_CODE = "give it as file.py:name, a function of yours that makes it"
-RANDOM = "random weights"                               # how what was loaded begins to say that nothing was
-POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "pos_embed", "position_embedding")
+# how what was loaded begins to say that nothing was
+RANDOM = "random weights"
+POSITION_TABLES = (
+    "wpe",
+    "position_embeddings",
+    "embed_positions",
+    "pos_embed",
+    "position_embedding",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,9 @@ class Wanted:
         return {} if self.num_classes is None else {"num_classes": self.num_classes}
 
     def seeded(self) -> AbstractContextManager[None]:
-        """A block in which modules are made: seeded here and not earlier, because an import may draw numbers too."""
+        """A block in which modules are made: seeded here and not earlier, because an import may
+        draw numbers too.
+        """
         return seeded_generators(self.seed, self.seed, self.seed)
 
     @property
@@ -80,9 +98,10 @@ class Wanted:
 
 @dataclass(slots=True)
 class Built:
-    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its files are saved, the
-    local folder that it or its small files are in, if any, the names of its classes where the module does not carry
-    them, and how it wants pictures prepared if its library says so."""
+    """What a SPEC gave: a module, where its weights are from, its width and task if known, how its
+    files are saved, the local folder that it or its small files are in, if any, the names of its
+    classes where the module does not carry them, and how it wants pictures prepared if its library
+    says so."""
 
     module: nn.Module
     loaded: str
@@ -102,14 +121,19 @@ def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
             raise UsageError(f"model {spec}: expected {prefix}:{MODELS[prefix][0]}")
         built: Built = call(partial(MODELS[prefix][1], rest, wanted), args, where=f"model {spec}")
         return built
-    with seeded_generators(0, 0, 0):    # what a file makes as it runs is then the same in every process
+    # what a file makes as it runs is then the same in every process
+    with seeded_generators(0, 0, 0):
         found = resolve_spec(spec, MODELS, known_specs(), "model")
     return _from_code(spec, found, wanted, dict(args))
 
 
 def known_specs() -> list[str]:
     """How every model SPEC is written."""
-    return [*(f"{prefix}:{rest}" for prefix, (rest, _) in MODELS.items()), "file.py:name", "package.module:name"]
+    return [
+        *(f"{prefix}:{rest}" for prefix, (rest, _) in MODELS.items()),
+        "file.py:name",
+        "package.module:name",
+    ]
 
 
 def first_few(names: Iterable[str], count: int = 4) -> str:
@@ -122,7 +146,9 @@ def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> B
     loaded = f"{wanted.random}, by {spec}"
     if isinstance(found, nn.Module):
         if args:
-            raise UsageError(f"model {spec} is a {type(found).__name__}, not a function; it takes no arguments")
+            raise UsageError(
+                f"model {spec} is a {type(found).__name__}, not a function; it takes no arguments"
+            )
         loaded = f"the module {spec} as it is"
     elif callable(found):
         if has_parameter(found, "num_classes"):
@@ -136,15 +162,22 @@ def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> B
 
 def _timm(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
     timm = _import("timm", "kdcache[vision]")
-    if ":" not in name and not timm.is_model(name):         # with a colon it names a hub, as in hf-hub:timm/...
+    # with a colon it names a hub, as in hf-hub:timm/...
+    if ":" not in name and not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
     with wanted.seeded():
         module = timm.create_model(name, pretrained=pretrained, **{**wanted.classes, **args})
     prepared = None
     if pretrained:
-        prepared = of_timm(_import("timm.data", "kdcache[vision]").resolve_model_data_config(module))
-    return Built(module, f"pretrained weights of timm's {name}" if pretrained else wanted.random,
-                 _classes_of(module, args), prepared=prepared)
+        prepared = of_timm(
+            _import("timm.data", "kdcache[vision]").resolve_model_data_config(module)
+        )
+    return Built(
+        module,
+        f"pretrained weights of timm's {name}" if pretrained else wanted.random,
+        _classes_of(module, args),
+        prepared=prepared,
+    )
 
 
 def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
@@ -152,55 +185,94 @@ def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **ar
     if name not in models.list_models():
         raise UsageError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
     if not pretrained:
-        args = {**wanted.classes, **args}                   # pretrained weights fix the number of classes themselves
+        # pretrained weights fix the number of classes themselves
+        args = {**wanted.classes, **args}
     with wanted.seeded():
         module = models.get_model(name, weights="DEFAULT" if pretrained else None, **args)
     best = models.get_model_weights(name).DEFAULT if pretrained else None
     names = () if best is None else best.meta.get("categories", ())
-    return Built(module, f"pretrained weights of torchvision's {name}" if pretrained else wanted.random,
-                 _classes_of(module, args), class_names=tuple(names),
-                 prepared=None if best is None else of_torchvision(best.transforms()))
+    return Built(
+        module,
+        f"pretrained weights of torchvision's {name}" if pretrained else wanted.random,
+        _classes_of(module, args),
+        class_names=tuple(names),
+        prepared=None if best is None else of_torchvision(best.transforms()),
+    )
 
 
-def _hf(path: str, wanted: Wanted, /, *, task: str | None = None, new_head: bool = False, revision: str | None = None,
-        local_files_only: bool = False, attn_implementation: str | None = None) -> Built:
-    """A pretrained model; new_head: tensors that the checkpoint lacks, or has in another shape, start at random."""
+def _hf(
+    path: str,
+    wanted: Wanted,
+    /,
+    *,
+    task: str | None = None,
+    new_head: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    attn_implementation: str | None = None,
+) -> Built:
+    """A pretrained model; new_head: tensors that the checkpoint lacks, or has in another shape,
+    start at random.
+    """
     path = _existing(path, "hf")
     where = {"revision": revision or "main", "local_files_only": local_files_only}
     config = _config(path, "hf", where)
     task = _task(config, task, f"hf:{path}")
     resized = task not in LANGUAGE_TASKS and wanted.num_classes not in (None, config.num_labels)
     if resized and not new_head:
-        raise UsageError(f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: "
-                         "give new_head=true to start its last layer anew")
+        raise UsageError(
+            f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: "
+            "give new_head=true to start its last layer anew"
+        )
     loader = _builder(config, task, f"hf:{path}")
     if attn_implementation is not None:
         where["attn_implementation"] = attn_implementation
     with wanted.seeded(), no_progress_bars(), no_foreign_code(f"model hf:{path}", OWN_CODE):
         module, info = loader.from_pretrained(
-            path, dtype=wanted.dtype or "auto", use_safetensors=not _only_pickled(path), output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=False,
-            **({"num_labels": wanted.num_classes} if resized else {}), **where)
+            path,
+            dtype=wanted.dtype or "auto",
+            use_safetensors=not _only_pickled(path),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **({"num_labels": wanted.num_classes} if resized else {}),
+            **where,
+        )
     fresh = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
     if fresh and not new_head:
-        raise UsageError(f"hf:{path} holds no fitting weights for {first_few(fresh)} of {type(module).__name__}; "
-                         "give new_head=true to start them at random, or another task=")
+        raise UsageError(
+            f"hf:{path} holds no fitting weights for {first_few(fresh)} of "
+            f"{type(module).__name__}; "
+            "give new_head=true to start them at random, or another task="
+        )
     loaded = f"pretrained {type(module).__name__} from {path}"
     if fresh:
         loaded += f", with {wanted.random}, for {first_few(fresh)}"
     if unused := sorted(info["unexpected_keys"]):
         loaded += f" ({len(unused)} of its tensors unused: {first_few(unused)})"
-    return _hf_built(module, loaded, task, path, wanted,
-                     _small_files(path, revision=revision or "main", local_files_only=local_files_only))
+    return _hf_built(
+        module,
+        loaded,
+        task,
+        path,
+        wanted,
+        _small_files(path, revision=revision or "main", local_files_only=local_files_only),
+    )
 
 
 def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overrides: Any) -> Built:
-    """A model with random weights from a config.json, or the folder that holds one; overrides: fields of the config."""
+    """A model with random weights from a config.json, or the folder that holds one; overrides:
+    fields of the config.
+    """
     path = _existing(path, "hf-config")
     config = _config(path, "hf-config", {})
-    foreign = [key for key in overrides if not hasattr(config, key) and key != "attn_implementation"]
+    foreign = [
+        key for key in overrides if not hasattr(config, key) and key != "attn_implementation"
+    ]
     if foreign:
-        raise UsageError(f"hf-config:{path} has no field {foreign[0]!r}{near(foreign[0], config.to_dict())}")
+        raise UsageError(
+            f"hf-config:{path} has no field {foreign[0]!r}{near(foreign[0], config.to_dict())}"
+        )
     task = _task(config, task, f"hf-config:{path}")
     if task not in LANGUAGE_TASKS and wanted.num_classes is not None:
         overrides.setdefault("num_labels", wanted.num_classes)
@@ -209,41 +281,67 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
     with wanted.seeded(), no_foreign_code(f"model hf-config:{path}", OWN_CODE):
         # load_model casts it, as it does every other.
         module = maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    return _hf_built(module, f"{wanted.random}, for {type(module).__name__} from {path}", task, path, wanted,
-                     _small_files(path))
+    return _hf_built(
+        module,
+        f"{wanted.random}, for {type(module).__name__} from {path}",
+        task,
+        path,
+        wanted,
+        _small_files(path),
+    )
 
 
-def _hf_built(module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted, folder: Path | None) -> Built:
+def _hf_built(
+    module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted, folder: Path | None
+) -> Built:
     config: Any = module.config
-    width = int(config.get_text_config().vocab_size if task in LANGUAGE_TASKS else config.num_labels)
+    width = int(
+        config.get_text_config().vocab_size if task in LANGUAGE_TASKS else config.num_labels
+    )
     if wanted.num_classes is not None and width < wanted.num_classes:
-        raise UsageError(f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}, the teacher's "
-                         f"classes; where the teacher's last ones are padding that no label and no token uses, dump "
-                         f"again with --classes {width}")
+        raise UsageError(
+            f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}, the "
+            "teacher's "
+            "classes; where the teacher's last ones are padding that no label and no token uses, "
+            "dump "
+            f"again with --classes {width}"
+        )
     return Built(module, loaded, width, task, partial(_save_hf, module, path), folder)
 
 
-def _small_files(path: str, *, revision: str = "main", local_files_only: bool = False) -> Path | None:
-    """The local folder with what a model has beside its weights: `path`, or for a hub id its snapshot in the hub's
-    cache, into which tokenizer and preprocessing are fetched; None for a config.json alone."""
+def _small_files(
+    path: str, *, revision: str = "main", local_files_only: bool = False
+) -> Path | None:
+    """The local folder with what a model has beside its weights: `path`, or for a hub id its
+    snapshot in the hub's cache, into which tokenizer and preprocessing are fetched; None for a
+    config.json alone."""
     if os.path.exists(path):
         return Path(path) if os.path.isdir(path) else None
     from transformers.utils.hub import cached_file
+
     found = None
     for name in ("config.json", *PREPROCESSING, "tokenizer.json"):
-        file = cached_file(path, name, revision=revision, local_files_only=local_files_only,
-                           _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-                           _raise_exceptions_for_connection_errors=False)
+        file = cached_file(
+            path,
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         found = Path(file).parent if name == "config.json" and file is not None else found
     return found
 
 
 def recorded_by(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """What the run whose best/ or last/ a folder is recorded of itself, and its run.toml; None if it is no run's."""
+    """What the run whose best/ or last/ a folder is recorded of itself, and its run.toml; None if
+    it is no run's.
+    """
     run = folder.resolve().parent
     try:
         return (read_options(run)[RECORDED], run / OPTIONS) if is_run(run) else None
-    except KDCacheError:                # a file of that name that is no run's
+    except KDCacheError:  # a file of that name that is no run's
         return None
 
 
@@ -256,18 +354,21 @@ def names_in(recorded: Mapping[str, Any]) -> tuple[str, ...]:
 def own_preprocessing(folder: Path) -> Preprocessing | None:
     """How the model in a folder wants pictures prepared; None where nobody says.
 
-    For best/ and last/ of a run as those were that it was trained on, else as the folder's preprocessor_config.json
-    says. UsageError for one that asks for what is not done here.
+    For best/ and last/ of a run as those were that it was trained on, else as the folder's
+    preprocessor_config.json says. UsageError for one that asks for what is not done here.
     """
     run = recorded_by(folder)
     text = None if run is None else run[0].get("preprocessing")
-    if run is not None and isinstance(text, str) and text.startswith("{"):      # nothing else: no path of a stranger's
+    # nothing else: no path of a stranger's
+    if run is not None and isinstance(text, str) and text.startswith("{"):
         return read_preprocessing(text, f"{run[1]}: preprocessing")
     return of_folder(folder) if has_preprocessing(folder) else None
 
 
 def spec_folder(spec: object) -> Path | None:
-    """The local folder with the small files of the model that a SPEC of Hugging Face names; None for other SPECs."""
+    """The local folder with the small files of the model that a SPEC of Hugging Face names; None
+    for other SPECs.
+    """
     prefix, _, rest = str(spec).partition(":")
     if prefix not in ("hf", "hf-config") or not rest or not isinstance(spec, str):
         return None
@@ -276,10 +377,11 @@ def spec_folder(spec: object) -> Path | None:
 
 
 def own_tokenizer(folder: Path) -> tuple[str, Path] | None:
-    """The fingerprint (data/text.py) of the tokenizer that the model in a folder is for, and the file that says so.
+    """The fingerprint (data/text.py) of the tokenizer that the model in a folder is for, and the
+    file that says so.
 
-    For best/ and last/ of a run that is what run.toml recorded: what it was trained on, whatever tokenizer came along.
-    Else it is the folder's tokenizer.json; None without either.
+    For best/ and last/ of a run that is what run.toml recorded: what it was trained on, whatever
+    tokenizer came along. Else it is the folder's tokenizer.json; None without either.
     """
     file, run = folder / "tokenizer.json", recorded_by(folder)
     if run is not None and isinstance(run[0].get("tokenizer"), str):
@@ -292,8 +394,9 @@ def own_tokenizer(folder: Path) -> tuple[str, Path] | None:
 
 
 def position_limit(module: nn.Module) -> tuple[int, bool] | None:
-    """max_position_embeddings of a Hugging Face config, and whether a learned table of that length sets it: beyond it
-    such a model cannot run; rotary ones can, on angles that they were not trained on. None where no config says."""
+    """max_position_embeddings of a Hugging Face config, and whether a learned table of that length
+    sets it: beyond it such a model cannot run; rotary ones can, on angles that they were not
+    trained on. None where no config says."""
     config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -301,14 +404,20 @@ def position_limit(module: nn.Module) -> tuple[int, bool] | None:
     if type(limit) is not int or limit < 1:
         return None
     # OPT and RoBERTa keep two rows more, for padding.
-    learned = any(isinstance(part, nn.Embedding) and limit <= part.num_embeddings <= limit + 2
-                  and name.rpartition(".")[2] in POSITION_TABLES for name, part in module.named_modules())
+    learned = any(
+        isinstance(part, nn.Embedding)
+        and limit <= part.num_embeddings <= limit + 2
+        and name.rpartition(".")[2] in POSITION_TABLES
+        for name, part in module.named_modules()
+    )
     return limit, learned
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every checkpoint and every load: standard error is for our own progress."""
+    """transformers draws a bar for every checkpoint and every load: standard error is for our own
+    progress.
+    """
     if "transformers" not in sys.modules:
         yield
         return
@@ -331,8 +440,9 @@ def _save_hf(module: Any, source: str, folder: Path) -> None:
         module.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         file = Path(source) / name
-        if not Path(source).exists():           # a hub id: its files lie in the hub's own cache
+        if not Path(source).exists():  # a hub id: its files lie in the hub's own cache
             from huggingface_hub import try_to_load_from_cache
+
             found = try_to_load_from_cache(source, name)
             if not isinstance(found, str):
                 continue
@@ -342,7 +452,9 @@ def _save_hf(module: Any, source: str, folder: Path) -> None:
 
 
 def _existing(path: str, prefix: str) -> str:
-    """`path` with its ~ spelt out; UsageError if it has the form of a local path and nothing is there."""
+    """`path` with its ~ spelt out; UsageError if it has the form of a local path and nothing is
+    there.
+    """
     local = local_path(path, f"model {prefix}")
     if not os.path.exists(local) and (path.startswith(("/", "~", ".")) or path.count("/") > 1):
         raise UsageError(f"model {prefix}:{path}: no such file or folder")
@@ -352,30 +464,39 @@ def _existing(path: str, prefix: str) -> str:
 def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
     transformers = _import("transformers", "kdcache[hf]")
     if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
-        raise UsageError(f"model {prefix}:{path}: the folder has no config.json{_adapter(Path(path))}")
+        raise UsageError(
+            f"model {prefix}:{path}: the folder has no config.json{_adapter(Path(path))}"
+        )
     try:
         with no_foreign_code(f"model {prefix}:{path}", OWN_CODE):
-            return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **overrides)
+            return transformers.AutoConfig.from_pretrained(
+                path, trust_remote_code=False, **overrides
+            )
     except KDCacheError:
         raise
-    except Exception as e:          # OSError, ValueError, and for damaged files what the reading library raises
+    # OSError, ValueError, and for damaged files what the reading library raises
+    except Exception as e:
         let_through(e)
-        raise UsageError(f"model {prefix}:{path} has no config that transformers can read: {describe(e)}") from e
+        raise UsageError(
+            f"model {prefix}:{path} has no config that transformers can read: {describe(e)}"
+        ) from e
 
 
 def _adapter(folder: Path) -> str:
     """What to do with a folder that holds an adapter of peft and no model."""
     if not (folder / "adapter_config.json").is_file():
         return "; expected a folder of save_pretrained"
-    return ("; it holds an adapter of peft: merge it into its model first, "
-            "PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OTHER)")
+    return (
+        "; it holds an adapter of peft: merge it into its model first, "
+        "PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OTHER)"
+    )
 
 
 def _task(config: Any, asked: str | None, where: str) -> str:
     """The task asked for, else the one that the config's architecture is for.
 
-    UsageError for an unknown task, and where no task is for the architecture: it names those that this kind of model
-    can be built for, none of which need be what its weights were trained for.
+    UsageError for an unknown task, and where no task is for the architecture: it names those that
+    this kind of model can be built for, none of which need be what its weights were trained for.
     """
     if asked is not None:
         if asked not in TASKS:
@@ -387,26 +508,39 @@ def _task(config: Any, asked: str | None, where: str) -> str:
             return task
     found = " and ".join(architectures) or "of no stated architecture"
     if not kinds:
-        raise UsageError(f"{where} is {found}, which is for none of the tasks {', '.join(TASKS)}; give a module by "
-                         "file.py:name that returns the logits")
-    raise UsageError(f"{where} is {found}, a head (if any) for another task; give task={' or task='.join(kinds)}, "
-                     "if its weights were trained for that")
+        raise UsageError(
+            f"{where} is {found}, which is for none of the tasks {', '.join(TASKS)}; give a module "
+            "by "
+            "file.py:name that returns the logits"
+        )
+    raise UsageError(
+        f"{where} is {found}, a head (if any) for another task; give "
+        f"task={' or task='.join(kinds)}, "
+        "if its weights were trained for that"
+    )
 
 
 def _builder(config: Any, task: str, where: str) -> Any:
-    """The class of transformers that builds models of this kind of config for a task; UsageError if none does."""
+    """The class of transformers that builds models of this kind of config for a task; UsageError if
+    none does.
+    """
     transformers = _import("transformers", "kdcache[hf]")
     for auto in TASKS[task]:
-        # A class that comes with the folder is in no table: it is refused, as code of a stranger's, when it is built.
-        if type(config) in getattr(transformers, auto)._model_mapping or getattr(config, "auto_map", None):
+        # A class that comes with the folder is in no table: it is refused, as code of a stranger's,
+        # when it is built.
+        if type(config) in getattr(transformers, auto)._model_mapping or getattr(
+            config, "auto_map", None
+        ):
             return getattr(transformers, auto)
-    raise UsageError(f"{where} has a {type(config).__name__}, of which transformers makes no model for {task}"
-                     + (f"; give task={' or task='.join(kinds)}" if (kinds := _kinds(config)) else ""))
+    raise UsageError(
+        f"{where} has a {type(config).__name__}, of which transformers makes no model for {task}"
+        + (f"; give task={' or task='.join(kinds)}" if (kinds := _kinds(config)) else "")
+    )
 
 
 def _only_pickled(path: str) -> bool:
-    """Whether a folder has pytorch_model.bin (or parts of it) and no safetensors; of these transformers reads tensors
-    alone too, by torch's safe unpickler."""
+    """Whether a folder has pytorch_model.bin (or parts of it) and no safetensors; of these
+    transformers reads tensors alone too, by torch's safe unpickler."""
     folder = Path(path)
     return any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors"))
 
@@ -427,23 +561,33 @@ def _kinds(config: Any) -> dict[str, set[str]]:
 def _import(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as e:          # a torchvision built for another torch fails with RuntimeError, not ImportError
+    # a torchvision built for another torch fails with RuntimeError, not ImportError
+    except Exception as e:
         let_through(e)
-        if isinstance(e, ModuleNotFoundError) and (e.name or "").partition(".")[0] == name.partition(".")[0]:
+        if (
+            isinstance(e, ModuleNotFoundError)
+            and (e.name or "").partition(".")[0] == name.partition(".")[0]
+        ):
             advice = f"pip install '{extra}'"
         else:
-            advice = (f"it is installed, and does not go with torch {torch.__version__} or with another package here; "
-                      "install builds of both that belong together")
+            advice = (
+                f"it is installed, and does not go with torch {torch.__version__} or with another "
+                "package here; "
+                "install builds of both that belong together"
+            )
         raise UsageError(f"{name} cannot be imported ({describe(e)}): {advice}") from e
 
 
 def _classes_of(module: nn.Module, args: Mapping[str, Any]) -> int | None:
     """The module's attribute `num_classes`, else what it was asked for."""
-    own = attribute(module, "num_classes", f"model {type(module).__name__}", args.get("num_classes"))
+    own = attribute(
+        module, "num_classes", f"model {type(module).__name__}", args.get("num_classes")
+    )
     return own if type(own) is int and own > 0 else None
 
 
-# SPEC prefix -> what stands after its colon, and the function that gets that, what is wanted, and the arguments.
+# SPEC prefix -> what stands after its colon, and the function that gets that, what is wanted, and
+# the arguments.
 MODELS: dict[str, tuple[str, Callable[..., Built]]] = {
     "hf": ("PATH_OR_ID", _hf),
     "hf-config": ("PATH", _hf_config),

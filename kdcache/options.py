@@ -25,17 +25,32 @@ from kdcache.ranks import this_rank
 from kdcache.signals import Signals
 
 F = TypeVar("F", bound=Callable[..., Any])
-CONFIG = "kdcache.config"       # where a context keeps the file that it was given
-MOST = 2**64                    # of a number: more is no number of anything here
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CONFIG = "kdcache.config"  # where a context keeps the file that it was given
+MOST = 2**64  # of a number: more is no number of anything here
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 def size(value: str | int) -> int:
     """A number of bytes from 64MB, 1.5GiB or 1000000: an option type."""
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(value), re.ASCII)
-    if found is None or found[2].upper() not in UNITS or round(float(found[1]) * UNITS[found[2].upper()]) == 0:
-        raise click.BadParameter(f"{str(value)[:40]!r} is no size; expected a number of bytes such as 64MB, 1.5GiB or "
-                                 "1000000")
+    if (
+        found is None
+        or found[2].upper() not in UNITS
+        or round(float(found[1]) * UNITS[found[2].upper()]) == 0
+    ):
+        raise click.BadParameter(
+            f"{str(value)[:40]!r} is no size; expected a number of bytes such as 64MB, 1.5GiB or "
+            "1000000"
+        )
     return round(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -44,8 +59,13 @@ class LocalPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click's; UsageError naming the option for what is no such path."""
-        what = "path" if param is None else param.human_readable_name if param.param_type_name == "argument" else \
-            param.opts[0]
+        what = (
+            "path"
+            if param is None
+            else param.human_readable_name
+            if param.param_type_name == "argument"
+            else param.opts[0]
+        )
         return super().convert(local_path(value, what), param, ctx)
 
 
@@ -54,8 +74,8 @@ PATH = LocalPath(path_type=Path)
 
 
 class Once(click.Command):
-    """A command that refuses an option which takes one value and is given several times: the last would win. And values
-    that no function of the package can use, whichever option they are of."""
+    """A command that refuses an option which takes one value and is given several times: the last
+    would win. And values that no function of the package can use, whichever option they are of."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's; UsageError naming the option."""
@@ -64,20 +84,31 @@ class Once(click.Command):
             value = ctx.params.get(param.name or "")
             for one in value if isinstance(value, tuple) else (value,):
                 if (fault := unusable(one)) is not None:
-                    raise click.UsageError(f"{param.get_error_hint(ctx)}: {printable(str(one)[:40])!r} {fault}", ctx)
+                    raise click.UsageError(
+                        f"{param.get_error_hint(ctx)}: {printable(str(one)[:40])!r} {fault}", ctx
+                    )
         return rest
 
     def _parsed(self, ctx: click.Context, args: list[str]) -> list[str]:
         order = self.make_parser(ctx).parse_args(args=list(args))[2]
         for param in order:
-            if isinstance(param, click.Option) and not param.multiple and not param.count and order.count(param) > 1:
+            if (
+                isinstance(param, click.Option)
+                and not param.multiple
+                and not param.count
+                and order.count(param) > 1
+            ):
                 name = "/".join([*param.opts, *param.secondary_opts])
-                raise click.UsageError(f"{name} is given {order.count(param)} times; it takes one value", ctx)
+                raise click.UsageError(
+                    f"{name} is given {order.count(param)} times; it takes one value", ctx
+                )
         return super().parse_args(ctx, args)
 
 
 def unusable(value: Any) -> str | None:
-    """Why a value is of use to no option, None if it may be: numbers that are none, text that no file can hold."""
+    """Why a value is of use to no option, None if it may be: numbers that are none, text that no
+    file can hold.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "is not finite; expected a number"
     if isinstance(value, int | float) and not abs(value) < MOST:
@@ -98,15 +129,29 @@ def unusable(value: Any) -> str | None:
 
 
 def config_and_json(function: F) -> F:
-    """Give a command `--config FILE` and `--json`, and its errors the file that an option they name is from."""
+    """Give a command `--config FILE` and `--json`, and its errors the file that an option they name
+    is from.
+    """
     function = _naming_the_file(function)
-    function = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")(function)
-    return click.option("--config", type=PATH, metavar="FILE", is_eager=True, expose_value=False, callback=_use_config,
-                        help="Options from this TOML file's table of the command; the command line wins.")(function)
+    function = click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object on standard output."
+    )(function)
+    return click.option(
+        "--config",
+        type=PATH,
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_use_config,
+        help="Options from this TOML file's table of the command; the command line wins.",
+    )(function)
 
 
 def _naming_the_file(function: F) -> F:
-    """A UsageError over an option of the command line and one of a `--config` file ends with which is the file's."""
+    """A UsageError over an option of the command line and one of a `--config` file ends with which
+    is the file's.
+    """
+
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
         try:
@@ -115,8 +160,11 @@ def _naming_the_file(function: F) -> F:
             ctx = click.get_current_context()
             said = re.split(r"[^a-z0-9_]+", str(e).lower().replace("-", "_"))
             named = {name: ctx.get_parameter_source(name) for name in options if name in said}
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name, source in named.items()
-                                 if source is ParameterSource.DEFAULT_MAP)
+            flags = " and ".join(
+                f"--{name.replace('_', '-')}"
+                for name, source in named.items()
+                if source is ParameterSource.DEFAULT_MAP
+            )
             if flags and ParameterSource.COMMANDLINE in named.values():
                 e.args = (f"{e} ({flags} of {ctx.meta[CONFIG]})", *e.args[1:])
             raise
@@ -127,14 +175,20 @@ def _naming_the_file(function: F) -> F:
 def _use_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
     if path is not None:
         ctx.meta[CONFIG] = path
-        commands = ctx.parent.command.commands if ctx.parent and isinstance(ctx.parent.command, click.Group) else ()
+        commands = (
+            ctx.parent.command.commands
+            if ctx.parent and isinstance(ctx.parent.command, click.Group)
+            else ()
+        )
         ctx.default_map = {**(ctx.default_map or {}), **read_config(path, ctx.command, commands)}
 
 
 def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
-    """Those of a command's `options` that were given, in a file or on the command line: the functions own the defaults.
+    """Those of a command's `options` that were given, in a file or on the command line: the
+    functions own the defaults.
 
-    `--x-arg key=value` becomes the mapping `x_args`; repeatable options become lists. `renamed`: option -> parameter.
+    `--x-arg key=value` becomes the mapping `x_args`; repeatable options become lists. `renamed`:
+    option -> parameter.
     """
     from kdcache.loading import parse_args
 
@@ -152,9 +206,11 @@ def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def at_work() -> Iterator[None]:
-    """A command's work, its imports done: SIGINT and SIGTERM are errors in it, raised where they come.
+    """A command's work, its imports done: SIGINT and SIGTERM are errors in it, raised where they
+    come.
 
-    Standard output carries the result and nothing else: what anything prints meanwhile goes to standard error.
+    Standard output carries the result and nothing else: what anything prints meanwhile goes to
+    standard error.
     """
     with Signals("interrupted"), contextlib.redirect_stdout(sys.stderr):
         yield
@@ -179,7 +235,9 @@ def shown(text: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: paths as text, numpy numbers as numbers, what is not finite as null."""
+    """`value` as JSON can hold it: paths as text, numpy numbers as numbers, what is not finite as
+    null.
+    """
     if hasattr(value, "to_json"):
         return plain(value.to_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -190,7 +248,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Iterable) and not hasattr(value, "item"):
         return [plain(item) for item in value]
-    if hasattr(value, "tolist"):                                # numpy scalars and arrays, tensors
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
         return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -198,9 +256,14 @@ def plain(value: Any) -> Any:
 
 
 def lines(result: Any, only: Sequence[str] = ()) -> str:
-    """A result for people: one aligned line per value that is there, or of those in `only`, numbers to four digits."""
-    shown = {key.replace("_", " "): brief(value) for key, value in plain(result).items()
-             if value not in (None, [], {}) and (not only or key in only)}
+    """A result for people: one aligned line per value that is there, or of those in `only`, numbers
+    to four digits.
+    """
+    shown = {
+        key.replace("_", " "): brief(value)
+        for key, value in plain(result).items()
+        if value not in (None, [], {}) and (not only or key in only)
+    }
     width = max((len(key) for key in shown), default=0)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
 

@@ -1,8 +1,11 @@
-"""What a model adds to its loss when it trains, beside what its logits say: a router's load balancing, known by name.
+"""What a model adds to its loss when it trains, beside what its logits say: a router's load
+balancing, known by name.
 
-Mixtures of experts of transformers return `aux_loss` beside the logits where their config says `output_router_logits`,
-and add it to the loss of their labels, which nothing here gives them, times `router_aux_loss_coef` (JetMoE:
-`aux_loss_coef`; DBRX: `ffn_config.moe_loss_weight`). The same is added here, whatever else is trained on.
+Mixtures of experts of transformers return `aux_loss` beside the logits where their config says
+`output_router_logits`, and add it to the loss of their labels, which nothing here gives them, times
+`router_aux_loss_coef` (JetMoE:
+`aux_loss_coef`; DBRX: `ffn_config.moe_loss_weight`). The same is added here, whatever else is
+trained on.
 """
 
 from __future__ import annotations
@@ -13,22 +16,30 @@ from typing import Any
 
 from torch import Tensor
 
-WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")         # attributes of a module, or of its config
-# Losses that models compute inside their own forward, only where it is given labels: they cannot be added.
+# attributes of a module, or of its config
+WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+# Losses that models compute inside their own forward, only where it is given labels: they cannot be
+# added.
 INSIDE = ("router_z_loss_coef", "z_loss_coefficient")
 
 
 @dataclass(frozen=True, slots=True)
 class OwnLoss:
-    """`weight` times `value`, a scalar with its graph, is what the model adds; None where nobody says its weight."""
+    """`weight` times `value`, a scalar with its graph, is what the model adds; None where nobody
+    says its weight.
+    """
 
     value: Tensor
     weight: float | None
 
 
 def own_loss(module: Any, answer: Any) -> OwnLoss | None:
-    """The `aux_loss` of what a model returned, with its weight; None where there is none, or its weight is 0."""
-    value = answer.get("aux_loss") if isinstance(answer, Mapping) else getattr(answer, "aux_loss", None)
+    """The `aux_loss` of what a model returned, with its weight; None where there is none, or its
+    weight is 0.
+    """
+    value = (
+        answer.get("aux_loss") if isinstance(answer, Mapping) else getattr(answer, "aux_loss", None)
+    )
     if not isinstance(value, Tensor) or value.numel() != 1 or (weight := own_weight(module)) == 0:
         return None
     return OwnLoss(value.reshape(()), weight)
@@ -45,21 +56,30 @@ def own_weight(module: Any) -> float | None:
 
 
 def left_out(module: Any, given: OwnLoss | None) -> list[str]:
-    """A sentence for each loss that a model's config names, or that it returned (`given`), and that is not added."""
+    """A sentence for each loss that a model's config names, or that it returned (`given`), and that
+    is not added.
+    """
     said = []
     if given is not None and given.weight is None:
-        said.append("the aux_loss that it returns is not trained: neither it nor its config has "
-                    + " or ".join(WEIGHTS))
+        said.append(
+            "the aux_loss that it returns is not trained: neither it nor its config has "
+            + " or ".join(WEIGHTS)
+        )
     for config in _configs(module):
         weight = own_weight(module)
         if given is None and weight:
             off = getattr(config, "output_router_logits", None) is False
-            said.append(f"the balance loss of its router (router_aux_loss_coef {weight:g}) is not trained: "
-                        + ("its config has output_router_logits false" if off else "it returns no aux_loss"))
+            said.append(
+                f"the balance loss of its router (router_aux_loss_coef {weight:g}) is not trained: "
+                + ("its config has output_router_logits false" if off else "it returns no aux_loss")
+            )
         for name in INSIDE:
             if isinstance(found := getattr(config, name, None), int | float) and found > 0:
-                said.append(f"the loss of its config's {name} {found:g} is not trained: it is computed inside of its "
-                            "forward, from labels")
+                said.append(
+                    f"the loss of its config's {name} {found:g} is not trained: it is computed "
+                    "inside of its "
+                    "forward, from labels"
+                )
     return list(dict.fromkeys(said))
 
 
@@ -68,5 +88,9 @@ def _configs(module: Any) -> list[Any]:
     config = getattr(module, "config", None)
     if config is None:
         return []
-    text = config.get_text_config(decoder=True) if callable(getattr(config, "get_text_config", None)) else config
+    text = (
+        config.get_text_config(decoder=True)
+        if callable(getattr(config, "get_text_config", None))
+        else config
+    )
     return [config] if text is config else [config, text]

@@ -1,4 +1,6 @@
-"""The one door for paths: a place on this machine's file systems, or an error that says why it is none."""
+"""The one door for paths: a place on this machine's file systems, or an error that says why it is
+none.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from kdcache.errors import NotBuilt, UsageError
 
 # Two letters or more before the colon: one is a drive of Windows. `Path` makes one slash of two.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-LONGEST_NAME, LONGEST_PATH = 255, 4095     # bytes, of Linux and macOS (there 1,023)
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS (there 1,023)
 
 
 def local_path(path: str | os.PathLike[str], what: str) -> Path:
     """`path`, which an error calls `what`, with its ~ spelt out.
 
-    NotBuilt for an address with a scheme (s3://, hf://, http://, file:// ...): it would otherwise become a local folder
-    of that name. UsageError for what can be no path: nothing at all, another type, a NUL, the home of nobody.
+    NotBuilt for an address with a scheme (s3://, hf://, http://, file:// ...): it would otherwise
+    become a local folder of that name. UsageError for what can be no path: nothing at all, another
+    type, a NUL, the home of nobody.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise UsageError(f"{what} is a {type(path).__name__}; expected a path")
@@ -28,13 +31,20 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
         raise UsageError(f"{what} {text!r} has a NUL in it; no path has")
     encoded = text.encode(errors="replace")
     if len(encoded) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in encoded.split(b"/")):
-        raise UsageError(f"{what} {text[:40]}... has {len(text)} characters; a path has at most {LONGEST_PATH}, a name "
-                         f"in it {LONGEST_NAME}")
+        raise UsageError(
+            f"{what} {text[:40]}... has {len(text)} characters; a path has at most {LONGEST_PATH}, "
+            "a name "
+            f"in it {LONGEST_NAME}"
+        )
     scheme = SCHEME.match(text)
     if scheme is not None:
-        raise NotBuilt(f"{what} {text}: {scheme[1]}:// is no folder of this machine, and object stores and web "
-                       "addresses are not built yet; copy it to a disk, or mount it (to a folder really of that name: "
-                       "its absolute path)")
+        raise NotBuilt(
+            f"{what} {text}: {scheme[1]}:// is no folder of this machine, and object stores and "
+            "web "
+            "addresses are not built yet; copy it to a disk, or mount it (to a folder really of "
+            "that name: "
+            "its absolute path)"
+        )
     try:
         return Path(text).expanduser() if text.startswith("~") else Path(path)
     except RuntimeError as e:

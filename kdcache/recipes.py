@@ -1,4 +1,6 @@
-"""What is kept of an activation: one small function per recipe, the same for the teacher's and the student's."""
+"""What is kept of an activation: one small function per recipe, the same for the teacher's and the
+student's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError, near
 
-# A class token and four registers: the most that a ViT of wide use puts before its grid (arXiv 2309.16588).
+# A class token and four registers: the most that a ViT of wide use puts before its grid (arXiv
+# 2309.16588).
 MAX_PREFIX = 5
 
 
@@ -29,8 +32,11 @@ def _map(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
     side = math.isqrt(length)
     prefix = length - side * side
     if side == 0 or prefix > MAX_PREFIX:
-        raise UsageError(f"recipe 'map' of {length} tokens: expected a square grid after at most {MAX_PREFIX} prefix "
-                         f"tokens, the nearest is {side} x {side} after {prefix}; use recipe 'raw' or 'pool'")
+        raise UsageError(
+            f"recipe 'map' of {length} tokens: expected a square grid after at most {MAX_PREFIX} "
+            "prefix "
+            f"tokens, the nearest is {side} x {side} after {prefix}; use recipe 'raw' or 'pool'"
+        )
     return activation[:, prefix:].transpose(1, 2).reshape(batch, width, side, side)
 
 
@@ -46,7 +52,8 @@ def _pool(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
     if mask_BL is None:
         return activation.mean(1)
     valid_BL1 = _positions("pool", activation, mask_BL)[:, :, None]
-    total_BF = torch.where(valid_BL1, activation, 0).sum(1)        # where: a padded position may hold anything
+    # where: a padded position may hold anything
+    total_BF = torch.where(valid_BL1, activation, 0).sum(1)
     return total_BF / valid_BL1.sum(1).clamp(min=1)
 
 
@@ -73,22 +80,29 @@ def _last(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 
 def _energy(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Mean over channels of the squares of the map, (B, H, W): the attention map of arXiv 1612.03928."""
+    """Mean over channels of the squares of the map, (B, H, W): the attention map of arXiv
+    1612.03928.
+    """
     return _at_least_float32(_map(activation, mask_BL)).square().mean(1)
 
 
-MASKED = ("pool", "cls", "last")        # recipes that leave padding out
+MASKED = ("pool", "cls", "last")  # recipes that leave padding out
 RECIPES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "raw": _raw, "map": _map, "pool": _pool, "cls": _cls, "last": _last, "energy": _energy,
+    "raw": _raw,
+    "map": _map,
+    "pool": _pool,
+    "cls": _cls,
+    "last": _last,
+    "energy": _energy,
 }
 
 
 def apply_recipe(recipe: str, activation: Tensor, mask: Tensor | None = None) -> Tensor:
     """What `recipe` keeps of an activation whose first axis is the batch.
 
-    `mask` (B, L), nonzero where a position is valid, is used by `pool`, `cls` and `last` on (B, L, F) activations.
-    Means of half-precision activations are taken and returned in float32. UsageError for an unknown recipe or a shape
-    that the recipe cannot take.
+    `mask` (B, L), nonzero where a position is valid, is used by `pool`, `cls` and `last` on (B, L,
+    F) activations. Means of half-precision activations are taken and returned in float32.
+    UsageError for an unknown recipe or a shape that the recipe cannot take.
     """
     if recipe == "gram":
         raise NotBuilt(f"recipe 'gram' is not built yet; this version has {', '.join(RECIPES)}")
@@ -97,22 +111,33 @@ def apply_recipe(recipe: str, activation: Tensor, mask: Tensor | None = None) ->
     return RECIPES[recipe](activation, mask)
 
 
-def reduce_activation(recipe: str, activation: Tensor, real: Real, module: str, *, by_row: bool = False) -> Tensor:
-    """`apply_recipe` where padding is known: the activation of `module`, in a batch whose real positions are `real`.
+def reduce_activation(
+    recipe: str, activation: Tensor, real: Real, module: str, *, by_row: bool = False
+) -> Tensor:
+    """`apply_recipe` where padding is known: the activation of `module`, in a batch whose real
+    positions are `real`.
 
-    A record's value never depends on how far its batch was padded. UsageError for a recipe that would keep padding: of
-    an activation (B, L, ...) of padded records where nothing says which of its L positions are real, and `raw`, `map`
-    and `energy`, which keep every position. by_row: `raw` is cut to the rows afterwards, which are no padding.
+    A record's value never depends on how far its batch was padded. UsageError for a recipe that
+    would keep padding: of an activation (B, L, ...) of padded records where nothing says which of
+    its L positions are real, and `raw`, `map` and `energy`, which keep every position. by_row:
+    `raw` is cut to the rows afterwards, which are no padding.
     """
     mask_BL = real.of(activation.shape[1], module) if activation.dim() == 3 else None
     if real.padded and activation.dim() == 3 and not (recipe == "raw" and by_row):
         if mask_BL is None:
-            raise UsageError(f"recipe {recipe!r} of an activation {list(activation.shape)}: the records of the batch "
-                             f"were padded, and no mask of {activation.shape[1]} positions says which of these are "
-                             "real; name a module that keeps the length of its input, or give equal lengths")
+            raise UsageError(
+                f"recipe {recipe!r} of an activation {list(activation.shape)}: the records of the "
+                "batch "
+                f"were padded, and no mask of {activation.shape[1]} positions says which of these "
+                "are "
+                "real; name a module that keeps the length of its input, or give equal lengths"
+            )
         if recipe not in MASKED and not bool(mask_BL.all()):
-            raise UsageError(f"recipe {recipe!r} of an activation {list(activation.shape)} would keep the padding of "
-                             "shorter records; use 'pool', 'cls' or 'last', or give equal lengths")
+            raise UsageError(
+                f"recipe {recipe!r} of an activation {list(activation.shape)} would keep the "
+                "padding of "
+                "shorter records; use 'pool', 'cls' or 'last', or give equal lengths"
+            )
     return apply_recipe(recipe, activation, mask_BL)
 
 
@@ -123,11 +148,16 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _positions(recipe: str, activation: Tensor, mask_BL: Tensor) -> Tensor:
     """The mask as bool (B, L) on the activation's device; UsageError if it is of another shape."""
     if mask_BL.shape != activation.shape[:2]:
-        raise UsageError(f"recipe {recipe!r}: activation {list(activation.shape)} has a mask {list(mask_BL.shape)}; "
-                         f"expected {list(activation.shape[:2])}")
+        raise UsageError(
+            f"recipe {recipe!r}: activation {list(activation.shape)} has a mask "
+            f"{list(mask_BL.shape)}; "
+            f"expected {list(activation.shape[:2])}"
+        )
     return mask_BL.to(device=activation.device, dtype=torch.bool)
 
 
 def _refused(recipe: str, activation: Tensor, expected: str) -> UsageError:
-    return UsageError(f"recipe {recipe!r} of an activation {list(activation.shape)}: expected {expected}; "
-                      f"use recipe 'raw', or name another module")
+    return UsageError(
+        f"recipe {recipe!r} of an activation {list(activation.shape)}: expected {expected}; "
+        f"use recipe 'raw', or name another module"
+    )

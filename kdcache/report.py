@@ -1,4 +1,6 @@
-"""Compare training runs: mean and spread over seeds of every metric, for each setting of the options."""
+"""Compare training runs: mean and spread over seeds of every metric, for each setting of the
+options.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ from kdcache.runs import (
     read_summary,
 )
 
-NOT_A_SETTING = ("seed", "out", "device", "workers", "report-to", "dry-run")    # they do not tell two settings apart
-COUNTS = ("eval_n", "eval_tokens")      # how much an evaluation saw, not how good it was
+# they do not tell two settings apart
+NOT_A_SETTING = ("seed", "out", "device", "workers", "report-to", "dry-run")
+COUNTS = ("eval_n", "eval_tokens")  # how much an evaluation saw, not how good it was
 ABSENT = "-"
 
 
@@ -39,36 +42,53 @@ class Run:
     metrics: dict[str, float]
 
 
-def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: str | None = None,
-           plot: Path | str | None = None) -> dict[str, Any]:
-    """Mean, sample standard deviation (None for one run) and n of every metric of `runs` (RUN folders), per setting.
+def report(
+    runs: Sequence[Path | str],
+    by: Sequence[str] | None = None,
+    sort: str | None = None,
+    plot: Path | str | None = None,
+) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one run) and n of every metric of `runs` (RUN
+    folders), per setting.
 
-    `eval_accuracy` and the like are of last/, the weights that a run ended with, `best.eval_accuracy` of best/.
+    `eval_accuracy` and the like are of last/, the weights that a run ended with,
+    `best.eval_accuracy` of best/.
 
-    Runs are one setting when all options but the seed are equal; with `by`, when these options are. `mixed` of a row
-    then names the options in which its runs differ all the same. Rows are sorted by the mean of `sort`, best first (a
-    metric with "loss" or "perplexity" in its name: smallest first), else by their options. Unfinished runs are listed
-    and left out. `plot` draws the first metric shown over the first option. UsageError for an unknown option or
-    metric or for no finished run, DataError for a folder that is no run.
+    Runs are one setting when all options but the seed are equal; with `by`, when these options are.
+    `mixed` of a row then names the options in which its runs differ all the same. Rows are sorted
+    by the mean of `sort`, best first (a metric with "loss" or "perplexity" in its name: smallest
+    first), else by their options. Unfinished runs are listed and left out. `plot` draws the first
+    metric shown over the first option. UsageError for an unknown option or metric or for no
+    finished run, DataError for a folder that is no run.
     """
     found = [read_run(local_path(path, "run")) for path in runs]
     finished = [run for run in found if isinstance(run, Run)]
     unfinished = [str(run) for run in found if not isinstance(run, Run)]
     if not finished:
-        raise UsageError(f"none of the {len(found)} runs is finished: {', '.join(unfinished)[:300]}")
+        raise UsageError(
+            f"none of the {len(found)} runs is finished: {', '.join(unfinished)[:300]}"
+        )
     differing = settings_that_differ(finished)
     keys = _checked_by(by, finished) if by else differing
     groups: dict[str, list[Run]] = {}
     for run in finished:
-        groups.setdefault(json.dumps([run.options.get(key, ABSENT) for key in keys], default=str), []).append(run)
+        groups.setdefault(
+            json.dumps([run.options.get(key, ABSENT) for key in keys], default=str), []
+        ).append(run)
     rows = [_row(keys, group, differing) for group in groups.values()]
     metrics = sorted({name for run in finished for name in run.metrics})
-    if sort is not None:                        # as the table names them
+    if sort is not None:  # as the table names them
         sort = sort.replace(f"{BEST}/", f"{BEST}.").removeprefix(f"{LAST}/")
     if sort is not None and sort not in metrics:
         raise UsageError(f"--sort {sort}: no run has this metric{near(sort, metrics)}")
     rows.sort(key=lambda row: _order(row, keys, sort))
-    result = {"by": list(keys), "sort": sort, "metrics": metrics, "rows": rows, "unfinished": unfinished}
+    result = {
+        "by": list(keys),
+        "sort": sort,
+        "metrics": metrics,
+        "rows": rows,
+        "unfinished": unfinished,
+    }
     if plot is not None:
         draw(result, local_path(plot, "--plot"), shown_metrics(result)[0])
         result["plot"] = str(plot)
@@ -78,15 +98,22 @@ def report(runs: Sequence[Path | str], by: Sequence[str] | None = None, sort: st
 def read_run(path: Path) -> Run | Path:
     """A finished run, or its path if it has no summary.json yet. DataError for what is no run."""
     if not is_run(path):
-        raise DataError(f"{path} is no run: it has no run.toml; expected the --out folder of train-student")
+        raise DataError(
+            f"{path} is no run: it has no run.toml; expected the --out folder of train-student"
+        )
     try:
         document = read_options(path)
         options = dict(document[TABLE])
         if content_id := document[RECORDED].get("cache-content-id"):
-            options["cache"] = content_id[:12]      # whose answers they are, wherever the cache lies
+            # whose answers they are, wherever the cache lies
+            options["cache"] = content_id[:12]
         if not is_finished(path):
             return path
-        return Run(path, options, numbers({key: value for key, value in read_summary(path).items() if key != LAST}))
+        return Run(
+            path,
+            options,
+            numbers({key: value for key, value in read_summary(path).items() if key != LAST}),
+        )
     except (CacheCorrupt, RecursionError) as e:
         raise DataError(f"{path} is damaged: {e}") from e
 
@@ -105,7 +132,11 @@ def numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:
     """The options in which some of the runs differ, the seed and the place of a run aside."""
     names = sorted({name for run in runs for name in run.options} - set(NOT_A_SETTING))
-    return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+    return [
+        name
+        for name in names
+        if any(run.options.get(name) != runs[0].options.get(name) for run in runs)
+    ]
 
 
 def _checked_by(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -117,16 +148,28 @@ def _checked_by(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
 
 
 def _row(keys: Sequence[str], runs: Sequence[Run], differing: Sequence[str]) -> dict[str, Any]:
-    mixed = [name for name in differing if name not in keys
-             and any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+    mixed = [
+        name
+        for name in differing
+        if name not in keys
+        and any(run.options.get(name) != runs[0].options.get(name) for run in runs)
+    ]
     metrics = {}
     for name in sorted({name for run in runs for name in run.metrics}):
         values = [run.metrics[name] for run in runs if name in run.metrics]
-        metrics[name] = {"mean": statistics.fmean(values), "n": len(values),
-                         "sd": statistics.stdev(values) if len(values) > 1 else None}
-    return {"options": {key: runs[0].options.get(key) for key in keys}, "n": len(runs), "mixed": mixed,
-            "seeds": sorted(run.options.get("seed", 0) for run in runs),
-            "runs": [str(run.path) for run in runs], "metrics": metrics}
+        metrics[name] = {
+            "mean": statistics.fmean(values),
+            "n": len(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return {
+        "options": {key: runs[0].options.get(key) for key in keys},
+        "n": len(runs),
+        "mixed": mixed,
+        "seeds": sorted(run.options.get("seed", 0) for run in runs),
+        "runs": [str(run.path) for run in runs],
+        "metrics": metrics,
+    }
 
 
 def _order(row: Mapping[str, Any], keys: Sequence[str], sort: str | None) -> Any:
@@ -144,7 +187,9 @@ def smaller_is_better(metric: str) -> bool:
 
 
 def draw(result: Mapping[str, Any], path: Path, metric: str) -> None:
-    """A PNG (or what the suffix says) of the mean of `metric` with its standard deviation, over the first option."""
+    """A PNG (or what the suffix says) of the mean of `metric` with its standard deviation, over the
+    first option.
+    """
     try:
         import matplotlib
     except ImportError as e:
@@ -161,8 +206,14 @@ def draw(result: Mapping[str, Any], path: Path, metric: str) -> None:
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in x):
             x = [str(value) for value in x]
         points = sorted(zip(x, members, strict=True), key=lambda point: point[0])
-        axes.errorbar([value for value, _ in points], [row["metrics"][metric]["mean"] for _, row in points],
-                      yerr=[row["metrics"][metric]["sd"] or 0 for _, row in points], marker="o", capsize=3, label=label)
+        axes.errorbar(
+            [value for value, _ in points],
+            [row["metrics"][metric]["mean"] for _, row in points],
+            yerr=[row["metrics"][metric]["sd"] or 0 for _, row in points],
+            marker="o",
+            capsize=3,
+            label=label,
+        )
     axes.set_xlabel(first or "")
     axes.set_ylabel(f"{_head(metric)} (mean, sample sd)")
     if len(result["by"]) > 1:
@@ -170,11 +221,13 @@ def draw(result: Mapping[str, Any], path: Path, metric: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=150)
-    except ValueError as e:                     # an unknown suffix
+    except ValueError as e:  # an unknown suffix
         raise UsageError(f"--plot {path}: {e}") from e
 
 
-def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+def _series(
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> dict[str, list[Mapping[str, Any]]]:
     """Rows by the values of the other options: one line of the plot each."""
     out: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -186,29 +239,46 @@ def render(result: Mapping[str, Any]) -> str:
     """The result of `report` for people: one line per setting."""
     shown = shown_metrics(result)
     heads = [*map(printable, result["by"]), "n", *map(_head, shown)]
-    rows = [[_cell(row["options"][key]) for key in result["by"]] + [str(row["n"])]
-            + [_spread(row["metrics"].get(name)) for name in shown] for row in result["rows"]]
+    rows = [
+        [_cell(row["options"][key]) for key in result["by"]]
+        + [str(row["n"])]
+        + [_spread(row["metrics"].get(name)) for name in shown]
+        for row in result["rows"]
+    ]
     widths = [max(len(line[i]) for line in (heads, *rows)) for i in range(len(heads))]
-    out = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-           for line in (heads, *rows)]
+    out = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (heads, *rows)
+    ]
     for number, row in enumerate(result["rows"], start=1):
         if row["mixed"]:
             out.append(f"line {number} mixes runs that differ in {', '.join(row['mixed'])}")
         elif len(set(row["seeds"])) < row["n"]:
-            out.append(f"line {number} counts a seed more than once (seeds {', '.join(map(str, row['seeds']))}): "
-                       "the spread is too small")
+            out.append(
+                f"line {number} counts a seed more than once (seeds "
+                f"{', '.join(map(str, row['seeds']))}): "
+                "the spread is too small"
+            )
     if any(name.startswith(f"{BEST}.") for name in shown):
-        out.append(f"{LAST}/: the weights that a run ended with; {BEST}/: its best ones (by best-by), which `kdcache "
-                   "evaluate --student RUN` takes")
+        out.append(
+            f"{LAST}/: the weights that a run ended with; {BEST}/: its best ones (by best-by), "
+            "which `kdcache "
+            "evaluate --student RUN` takes"
+        )
     out += [f"not finished: {path}" for path in result["unfinished"]]
     return "\n".join(out + ([f"plot: {result['plot']}"] if "plot" in result else []))
 
 
 def shown_metrics(result: Mapping[str, Any]) -> list[str]:
-    """The metrics of the table: the sorted one first, then those of the evaluations, of last/ and best/ side by side
-    (all metrics, where nothing was evaluated)."""
-    chosen = [name for base in result["metrics"] if base.startswith("eval_") and base not in COUNTS
-              for name in (base, f"{BEST}.{base}") if name in result["metrics"]] or result["metrics"]
+    """The metrics of the table: the sorted one first, then those of the evaluations, of last/ and
+    best/ side by side (all metrics, where nothing was evaluated)."""
+    chosen = [
+        name
+        for base in result["metrics"]
+        if base.startswith("eval_") and base not in COUNTS
+        for name in (base, f"{BEST}.{base}")
+        if name in result["metrics"]
+    ] or result["metrics"]
     first = [result["sort"]] if result["sort"] else []
     return first + [name for name in chosen if name not in first]
 
@@ -221,7 +291,11 @@ def _head(metric: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return ABSENT if value is None else printable(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return (
+        ABSENT
+        if value is None
+        else printable(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    )
 
 
 def _spread(metric: Mapping[str, Any] | None) -> str:

@@ -1,7 +1,9 @@
-"""What stands in a run's folder, as every command reads it: plain files of bounded size, their types checked.
+"""What stands in a run's folder, as every command reads it: plain files of bounded size, their
+types checked.
 
-A run's folder travels with its weights, so whoever opens one may have it from somebody else: a damaged or hostile file
-is one line that names it, and nothing in it is ever imported or run. numpy and torch are not needed.
+A run's folder travels with its weights, so whoever opens one may have it from somebody else: a
+damaged or hostile file is one line that names it, and nothing in it is ever imported or run. numpy
+and torch are not needed.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from kdcache.loading import parse_args
 OPTIONS, SUMMARY, METRICS, LOCK = "run.toml", "summary.json", "metrics.jsonl", ".lock"
 LAST, BEST = "last", "best"
 TABLE, RECORDED, CHANGES = "train-student", "recorded", "changes"
-ARGUMENTS = ("student-arg", "data-arg", "eval-data-arg")    # tables of what a SPEC's function is called with
-MAX_BYTES = 2**20               # of run.toml and summary.json: a probe of 256 keys takes 4 KiB
-MAX_DEPTH = 64                  # of tables in tables
-MAX_INT = 2**63 - 1             # the largest integer that TOML holds
+# tables of what a SPEC's function is called with
+ARGUMENTS = ("student-arg", "data-arg", "eval-data-arg")
+MAX_BYTES = 2**20  # of run.toml and summary.json: a probe of 256 keys takes 4 KiB
+MAX_DEPTH = 64  # of tables in tables
+MAX_INT = 2**63 - 1  # the largest integer that TOML holds
 
 
 def is_run(path: str | Path) -> bool:
@@ -37,8 +40,8 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes | None:
-    """All bytes of a plain file, None if there is none; CacheCorrupt for what is no plain file or too large,
-    KDCacheError for what cannot be read."""
+    """All bytes of a plain file, None if there is none; CacheCorrupt for what is no plain file or
+    too large, KDCacheError for what cannot be read."""
     with explain(path, "reading it"):
         try:
             return read_plain(str(path), limit)
@@ -47,18 +50,24 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes | None:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The tables of a run's run.toml, arguments as mappings; CacheCorrupt if it is none, or of other types."""
+    """The tables of a run's run.toml, arguments as mappings; CacheCorrupt if it is none, or of
+    other types.
+    """
     where = path / OPTIONS
     data = read_file(where)
     if data is None:
-        raise CacheCorrupt(f"{where} is missing: {path} is no run, or lost its options; put the file back")
-    if any(key.count(b".") > MAX_DEPTH for key in _keys(data)):     # tomllib takes its square in time
+        raise CacheCorrupt(
+            f"{where} is missing: {path} is no run, or lost its options; put the file back"
+        )
+    # tomllib takes its square in time
+    if any(key.count(b".") > MAX_DEPTH for key in _keys(data)):
         raise CacheCorrupt(f"{where}: a key of more than {MAX_DEPTH} parts")
     try:
         document = tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as e:           # also UnicodeDecodeError, and numbers beyond all bounds
+    # also UnicodeDecodeError, and numbers beyond all bounds
+    except (ValueError, RecursionError) as e:
         raise CacheCorrupt(f"{where}: not readable as TOML ({_brief(e)})") from e
-    if _deeper_than(document, MAX_DEPTH):       # dotted keys nest without a parser's recursion
+    if _deeper_than(document, MAX_DEPTH):  # dotted keys nest without a parser's recursion
         raise CacheCorrupt(f"{where}: nested deeper than {MAX_DEPTH}")
     if not all(isinstance(document.get(name), dict) for name in (TABLE, RECORDED)):
         raise CacheCorrupt(f"{where}: expected the tables [{TABLE}] and [{RECORDED}]")
@@ -68,11 +77,16 @@ def read_options(path: Path) -> dict[str, Any]:
             options[name] = arguments_of(options[name], f"{where}: {name}")
     for table, name, right, wanted in CHECKED:
         if name in document[table] and not right(document[table][name]):
-            raise CacheCorrupt(f"{where}: [{table}] {name} is {_short(document[table][name])}; expected {wanted}")
+            raise CacheCorrupt(
+                f"{where}: [{table}] {name} is {_short(document[table][name])}; expected {wanted}"
+            )
     for part in ("data", "eval-data"):
         for name, value in recorded.get(part, {}).items():
             if type(value) not in (str, int):
-                raise CacheCorrupt(f"{where}: [{RECORDED}.{part}] {name} is {_short(value)}; expected text or a number")
+                raise CacheCorrupt(
+                    f"{where}: [{RECORDED}.{part}] {name} is {_short(value)}; expected text or a "
+                    "number"
+                )
     return document
 
 
@@ -91,7 +105,9 @@ def is_finished(path: Path) -> bool:
 
 
 def arguments_of(value: Any, where: str) -> dict[str, Any]:
-    """The arguments that a table of run.toml holds, or a list of `key=JSON` texts; CacheCorrupt for anything else."""
+    """The arguments that a table of run.toml holds, or a list of `key=JSON` texts; CacheCorrupt for
+    anything else.
+    """
     try:
         if isinstance(value, dict):
             return plain_arguments(value, where)
@@ -103,15 +119,17 @@ def arguments_of(value: Any, where: str) -> dict[str, Any]:
 
 
 def arguments_for_toml(args: Mapping[str, Any]) -> dict[str, Any] | list[str]:
-    """`args` as run.toml keeps them: a table, or where TOML cannot hold a value, such as null, `key=JSON` texts."""
+    """`args` as run.toml keeps them: a table, or where TOML cannot hold a value, such as null,
+    `key=JSON` texts.
+    """
     if all(_toml_holds(value) for value in args.values()):
         return dict(args)
     return [f"{key}={json.dumps(value)}" for key, value in args.items()]
 
 
 def plain_arguments(args: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """`args` as JSON has them: paths as text, tuples as lists. UsageError naming a value that no file could give back,
-    or a name that is none."""
+    """`args` as JSON has them: paths as text, tuples as lists. UsageError naming a value that no
+    file could give back, or a name that is none."""
     out = {}
     for key, value in args.items():
         if not (isinstance(key, str) and key.isidentifier()):
@@ -121,18 +139,24 @@ def plain_arguments(args: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def same_arguments(a: Any, b: Any) -> bool:
-    """Whether two mappings of arguments are the same in value and type: 1, 1.0 and true are three things, and a number
-    that is none is itself."""
+    """Whether two mappings of arguments are the same in value and type: 1, 1.0 and true are three
+    things, and a number that is none is itself."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
 def is_number(value: Any, least: float = -math.inf) -> bool:
     """Whether it is a plain number that a float can hold, of at least `least`."""
-    return (type(value) is float and not value < least) or (type(value) is int and least <= value <= MAX_INT)
+    return (type(value) is float and not value < least) or (
+        type(value) is int and least <= value <= MAX_INT
+    )
 
 
 def _plain(value: Any, what: str) -> Any:
-    if value is None or type(value) in (bool, int, float) or (type(value) is str and is_unicode(value)):
+    if (
+        value is None
+        or type(value) in (bool, int, float)
+        or (type(value) is str and is_unicode(value))
+    ):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -140,11 +164,14 @@ def _plain(value: Any, what: str) -> Any:
         return [_plain(item, what) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _plain(item, what) for key, item in value.items()}
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:       # a number of numpy's
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's
         return _plain(value.item(), what)
-    raise UsageError(f"{what} is {_short(value)}, a {type(value).__name__}, which run.toml cannot keep: the run "
-                     "could not be made again; give null, true, numbers, text, and lists or tables of these, or the "
-                     "object that the SPEC would make")
+    raise UsageError(
+        f"{what} is {_short(value)}, a {type(value).__name__}, which run.toml cannot keep: the run "
+        "could not be made again; give null, true, numbers, text, and lists or tables of these, or "
+        "the "
+        "object that the SPEC would make"
+    )
 
 
 def _keys(data: bytes) -> Iterator[bytes]:
@@ -159,8 +186,12 @@ def _keys(data: bytes) -> Iterator[bytes]:
 def _deeper_than(document: Any, depth: int) -> bool:
     level = [document]
     for _ in range(depth):
-        level = [item for value in level if isinstance(value, dict | list)
-                 for item in (value.values() if isinstance(value, dict) else value)]
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
     return bool(level)
 
 
@@ -199,10 +230,25 @@ def _is_count(value: Any) -> bool:
 
 # (table, key, whether a value is right, what is expected), of what a command reads.
 CHECKED: Sequence[tuple[str, str, Callable[[Any], bool], str]] = (
-    *((TABLE, name, _is_text, "text") for name in (
-        "student", "precision", "best-by", "student-weights", "optimizer", "engine", "divergence", "tail", "device")),
+    *(
+        (TABLE, name, _is_text, "text")
+        for name in (
+            "student",
+            "precision",
+            "best-by",
+            "student-weights",
+            "optimizer",
+            "engine",
+            "divergence",
+            "tail",
+            "device",
+        )
+    ),
     (TABLE, "seed", lambda value: type(value) is int, "a number"),
-    *((RECORDED, name, _is_text, "text") for name in ("student", "tokenizer", "cache-content-id", "best-by-used")),
+    *(
+        (RECORDED, name, _is_text, "text")
+        for name in ("student", "tokenizer", "cache-content-id", "best-by-used")
+    ),
     *((RECORDED, name, _is_table, "a table") for name in ("data", "eval-data", "versions")),
     (RECORDED, "num-classes", _is_count, "a number of at least 1"),
     (RECORDED, CHANGES, is_texts, "a list of text"),

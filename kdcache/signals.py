@@ -20,13 +20,16 @@ class Interrupted(KDCacheError):
         self.signum, self.exit_code = signum, 128 + signum
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
-        return Interrupted, (str(self), self.signum)        # from a worker process to the one that waits for it
+        # from a worker process to the one that waits for it
+        return Interrupted, (str(self), self.signum)
 
 
 class Signals:
-    """While it is entered, SIGINT and SIGTERM raise Interrupted; after `defer()`, the first of them only at `check()`.
+    """While it is entered, SIGINT and SIGTERM raise Interrupted; after `defer()`, the first of them
+    only at `check()`.
 
-    A second signal (`again`) raises at once. Only the main thread can catch signals; elsewhere this does nothing.
+    A second signal (`again`) raises at once. Only the main thread can catch signals; elsewhere this
+    does nothing.
     """
 
     def __init__(self, message: str) -> None:
@@ -47,8 +50,12 @@ class Signals:
             self._before = {signum: signal.signal(signum, self._caught) for signum in CAUGHT}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 

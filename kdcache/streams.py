@@ -1,4 +1,6 @@
-"""Standard streams that may go away: a closed pipe, a full disk. What is said then is lost, and the work goes on."""
+"""Standard streams that may go away: a closed pipe, a full disk. What is said then is lost, and the
+work goes on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Any, TextIO
 
 
 class Forgiving:
-    """A text stream like `stream`, but that what it cannot write is lost. lost: the first error of that, or None."""
+    """A text stream like `stream`, but that what it cannot write is lost. lost: the first error of
+    that, or None.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -20,10 +24,11 @@ class Forgiving:
         if self.lost is None:
             try:
                 return self._stream.write(text)
-            except UnicodeError:                    # the encoding of the stream: what it cannot hold is escaped
+            # the encoding of the stream: what it cannot hold is escaped
+            except UnicodeError:
                 encoding = self._stream.encoding or "utf-8"
                 return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            except (OSError, ValueError) as e:      # ValueError: of a closed file
+            except (OSError, ValueError) as e:  # ValueError: of a closed file
                 self.lost = e
         return len(text)
 
@@ -50,17 +55,17 @@ class Forgiving:
 def hold() -> None:
     """Make the standard streams of a program such that nothing said on them can end it.
 
-    A descriptor that is closed is opened on nothing: else the next file, a shard say, would get its number, and what a
-    library in C prints on standard error would go into it.
+    A descriptor that is closed is opened on nothing: else the next file, a shard say, would get its
+    number, and what a library in C prints on standard error would go into it.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)          # the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:                          # closed when Python started
+        if stream is None:  # closed when Python started
             stream = open(os.devnull, "w", encoding="utf-8")
         if not isinstance(stream, Forgiving):
             setattr(sys, name, Forgiving(stream))

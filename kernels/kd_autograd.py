@@ -1,4 +1,6 @@
-"""What the losses share of torch's autograd: a gradient that forward has computed has no derivative of its own."""
+"""What the losses share of torch's autograd: a gradient that forward has computed has no derivative
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, ...]
 
 
-def first_derivatives_only(call: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
-    """Decorates a `backward`: to differentiate what it returned under create_graph is a RuntimeError.
+def first_derivatives_only(
+    call: str,
+) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
+    """Decorates a `backward`: to differentiate what it returned under create_graph is a
+    RuntimeError.
 
-    torch's `once_differentiable` makes it one only where the incoming gradient requires a gradient, which that of a
-    loss does not: a gradient penalty or a Hessian would be that of a constant, zero without a word. An ordinary
-    backward runs without grad mode and is as it was. Which inputs the returned is of is known from what an operator
-    saved, or from `link` in the forward of a Function. A backward that torch.compile has captured is torch's own: where
-    the graph saved one of its inputs that is an error too ("double backward"), else there is no second derivative.
+    torch's `once_differentiable` makes it one only where the incoming gradient requires a gradient,
+    which that of a loss does not: a gradient penalty or a Hessian would be that of a constant, zero
+    without a word. An ordinary backward runs without grad mode and is as it was. Which inputs the
+    returned is of is known from what an operator saved, or from `link` in the forward of a
+    Function. A backward that torch.compile has captured is torch's own: where the graph saved one
+    of its inputs that is an error too ("double backward"), else there is no second derivative.
     """
 
     def decorate(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
@@ -30,7 +36,10 @@ def first_derivatives_only(call: str) -> Callable[[Callable[..., Gradients]], Ca
                 out = backward(ctx, *grad_outputs)
             if not links:
                 return out
-            return tuple(None if gradient is None else _behind_wall(gradient, call, links) for gradient in out)
+            return tuple(
+                None if gradient is None else _behind_wall(gradient, call, links)
+                for gradient in out
+            )
 
         return wrapper
 
@@ -38,7 +47,9 @@ def first_derivatives_only(call: str) -> Callable[[Callable[..., Gradients]], Ca
 
 
 def link(ctx: Any, *inputs: Tensor | None) -> None:
-    """In forward: keeps the graph of the inputs, which the node keeps anyway, and none of their memory."""
+    """In forward: keeps the graph of the inputs, which the node keeps anyway, and none of their
+    memory.
+    """
     with torch.enable_grad():
         ctx.links = tuple(t[:0].clone() for t in inputs if t is not None and t.requires_grad)
 
@@ -63,13 +74,22 @@ class _Wall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
-        raise RuntimeError(f"{ctx.call} has first derivatives only, and one of its gradients was differentiated; for a "
-                           f"gradient penalty or a Hessian write the loss in plain torch operations")
+        raise RuntimeError(
+            f"{ctx.call} has first derivatives only, and one of its gradients was differentiated; "
+            "for a "
+            f"gradient penalty or a Hessian write the loss in plain torch operations"
+        )
 
 
 def split_over_devices(**tensors: Tensor | None) -> list[str]:
-    """One line for each that is a DTensor, known by its placements: nothing of torch.distributed is imported."""
-    return [f"{name} is a DTensor with placements {tensor.placements}; expected a plain tensor: give "
-            f"{name}.full_tensor(), or {name}.to_local() where it is rows that are split; for split columns there is "
-            f"vocab_parallel_loss of kernels/kd_shards.py" for name, tensor in tensors.items()
-            if tensor is not None and hasattr(tensor, "placements")]
+    """One line for each that is a DTensor, known by its placements: nothing of torch.distributed is
+    imported.
+    """
+    return [
+        f"{name} is a DTensor with placements {tensor.placements}; expected a plain tensor: give "
+        f"{name}.full_tensor(), or {name}.to_local() where it is rows that are split; for split "
+        "columns there is "
+        f"vocab_parallel_loss of kernels/kd_shards.py"
+        for name, tensor in tensors.items()
+        if tensor is not None and hasattr(tensor, "placements")
+    ]

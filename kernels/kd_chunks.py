@@ -1,8 +1,9 @@
 """The chunks of `kd_linear`: rows go through one buffer of logits, whose size is a budget of bytes.
 
-For each chunk of R rows one product writes its logits into the buffer, the row function turns them into the gradient in
-place, and two products read that. Under about 800 rows the float32 gradient of the head (8 V H bytes read and written
-a chunk) takes longer than the products of a chunk at H = 4096, hence the default budget.
+For each chunk of R rows one product writes its logits into the buffer, the row function turns them
+into the gradient in place, and two products read that. Under about 800 rows the float32 gradient of
+the head (8 V H bytes read and written a chunk) takes longer than the products of a chunk at H =
+4096, hence the default budget.
 """
 
 from __future__ import annotations
@@ -15,30 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RowFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]      # with the signature of kd_loss_rows
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-WHOLE = 128                     # rows of a chunk come in multiples of it, where that many fit: a tile of the products
+RowFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]  # with the signature of kd_loss_rows
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+# rows of a chunk come in multiples of it, where that many fit: a tile of the products
+WHOLE = 128
 # What a row function need not know of.
 PLAIN = {"teacher_classes": None, "z_scale": None, "logit_scale": 1.0, "softcap": None}
-BLOCKS = 4                      # float32 copies of a chunk's gradient, on a CPU, have a quarter of its columns
+# float32 copies of a chunk's gradient, on a CPU, have a quarter of its columns
+BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One call, checked: all but hidden states and head."""
 
-    rows: RowFunction | None                # None: the fused kernels
-    given: dict[str, Tensor | None]         # per row: labels, label_weight, ids, log_probs, log_tail, row_weight
-    scales: dict[str, Tensor | None]        # ce_scale, kd_scale, z_scale
-    settings: dict[str, Any]                # num_classes, temperature, divergence, tail, beta, logit_scale, softcap
+    rows: RowFunction | None  # None: the fused kernels
+    # per row: labels, label_weight, ids, log_probs, log_tail, row_weight
+    given: dict[str, Tensor | None]
+    scales: dict[str, Tensor | None]  # ce_scale, kd_scale, z_scale
+    # num_classes, temperature, divergence, tail, beta, logit_scale, softcap
+    settings: dict[str, Any]
     memory: int
-    skip: bool                              # leave out rows that do not count
+    skip: bool  # leave out rows that do not count
     counted: int | None
-    dtype: torch.dtype                      # of logits and products
-    wants: tuple[bool, ...]                 # gradients of hidden, weight, bias
+    dtype: torch.dtype  # of logits and products
+    wants: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
-# loss, CE_N, D_N, and gradients of hidden [N, H] in the job's dtype, of weight and bias in float32; None: not wanted
+# loss, CE_N, D_N, and gradients of hidden [N, H] in the job's dtype, of weight and bias in float32;
+# None: not wanted
 Done = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -48,21 +63,31 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Done:
     b_V = None if bias is None else bias.detach().to(job.dtype)
     counts_N = _counts(len(hidden), job) if job.skip else None
     index_M = None if counts_N is None else _rows_that_count(counts_N, job.counted)
-    given = job.given if index_M is None else {k: t if t is None else t[index_M] for k, t in job.given.items()}
+    given = (
+        job.given
+        if index_M is None
+        else {k: t if t is None else t[index_M] for k, t in job.given.items()}
+    )
     total, width = len(h_NH) if index_M is None else len(index_M), len(w_VH)
     step = chunk_rows(total, width, h_NH.element_size(), job.memory)
-    # cuBLASLt adds a bias within the product where the result is contiguous; else torch writes the bias into the chunk
-    # first, and the product reads it: 4 V bytes a row. Rows of whole vectors of 16 bytes need no more between them.
+    # cuBLASLt adds a bias within the product where the result is contiguous; else torch writes the
+    # bias into the chunk first, and the product reads it: 4 V bytes a row. Rows of whole vectors of
+    # 16 bytes need no more between them.
     dense = b_V is not None and width * h_NH.element_size() % 16 == 0
     buffer = h_NH.new_empty((min(step, total), width if dense else row_stride(width)))
     dh_NH, dw_VH, db_V = _gradients(h_NH, w_VH, job, index_M is not None)
     parts = []
-    for at in range(0, max(total, 1), step):            # without rows one chunk of none: all is checked and written
+    # without rows one chunk of none: all is checked and written
+    for at in range(0, max(total, 1), step):
         chunk = slice(at, min(at + step, total))
         h_RH = h_NH[chunk] if index_M is None else h_NH[index_M[chunk]]
         x_RV = buffer[: len(h_RH), :width]
-        torch.mm(h_RH, w_VH.t(), out=x_RV) if b_V is None else torch.addmm(b_V, h_RH, w_VH.t(), out=x_RV)
-        out, slope_RV = _chunk(x_RV, {k: t if t is None else t[chunk] for k, t in given.items()}, job)
+        torch.mm(h_RH, w_VH.t(), out=x_RV) if b_V is None else torch.addmm(
+            b_V, h_RH, w_VH.t(), out=x_RV
+        )
+        out, slope_RV = _chunk(
+            x_RV, {k: t if t is None else t[chunk] for k, t in given.items()}, job
+        )
         parts.append(out)
         if dh_NH is not None:
             if index_M is None:
@@ -79,27 +104,40 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Done:
     return loss, ce_N, kd_N, dh_NH, dw_VH, db_V
 
 
-def _gradients(h_NH: Tensor, w_VH: Tensor, job: Job,
-               sparse: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(
+    h_NH: Tensor, w_VH: Tensor, job: Job, sparse: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Buffers of those that are wanted; the chunks fill them."""
     wide = torch.promote_types(job.dtype, torch.float32)
     make = torch.zeros_like if sparse else torch.empty_like
-    return (make(h_NH, memory_format=torch.contiguous_format) if job.wants[0] else None,
-            w_VH.new_empty(w_VH.shape, dtype=wide) if job.wants[1] else None,
-            w_VH.new_zeros(len(w_VH), dtype=wide) if job.wants[2] else None)
+    return (
+        make(h_NH, memory_format=torch.contiguous_format) if job.wants[0] else None,
+        w_VH.new_empty(w_VH.shape, dtype=wide) if job.wants[1] else None,
+        w_VH.new_zeros(len(w_VH), dtype=wide) if job.wants[2] else None,
+    )
 
 
-def _chunk(x_RV: Tensor, given: dict[str, Tensor | None],
-           job: Job) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(loss, CE, D) of these rows, and the gradient of their loss in place of the logits, if one is wanted."""
+def _chunk(
+    x_RV: Tensor, given: dict[str, Tensor | None], job: Job
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """(loss, CE, D) of these rows, and the gradient of their loss in place of the logits, if one is
+    wanted.
+    """
     wants = any(job.wants)
-    # Hooks on saved tensors are the caller's: activation checkpointing would run all of its function again for a chunk.
+    # Hooks on saved tensors are the caller's: activation checkpointing would run all of its
+    # function again for a chunk.
     with torch.set_grad_enabled(wants), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         leaf_RV = x_RV.detach().requires_grad_(wants)
         options = {**job.scales, **job.settings}
-        asked = {name: value for name, value in options.items() if name not in PLAIN or value != PLAIN[name]}
+        asked = {
+            name: value
+            for name, value in options.items()
+            if name not in PLAIN or value != PLAIN[name]
+        }
         out = (job.rows or _fused())(leaf_RV, **given, **asked, inplace=wants)
-        slope_RV = torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
+        slope_RV = (
+            torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
+        )
     return (out[0].detach(), out[1].detach(), out[2].detach()), slope_RV
 
 
@@ -114,15 +152,25 @@ def _fused() -> RowFunction:
     return kd_loss_rows
 
 
-def _add(dw_VH: Tensor | None, db_V: Tensor | None, slope_RV: Tensor, h_RH: Tensor, first: bool) -> None:
-    """Adds a chunk to the gradients of weight and bias; the first of the weight's is written, not added to zeros."""
+def _add(
+    dw_VH: Tensor | None, db_V: Tensor | None, slope_RV: Tensor, h_RH: Tensor, first: bool
+) -> None:
+    """Adds a chunk to the gradients of weight and bias; the first of the weight's is written, not
+    added to zeros.
+    """
     wide = torch.promote_types(slope_RV.dtype, torch.float32)
-    if wide != slope_RV.dtype and not slope_RV.is_cuda:         # no product of a CPU has a dtype of its own for the sum
+    # no product of a CPU has a dtype of its own for the sum
+    if wide != slope_RV.dtype and not slope_RV.is_cuda:
         width, h_RH = max(-(-slope_RV.shape[1] // BLOCKS), 1), h_RH.to(wide)
         for at in range(0, slope_RV.shape[1], width):
             block = slice(at, at + width)
-            _add(None if dw_VH is None else dw_VH[block], None if db_V is None else db_V[block],
-                 slope_RV[:, block].to(wide), h_RH, first)
+            _add(
+                None if dw_VH is None else dw_VH[block],
+                None if db_V is None else db_V[block],
+                slope_RV[:, block].to(wide),
+                h_RH,
+                first,
+            )
         return
     if dw_VH is not None:
         if not len(h_RH):
@@ -139,7 +187,11 @@ def _add(dw_VH: Tensor | None, db_V: Tensor | None, slope_RV: Tensor, h_RH: Tens
 
 def _counts(rows: int, job: Job) -> Tensor | None:
     """[N] whether a row has a label or a teacher; None where all have one."""
-    labels, weight, teacher = job.given["labels"], job.given["label_weight"], job.given["row_weight"]
+    labels, weight, teacher = (
+        job.given["labels"],
+        job.given["label_weight"],
+        job.given["row_weight"],
+    )
     if job.given["log_probs"] is not None and teacher is None:
         return None
     counts_N = None if teacher is None or job.given["log_probs"] is None else teacher != 0
@@ -152,24 +204,35 @@ def _counts(rows: int, job: Job) -> Tensor | None:
 
 
 def _rows_that_count(counts_N: Tensor, counted: int | None) -> Tensor:
-    """Their indices in ascending order; with `counted` so many, the last of them maybe of rows that do not count."""
+    """Their indices in ascending order; with `counted` so many, the last of them maybe of rows that
+    do not count.
+    """
     if counted is None:
         return counts_N.nonzero()[:, 0]
     return counts_N.to(torch.uint8).argsort(descending=True, stable=True)[:counted]
 
 
 def memory_bytes(memory: str) -> int:
-    """Bytes of "512", "512 MB" (10^6) or "512 MiB" (2^20). By methods of str, which torch.compile follows: it does not
-    follow `re`, and to mark this as a constant would import all of it with this module, 2.7 s."""
+    """Bytes of "512", "512 MB" (10^6) or "512 MiB" (2^20). By methods of str, which torch.compile
+    follows: it does not follow `re`, and to mark this as a constant would import all of it with
+    this module, 2.7 s."""
     number = memory.rstrip(string.ascii_letters + string.whitespace)
-    unit, number = memory[len(number):].strip().upper(), number.strip()
-    if unit not in UNITS or not number.replace(".", "0", 1).isdecimal() or not (number[0] + number[-1]).isdecimal():
-        raise ValueError(f'memory is {memory!r}; expected bytes, as 536870912, "512 MB" or "0.5 GiB"')
+    unit, number = memory[len(number) :].strip().upper(), number.strip()
+    if (
+        unit not in UNITS
+        or not number.replace(".", "0", 1).isdecimal()
+        or not (number[0] + number[-1]).isdecimal()
+    ):
+        raise ValueError(
+            f'memory is {memory!r}; expected bytes, as 536870912, "512 MB" or "0.5 GiB"'
+        )
     return round(float(number) * UNITS[unit])
 
 
 def row_stride(width: int) -> int:
-    """Elements from row to row of the buffer: every row starts at 128 bytes, whatever the number of classes."""
+    """Elements from row to row of the buffer: every row starts at 128 bytes, whatever the number of
+    classes.
+    """
     return -(-width // 64) * 64
 
 
@@ -178,8 +241,10 @@ def chunk_rows(rows: int, width: int, itemsize: int, memory: int) -> int:
     row = row_stride(width) * itemsize
     most = memory // row
     if most < 1:
-        raise ValueError(f"memory is {memory} bytes, but the logits of a single row take {row}; give at least "
-                         f"{WHOLE} rows, {WHOLE * row} bytes (fast from about 1000 rows on)")
+        raise ValueError(
+            f"memory is {memory} bytes, but the logits of a single row take {row}; give at least "
+            f"{WHOLE} rows, {WHOLE * row} bytes (fast from about 1000 rows on)"
+        )
     if most >= rows:
         return max(rows, 1)
     most = most // WHOLE * WHOLE or most

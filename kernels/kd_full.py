@@ -1,12 +1,13 @@
-"""The kernel of `kd_loss` for a teacher that gives every class its probability, over rows that fit in registers.
+"""The kernel of `kd_loss` for a teacher that gives every class its probability, over rows that fit
+in registers.
 
-One program per row, one read of logits and teacher, one write: 2 N V + 4 N V bytes read, 2 N V written (bf16). Caches
-of few classes hold such rows; for many classes a sparse teacher is the point, and longer rows are refused. A student
-with more classes than the teacher has given them probability 0; for the conditional divergence they are left out of its
-softmax at T.
+One program per row, one read of logits and teacher, one write: 2 N V + 4 N V bytes read, 2 N V
+written (bf16). Caches of few classes hold such rows; for many classes a sparse teacher is the
+point, and longer rows are refused. A student with more classes than the teacher has given them
+probability 0; for the conditional divergence they are left out of its softmax at T.
 
-Compiled for sm_90 nothing spills up to 8,192 classes (JSD with every term: up to 4,096). At 16,384 forward KL spills 56
-bytes a thread, JSD 192, with softcap, z-loss and statistics 580 and 510.
+Compiled for sm_90 nothing spills up to 8,192 classes (JSD with every term: up to 4,096). At 16,384
+forward KL spills 56 bytes a thread, JSD 192, with softcap, z-loss and statistics 580 and 510.
 """
 
 # mypy: ignore-errors
@@ -23,7 +24,9 @@ from kdcache.kernels.softcap import capped
 
 @triton.jit
 def labels_known(LABELS, LABEL_WEIGHT, n, label_stride, num_labels, num_classes, BJ: tl.constexpr):
-    """How many labels of a row there are, where they have no weights and there may be several; else 1."""
+    """How many labels of a row there are, where they have no weights and there may be several; else
+    1.
+    """
     count = 0.0
     if LABEL_WEIGHT is None and BJ > 1:
         for j in tl.static_range(BJ):
@@ -33,27 +36,71 @@ def labels_known(LABELS, LABEL_WEIGHT, n, label_stride, num_labels, num_classes,
 
 
 @triton.jit
-def label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes, alike):
-    """(id, weight) of the j-th label of a row, weight 0 where there is none and `alike` where none are given."""
+def label(
+    LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes, alike
+):
+    """(id, weight) of the j-th label of a row, weight 0 where there is none and `alike` where none
+    are given.
+    """
     y = tl.load(LABELS + n * label_stride + j, mask=j < num_labels, other=-1)
     known = (y >= 0) & (y < num_classes)
     weight = tl.where(known, alike, 0.0)
     if LABEL_WEIGHT is not None:
-        weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=known, other=0.0).to(tl.float32)
+        weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=known, other=0.0).to(
+            tl.float32
+        )
     return tl.where(known, y, 0).to(tl.int32), weight
 
 
-@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "num_labels"],      # LOG_Q is read as vectors
-            do_not_specialize_on_alignment=[name for name in ROW_POINTERS if name not in ("IDS", "LOG_Q", "LOG_TAIL")])
-def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, CE_SCALE, KD_SCALE, Z_SCALE, x_stride,
-            g_stride, label_stride, label_weight_stride, q_stride, num_classes, width, num_labels, taught, c,
-            temperature, beta, unit, gain, rate, BJ: tl.constexpr, DIVERGENCE: tl.constexpr, CONDITIONAL: tl.constexpr,
-            GRADIENT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+# LOG_Q is read as vectors
+@triton.jit(
+    do_not_specialize=["label_stride", "label_weight_stride", "num_labels"],
+    do_not_specialize_on_alignment=[
+        name for name in ROW_POINTERS if name not in ("IDS", "LOG_Q", "LOG_TAIL")
+    ],
+)
+def kd_full(
+    X,
+    G,
+    LOSS,
+    CE,
+    KD,
+    STATS,
+    LABELS,
+    LABEL_WEIGHT,
+    LOG_Q,
+    ROW_WEIGHT,
+    CE_SCALE,
+    KD_SCALE,
+    Z_SCALE,
+    x_stride,
+    g_stride,
+    label_stride,
+    label_weight_stride,
+    q_stride,
+    num_classes,
+    width,
+    num_labels,
+    taught,
+    c,
+    temperature,
+    beta,
+    unit,
+    gain,
+    rate,
+    BJ: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CONDITIONAL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """One row in one block. Every output is written, whatever the row is.
 
-    c = log2(e) / T, times `unit` where that is given: what a logit is multiplied with, its scale or its cap. gain and
-    rate as in `kd_rows`. `taught` is given where the teacher's classes, those below it, are fewer than the student's;
-    CONDITIONAL then takes the softmax at T over them alone.
+    c = log2(e) / T, times `unit` where that is given: what a logit is multiplied with, its scale or
+    its cap. gain and rate as in `kd_rows`. `taught` is given where the teacher's classes, those
+    below it, are fewer than the student's; CONDITIONAL then takes the softmax at T over them alone.
     """
     n = tl.program_id(0).to(tl.int64)
     row = row_start(X, n, x_stride, VEC, ALIGNED)
@@ -65,8 +112,9 @@ def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, 
     if ROW_WEIGHT is not None:
         row_weight = tl.load(ROW_WEIGHT + n).to(tl.float32)
     x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
-    log_q = tl.load(row_start(LOG_Q, n, q_stride, VEC, ALIGNED) + columns, mask=theirs,
-                    other=-float("inf")).to(tl.float32)
+    log_q = tl.load(
+        row_start(LOG_Q, n, q_stride, VEC, ALIGNED) + columns, mask=theirs, other=-float("inf")
+    ).to(tl.float32)
     if rate is not None:
         x, steep = capped(x, rate)
     top = tl.max(x, axis=0)
@@ -88,10 +136,21 @@ def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, 
     labelled = False
     if LABELS is not None:
         if LABEL_WEIGHT is None and BJ > 1:
-            alike /= labels_known(LABELS, LABEL_WEIGHT, n, label_stride, num_labels, num_classes, BJ)
+            alike /= labels_known(
+                LABELS, LABEL_WEIGHT, n, label_stride, num_labels, num_classes, BJ
+            )
         for j in tl.static_range(BJ):
-            y, weight = label(LABELS, LABEL_WEIGHT, n, j, label_stride, label_weight_stride, num_labels, num_classes,
-                              alike)
+            y, weight = label(
+                LABELS,
+                LABEL_WEIGHT,
+                n,
+                j,
+                label_stride,
+                label_weight_stride,
+                num_labels,
+                num_classes,
+                alike,
+            )
             x_y = tl.load(row + y).to(tl.float32)
             if rate is not None:
                 x_y = capped(x_y, rate)[0]
@@ -128,10 +187,14 @@ def kd_full(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, LOG_Q, ROW_WEIGHT, 
     if rate is not None:
         g = tl.where(labelled | (row_weight != 0), g * steep, 0.0)
     if GRADIENT:
-        tl.debug_barrier()                  # every warp has read the logits of the labels
+        tl.debug_barrier()  # every warp has read the logits of the labels
         tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)
         for at in tl.range(num_classes, width, BLOCK):
-            tl.store(out + at + columns, tl.zeros([BLOCK], out.dtype.element_ty), mask=at + columns < width)
+            tl.store(
+                out + at + columns,
+                tl.zeros([BLOCK], out.dtype.element_ty),
+                mask=at + columns < width,
+            )
     tl.store(LOSS + n, loss)
     tl.store(CE + n, ce)
     tl.store(KD + n, kd)

@@ -1,4 +1,6 @@
-"""How the kernels of `kd_loss` are launched: tiles by the bytes of a row, compile-time constants, gradient buffers."""
+"""How the kernels of `kd_loss` are launched: tiles by the bytes of a row, compile-time constants,
+gradient buffers.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,18 @@ class Tiles:
     warps: int
     registers: int = 128
     reverse: bool = False
-    hints: bool = True          # whether reads and writes say what should stay in the cache
+    hints: bool = True  # whether reads and writes say what should stay in the cache
 
     @staticmethod
     def of(num_classes: int, itemsize: int, sums: bool = False, slow: bool = False) -> Tiles:
-        """By the bytes of a row. `sums`: whether the sweeps do more than sum and write; `slow`: whether so much more
-        that they wait for arithmetic.
+        """By the bytes of a row. `sums`: whether the sweeps do more than sum and write; `slow`:
+        whether so much more that they wait for arithmetic.
 
-        A multiprocessor's 65,536 registers hold 65,536 / (32 warps registers) programs, registers in steps of 8. Those
-        have rows * warps * 512 bytes each in flight; 4.8 TB/s, 132 multiprocessors and a microsecond's latency ask for
-        about 40 KB of them. Their rows should stay in an L2 of 50 MB until the second read: near 34 MB on all. So, by
-        registers as compiled (tests/test_kernel_aot.py holds programs, bytes in flight and rows to it):
+        A multiprocessor's 65,536 registers hold 65,536 / (32 warps registers) programs, registers
+        in steps of 8. Those have rows * warps * 512 bytes each in flight; 4.8 TB/s, 132
+        multiprocessors and a microsecond's latency ask for about 40 KB of them. Their rows should
+        stay in an L2 of 50 MB until the second read: near 34 MB on all. So, by registers as
+        compiled (tests/test_kernel_aot.py holds programs, bytes in flight and rows to it):
 
             row, bytes      rows, warps     programs    KB in flight    MB of rows
             to 1,024        2, 1            25          25              to 3
@@ -44,11 +47,12 @@ class Tiles:
             to 140,000      8, 8            2           64              to 37
             above           8, 16           1           64              34 of 257 KB
 
-        A tile is computed whole, however little of a row is in it: where more than a tenth would be nothing, tiles are
-        half as tall, with half in flight (V = 50,257: 2 programs of 4, 8 and 27 MB; labels alone 3 and 40 MB). So they
-        are with `sums`, and of two rows where they are `slow`. Short rows finish too soon to be
-        kept busy but by many programs, and have fewer barriers to wait at in few warps. Rows that do not fit are swept
-        backwards the second time: what was read last is read first.
+        A tile is computed whole, however little of a row is in it: where more than a tenth would be
+        nothing, tiles are half as tall, with half in flight (V = 50,257: 2 programs of 4, 8 and 27
+        MB; labels alone 3 and 40 MB). So they are with `sums`, and of two rows where they are
+        `slow`. Short rows finish too soon to be kept busy but by many programs, and have fewer
+        barriers to wait at in few warps. Rows that do not fit are swept backwards the second time:
+        what was read last is read first.
         """
         row = num_classes * itemsize
         if row <= 1024:
@@ -80,29 +84,38 @@ class Call:
     ce_scale: Tensor | None
     kd_scale: Tensor | None
     inplace: bool
-    parts: int | None = None        # programs that share a row; None: more than one only where rows are few
-    form: str = "two launches"      # how those meet
+    # programs that share a row; None: more than one only where rows are few
+    parts: int | None = None
+    form: str = "two launches"  # how those meet
     logit_scale: float = 1.0
     softcap: float | None = None
     z_scale: Tensor | None = None
     stats: bool = False
-    teacher_classes: int | None = None      # of a teacher with ids, where it has fewer than the student
+    # of a teacher with ids, where it has fewer than the student
+    teacher_classes: int | None = None
 
     @property
     def taught(self) -> int | None:
-        """The teacher's classes where that are fewer than the student's and the kernel has to know; None compiles to
-        what it is without such classes: kept ids and a tail are given as they are."""
+        """The teacher's classes where that are fewer than the student's and the kernel has to know;
+        None compiles to what it is without such classes: kept ids and a tail are given as they are.
+        """
         if self.log_probs_NK is not None and self.ids_NK is None:
             taught = self.log_probs_NK.shape[1]
         else:
-            taught = self.teacher_classes if self.tail == "uniform" and self.teacher_classes else self.num_classes
+            taught = (
+                self.teacher_classes
+                if self.tail == "uniform" and self.teacher_classes
+                else self.num_classes
+            )
         return None if taught == self.num_classes else taught
 
     @property
     def temperatures(self) -> tuple[bool, bool]:
         """Whether the kernel for a sparse teacher sums exponentials of all classes at 1, and at T."""
-        return (self.labels_NJ is not None or self.stats,
-                self.ids_NK is not None and (self.tail != "conditional" or self.stats))
+        return (
+            self.labels_NJ is not None or self.stats,
+            self.ids_NK is not None and (self.tail != "conditional" or self.stats),
+        )
 
     @property
     def sums(self) -> bool:
@@ -111,8 +124,8 @@ class Call:
 
     @property
     def slow(self) -> bool:
-        """Whether the sweeps wait for arithmetic: of a softcap, or of a test of each class whether it is the
-        teacher's."""
+        """Whether the sweeps wait for arithmetic: of a softcap, or of a test of each class whether
+        it is the teacher's."""
         return self.softcap is not None or (self.ids_NK is not None and self.taught is not None)
 
     @property
@@ -131,34 +144,60 @@ class Call:
         return None if self.softcap is None else self.logit_scale / self.softcap
 
 
-Out = tuple[Tensor, Tensor, Tensor, Tensor | None]      # loss, CE, D [N]; stats [N, 4], if they are wanted
+# loss, CE, D [N]; stats [N, 4], if they are wanted
+Out = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def powers(temperature: float) -> tuple[int, int] | None:
-    """(P, Q) with T = P / Q, both at most 4, or None: then each temperature takes an exponential of its own."""
+    """(P, Q) with T = P / Q, both at most 4, or None: then each temperature takes an exponential of
+    its own.
+    """
     ratio = Fraction(temperature).limit_denominator(4)
-    return (ratio.numerator, ratio.denominator) if float(ratio) == temperature and ratio.numerator <= 4 else None
+    return (
+        (ratio.numerator, ratio.denominator)
+        if float(ratio) == temperature and ratio.numerator <= 4
+        else None
+    )
 
 
 def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> None:
-    """out = gradient times a factor per row; where out is the gradient, rows of factor 1 are not touched."""
+    """out = gradient times a factor per row; where out is the gradient, rows of factor 1 are not
+    touched.
+    """
     rows, width = gradient_NV.shape
     if rows == 0:
         return
     vec = 16 // gradient_NV.element_size()
     tiles = Tiles.of(width, gradient_NV.element_size())
     with _device_of(gradient_NV):
-        scale_rows[(rows,)](gradient_NV, out_NV, factor_N, gradient_NV.stride(0), out_NV.stride(0), factor_N.stride(0),
-                            width, tiles.rows, vec * 32 * tiles.warps, vec, _aligned(gradient_NV, width),
-                            out_NV is gradient_NV, num_warps=tiles.warps, num_stages=1,
-                            maxnreg=tiles.registers)
+        scale_rows[(rows,)](
+            gradient_NV,
+            out_NV,
+            factor_N,
+            gradient_NV.stride(0),
+            out_NV.stride(0),
+            factor_N.stride(0),
+            width,
+            tiles.rows,
+            vec * 32 * tiles.warps,
+            vec,
+            _aligned(gradient_NV, width),
+            out_NV is gradient_NV,
+            num_warps=tiles.warps,
+            num_stages=1,
+            maxnreg=tiles.registers,
+        )
 
 
 def scaled_gradient(ctx: Any, factor_N: Tensor) -> Tensor:
-    """The gradient that forward saved, times a factor per row. ctx has `inplace`, and `used`: whether it was taken."""
+    """The gradient that forward saved, times a factor per row. ctx has `inplace`, and `used`:
+    whether it was taken.
+    """
     if ctx.used:
-        raise RuntimeError("the loss was differentiated twice with inplace=True, but its gradient took the place "
-                           "of the logits and is used up; call it with inplace=False")
+        raise RuntimeError(
+            "the loss was differentiated twice with inplace=True, but its gradient took the place "
+            "of the logits and is used up; call it with inplace=False"
+        )
     (gradient,) = ctx.saved_tensors
     ctx.used = ctx.inplace
     # A graph that is kept may be asked again, for another factor.
@@ -174,50 +213,94 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
     if call.ids_NK is None and call.log_probs_NK is not None:
         return _launch_full(x_NV, gradient, out, call, call.log_probs_NK)
     rows, itemsize = len(x_NV), x_NV.element_size()
-    part = (part_length(rows, call.num_classes, itemsize) if call.parts is None else
-            -(-call.num_classes // call.parts // 64) * 64)
+    part = (
+        part_length(rows, call.num_classes, itemsize)
+        if call.parts is None
+        else -(-call.num_classes // call.parts // 64) * 64
+    )
     parts = -(-call.num_classes // part)
     aligned = _aligned(x_NV, call.num_classes)
-    constants = kernel_constants(call, itemsize, gradient is not None, gradient is x_NV, aligned, part)
+    constants = kernel_constants(
+        call, itemsize, gradient is not None, gradient is x_NV, aligned, part
+    )
     split = parts > 1 and constants["P"] + constants["Q"] > 0
     scratch: tuple[Tensor | None, ...] = (None, None, None, None)
     if split:
         slots = 7 if call.stats or call.tail == "uniform" else 4
-        scratch = (x_NV.new_empty((rows, parts, slots), dtype=torch.float32), x_NV.new_empty((rows, constants["BK"])),
-                   x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32), _counters(x_NV, parts, call.form))
+        scratch = (
+            x_NV.new_empty((rows, parts, slots), dtype=torch.float32),
+            x_NV.new_empty((rows, constants["BK"])),
+            x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32),
+            _counters(x_NV, parts, call.form),
+        )
     tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.slow)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
         for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
             kd_rows[(rows * parts,) if stage == 3 else (rows, parts if split else 1)](
-                x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK,
-                call.log_tail_N if call.tail in ("bucket", "uniform") else None, call.row_weight_N, call.ce_scale,
-                call.kd_scale, call.z_scale, x_NV.stride(0), to.stride(0),
-                *(_stride(t) for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK)),
-                call.num_classes, x_NV.shape[1], 0 if call.ids_NK is None else call.ids_NK.shape[1],
-                0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.taught, *exponents(call),
-                call.temperature, call.beta, call.gain, call.rate, *scratch, part, parts, **constants, STAGE=stage,
-                num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers)
+                x_NV,
+                to,
+                *out,
+                call.labels_NJ,
+                call.label_weight_NJ,
+                call.ids_NK,
+                call.log_probs_NK,
+                call.log_tail_N if call.tail in ("bucket", "uniform") else None,
+                call.row_weight_N,
+                call.ce_scale,
+                call.kd_scale,
+                call.z_scale,
+                x_NV.stride(0),
+                to.stride(0),
+                *(
+                    _stride(t)
+                    for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK)
+                ),
+                call.num_classes,
+                x_NV.shape[1],
+                0 if call.ids_NK is None else call.ids_NK.shape[1],
+                0 if call.labels_NJ is None else call.labels_NJ.shape[1],
+                call.taught,
+                *exponents(call),
+                call.temperature,
+                call.beta,
+                call.gain,
+                call.rate,
+                *scratch,
+                part,
+                parts,
+                **constants,
+                STAGE=stage,
+                num_warps=tiles.warps,
+                num_stages=1,
+                maxnreg=tiles.registers,
+            )
 
 
 def _counters(x_NV: Tensor, parts: int, form: str) -> Tensor | None:
-    """What programs that meet within one launch count with; see `kd_parts` for why their number is bounded."""
+    """What programs that meet within one launch count with; see `kd_parts` for why their number is
+    bounded.
+    """
     if form != "one launch":
         return None
     most = torch.cuda.get_device_properties(x_NV.device).multi_processor_count
     if parts > most:
-        raise ValueError(f"{parts} programs share a row in one launch, but the device has {most} multiprocessors and "
-                         f"they have to run at once; give fewer parts or form='two launches'")
+        raise ValueError(
+            f"{parts} programs share a row in one launch, but the device has {most} "
+            "multiprocessors and "
+            f"they have to run at once; give fewer parts or form='two launches'"
+        )
     return torch.zeros(1 + len(x_NV), dtype=torch.int32, device=x_NV.device)
 
 
 def part_length(rows: int, num_classes: int, itemsize: int = 2) -> int:
-    """Columns of a program: all of them, unless there are too few rows to occupy 132 multiprocessors twice, or so few
-    more than whole waves of them that parts end sooner.
+    """Columns of a program: all of them, unless there are too few rows to occupy 132
+    multiprocessors twice, or so few more than whole waves of them that parts end sooner.
 
-    Of rows that have a multiprocessor each, the last wave takes as long as any; eighths fill it to a tenth or so. But
-    all rows are read by one launch before the next reads them again: where L2 does not keep them, a third move of their
-    bytes beside the read and the write, which no wave saves.
+    Of rows that have a multiprocessor each, the last wave takes as long as any; eighths fill it to
+    a tenth or so. But all rows are read by one launch before the next reads them again: where L2
+    does not keep them, a third move of their bytes beside the read and the write, which no wave
+    saves.
     """
     parts, row = 1, num_classes * itemsize
     if rows < 132:
@@ -228,37 +311,69 @@ def part_length(rows: int, num_classes: int, itemsize: int = 2) -> int:
     return -(-length // 2048) * 2048
 
 
-def _launch_full(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call, log_probs_NV: Tensor) -> None:
+def _launch_full(
+    x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call, log_probs_NV: Tensor
+) -> None:
     to = x_NV if gradient is None else gradient
     block = max(triton.next_power_of_2(call.num_classes), 32)
-    aligned = all(_aligned(t, call.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV))
+    aligned = all(
+        _aligned(t, call.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV)
+    )
     with _device_of(x_NV):
         kd_full[(len(x_NV),)](
-            x_NV, to, *out, call.labels_NJ, call.label_weight_NJ, log_probs_NV, call.row_weight_N, call.ce_scale,
-            call.kd_scale, call.z_scale, x_NV.stride(0), to.stride(0), _stride(call.labels_NJ),
-            _stride(call.label_weight_NJ), log_probs_NV.stride(0), call.num_classes, x_NV.shape[1],
-            0 if call.labels_NJ is None else call.labels_NJ.shape[1], call.taught,
-            call.unit / (math.log(2) * call.temperature), call.temperature, call.beta,
-            None if call.unit == 1 else call.unit, call.gain, call.rate,
+            x_NV,
+            to,
+            *out,
+            call.labels_NJ,
+            call.label_weight_NJ,
+            log_probs_NV,
+            call.row_weight_N,
+            call.ce_scale,
+            call.kd_scale,
+            call.z_scale,
+            x_NV.stride(0),
+            to.stride(0),
+            _stride(call.labels_NJ),
+            _stride(call.label_weight_NJ),
+            log_probs_NV.stride(0),
+            call.num_classes,
+            x_NV.shape[1],
+            0 if call.labels_NJ is None else call.labels_NJ.shape[1],
+            call.taught,
+            call.unit / (math.log(2) * call.temperature),
+            call.temperature,
+            call.beta,
+            None if call.unit == 1 else call.unit,
+            call.gain,
+            call.rate,
             **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
-            num_warps=full_warps(block, call.divergence), num_stages=1)
+            num_warps=full_warps(block, call.divergence),
+            num_stages=1,
+        )
 
 
 def full_warps(block: int, divergence: str) -> int:
-    """Warps that hold a row of `block` classes. Beyond 8192 all spill; what takes more registers per class spills less
-    over twice as many threads, of half as many registers each."""
+    """Warps that hold a row of `block` classes. Beyond 8192 all spill; what takes more registers
+    per class spills less over twice as many threads, of half as many registers each."""
     return min(16 if divergence == "forward_kl" else 32, max(1, block // 512))
 
 
 def full_constants(call: Call, itemsize: int, gradient: bool, aligned: bool) -> dict[str, Any]:
     """What the kernel for a teacher over all classes is made for."""
-    return {"BJ": 1 if call.labels_NJ is None else call.labels_NJ.shape[1], "DIVERGENCE": call.divergence,
-            "CONDITIONAL": call.tail == "conditional" and call.taught is not None, "GRADIENT": gradient,
-            "BLOCK": max(triton.next_power_of_2(call.num_classes), 32), "VEC": 16 // itemsize, "ALIGNED": aligned}
+    return {
+        "BJ": 1 if call.labels_NJ is None else call.labels_NJ.shape[1],
+        "DIVERGENCE": call.divergence,
+        "CONDITIONAL": call.tail == "conditional" and call.taught is not None,
+        "GRADIENT": gradient,
+        "BLOCK": max(triton.next_power_of_2(call.num_classes), 32),
+        "VEC": 16 // itemsize,
+        "ALIGNED": aligned,
+    }
 
 
-def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool,
-                     part: int) -> dict[str, Any]:
+def kernel_constants(
+    call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool, part: int
+) -> dict[str, Any]:
     """What a compiled kernel is made for; neither the number of rows nor the strides are among it."""
     ratio = powers(call.temperature)
     one, soft = call.temperatures
@@ -266,15 +381,29 @@ def kernel_constants(call: Call, itemsize: int, gradient: bool, inplace: bool, a
     p, q = ratio if one and soft and ratio is not None else (int(one), int(soft))
     tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.slow)
     vec = 16 // itemsize
-    return {"BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
-            "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
-            "TAIL": call.tail, "DIVERGENCE": call.divergence, "P": p, "Q": q, "TWO": two, "GRADIENT": gradient,
-            "INPLACE": inplace, "R": tiles.rows, "C": vec * 32 * tiles.warps, "VEC": vec, "ALIGNED": aligned,
-            "REVERSE": tiles.reverse, "HINTS": tiles.hints}
+    return {
+        "BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
+        "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
+        "TAIL": call.tail,
+        "DIVERGENCE": call.divergence,
+        "P": p,
+        "Q": q,
+        "TWO": two,
+        "GRADIENT": gradient,
+        "INPLACE": inplace,
+        "R": tiles.rows,
+        "C": vec * 32 * tiles.warps,
+        "VEC": vec,
+        "ALIGNED": aligned,
+        "REVERSE": tiles.reverse,
+        "HINTS": tiles.hints,
+    }
 
 
 def exponents(call: Call) -> tuple[float, float]:
-    """What the kernel multiplies logits with: unit log2(e) / P, or over T where 1 is not wanted; and over T."""
+    """What the kernel multiplies logits with: unit log2(e) / P, or over T where 1 is not wanted;
+    and over T.
+    """
     log2e = call.unit / math.log(2)
     soft = log2e / call.temperature
     wanted = call.temperatures
@@ -307,7 +436,9 @@ def gradient_stride(x_NV: Tensor) -> int:
 
 
 def gradient_like(x_NV: Tensor) -> Tensor:
-    """Rows of the logits' length, each starting where its row of logits does within 16 bytes: both take vectors."""
+    """Rows of the logits' length, each starting where its row of logits does within 16 bytes: both
+    take vectors.
+    """
     stride = gradient_stride(x_NV)
     phase = x_NV.data_ptr() // x_NV.element_size() % (16 // x_NV.element_size())
     return x_NV.new_empty(len(x_NV) * stride + phase).as_strided(x_NV.shape, (stride, 1), phase)
@@ -316,4 +447,8 @@ def gradient_like(x_NV: Tensor) -> Tensor:
 def _aligned(x_NV: Tensor, num_classes: int, vec: int = 0) -> bool:
     """Every row starts at 16 bytes and is whole vectors long."""
     vec = vec or 16 // x_NV.element_size()
-    return num_classes % vec == 0 and x_NV.data_ptr() % 16 == 0 and (len(x_NV) == 1 or x_NV.stride(0) % vec == 0)
+    return (
+        num_classes % vec == 0
+        and x_NV.data_ptr() % 16 == 0
+        and (len(x_NV) == 1 or x_NV.stride(0) % vec == 0)
+    )

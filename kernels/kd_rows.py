@@ -1,4 +1,6 @@
-"""The kernels of `kd_loss`: one program per row of logits, and the scaling of a gradient that is there already."""
+"""The kernels of `kd_loss`: one program per row of logits, and the scaling of a gradient that is
+there already.
+"""
 
 # mypy: ignore-errors
 # Device code: its arguments are pointers and blocks, which have no types of their own.
@@ -28,8 +30,19 @@ from kdcache.kernels.softcap import capped
 
 
 @triton.jit
-def known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels, num_classes, BJ: tl.constexpr):
-    """Ids [BJ] (-1: none) and weights [BJ] (0: none) of a row's labels; without weights they weigh alike, 1 in all."""
+def known_labels(
+    LABELS,
+    LABEL_WEIGHT,
+    n,
+    label_stride,
+    label_weight_stride,
+    num_labels,
+    num_classes,
+    BJ: tl.constexpr,
+):
+    """Ids [BJ] (-1: none) and weights [BJ] (0: none) of a row's labels; without weights they weigh
+    alike, 1 in all.
+    """
     j = tl.arange(0, BJ)
     if LABELS is None:
         return j - BJ, tl.zeros([BJ], tl.float32)
@@ -40,14 +53,16 @@ def known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num
         if LABEL_WEIGHT is None and BJ > 1:
             weight /= tl.maximum(tl.sum(known.to(tl.float32), axis=0), 1.0)
         if LABEL_WEIGHT is not None:
-            weight = tl.load(LABEL_WEIGHT + n * label_weight_stride + j, mask=j < num_labels, other=0.0).to(tl.float32)
+            weight = tl.load(
+                LABEL_WEIGHT + n * label_weight_stride + j, mask=j < num_labels, other=0.0
+            ).to(tl.float32)
         return tl.where(known, label, -1).to(tl.int32), tl.where(known, weight, 0.0)
 
 
 @triton.jit
 def known_ids(IDS, ROW_WEIGHT, n, id_stride, kept, num_classes, BK: tl.constexpr):
-    """Ids [BK] (below 0: none), which are classes [BK], and the weight of a row's divergence (0: no teacher, and no
-    id). Neither load waits for the other."""
+    """Ids [BK] (below 0: none), which are classes [BK], and the weight of a row's divergence (0: no
+    teacher, and no id). Neither load waits for the other."""
     k = tl.arange(0, BK)
     if IDS is None:
         return k - BK, k < 0, 0.0
@@ -61,8 +76,12 @@ def known_ids(IDS, ROW_WEIGHT, n, id_stride, kept, num_classes, BK: tl.constexpr
 
 
 @triton.jit
-def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, SLOTS: tl.constexpr):
-    """The sums of a row from those of its parts, at most 64: (ref, ref2, one, soft, moment, scores)."""
+def merge_parts(
+    STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, SLOTS: tl.constexpr
+):
+    """The sums of a row from those of its parts, at most 64: (ref, ref2, one, soft, moment,
+    scores).
+    """
     slot = tl.arange(0, 64)
     held = slot < parts
     ref_S = tl.load(STATE + slot * SLOTS, mask=held, other=FLOOR)
@@ -92,32 +111,107 @@ def merge_parts(STATE, parts, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexp
     return ref, ref2, one, soft, moment, scores
 
 
-# Of pointers that are read or written a few times a row, the compiler is not told whether they are multiples of 16
-# bytes: each slice of a batch would be another build, and no access of theirs would be wider.
-ROW_POINTERS = ("LOSS", "CE", "KD", "STATS", "LABELS", "LABEL_WEIGHT", "IDS", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT",
-                "CE_SCALE", "KD_SCALE", "Z_SCALE")
+# Of pointers that are read or written a few times a row, the compiler is not told whether they are
+# multiples of 16 bytes: each slice of a batch would be another build, and no access of theirs would
+# be wider.
+ROW_POINTERS = (
+    "LOSS",
+    "CE",
+    "KD",
+    "STATS",
+    "LABELS",
+    "LABEL_WEIGHT",
+    "IDS",
+    "LOG_Q",
+    "LOG_TAIL",
+    "ROW_WEIGHT",
+    "CE_SCALE",
+    "KD_SCALE",
+    "Z_SCALE",
+)
 
 
-@triton.jit(do_not_specialize=["label_stride", "label_weight_stride", "id_stride", "q_stride", "kept", "num_labels",
-                               "taught", "parts"],
-            do_not_specialize_on_alignment=ROW_POINTERS)
-def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAIL, ROW_WEIGHT, CE_SCALE, KD_SCALE,
-            Z_SCALE, x_stride, g_stride, label_stride, label_weight_stride, id_stride, q_stride, num_classes, width,
-            kept, num_labels, taught, c, c2, temperature, beta, gain, rate, STATE, KEPT, LABELLED, COUNTERS, part,
-            parts, BK: tl.constexpr, BJ: tl.constexpr, TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr,
-            Q: tl.constexpr, TWO: tl.constexpr, GRADIENT: tl.constexpr, INPLACE: tl.constexpr, R: tl.constexpr,
-            C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, REVERSE: tl.constexpr, HINTS: tl.constexpr,
-            STAGE: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        "label_stride",
+        "label_weight_stride",
+        "id_stride",
+        "q_stride",
+        "kept",
+        "num_labels",
+        "taught",
+        "parts",
+    ],
+    do_not_specialize_on_alignment=ROW_POINTERS,
+)
+def kd_rows(
+    X,
+    G,
+    LOSS,
+    CE,
+    KD,
+    STATS,
+    LABELS,
+    LABEL_WEIGHT,
+    IDS,
+    LOG_Q,
+    LOG_TAIL,
+    ROW_WEIGHT,
+    CE_SCALE,
+    KD_SCALE,
+    Z_SCALE,
+    x_stride,
+    g_stride,
+    label_stride,
+    label_weight_stride,
+    id_stride,
+    q_stride,
+    num_classes,
+    width,
+    kept,
+    num_labels,
+    taught,
+    c,
+    c2,
+    temperature,
+    beta,
+    gain,
+    rate,
+    STATE,
+    KEPT,
+    LABELLED,
+    COUNTERS,
+    part,
+    parts,
+    BK: tl.constexpr,
+    BJ: tl.constexpr,
+    TAIL: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    INPLACE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HINTS: tl.constexpr,
+    STAGE: tl.constexpr,
+):
     """One row, or one part of one row. Every output is written, whatever the row is.
 
-    STAGE 0: a program has the whole row. Where rows are few, `parts` programs share one, in two launches: stage 1
-    leaves the sums of each part in STATE [N, parts, SLOTS], and the logits of kept ids and of labels in KEPT and
-    LABELLED; stage 2 merges the parts (each program for itself) and goes on with its own columns. STAGE 3 is both in
-    one launch, with a wait between them: see `kd_parts`.
+    STAGE 0: a program has the whole row. Where rows are few, `parts` programs share one, in two
+    launches: stage 1 leaves the sums of each part in STATE [N, parts, SLOTS], and the logits of
+    kept ids and of labels in KEPT and LABELLED; stage 2 merges the parts (each program for itself)
+    and goes on with its own columns. STAGE 3 is both in one launch, with a wait between them: see
+    `kd_parts`.
 
-    c and c2 have the scale of the logits in them, or the cap; `gain` is the scale where it is not 1, as a factor of the
-    gradient, and `rate` the scale over the cap where there is one. `taught` is given where the teacher's tail is even
-    and the student has classes of its own: the teacher's are those below it.
+    c and c2 have the scale of the logits in them, or the cap; `gain` is the scale where it is not
+    1, as a factor of the gradient, and `rate` the scale over the cap where there is one. `taught`
+    is given where the teacher's tail is even and the student has classes of its own: the teacher's
+    are those below it.
     """
     MOMENT: tl.constexpr = STATS is not None
     LEAVE: tl.constexpr = "evict_first" if HINTS else ""
@@ -132,9 +226,11 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
     begin = s * part
     count = tl.minimum(part, num_classes - begin) if STAGE > 0 else num_classes
     row = row_start(X, n, x_stride, VEC, ALIGNED)
-    out = row if INPLACE else row_start(G, n, g_stride, VEC, ALIGNED)      # two registers less through both sweeps
-    label_J, weight_J = known_labels(LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels,
-                                     num_classes, BJ)
+    # two registers less through both sweeps
+    out = row if INPLACE else row_start(G, n, g_stride, VEC, ALIGNED)
+    label_J, weight_J = known_labels(
+        LABELS, LABEL_WEIGHT, n, label_stride, label_weight_stride, num_labels, num_classes, BJ
+    )
     id_K, valid_K, row_weight = known_ids(IDS, ROW_WEIGHT, n, id_stride, kept, num_classes, BK)
     loss = 0.0
     ce = 0.0
@@ -169,21 +265,48 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
         scores = 0.0
         tail_size = 0
         if SCORES:
-            tail_size = (num_classes if taught is None else taught) - tl.sum(valid_K.to(tl.int32), axis=0)
+            tail_size = (num_classes if taught is None else taught) - tl.sum(
+                valid_K.to(tl.int32), axis=0
+            )
         if STAGE == 2:
-            ref, ref2, one, soft, moment, scores = merge_parts(STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS)
+            ref, ref2, one, soft, moment, scores = merge_parts(
+                STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS
+            )
         elif P + Q > 0:
             if IDS is not None:
-                tl.debug_barrier()          # every warp has its copy of the kept logits
-                tl.store(row + id_K, tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty), mask=own_K)
+                tl.debug_barrier()  # every warp has its copy of the kept logits
+                tl.store(
+                    row + id_K,
+                    tl.full([BK], -float("inf"), tl.float32).to(X.dtype.element_ty),
+                    mask=own_K,
+                )
                 tl.debug_barrier()
-            sums = sweep_sums(row + begin, count, c, c2, P, Q, TWO, R, C, VEC, ALIGNED, STAY, rate, MOMENT, SCORES,
-                              None if taught is None else taught - begin)
+            sums = sweep_sums(
+                row + begin,
+                count,
+                c,
+                c2,
+                P,
+                Q,
+                TWO,
+                R,
+                C,
+                VEC,
+                ALIGNED,
+                STAY,
+                rate,
+                MOMENT,
+                SCORES,
+                None if taught is None else taught - begin,
+            )
             ref, ref2, one, soft = sums[0], sums[1], sums[2], sums[3]
             if SLOTS > 4:
                 moment, scores = sums[4], sums[5]
-            if SCORES:                      # the kept ids read -inf; any other -inf is a logit of the tail
-                own_size = count if taught is None else tl.minimum(tl.maximum(taught - begin, 0), count)
+            # the kept ids read -inf; any other -inf is a logit of the tail
+            if SCORES:
+                own_size = (
+                    count if taught is None else tl.minimum(tl.maximum(taught - begin, 0), count)
+                )
                 own_size -= tl.sum(own_K.to(tl.int32), axis=0)
                 scores = tl.where(sums[6] < own_size, -float("inf"), scores)
         if STAGE == 1 or STAGE == 3:
@@ -203,18 +326,47 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
             raw_K = tl.load(KEPT + n * BK + k, mask=valid_K, other=0.0)
             x_J = tl.load(LABELLED + n * BJ + tl.arange(0, BJ), mask=weight_J != 0, other=0.0)
             x_K = tl.where(valid_K, raw_K.to(tl.float32), -float("inf"))
-            ref, ref2, one, soft, moment, scores = merge_parts(STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS)
+            ref, ref2, one, soft, moment, scores = merge_parts(
+                STATE + n * parts * SLOTS, parts, P, Q, TWO, SLOTS
+            )
         if STAGE != 1:
             if rate is not None:
                 x_K, steep_K = capped(x_K, rate)
                 x_J, steep_J = capped(x_J, rate)
             loss, ce, kd, a_one, a_soft, even, g_K = values_and_slopes(
-                x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size,
-                log_q_K, log_q_tail, ce_scale, kd_scale, z_scale, c, c2, temperature, beta, BK, TAIL, DIVERGENCE, P, Q,
-                TWO)
+                x_K,
+                x_J,
+                id_K,
+                valid_K,
+                label_J,
+                weight_J,
+                row_weight,
+                ref,
+                ref2,
+                one,
+                soft,
+                scores,
+                tail_size,
+                log_q_K,
+                log_q_tail,
+                ce_scale,
+                kd_scale,
+                z_scale,
+                c,
+                c2,
+                temperature,
+                beta,
+                BK,
+                TAIL,
+                DIVERGENCE,
+                P,
+                Q,
+                TWO,
+            )
             if STATS is not None:
-                lse, entropy, mass, agrees = row_stats(x_K, row_weight, ref, ref2, one, soft, moment, log_q_K, c, c2, P,
-                                                       Q, TWO)
+                lse, entropy, mass, agrees = row_stats(
+                    x_K, row_weight, ref, ref2, one, soft, moment, log_q_K, c, c2, P, Q, TWO
+                )
             if gain is not None:
                 a_one *= gain
                 a_soft *= gain
@@ -222,25 +374,61 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
                 g_K *= gain
             if GRADIENT:
                 if P + Q > 0:
-                    sweep_gradient(row + begin, out + begin, count, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, R, C,
-                                   VEC, ALIGNED, REVERSE, even if SCORES else None, rate, LEAVE,
-                                   None if taught is None else taught - begin)
+                    sweep_gradient(
+                        row + begin,
+                        out + begin,
+                        count,
+                        ref,
+                        ref2,
+                        a_one,
+                        a_soft,
+                        c,
+                        c2,
+                        P,
+                        Q,
+                        TWO,
+                        R,
+                        C,
+                        VEC,
+                        ALIGNED,
+                        REVERSE,
+                        even if SCORES else None,
+                        rate,
+                        LEAVE,
+                        None if taught is None else taught - begin,
+                    )
                 else:
-                    tl.debug_barrier()          # every warp has read the kept logits
+                    tl.debug_barrier()  # every warp has read the kept logits
                     fill_zeros(out + begin, count, R, C, VEC, ALIGNED)
-                tl.debug_barrier()              # the entries below were written by other warps
+                tl.debug_barrier()  # the entries below were written by other warps
                 if rate is not None:
                     g_K *= steep_K
                 tl.store(out + id_K, g_K.to(out.dtype.element_ty), mask=own_K)
                 if ce_scale is not None:
                     kept_J = tl.max((label_J[:, None] == id_K[None, :]).to(tl.int32), axis=1)
-                    taken_J = tl.sum(tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0), axis=1)
-                    g_J = dense_gradient(x_J, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO,
-                                         share_of(even if SCORES else None, label_J, taught))
+                    taken_J = tl.sum(
+                        tl.where(label_J[:, None] == label_J[None, :], weight_J[None, :], 0.0),
+                        axis=1,
+                    )
+                    g_J = dense_gradient(
+                        x_J,
+                        ref,
+                        ref2,
+                        a_one,
+                        a_soft,
+                        c,
+                        c2,
+                        P,
+                        Q,
+                        TWO,
+                        share_of(even if SCORES else None, label_J, taught),
+                    )
                     g_J -= (ce_scale if gain is None else ce_scale * gain) * taken_J
                     if rate is not None:
                         g_J *= steep_J
-                    tl.store(out + label_J, g_J.to(out.dtype.element_ty), mask=own_J & (kept_J == 0))
+                    tl.store(
+                        out + label_J, g_J.to(out.dtype.element_ty), mask=own_J & (kept_J == 0)
+                    )
             else:
                 tl.debug_barrier()
             if IDS is not None and not (GRADIENT and INPLACE):
@@ -264,9 +452,23 @@ def kd_rows(X, G, LOSS, CE, KD, STATS, LABELS, LABEL_WEIGHT, IDS, LOG_Q, LOG_TAI
 
 
 @triton.jit(do_not_specialize=["factor_stride"], do_not_specialize_on_alignment=["FACTOR"])
-def scale_rows(G, OUT, FACTOR, g_stride, out_stride, factor_stride, width, R: tl.constexpr, C: tl.constexpr,
-               VEC: tl.constexpr, ALIGNED: tl.constexpr, INPLACE: tl.constexpr):
-    """OUT = G times one factor per row; in place a row of factor 1 is left unread. The test is made on the device."""
+def scale_rows(
+    G,
+    OUT,
+    FACTOR,
+    g_stride,
+    out_stride,
+    factor_stride,
+    width,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INPLACE: tl.constexpr,
+):
+    """OUT = G times one factor per row; in place a row of factor 1 is left unread. The test is made
+    on the device.
+    """
     n = tl.program_id(0).to(tl.int64)
     factor = tl.load(FACTOR + n * factor_stride).to(tl.float32)
     row = row_start(G, n, g_stride, VEC, ALIGNED)

@@ -1,7 +1,8 @@
-"""What one row's sums come to: the values of the loss, the slopes of its few exact entries, the factors of the rest.
+"""What one row's sums come to: the values of the loss, the slopes of its few exact entries, the
+factors of the rest.
 
-A score is a logit in units of log2: x c, or x c2 at T. The sums are relative to the maximum of the row without its kept
-ids; here the kept join them.
+A score is a logit in units of log2: x c, or x c2 at T. The sums are relative to the maximum of the
+row without its kept ids; here the kept join them.
 """
 
 # mypy: ignore-errors
@@ -16,8 +17,8 @@ from kdcache.kernels.rows import FLOOR, LN2, outcome, power, sum_pair
 
 @triton.jit
 def given_teacher(LOG_Q, LOG_TAIL, n, q_stride, valid_K, TAIL: tl.constexpr, BK: tl.constexpr):
-    """log q of the kept ids [BK], log q of the tail (-inf: no such outcome), as they are given. Read before the row is
-    swept: after it nothing else would be under way."""
+    """log q of the kept ids [BK], log q of the tail (-inf: no such outcome), as they are given.
+    Read before the row is swept: after it nothing else would be under way."""
     k = tl.arange(0, BK)
     log_q_K = tl.load(LOG_Q + n * q_stride + k, mask=valid_K, other=-float("inf")).to(tl.float32)
     log_q_tail = -float("inf")
@@ -36,10 +37,22 @@ def teacher(log_q_K, TAIL: tl.constexpr):
 
 
 @triton.jit
-def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, scores, tail_size, beta, valid_K,
-                      TAIL: tl.constexpr, DIVERGENCE: tl.constexpr):
-    """D, its slopes over the scores of the kept ids [BK], of the tail over the sum `soft` of its exponentials, and of
-    each class of the tail besides (tail "uniform"; `scores` is the sum of the tail's scores, -inf where one is)."""
+def divergence_slopes(
+    log_q_K,
+    log_q_tail,
+    score_K,
+    score_tail,
+    soft,
+    scores,
+    tail_size,
+    beta,
+    valid_K,
+    TAIL: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """D, its slopes over the scores of the kept ids [BK], of the tail over the sum `soft` of its
+    exponentials, and of each class of the tail besides (tail "uniform"; `scores` is the sum of the
+    tail's scores, -inf where one is)."""
     # p is not formed as exp(log p): that would cost |log p| units in its last place.
     u_K = tl.exp2(score_K)
     u_tail = soft * tl.exp2(score_tail)
@@ -80,13 +93,39 @@ def divergence_slopes(log_q_K, log_q_tail, score_K, score_tail, soft, scores, ta
 
 
 @triton.jit
-def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, ref, ref2, one, soft, scores, tail_size,
-                      log_q_K, log_q_tail, ce_scale, kd_scale, z_scale, c, c2, temperature, beta, BK: tl.constexpr,
-                      TAIL: tl.constexpr, DIVERGENCE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-                      TWO: tl.constexpr):
-    """(loss, CE, D) of a row, the two factors of its dense gradient, what every class of an even tail gets besides,
-    and its gradient at the kept ids: all over the logits after scale and softcap. log_q_K, log_q_tail and the scales
-    are None where they are not given."""
+def values_and_slopes(
+    x_K,
+    x_J,
+    id_K,
+    valid_K,
+    label_J,
+    weight_J,
+    row_weight,
+    ref,
+    ref2,
+    one,
+    soft,
+    scores,
+    tail_size,
+    log_q_K,
+    log_q_tail,
+    ce_scale,
+    kd_scale,
+    z_scale,
+    c,
+    c2,
+    temperature,
+    beta,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """(loss, CE, D) of a row, the two factors of its dense gradient, what every class of an even
+    tail gets besides, and its gradient at the kept ids: all over the logits after scale and
+    softcap. log_q_K, log_q_tail and the scales are None where they are not given."""
     loss = 0.0
     ce = 0.0
     kd = 0.0
@@ -113,9 +152,12 @@ def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, re
             g_K += a_one * power(u_K, P)
             a_one *= power(lift, P)
         if ce_scale is not None:
-            g_K -= ce_scale * tl.sum(tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0)
+            g_K -= ce_scale * tl.sum(
+                tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0
+            )
     if log_q_K is not None:
-        if TAIL == "conditional":           # the sum over the tail is there for the statistics alone
+        # the sum over the tail is there for the statistics alone
+        if TAIL == "conditional":
             soft = 0.0
             score_tail = 0.0
             score_K = tl.fma(x_K, c2, -tl.max(x_K, axis=0) * c2)
@@ -128,21 +170,48 @@ def values_and_slopes(x_K, x_J, id_K, valid_K, label_J, weight_J, row_weight, re
             score_K = Q * tl.fma(x_K, c, -top)
             scores *= Q
         value, slope_K, slope_tail, slope_even = divergence_slopes(
-            teacher(log_q_K, TAIL), log_q_tail, score_K, score_tail, soft, scores, tail_size, beta, valid_K, TAIL,
-            DIVERGENCE)
+            teacher(log_q_K, TAIL),
+            log_q_tail,
+            score_K,
+            score_tail,
+            soft,
+            scores,
+            tail_size,
+            beta,
+            valid_K,
+            TAIL,
+            DIVERGENCE,
+        )
         kd = tl.where(row_weight != 0, row_weight * value, 0.0)
         if kd_scale is not None:
             loss += kd_scale * kd
             g_K += kd_scale * row_weight / temperature * slope_K
-            a_soft = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0)
+            a_soft = tl.where(
+                row_weight != 0, kd_scale * row_weight / temperature * slope_tail, 0.0
+            )
             even = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_even, 0.0)
     return loss, ce, kd, a_one, a_soft, even, g_K
 
 
 @triton.jit
-def row_stats(x_K, row_weight, ref, ref2, one, soft, moment, log_q_K, c, c2, P: tl.constexpr,
-              Q: tl.constexpr, TWO: tl.constexpr):
-    """(log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's greatest is the row's)."""
+def row_stats(
+    x_K,
+    row_weight,
+    ref,
+    ref2,
+    one,
+    soft,
+    moment,
+    log_q_K,
+    c,
+    c2,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """(log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's greatest
+    is the row's).
+    """
     top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
     score_K = tl.fma(x_K, c, -top)
     u_K = tl.exp2(score_K)

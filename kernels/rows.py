@@ -1,19 +1,22 @@
 """Device functions of the row kernels: sums and gradients of one row of logits at two temperatures.
 
-Units. With T = P / Q in small integers and c = log2(e) / P, the base of a logit x is u = 2^(x c - ref), where `ref` is
-a running maximum of x c. Then exp(x - m) = u^P and exp((x - m) / T) = u^Q: one exponential serves both temperatures. P
-is 0 where temperature 1 is not wanted, Q is 0 where T is not, and TWO says that T is not on the list, so that c2 =
-log2(e) / T has an exponential of its own. x c - ref is one fused multiply-add: a large common offset of the logits
-costs no digits. Compilers fuse a b - d into one operation: where d is the same product rounded, its rounding is left
-(of FLOOR, 1e22) and not 0. So no such difference is written here, or a maximum keeps its product apart.
+Units. With T = P / Q in small integers and c = log2(e) / P, the base of a logit x is u = 2^(x c -
+ref), where `ref` is a running maximum of x c. Then exp(x - m) = u^P and exp((x - m) / T) = u^Q: one
+exponential serves both temperatures. P is 0 where temperature 1 is not wanted, Q is 0 where T is
+not, and TWO says that T is not on the list, so that c2 = log2(e) / T has an exponential of its own.
+x c - ref is one fused multiply-add: a large common offset of the logits costs no digits. Compilers
+fuse a b - d into one operation: where d is the same product rounded, its rounding is left (of
+FLOOR, 1e22) and not 0. So no such difference is written here, or a maximum keeps its product apart.
 
-`ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf. Scores below it count as
+`ref` starts at FLOOR, which stands for "nothing yet": -inf would give NaN on -inf - -inf. Scores
+below it count as
 -inf; it is far enough from the largest float that ref c2 / c is one too.
 
-Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of u^P s, for the
-entropy at temperature 1; SCORES the sum of s (of s c2 / c with TWO) over the finite logits, and their number, for a
-teacher's tail that is spread evenly. They follow `ref` when it rises, as the exponentials do. Where `taught` is given,
-SCORES are of the columns below it alone, and only these get a share of the even tail: the others are the student's own.
+Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of
+u^P s, for the entropy at temperature 1; SCORES the sum of s (of s c2 / c with TWO) over the finite
+logits, and their number, for a teacher's tail that is spread evenly. They follow `ref` when it
+rises, as the exponentials do. Where `taught` is given, SCORES are of the columns below it alone,
+and only these get a share of the even tail: the others are the student's own.
 """
 
 # mypy: ignore-errors
@@ -50,9 +53,26 @@ def total(x):
 
 
 @triton.jit
-def add_tile(x, first, ref, one, soft, moment, scores, finite, c, ratio, taught, P: tl.constexpr, Q: tl.constexpr,
-             TWO: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
-    """Adds a tile x [R, L, VEC] to the running state [L] of its lanes; all elements of a lane lie in one thread.
+def add_tile(
+    x,
+    first,
+    ref,
+    one,
+    soft,
+    moment,
+    scores,
+    finite,
+    c,
+    ratio,
+    taught,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """Adds a tile x [R, L, VEC] to the running state [L] of its lanes; all elements of a lane lie
+    in one thread.
     `first`: where its first element stands."""
     top = tl.max(tl.max(x, axis=2), axis=0)
     new = tl.maximum(ref, top * c)
@@ -60,8 +80,11 @@ def add_tile(x, first, ref, one, soft, moment, scores, finite, c, ratio, taught,
     s = tl.fma(x, c, -new[None, :, None])
     u = tl.exp2(s)
     rise = ref - new
-    if MOMENT:          # 0 * -inf is no number: a score is taken from -1000 on, where its exponential is long 0
-        moment = tl.fma(power(keep, P), tl.fma(one, rise, moment), total(power(u, P) * tl.maximum(s, -1000.0)))
+    # 0 * -inf is no number: a score is taken from -1000 on, where its exponential is long 0
+    if MOMENT:
+        moment = tl.fma(
+            power(keep, P), tl.fma(one, rise, moment), total(power(u, P) * tl.maximum(s, -1000.0))
+        )
     if P > 0:
         one = tl.fma(one, power(keep, P), total(power(u, P)))
     if TWO:
@@ -81,7 +104,9 @@ def add_tile(x, first, ref, one, soft, moment, scores, finite, c, ratio, taught,
 
 @triton.jit
 def places(x):
-    """Where in their tile the elements of x [R, L, VEC] stand: computed in x's own layout, not moved into it."""
+    """Where in their tile the elements of x [R, L, VEC] stand: computed in x's own layout, not
+    moved into it.
+    """
     L: tl.constexpr = x.shape[1]
     VEC: tl.constexpr = x.shape[2]
     vector = tl.arange(0, x.shape[0])[:, None] * L + tl.arange(0, L)[None, :]
@@ -95,16 +120,28 @@ def sum_pair(a, b):
 
 
 @triton.jit
-def merge(ref, one, soft, edge, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
-          EDGES: tl.constexpr):
-    """The state of all lanes and of the edge elements as scalars, by the only reductions across the program: the
-    references at 1 and at T, what the latter's rounding left out, and both sums."""
+def merge(
+    ref,
+    one,
+    soft,
+    edge,
+    c,
+    c2,
+    ratio,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    """The state of all lanes and of the edge elements as scalars, by the only reductions across the
+    program: the references at 1 and at T, what the latter's rounding left out, and both sums."""
     at = tl.max(ref, axis=0)
     if EDGES:
         at = tl.maximum(at, tl.max(edge, axis=0) * c)
     at2 = at
     left = 0.0
-    if TWO:         # the logit at the reference, and what rounding it at T leaves out; see above for the maximum
+    # the logit at the reference, and what rounding it at T leaves out; see above for the maximum
+    if TWO:
         logit = at / c
         at2 = tl.maximum(logit * c2, FLOOR)
         left = tl.where(at > FLOOR, tl.fma(logit, c2, -at2) - ratio * tl.fma(logit, c, -at), 0.0)
@@ -136,9 +173,26 @@ def merge(ref, one, soft, edge, c, c2, ratio, P: tl.constexpr, Q: tl.constexpr, 
 
 
 @triton.jit
-def merge_scores(ref, at, left, one, moment, scores, finite, edge, column, c, ratio, taught, P: tl.constexpr,
-                 EDGES: tl.constexpr, MOMENT: tl.constexpr, SCORES: tl.constexpr):
-    """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to the references of
+def merge_scores(
+    ref,
+    at,
+    left,
+    one,
+    moment,
+    scores,
+    finite,
+    edge,
+    column,
+    c,
+    ratio,
+    taught,
+    P: tl.constexpr,
+    EDGES: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to
+    the references of
     `merge`; `ratio` is 1 but with TWO."""
     sum_moment = 0.0
     sum_scores = 0.0
@@ -162,9 +216,22 @@ def merge_scores(ref, at, left, one, moment, scores, finite, edge, column, c, ra
 
 
 @triton.jit
-def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr,
-                   even=None, rate=None):
-    """a_one u^P + a_soft u^Q (+ even): the gradient of every class that is neither kept nor a label.
+def dense_gradient(
+    x,
+    ref,
+    ref2,
+    a_one,
+    a_soft,
+    c,
+    c2,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+    even=None,
+    rate=None,
+):
+    """a_one u^P + a_soft u^Q (+ even): the gradient of every class that is neither kept nor a
+    label.
 
     With `rate`, of a logit before its softcap: times the slope there.
     """
@@ -179,7 +246,9 @@ def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.co
 
 @triton.jit
 def share_of(even, column, taught):
-    """What each of these columns gets of a teacher's even tail: `even`, or nothing from `taught` on."""
+    """What each of these columns gets of a teacher's even tail: `even`, or nothing from `taught`
+    on.
+    """
     if even is None:
         return None
     elif taught is None:
@@ -189,7 +258,9 @@ def share_of(even, column, taught):
 
 
 @triton.jit
-def two_powers(x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr):
+def two_powers(
+    x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr
+):
     """a_one u^P + a_soft u^Q."""
     u = tl.exp2(tl.fma(x, c, -ref))
     if TWO:
@@ -217,10 +288,11 @@ def row_start(pointer, n, stride, VEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def span(row, num_classes, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the 16-byte vectors of a row start and how many elements they hold; at most VEC - 1 lie at either end.
+    """Where the 16-byte vectors of a row start and how many elements they hold; at most VEC - 1 lie
+    at either end.
 
-    The hint lets the compiler use 128-bit accesses on rows of odd length, which start anywhere. It has to stand on an
-    operation of its own: on an argument it is lost.
+    The hint lets the compiler use 128-bit accesses on rows of odd length, which start anywhere. It
+    has to stand on an operation of its own: on an argument it is lost.
     """
     if ALIGNED:
         return row, 0, num_classes // VEC * VEC
@@ -264,13 +336,28 @@ def logits_at(pointer, mask, other, rate, EVICT: tl.constexpr):
 
 
 @triton.jit
-def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr, R: tl.constexpr,
-               C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, EVICT: tl.constexpr, rate=None,
-               MOMENT: tl.constexpr = False, SCORES: tl.constexpr = False, taught=None):
+def sweep_sums(
+    row,
+    num_classes,
+    c,
+    c2,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVICT: tl.constexpr,
+    rate=None,
+    MOMENT: tl.constexpr = False,
+    SCORES: tl.constexpr = False,
+    taught=None,
+):
     """Both sums of exponentials of a row, relative to its maximum: (ref, ref2, sum_one, sum_soft).
 
-    With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted; `taught`: scores and
-    number are of the columns below it.
+    With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted;
+    `taught`: scores and number are of the columns below it.
     """
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     L: tl.constexpr = C // VEC
@@ -285,33 +372,105 @@ def sweep_sums(row, num_classes, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: t
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
         x = tl.reshape(logits_at(start + at + offsets, None, None, rate, EVICT), [R, L, VEC])
-        ref, one, soft, moment, scores, finite = add_tile(x, lead + at, ref, one, soft, moment, scores,
-                                                          finite, c, ratio, taught, P, Q, TWO, MOMENT, SCORES)
+        ref, one, soft, moment, scores, finite = add_tile(
+            x,
+            lead + at,
+            ref,
+            one,
+            soft,
+            moment,
+            scores,
+            finite,
+            c,
+            ratio,
+            taught,
+            P,
+            Q,
+            TWO,
+            MOMENT,
+            SCORES,
+        )
     if whole < body:
-        x = tl.reshape(logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT),
-                       [R, L, VEC])
-        ref, one, soft, moment, scores, finite = add_tile(x, lead + whole, ref, one, soft, moment, scores,
-                                                          finite, c, ratio, taught, P, Q, TWO, MOMENT, SCORES)
+        x = tl.reshape(
+            logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT),
+            [R, L, VEC],
+        )
+        ref, one, soft, moment, scores, finite = add_tile(
+            x,
+            lead + whole,
+            ref,
+            one,
+            soft,
+            moment,
+            scores,
+            finite,
+            c,
+            ratio,
+            taught,
+            P,
+            Q,
+            TWO,
+            MOMENT,
+            SCORES,
+        )
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     column = tl.arange(0, 2 * VEC)
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         edge = logits_at(row + column, held, -float("inf"), rate, "")
-    at, at2, left, sum_one, sum_soft = merge(ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED)
+    at, at2, left, sum_one, sum_soft = merge(
+        ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED
+    )
     if MOMENT or SCORES:
-        sum_moment, sum_scores, number = merge_scores(ref, at, left, one, moment, scores, finite, edge, column, c,
-                                                      ratio, taught, P, not ALIGNED, MOMENT, SCORES)
+        sum_moment, sum_scores, number = merge_scores(
+            ref,
+            at,
+            left,
+            one,
+            moment,
+            scores,
+            finite,
+            edge,
+            column,
+            c,
+            ratio,
+            taught,
+            P,
+            not ALIGNED,
+            MOMENT,
+            SCORES,
+        )
         return at, at2, sum_one, sum_soft, sum_moment, sum_scores, number
     else:
         return at, at2, sum_one, sum_soft
 
 
 @triton.jit
-def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr,
-                   TWO: tl.constexpr, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-                   REVERSE: tl.constexpr, even=None, rate=None, EVICT: tl.constexpr = "evict_first", taught=None):
-    """Writes the dense gradient of a row to `out`, which may be the row itself. `taught`: `even` is for the columns
-    below it."""
+def sweep_gradient(
+    row,
+    out,
+    num_classes,
+    ref,
+    ref2,
+    a_one,
+    a_soft,
+    c,
+    c2,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    TWO: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    even=None,
+    rate=None,
+    EVICT: tl.constexpr = "evict_first",
+    taught=None,
+):
+    """Writes the dense gradient of a row to `out`, which may be the row itself. `taught`: `even` is
+    for the columns below it."""
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     to = span_beside(out, lead, ALIGNED)
     offsets = tile_offsets(R, C)
@@ -325,10 +484,14 @@ def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl
     whole = tiles * (R * C)
     if whole < body:
         inside = whole + offsets < body
-        x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        x = tl.load(start + whole + offsets, mask=inside, other=0.0, eviction_policy=EVICT).to(
+            tl.float32
+        )
         share = share_of(even, lead + whole + offsets, taught)
         g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
-        tl.store(to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy=EVICT)
+        tl.store(
+            to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy=EVICT
+        )
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
@@ -338,13 +501,17 @@ def sweep_gradient(row, out, num_classes, ref, ref2, a_one, a_soft, c, c2, P: tl
 
 
 @triton.jit
-def fill_zeros(out, num_classes, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+def fill_zeros(
+    out, num_classes, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Zeros over a row of `out`."""
     start, lead, body = span(out, num_classes, VEC, ALIGNED)
     offsets = tile_offsets(R, C)
     zeros = tl.zeros([R, C], out.dtype.element_ty)
     for at in tl.range(0, body, R * C):
-        tl.store(start + at + offsets, zeros, mask=at + offsets < body, eviction_policy="evict_first")
+        tl.store(
+            start + at + offsets, zeros, mask=at + offsets < body, eviction_policy="evict_first"
+        )
     if not ALIGNED:
         column, held = edge_columns(lead, body, num_classes, VEC)
         tl.store(out + column, tl.zeros([2 * VEC], out.dtype.element_ty), mask=held)
@@ -359,9 +526,11 @@ def log_sum_exp2(a, b):
 
 @triton.jit
 def outcome(log_q, log_p, p, total_q, beta, DIVERGENCE: tl.constexpr):
-    """Of each outcome: its part of D(q || p), and dD/dp as far as it is not common to all (forward KL: its slope).
+    """Of each outcome: its part of D(q || p), and dD/dp as far as it is not common to all (forward
+    KL: its slope).
 
-    The slope over scores whose softmax is p is p_i (c_i - sum p c); for forward KL that is (sum q) p_i - q_i.
+    The slope over scores whose softmax is p is p_i (c_i - sum p c); for forward KL that is (sum q)
+    p_i - q_i.
     """
     q = tl.exp(log_q)
     if DIVERGENCE == "forward_kl":

@@ -1,13 +1,15 @@
 """Device function of logits that are capped before the loss: y = cap * tanh(x * scale / cap).
 
-What follows works on tanh alone: the cap is part of the factor that every logit meets there (`rows.py`, c and c2).
+What follows works on tanh alone: the cap is part of the factor that every logit meets there
+(`rows.py`, c and c2).
 
-By 2^x, as triton's interpreter has no tanh. With a = exp(-2 |z|), tanh |z| = (1 - a) / (1 + a), and its slope is 4 a /
-(1 + a)^2, which loses nothing as tanh nears 1. Where |z| < 1/2 and 1 - a would lose digits, tanh is z times an even
-polynomial (of least greatest relative error, 2^-26). 2 / (1 + a) is rsqrt squared and one step of Newton's: five
-instructions, where triton's division, which takes any divisor, is nine. Relative error in units of 2^-24: of tanh 3.6,
-of the slope 5 + 1.5 |z|, over a million |z| up to 200 in the interpreter; at most 8 and 11 + 4 |z| where 2^x is exact
-to 2^-22, as PTX promises of the instruction (torch.tanh: 1).
+By 2^x, as triton's interpreter has no tanh. With a = exp(-2 |z|), tanh |z| = (1 - a) / (1 + a), and
+its slope is 4 a / (1 + a)^2, which loses nothing as tanh nears 1. Where |z| < 1/2 and 1 - a would
+lose digits, tanh is z times an even polynomial (of least greatest relative error, 2^-26). 2 / (1 +
+a) is rsqrt squared and one step of Newton's: five instructions, where triton's division, which
+takes any divisor, is nine. Relative error in units of 2^-24: of tanh 3.6, of the slope 5 + 1.5 |z|,
+over a million |z| up to 200 in the interpreter; at most 8 and 11 + 4 |z| where 2^x is exact to
+2^-22, as PTX promises of the instruction (torch.tanh: 1).
 """
 
 # mypy: ignore-errors
@@ -26,8 +28,8 @@ MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)
 
 @triton.jit
 def capped(x, rate, MASKED: tl.constexpr = True):
-    """(tanh(rate * x), 1 - its square). With MASKED a logit of -inf stays -inf: a class that is masked stays out. Its
-    slope is 0 in any case, which is all that a gradient needs of it."""
+    """(tanh(rate * x), 1 - its square). With MASKED a logit of -inf stays -inf: a class that is
+    masked stays out. Its slope is 0 in any case, which is all that a gradient needs of it."""
     z = x * rate
     a = tl.exp2(tl.abs(z) * MINUS_2_LOG2E)
     half = 0.5 + 0.5 * a

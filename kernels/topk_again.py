@@ -1,8 +1,10 @@
-"""The second look of `topk_lse`: at the lanes that hold the head, those of labels, and what may be kept of them.
+"""The second look of `topk_lse`: at the lanes that hold the head, those of labels, and what may be
+kept of them.
 
-Warps meet in memory, each place written before a barrier and read after it: LANES, the lanes looked at again; PIECES,
-the pieces of them that may hold what is kept or a label; FOUND, the elements that may be kept; SUMS, the greatest logit
-and the sums of both rounds. A second round writes PIECES and FOUND again, behind a barrier after their last reading.
+Warps meet in memory, each place written before a barrier and read after it: LANES, the lanes looked
+at again; PIECES, the pieces of them that may hold what is kept or a label; FOUND, the elements that
+may be kept; SUMS, the greatest logit and the sums of both rounds. A second round writes PIECES and
+FOUND again, behind a barrier after their last reading.
 """
 
 # mypy: ignore-errors
@@ -18,7 +20,9 @@ from kdcache.kernels.topk_sweep import LEAST, add_tile, exp_of, zeros_each
 
 @triton.jit
 def first_pieces(lanes, at, L: tl.constexpr):
-    """(tile, which of the chosen lanes) of the L pieces from number `at` on: lane by lane of the first tile, and on."""
+    """(tile, which of the chosen lanes) of the L pieces from number `at` on: lane by lane of the
+    first tile, and on.
+    """
     number = at + tl.arange(0, L)
     return number // lanes, number % lanes
 
@@ -38,13 +42,36 @@ def columns_of(tile, which, LANES, body, L: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def sweep_again(start, lead, body, LANES, PIECES, lanes, seen, seen_id, bound, bound_id, best, sums, LABELS,
-                J: tl.constexpr, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr, L: tl.constexpr,
-                B: tl.constexpr, CAP: tl.constexpr, EDGES: tl.constexpr, ROUND: tl.constexpr):
-    """Adds pieces of the chosen lanes to the tail, but for those that may reach the bound or hold a label.
+def sweep_again(
+    start,
+    lead,
+    body,
+    LANES,
+    PIECES,
+    lanes,
+    seen,
+    seen_id,
+    bound,
+    bound_id,
+    best,
+    sums,
+    LABELS,
+    J: tl.constexpr,
+    POWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BASES: tl.constexpr,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    CAP: tl.constexpr,
+    EDGES: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Adds pieces of the chosen lanes to the tail, but for those that may reach the bound or hold a
+    label.
 
-    Those go to PIECES, behind EDGES others. In round 2 a piece that could not reach (seen, seen_id) is in the sums
-    already. What is set apart is noted in one bit a step and numbered afterwards: the loop has no barrier.
+    Those go to PIECES, behind EDGES others. In round 2 a piece that could not reach (seen, seen_id)
+    is in the sums already. What is set apart is noted in one bit a step and numbered afterwards:
+    the loop has no barrier.
     """
     number = EDGES
     steps = tl.cdiv(lanes * ((body + L * B - 1) // (L * B)), L)
@@ -67,14 +94,29 @@ def sweep_again(start, lead, body, LANES, PIECES, lanes, seen, seen_id, bound, b
             x = tl.where(apart[:, None], -float("inf"), x)
             best, sums = add_tile(tl.reshape(x, [1, L, B]), best, sums, POWERS, GROUPS, BASES)
             tile, which = next_pieces(tile, which, lanes, L)
-        number = note_pieces(LANES, PIECES, number, noted, lanes, begin, end - begin, body, L, B, CAP)
+        number = note_pieces(
+            LANES, PIECES, number, noted, lanes, begin, end - begin, body, L, B, CAP
+        )
     return number, best, sums
 
 
 @triton.jit
-def note_pieces(LANES, PIECES, number, noted, lanes, begin, steps, body, L: tl.constexpr, B: tl.constexpr,
-                CAP: tl.constexpr):
-    """Pieces whose bit is set, to PIECES from `number` on, as far as CAP; the next number, beyond it too."""
+def note_pieces(
+    LANES,
+    PIECES,
+    number,
+    noted,
+    lanes,
+    begin,
+    steps,
+    body,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Pieces whose bit is set, to PIECES from `number` on, as far as CAP; the next number, beyond
+    it too.
+    """
     count = tl.zeros([L], tl.int32)
     for step in tl.range(0, steps):
         count += (noted >> step) & 1
@@ -82,15 +124,31 @@ def note_pieces(LANES, PIECES, number, noted, lanes, begin, steps, body, L: tl.c
     tile, which = first_pieces(lanes, begin * L, L)
     for step in tl.range(0, steps):
         one = (noted >> step) & 1
-        tl.store(PIECES + place, columns_of(tile, which, LANES, body, L, B), mask=(one > 0) & (place < CAP))
+        tl.store(
+            PIECES + place,
+            columns_of(tile, which, LANES, body, L, B),
+            mask=(one > 0) & (place < CAP),
+        )
         place += one
         tile, which = next_pieces(tile, which, lanes, L)
     return tl.max(place, axis=0)
 
 
 @triton.jit
-def load_apart(start, lead, PIECES, at, number, num_classes, B: tl.constexpr, PART: tl.constexpr, EDGES: tl.constexpr):
-    """Of the elements [PART, B] of PIECES from `at` on: logits, -inf where is none, ids, and where there is one."""
+def load_apart(
+    start,
+    lead,
+    PIECES,
+    at,
+    number,
+    num_classes,
+    B: tl.constexpr,
+    PART: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    """Of the elements [PART, B] of PIECES from `at` on: logits, -inf where is none, ids, and where
+    there is one.
+    """
     slot = at + tl.arange(0, PART)
     column = tl.load(PIECES + slot, mask=slot < number, other=0)[:, None] + tl.arange(0, B)[None, :]
     inside = tl.broadcast_to((slot < number)[:, None], column.shape)
@@ -101,12 +159,28 @@ def load_apart(start, lead, PIECES, at, number, num_classes, B: tl.constexpr, PA
 
 
 @triton.jit
-def collect(start, lead, PIECES, FOUND, number, bound, bound_id, num_classes, B: tl.constexpr, CAP: tl.constexpr,
-            PART: tl.constexpr, EDGES: tl.constexpr):
-    """What reaches the bound, to FOUND; how many do, CAP + 1 where PIECES did not hold all that may."""
+def collect(
+    start,
+    lead,
+    PIECES,
+    FOUND,
+    number,
+    bound,
+    bound_id,
+    num_classes,
+    B: tl.constexpr,
+    CAP: tl.constexpr,
+    PART: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    """What reaches the bound, to FOUND; how many do, CAP + 1 where PIECES did not hold all that
+    may.
+    """
     found = 0
     for at in tl.range(0, tl.minimum(number, CAP), PART):
-        x, id, inside = load_apart(start, lead, PIECES, at, tl.minimum(number, CAP), num_classes, B, PART, EDGES)
+        x, id, inside = load_apart(
+            start, lead, PIECES, at, tl.minimum(number, CAP), num_classes, B, PART, EDGES
+        )
         over = tl.reshape(inside & reaches(x, id, bound, bound_id), [PART * B]).to(tl.int32)
         place = found + tl.cumsum(over, axis=0) - 1
         kept = (over > 0) & (place < CAP)
@@ -117,13 +191,31 @@ def collect(start, lead, PIECES, FOUND, number, bound, bound_id, num_classes, B:
 
 
 @triton.jit
-def raise_bound(start, lead, body, LANES, PIECES, lanes, bound, bound_id, top, num_classes, id_bits, k, L: tl.constexpr,
-                B: tl.constexpr, MOST: tl.constexpr, EDGES: tl.constexpr, SHIFT: tl.constexpr):
-    """A bound that at least k and at most MOST elements reach: by bisection, each step one look at the chosen lanes.
+def raise_bound(
+    start,
+    lead,
+    body,
+    LANES,
+    PIECES,
+    lanes,
+    bound,
+    bound_id,
+    top,
+    num_classes,
+    id_bits,
+    k,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    MOST: tl.constexpr,
+    EDGES: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """A bound that at least k and at most MOST elements reach: by bisection, each step one look at
+    the chosen lanes.
 
-    Over (key, id) as one integer, of `id_bits` for the id: `low` is reached by k or more, `high` by fewer, and each
-    step halves what is between. Neighbours differ by at most one element, so at the latest `low` next to `high` is
-    reached by k: it ends.
+    Over (key, id) as one integer, of `id_bits` for the id: `low` is reached by k or more, `high` by
+    fewer, and each step halves what is between. Neighbours differ by at most one element, so at the
+    latest `low` next to `high` is reached by k: it ends.
     """
     bottom = key_of(bound, SHIFT).to(tl.int64)
     ids = (tl.full([], 1, tl.int64) << id_bits) - 1
@@ -135,13 +227,19 @@ def raise_bound(start, lead, body, LANES, PIECES, lanes, bound, bound_id, top, n
         value = value_of((bottom + (mid >> id_bits)).to(tl.int32), SHIFT)
         id = (ids - (mid & ids)).to(tl.int32)
         count = 0
-        if EDGES > 0:                           # the first of PIECES
-            edge, edge_id, held = load_apart(start, lead, PIECES, 0, EDGES, num_classes, B, EDGES, EDGES)
-            count += tl.sum(tl.sum((held & reaches(edge, edge_id, value, id)).to(tl.int32), axis=1), axis=0)
+        if EDGES > 0:  # the first of PIECES
+            edge, edge_id, held = load_apart(
+                start, lead, PIECES, 0, EDGES, num_classes, B, EDGES, EDGES
+            )
+            count += tl.sum(
+                tl.sum((held & reaches(edge, edge_id, value, id)).to(tl.int32), axis=1), axis=0
+            )
         over = tl.zeros([L], tl.int32)
         tile, which = first_pieces(lanes, 0, L)
         for _ in tl.range(0, tl.cdiv(lanes * ((body + L * B - 1) // (L * B)), L)):
-            x, column, inside = load_pieces(start, columns_of(tile, which, LANES, body, L, B), body, B)
+            x, column, inside = load_pieces(
+                start, columns_of(tile, which, LANES, body, L, B), body, B
+            )
             over += tl.sum((inside & reaches(x, lead + column, value, id)).to(tl.int32), axis=1)
             tile, which = next_pieces(tile, which, lanes, L)
         count += tl.sum(over, axis=0)
@@ -155,42 +253,180 @@ def raise_bound(start, lead, body, LANES, PIECES, lanes, bound, bound_id, top, n
 
 
 @triton.jit
-def one_round(start, lead, body, LANES, FOUND, SUMS, lanes, seen, seen_id, bound, bound_id, best, sums, LABELS,
-              num_classes, J: tl.constexpr, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr,
-              L: tl.constexpr, B: tl.constexpr, CAP: tl.constexpr, PART: tl.constexpr,
-              EDGES: tl.constexpr, ROUND: tl.constexpr):
-    """Collects what reaches the bound, and joins the rest of the chosen lanes in SUMS; counts of PIECES and FOUND."""
+def one_round(
+    start,
+    lead,
+    body,
+    LANES,
+    FOUND,
+    SUMS,
+    lanes,
+    seen,
+    seen_id,
+    bound,
+    bound_id,
+    best,
+    sums,
+    LABELS,
+    num_classes,
+    J: tl.constexpr,
+    POWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BASES: tl.constexpr,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    CAP: tl.constexpr,
+    PART: tl.constexpr,
+    EDGES: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Collects what reaches the bound, and joins the rest of the chosen lanes in SUMS; counts of
+    PIECES and FOUND.
+    """
     PIECES = FOUND + 2 * CAP
-    number, best, sums = sweep_again(start, lead, body, LANES, PIECES, lanes, seen, seen_id, bound, bound_id, best,
-                                     sums, LABELS, J, POWERS, GROUPS, BASES, L, B, CAP, EDGES, ROUND)
+    number, best, sums = sweep_again(
+        start,
+        lead,
+        body,
+        LANES,
+        PIECES,
+        lanes,
+        seen,
+        seen_id,
+        bound,
+        bound_id,
+        best,
+        sums,
+        LABELS,
+        J,
+        POWERS,
+        GROUPS,
+        BASES,
+        L,
+        B,
+        CAP,
+        EDGES,
+        ROUND,
+    )
     ref = tl.maximum(tl.max(best, axis=0), LEAST)
     fall = tl.maximum(best, LEAST) - ref
     tl.store(SUMS, ref)
     for i in tl.static_range(len(POWERS)):
         tl.store(SUMS + 1 + i, tl.sum(sums[i] * exp_of(fall, i, POWERS, GROUPS, BASES), axis=0))
     tl.debug_barrier()
-    return number, collect(start, lead, PIECES, FOUND, number, bound, bound_id, num_classes, B, CAP, PART, EDGES)
+    return number, collect(
+        start, lead, PIECES, FOUND, number, bound, bound_id, num_classes, B, CAP, PART, EDGES
+    )
 
 
 @triton.jit
-def look_again(start, lead, body, LANES, FOUND, SUMS, lanes, bound, bound_id, best, sums, LABELS, num_classes,
-               id_bits, k, J: tl.constexpr, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr,
-               L: tl.constexpr, B: tl.constexpr, CAP: tl.constexpr, PART: tl.constexpr,
-               EDGES: tl.constexpr, SHIFT: tl.constexpr):
+def look_again(
+    start,
+    lead,
+    body,
+    LANES,
+    FOUND,
+    SUMS,
+    lanes,
+    bound,
+    bound_id,
+    best,
+    sums,
+    LABELS,
+    num_classes,
+    id_bits,
+    k,
+    J: tl.constexpr,
+    POWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BASES: tl.constexpr,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    CAP: tl.constexpr,
+    PART: tl.constexpr,
+    EDGES: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """One round, and where more than CAP reach the bound, a second.
 
-    At most CAP - EDGES - J - 1 reach its bound: their pieces, the edges', those of labels, and one in which the bound's
-    id lies fit into PIECES, so it is the last. Not a loop, in which each reduction would hold a register through all.
+    At most CAP - EDGES - J - 1 reach its bound: their pieces, the edges', those of labels, and one
+    in which the bound's id lies fit into PIECES, so it is the last. Not a loop, in which each
+    reduction would hold a register through all.
     """
-    number, found = one_round(start, lead, body, LANES, FOUND, SUMS + 1, lanes, None, None, bound, bound_id, best, sums,
-                              LABELS, num_classes, J, POWERS, GROUPS, BASES, L, B, CAP, PART, EDGES, 1)
+    number, found = one_round(
+        start,
+        lead,
+        body,
+        LANES,
+        FOUND,
+        SUMS + 1,
+        lanes,
+        None,
+        None,
+        bound,
+        bound_id,
+        best,
+        sums,
+        LABELS,
+        num_classes,
+        J,
+        POWERS,
+        GROUPS,
+        BASES,
+        L,
+        B,
+        CAP,
+        PART,
+        EDGES,
+        1,
+    )
     if found > CAP:
-        higher, higher_id = raise_bound(start, lead, body, LANES, FOUND + 2 * CAP, lanes, bound, bound_id,
-                                        tl.load(SUMS), num_classes, id_bits, k, L, B, CAP - EDGES - J - 1, EDGES, SHIFT)
+        higher, higher_id = raise_bound(
+            start,
+            lead,
+            body,
+            LANES,
+            FOUND + 2 * CAP,
+            lanes,
+            bound,
+            bound_id,
+            tl.load(SUMS),
+            num_classes,
+            id_bits,
+            k,
+            L,
+            B,
+            CAP - EDGES - J - 1,
+            EDGES,
+            SHIFT,
+        )
         tl.debug_barrier()
-        number, found = one_round(start, lead, body, LANES, FOUND, SUMS + 2 + len(POWERS), lanes, bound, bound_id,
-                                  higher, higher_id, tl.full([L], -float("inf"), tl.float32),
-                                  zeros_each([L], len(POWERS)), LABELS, num_classes, J, POWERS, GROUPS, BASES, L, B,
-                                  CAP, PART, EDGES, 2)
+        number, found = one_round(
+            start,
+            lead,
+            body,
+            LANES,
+            FOUND,
+            SUMS + 2 + len(POWERS),
+            lanes,
+            bound,
+            bound_id,
+            higher,
+            higher_id,
+            tl.full([L], -float("inf"), tl.float32),
+            zeros_each([L], len(POWERS)),
+            LABELS,
+            num_classes,
+            J,
+            POWERS,
+            GROUPS,
+            BASES,
+            L,
+            B,
+            CAP,
+            PART,
+            EDGES,
+            2,
+        )
     tl.debug_barrier()
     return number, found

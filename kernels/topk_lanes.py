@@ -1,7 +1,8 @@
 """Order and lanes of `topk_lse`: which lanes of a row hold its head.
 
-A row is cut into L lanes: lane l holds the columns t C + l B .. + B - 1 of every t, C = L B. Order is total: logit
-descending, then id ascending; a key is an int32 that sorts as the logit, and the id where keys are equal.
+A row is cut into L lanes: lane l holds the columns t C + l B .. + B - 1 of every t, C = L B. Order
+is total: logit descending, then id ascending; a key is an int32 that sorts as the logit, and the id
+where keys are equal.
 """
 
 # mypy: ignore-errors
@@ -11,20 +12,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NEVER = tl.constexpr(-(2**31))          # below the key of every float, NaN included
+NEVER = tl.constexpr(-(2**31))  # below the key of every float, NaN included
 LAST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def key_of(x, SHIFT: tl.constexpr):
-    """int32 that sort as the float32 x do, -0.0 and +0.0 alike. SHIFT: low bits that this dtype never uses."""
+    """int32 that sort as the float32 x do, -0.0 and +0.0 alike. SHIFT: low bits that this dtype
+    never uses.
+    """
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
 def value_of(key, SHIFT: tl.constexpr):
-    """The float32 whose key this is; a key that no float has gives one in between, -0.0 just below 0."""
+    """The float32 whose key this is; a key that no float has gives one in between, -0.0 just below
+    0.
+    """
     order = (key << SHIFT) | ((key >> 31) & ((1 << SHIFT) - 1))
     return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -55,12 +60,24 @@ def load_pieces(start, first, body, B: tl.constexpr):
 
 
 @triton.jit
-def choose_lanes(start, lead, body, best, k, L: tl.constexpr, B: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr):
-    """The lanes [L] to look at again, k or more, and a bound (logit, id) that nothing of the other lanes reaches.
+def choose_lanes(
+    start,
+    lead,
+    body,
+    best,
+    k,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    CAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """The lanes [L] to look at again, k or more, and a bound (logit, id) that nothing of the other
+    lanes reaches.
 
-    Each of the k has an element at or above the bound, so the bound is at or below the k-th of the row. Lanes whose
-    maximum is the k-th are all taken, unless they are more than 3/4 of CAP with the others: what reaches the bound then
-    mostly fits into CAP. With at most k lanes in use all are taken, and the bound is below everything.
+    Each of the k has an element at or above the bound, so the bound is at or below the k-th of the
+    row. Lanes whose maximum is the k-th are all taken, unless they are more than 3/4 of CAP with
+    the others: what reaches the bound then mostly fits into CAP. With at most k lanes in use all
+    are taken, and the bound is below everything.
     """
     used = tl.arange(0, L) * B < body
     key_L = tl.where(used, key_of(best, SHIFT), NEVER)
@@ -87,8 +104,11 @@ def choose_lanes(start, lead, body, best, k, L: tl.constexpr, B: tl.constexpr, C
 
 
 @triton.jit
-def first_of_tied(start, body, key_L, low, k, L: tl.constexpr, B: tl.constexpr, SHIFT: tl.constexpr):
-    """k lanes [L]: of those whose maximum is the k-th, the ones that have it first; and the last such column.
+def first_of_tied(
+    start, body, key_L, low, k, L: tl.constexpr, B: tl.constexpr, SHIFT: tl.constexpr
+):
+    """k lanes [L]: of those whose maximum is the k-th, the ones that have it first; and the last
+    such column.
 
     Reads the row again: many lanes are tied where logits are all equal, masked, or of few values.
     """

@@ -1,4 +1,6 @@
-"""The kernel of `topk_lse`: one program per row, one sweep over it, and a second look at the lanes that matter."""
+"""The kernel of `topk_lse`: one program per row, one sweep over it, and a second look at the lanes
+that matter.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: RUF005
@@ -15,7 +17,7 @@ from kdcache.kernels.topk_lanes import choose_lanes, key_of, packed
 from kdcache.kernels.topk_sweep import LEAST, exp_of, moments, sweep, zeros_each
 
 NOT_A_NUMBER, INFINITE, EMPTY, BAD_LABEL = (tl.constexpr(flag) for flag in (1, 2, 4, 8))
-CHUNK = tl.constexpr(8)                 # elements that all others are compared with at a time
+CHUNK = tl.constexpr(8)  # elements that all others are compared with at a time
 
 
 @triton.jit
@@ -26,7 +28,9 @@ def edge_at(slot, body, M: tl.constexpr):
 
 @triton.jit
 def load_edges(start, lead, body, num_classes, VEC: tl.constexpr):
-    """Logits, -inf where there is none, ids, and where there is one [2 VEC] of the columns beside the vectors."""
+    """Logits, -inf where there is none, ids, and where there is one [2 VEC] of the columns beside
+    the vectors.
+    """
     column = edge_at(tl.arange(0, 2 * VEC), body, VEC)
     id = lead + column
     inside = (id >= 0) & (id < num_classes)
@@ -35,16 +39,23 @@ def load_edges(start, lead, body, num_classes, VEC: tl.constexpr):
 
 @triton.jit
 def what_is_wrong(start, body, sums, edge, top, L: tl.constexpr, B: tl.constexpr):
-    """NOT_A_NUMBER, INFINITE, EMPTY or 0. The sums of a lane with NaN are NaN, and so are those of one with +inf."""
-    wrong = tl.max((sums != sums).to(tl.int32), axis=0) | tl.max((edge != edge).to(tl.int32), axis=0)
+    """NOT_A_NUMBER, INFINITE, EMPTY or 0. The sums of a lane with NaN are NaN, and so are those of
+    one with +inf.
+    """
+    wrong = tl.max((sums != sums).to(tl.int32), axis=0) | tl.max(
+        (edge != edge).to(tl.int32), axis=0
+    )
     if top == float("inf"):
         wrong = tl.max((edge != edge).to(tl.int32), axis=0)
         for at in tl.range(0, body, L * B):
             inside = at + tl.arange(0, L * B) < body
             x = tl.load(start + at + tl.arange(0, L * B), mask=inside, other=0.0).to(tl.float32)
             wrong = wrong | tl.max((x != x).to(tl.int32), axis=0)
-    return tl.where(wrong != 0, NOT_A_NUMBER, tl.where(top == float("inf"), INFINITE,
-                                                       tl.where(top == -float("inf"), EMPTY, 0)))
+    return tl.where(
+        wrong != 0,
+        NOT_A_NUMBER,
+        tl.where(top == float("inf"), INFINITE, tl.where(top == -float("inf"), EMPTY, 0)),
+    )
 
 
 @triton.jit
@@ -52,14 +63,21 @@ def entries(FOUND, slot, found, CAP: tl.constexpr, SHIFT: tl.constexpr):
     """Value, id and order of what was collected at some slots; beyond it an order below all."""
     value = tl.load(FOUND + slot, mask=slot < found, other=0).to(tl.float32, bitcast=True)
     id = tl.load(FOUND + CAP + slot, mask=slot < found, other=0)
-    return value, id, tl.where(slot < found, packed(key_of(value, SHIFT), id), tl.full(slot.shape, -(2**62), tl.int64))
+    return (
+        value,
+        id,
+        tl.where(
+            slot < found, packed(key_of(value, SHIFT), id), tl.full(slot.shape, -(2**62), tl.int64)
+        ),
+    )
 
 
 @triton.jit
 def store_head(FOUND, found, IDS, VALUES, n, k, CAP: tl.constexpr, SHIFT: tl.constexpr):
     """Writes the k first of what was collected; returns the order of the k-th.
 
-    The place of an element is the number of those before it: orders differ, so no place is taken twice.
+    The place of an element is the number of those before it: orders differ, so no place is taken
+    twice.
     """
     slot = tl.arange(0, CAP)
     value, id, order = entries(FOUND, slot, found, CAP, SHIFT)
@@ -76,17 +94,38 @@ def store_head(FOUND, found, IDS, VALUES, n, k, CAP: tl.constexpr, SHIFT: tl.con
 
 @triton.jit
 def factor(x, T: tl.constexpr):
-    """exp(x / T) of one x <= 0. It scales a whole sum: what rounding takes from the exponent is put back."""
-    x = tl.maximum(x, -200.0 * T)               # 0 from there on; -inf would give NaN
+    """exp(x / T) of one x <= 0. It scales a whole sum: what rounding takes from the exponent is put
+    back.
+    """
+    x = tl.maximum(x, -200.0 * T)  # 0 from there on; -inf would give NaN
     c = tl.full([], 1.4426950408889634 / T, tl.float32)
     product = x * c
     return tl.exp2(product) * (1.0 + tl.fma(x, c, -product) * 0.6931471805599453)
 
 
 @triton.jit
-def store_sums(start, lead, PIECES, number, last, SUMS, LSE, TAIL, n, LABELS, num_classes, J: tl.constexpr,
-               POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr, TEMPERATURES: tl.constexpr,
-               B: tl.constexpr, PART: tl.constexpr, EDGES: tl.constexpr, SHIFT: tl.constexpr):
+def store_sums(
+    start,
+    lead,
+    PIECES,
+    number,
+    last,
+    SUMS,
+    LSE,
+    TAIL,
+    n,
+    LABELS,
+    num_classes,
+    J: tl.constexpr,
+    POWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BASES: tl.constexpr,
+    TEMPERATURES: tl.constexpr,
+    B: tl.constexpr,
+    PART: tl.constexpr,
+    EDGES: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Log-sum-exps of both rounds' sums and the elements of PIECES.
 
     Of those the head, at or before `last`, and labels are no tail.
@@ -96,7 +135,8 @@ def store_sums(start, lead, PIECES, number, last, SUMS, LSE, TAIL, n, LABELS, nu
     best = tl.full([PART, B], -float("inf"), tl.float32)
     tails = zeros_each([PART, B], T)
     heads = zeros_each([PART, B], T)
-    for at in tl.range(0, number, PART):        # mostly once; each place of the tile has sums of its own: no reduction
+    # mostly once; each place of the tile has sums of its own: no reduction
+    for at in tl.range(0, number, PART):
         x, id, inside = load_apart(start, lead, PIECES, at, number, num_classes, B, PART, EDGES)
         kept = packed(key_of(x, SHIFT), id) >= last
         for j in tl.static_range(J):
@@ -108,10 +148,14 @@ def store_sums(start, lead, PIECES, number, last, SUMS, LSE, TAIL, n, LABELS, nu
         tails = ()
         heads = ()
         for i in tl.static_range(T):
-            tails = tails + (old_tails[i] * exp_of(tl.maximum(best, LEAST) - to, i, POWERS, GROUPS, BASES) +
-                             exp_of(tl.where(kept, -float("inf"), x) - to, i, POWERS, GROUPS, BASES),)
-            heads = heads + (old_heads[i] + exp_of(tl.where(kept & inside, x, -float("inf")) - top, i, POWERS, GROUPS,
-                                                   BASES),)
+            tails = tails + (
+                old_tails[i] * exp_of(tl.maximum(best, LEAST) - to, i, POWERS, GROUPS, BASES)
+                + exp_of(tl.where(kept, -float("inf"), x) - to, i, POWERS, GROUPS, BASES),
+            )
+            heads = heads + (
+                old_heads[i]
+                + exp_of(tl.where(kept & inside, x, -float("inf")) - top, i, POWERS, GROUPS, BASES),
+            )
         best = new
     best = tl.reshape(best, [PART * B], can_reorder=True)
     first = tl.load(SUMS + 1)
@@ -119,19 +163,36 @@ def store_sums(start, lead, PIECES, number, last, SUMS, LSE, TAIL, n, LABELS, nu
     ref = tl.maximum(tl.max(best, axis=0), tl.maximum(first, second))
     fall = tl.maximum(best, LEAST) - ref
     for i in tl.static_range(T):
-        pairs = tl.join(tl.reshape(tails[i], [PART * B], can_reorder=True) * exp_of(fall, i, POWERS, GROUPS, BASES),
-                        tl.reshape(heads[i], [PART * B], can_reorder=True))
+        pairs = tl.join(
+            tl.reshape(tails[i], [PART * B], can_reorder=True)
+            * exp_of(fall, i, POWERS, GROUPS, BASES),
+            tl.reshape(heads[i], [PART * B], can_reorder=True),
+        )
         of_tail, of_head = tl.split(tl.sum(pairs, axis=0))
         of_tail += tl.load(SUMS + 2 + i) * factor(first - ref, TEMPERATURES[i])
         of_tail += tl.load(SUMS + 3 + T + i) * factor(second - ref, TEMPERATURES[i])
         total = of_tail * factor(ref - top, TEMPERATURES[i]) + of_head
         tl.store(LSE + n * T + i, top / TEMPERATURES[i] + tl.log(total))
-        tl.store(TAIL + n * T + i,
-                 tl.where(of_tail > 0, tl.log(of_tail) + (ref - top) / TEMPERATURES[i], -float("inf")))
+        tl.store(
+            TAIL + n * T + i,
+            tl.where(of_tail > 0, tl.log(of_tail) + (ref - top) / TEMPERATURES[i], -float("inf")),
+        )
 
 
 @triton.jit
-def store_nothing(IDS, VALUES, LSE, TAIL, MEAN, STD, n, k, T: tl.constexpr, CAP: tl.constexpr, MOMENTS: tl.constexpr):
+def store_nothing(
+    IDS,
+    VALUES,
+    LSE,
+    TAIL,
+    MEAN,
+    STD,
+    n,
+    k,
+    T: tl.constexpr,
+    CAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
     """What a row without an answer gets: ids -1, the rest NaN."""
     slot = tl.arange(0, CAP)
     tl.store(IDS + n * k + slot, tl.full([CAP], -1, tl.int64), mask=slot < k)
@@ -145,22 +206,50 @@ def store_nothing(IDS, VALUES, LSE, TAIL, MEAN, STD, n, k, T: tl.constexpr, CAP:
 
 
 @triton.jit
-def keep_row(start, lead, body, best, sums, SCRATCH, IDS, VALUES, LSE, TAIL, n, num_classes, id_bits, k,
-             POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr, TEMPERATURES: tl.constexpr,
-             J: tl.constexpr, CAP: tl.constexpr, L: tl.constexpr, B: tl.constexpr, PART: tl.constexpr,
-             VEC: tl.constexpr, EDGES: tl.constexpr, SHIFT: tl.constexpr):
+def keep_row(
+    start,
+    lead,
+    body,
+    best,
+    sums,
+    SCRATCH,
+    IDS,
+    VALUES,
+    LSE,
+    TAIL,
+    n,
+    num_classes,
+    id_bits,
+    k,
+    POWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BASES: tl.constexpr,
+    TEMPERATURES: tl.constexpr,
+    J: tl.constexpr,
+    CAP: tl.constexpr,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    PART: tl.constexpr,
+    VEC: tl.constexpr,
+    EDGES: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Head, log-sum-exps and tails of a good row, from the maxima and sums of its lanes."""
     SUMS = SCRATCH.to(tl.pointer_type(tl.float32), bitcast=True)
     LABELS = SCRATCH + 3 + 2 * len(POWERS)
     LANES = LABELS + J
     FOUND = LANES + J + CAP
     chosen, bound, bound_id = choose_lanes(start, lead, body, best, k, L, B, CAP, SHIFT)
-    tl.debug_barrier()                          # labels were stored by one thread
-    for j in tl.static_range(J):                # a lane with a label is looked at again too, to leave the label out
+    tl.debug_barrier()  # labels were stored by one thread
+    # a lane with a label is looked at again too, to leave the label out
+    for j in tl.static_range(J):
         place = tl.load(LABELS + j) - lead
-        chosen = chosen | ((place >= 0) & (place < body) & (tl.arange(0, L) == place % (L * B) // B))
+        chosen = chosen | (
+            (place >= 0) & (place < body) & (tl.arange(0, L) == place % (L * B) // B)
+        )
     number = tl.cumsum(chosen.to(tl.int32), axis=0)
-    lanes = tl.maximum(tl.max(number, axis=0), 1)       # none where all columns are edges: a step count of 0
+    # none where all columns are edges: a step count of 0
+    lanes = tl.maximum(tl.max(number, axis=0), 1)
     tl.store(LANES + number - 1, tl.arange(0, L), mask=chosen)
     if EDGES > 0:
         edge = tl.arange(0, EDGES)
@@ -170,20 +259,96 @@ def keep_row(start, lead, body, best, sums, SCRATCH, IDS, VALUES, LSE, TAIL, n, 
         rest = rest + (tl.where(chosen, 0.0, sums[i]),)
     best = tl.where(chosen, -float("inf"), best)
     tl.debug_barrier()
-    number, found = look_again(start, lead, body, LANES, FOUND, SUMS, lanes, bound, bound_id, best, rest, LABELS,
-                               num_classes, id_bits, k, J, POWERS, GROUPS, BASES, L, B, CAP, PART, EDGES, SHIFT)
+    number, found = look_again(
+        start,
+        lead,
+        body,
+        LANES,
+        FOUND,
+        SUMS,
+        lanes,
+        bound,
+        bound_id,
+        best,
+        rest,
+        LABELS,
+        num_classes,
+        id_bits,
+        k,
+        J,
+        POWERS,
+        GROUPS,
+        BASES,
+        L,
+        B,
+        CAP,
+        PART,
+        EDGES,
+        SHIFT,
+    )
     last = store_head(FOUND, found, IDS, VALUES, n, k, CAP, SHIFT)
-    store_sums(start, lead, FOUND + 2 * CAP, number, last, SUMS, LSE, TAIL, n, LABELS, num_classes, J, POWERS, GROUPS,
-               BASES, TEMPERATURES, B, PART, EDGES, SHIFT)
+    store_sums(
+        start,
+        lead,
+        FOUND + 2 * CAP,
+        number,
+        last,
+        SUMS,
+        LSE,
+        TAIL,
+        n,
+        LABELS,
+        num_classes,
+        J,
+        POWERS,
+        GROUPS,
+        BASES,
+        TEMPERATURES,
+        B,
+        PART,
+        EDGES,
+        SHIFT,
+    )
 
 
-@triton.jit(do_not_specialize=["label_stride", "id_bits", "k"], do_not_specialize_on_alignment=["LABELS"])
-def topk_rows(X, IDS, VALUES, LSE, TAIL, LABEL_LOGIT, MEAN, STD, FLAG, LABELS, SCRATCH, x_stride, label_stride,
-              num_classes, id_bits, k, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr,
-              TEMPERATURES: tl.constexpr, J: tl.constexpr, CAP: tl.constexpr, A: tl.constexpr, L: tl.constexpr,
-              B: tl.constexpr, PART: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
-              SHIFT: tl.constexpr, MOMENTS: tl.constexpr):
-    """One row. Every output is written; those of a row with NaN, +inf or no finite logit are NaN, its ids -1."""
+@triton.jit(
+    do_not_specialize=["label_stride", "id_bits", "k"], do_not_specialize_on_alignment=["LABELS"]
+)
+def topk_rows(
+    X,
+    IDS,
+    VALUES,
+    LSE,
+    TAIL,
+    LABEL_LOGIT,
+    MEAN,
+    STD,
+    FLAG,
+    LABELS,
+    SCRATCH,
+    x_stride,
+    label_stride,
+    num_classes,
+    id_bits,
+    k,
+    POWERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BASES: tl.constexpr,
+    TEMPERATURES: tl.constexpr,
+    J: tl.constexpr,
+    CAP: tl.constexpr,
+    A: tl.constexpr,
+    L: tl.constexpr,
+    B: tl.constexpr,
+    PART: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """One row. Every output is written; those of a row with NaN, +inf or no finite logit are NaN,
+    its ids -1.
+    """
     T: tl.constexpr = len(POWERS)
     n = tl.program_id(0).to(tl.int64)
     row = row_start(X, n, x_stride, VEC, ALIGNED)
@@ -204,8 +369,12 @@ def topk_rows(X, IDS, VALUES, LSE, TAIL, LABEL_LOGIT, MEAN, STD, FLAG, LABELS, S
         tl.store(LABEL_LOGIT + n * J + j, tl.where(flag == 0, x, float("nan")))
         tl.store(SCRATCH + 3 + 2 * T + j, label)
     tl.store(SCRATCH, top.to(tl.int32, bitcast=True))
-    for i in tl.static_range(1 + T):            # a second round of looking again, which there mostly is none
-        tl.store(SCRATCH + 2 + T + i, tl.full([], LEAST if i == 0 else 0.0, tl.float32).to(tl.int32, bitcast=True))
+    # a second round of looking again, which there mostly is none
+    for i in tl.static_range(1 + T):
+        tl.store(
+            SCRATCH + 2 + T + i,
+            tl.full([], LEAST if i == 0 else 0.0, tl.float32).to(tl.int32, bitcast=True),
+        )
     tl.store(FLAG + n, tl.where(flag == 0, bad, flag))
     if flag != 0:
         store_nothing(IDS, VALUES, LSE, TAIL, MEAN, STD, n, k, T, CAP, MOMENTS)
@@ -214,5 +383,31 @@ def topk_rows(X, IDS, VALUES, LSE, TAIL, LABEL_LOGIT, MEAN, STD, FLAG, LABELS, S
             m, std = moments(start, body, edge, base, shift, square, L, B)
             tl.store(MEAN + n, m)
             tl.store(STD + n, std)
-        keep_row(start, lead, body, best, sums, SCRATCH, IDS, VALUES, LSE, TAIL, n, num_classes, id_bits, k, POWERS,
-                 GROUPS, BASES, TEMPERATURES, J, CAP, L, B, PART, VEC, 0 if ALIGNED else 2 * VEC // B, SHIFT)
+        keep_row(
+            start,
+            lead,
+            body,
+            best,
+            sums,
+            SCRATCH,
+            IDS,
+            VALUES,
+            LSE,
+            TAIL,
+            n,
+            num_classes,
+            id_bits,
+            k,
+            POWERS,
+            GROUPS,
+            BASES,
+            TEMPERATURES,
+            J,
+            CAP,
+            L,
+            B,
+            PART,
+            VEC,
+            0 if ALIGNED else 2 * VEC // B,
+            SHIFT,
+        )

@@ -1,8 +1,11 @@
-"""Compiles kernels ahead of time, without a driver, and reads what came out: registers, spills, loops, accesses.
+"""Compiles kernels ahead of time, without a driver, and reads what came out: registers, spills,
+loops, accesses.
 
-Run as a program it reads a JSON list of requests on standard input and prints one JSON report per line:
-`{"name", "kernel": "module:function", "arch", "signature", "constants", "aligned", "warps"}`. It runs as a program of
-its own because triton decides once, when it is imported, whether it compiles or interprets.
+Run as a program it reads a JSON list of requests on standard input and prints one JSON report per
+line:
+`{"name", "kernel": "module:function", "arch", "signature", "constants", "aligned", "warps"}`. It
+runs as a program of its own because triton decides once, when it is imported, whether it compiles
+or interprets.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Loop:
-    """A main loop in SASS, or a whole kernel. Counts are per thread and pass; an element is one of a 128-bit load."""
+    """A main loop in SASS, or a whole kernel. Counts are per thread and pass; an element is one of
+    a 128-bit load.
+    """
 
     instructions: int
     exponentials: int
@@ -53,13 +58,22 @@ def compile_kernel(request: dict[str, Any]) -> Report:
     module, function = request["kernel"].split(":")
     kernel = getattr(importlib.import_module(module), function)
     constants = request["constants"]
-    signature = {name: "constexpr" if name in constants else request["signature"][name] for name in kernel.arg_names}
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in request["aligned"]}
+    signature = {
+        name: "constexpr" if name in constants else request["signature"][name]
+        for name in kernel.arg_names
+    }
+    attrs = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in request["aligned"]
+    }
     source = ASTSource(kernel, signature, constants, attrs)
     options = {"num_warps": request["warps"], "num_stages": 1}
     options |= {"maxnreg": request["maxnreg"]} if "maxnreg" in request else {}
-    compiled = triton.compile(source, target=GPUTarget("cuda", request["arch"], 32), options=options)
-    return read_cubin(request["name"], request["arch"], compiled.asm["cubin"], compiled.metadata.shared)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", request["arch"], 32), options=options
+    )
+    return read_cubin(
+        request["name"], request["arch"], compiled.asm["cubin"], compiled.metadata.shared
+    )
 
 
 def read_cubin(name: str, arch: int, cubin: bytes, shared: int) -> Report:
@@ -72,8 +86,16 @@ def read_cubin(name: str, arch: int, cubin: bytes, shared: int) -> Report:
     assert found, usage
     lines = sass_lines(sass)
     code = [line for _, line in lines]
-    return Report(name, arch, int(found[1]), int(found[2]), sum(_is(line, "LDL", "STL") for line in code), shared,
-                  main_loops(lines), _loop(code))
+    return Report(
+        name,
+        arch,
+        int(found[1]),
+        int(found[2]),
+        sum(_is(line, "LDL", "STL") for line in code),
+        shared,
+        main_loops(lines),
+        _loop(code),
+    )
 
 
 def sass_lines(sass: str) -> list[tuple[str, str]]:
@@ -90,7 +112,9 @@ def sass_lines(sass: str) -> list[tuple[str, str]]:
 
 
 def main_loops(lines: list[tuple[str, str]]) -> list[Loop]:
-    """Innermost loops (from a label to a branch back to it) that read or write 16 bytes or compute exponentials."""
+    """Innermost loops (from a label to a branch back to it) that read or write 16 bytes or compute
+    exponentials.
+    """
     at = {label: i for i, (label, _) in enumerate(lines) if label}
     spans = []
     for i, (_, code) in enumerate(lines):
@@ -107,9 +131,18 @@ def _loop(code: list[str]) -> Loop:
         return sum(_is(line, *names) for line in code)
 
     loads, stores = count("LDG"), count("STG")
-    wide_loads, wide_stores = (sum(_is(line, name) and ".128" in line for line in code) for name in ("LDG", "STG"))
-    return Loop(len(code), sum("MUFU.EX2" in line for line in code), wide_loads, loads - wide_loads,
-                wide_stores, stores - wide_stores, count("BAR"))
+    wide_loads, wide_stores = (
+        sum(_is(line, name) and ".128" in line for line in code) for name in ("LDG", "STG")
+    )
+    return Loop(
+        len(code),
+        sum("MUFU.EX2" in line for line in code),
+        wide_loads,
+        loads - wide_loads,
+        wide_stores,
+        stores - wide_stores,
+        count("BAR"),
+    )
 
 
 def _is(line: str, *names: str) -> bool:
@@ -127,12 +160,26 @@ def _tool(name: str, *args: str) -> str:
 def reports(requests: list[dict[str, Any]], *, cache: Path) -> list[Report]:
     """Compiles the requests in a fresh interpreter whose triton compiles."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, __file__], input=json.dumps(requests), capture_output=True, text=True,
-                          env=environment, timeout=600)
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     out = [json.loads(line) for line in done.stdout.splitlines()]
-    return [Report(**{**report, "loops": [Loop(**loop) for loop in report["loops"]], "whole": Loop(**report["whole"])})
-            for report in out]
+    return [
+        Report(
+            **{
+                **report,
+                "loops": [Loop(**loop) for loop in report["loops"]],
+                "whole": Loop(**report["whole"]),
+            }
+        )
+        for report in out
+    ]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,6 @@ def refused(result: Result, code: int, *said: str) -> None:
     assert isinstance(result.exception, SystemExit) and "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and result.stdout == ""
-    after = result.stderr[result.stderr.index("Error: "):]
+    after = result.stderr[result.stderr.index("Error: ") :]
     for words in said:
         assert words in after

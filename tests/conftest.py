@@ -1,4 +1,6 @@
-"""Whether triton interprets its kernels is settled when it is first imported: here, before any test module."""
+"""Whether triton interprets its kernels is settled when it is first imported: here, before any test
+module.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,39 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ptx", action="store_true", help="with -m gpu: run what triton compiles without a GPU, on CPU "
-                     "tensors, in the interpreter of PTX of ptx_machine.py")
-    parser.addoption("--arch", type=int, default=90, help="with --ptx: what to compile for, as 80, 90 or 100")
+    parser.addoption(
+        "--ptx",
+        action="store_true",
+        help="with -m gpu: run what triton compiles without a GPU, on CPU "
+        "tensors, in the interpreter of PTX of ptx_machine.py",
+    )
+    parser.addoption(
+        "--arch", type=int, default=90, help="with --ptx: what to compile for, as 80, 90 or 100"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """`-m gpu` runs the kernels as they are compiled; without it they run in triton's interpreter, on the CPU."""
+    """`-m gpu` runs the kernels as they are compiled; without it they run in triton's interpreter,
+    on the CPU.
+    """
     if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or ""):
         if config.getoption("ptx"):
-            raise pytest.UsageError("--ptx is a way to run the tests marked gpu: pytest -m gpu --ptx")
+            raise pytest.UsageError(
+                "--ptx is a way to run the tests marked gpu: pytest -m gpu --ptx"
+            )
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if "PYTEST_XDIST_WORKER" in os.environ:     # as many threads in each as there are cores would wait for each other
+    # as many threads in each as there are cores would wait for each other
+    if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Deterministic mode refuses products of cuBLAS without it; torch reads it once, at a process's first product.
+    # Deterministic mode refuses products of cuBLAS without it; torch reads it once, at a process's
+    # first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    for said in ("Synchronization debug mode is a prototype", "Attempting to run cuBLAS, but there was no current"):
-        config.addinivalue_line("filterwarnings", f"ignore:{said}:UserWarning")      # torch says each once a process
+    for said in (
+        "Synchronization debug mode is a prototype",
+        "Attempting to run cuBLAS, but there was no current",
+    ):
+        # torch says each once a process
+        config.addinivalue_line("filterwarnings", f"ignore:{said}:UserWarning")
 
 
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +55,9 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         """One rounding; the interpreter rounds the product too."""
-        return interpreter.TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32),
-                                        z.dtype.scalar)
+        return interpreter.TensorHandle(
+            (x.data.astype(np.float64) * y.data + z.data).astype(np.float32), z.dtype.scalar
+        )
 
     def tree_sum(self: Any, x: Any) -> Any:
         """Halves added to halves; numpy adds one after the other along any axis but the last."""
@@ -67,7 +86,9 @@ def on_the_machine(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the kernels run. Memory that torch leaves as it finds it is filled with NaN: what is unwritten shows."""
+    """Where the kernels run. Memory that torch leaves as it finds it is filled with NaN: what is
+    unwritten shows.
+    """
     import numpy as np
     import torch
     import triton

@@ -16,7 +16,7 @@ from strategies import IDENTITY, make_columns, make_measured, token_spec
 from kdcache.cache.store import TEMPORARY, Directory
 from kdcache.cache.writer import create
 
-SPEC = token_spec(samples=(0, 5))           # shards of 3 and 2 records
+SPEC = token_spec(samples=(0, 5))  # shards of 3 and 2 records
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def fast(tmp_path: Path) -> Iterator[Path]:
 
 
 def forked(*work: Callable[[], object]) -> list[int]:
-    """Run each callable in a child of its own, at once; their wait statuses. Threads of libraries are idle by then."""
+    """Run each callable in a child of its own, at once; their wait statuses. Threads of libraries
+    are idle by then.
+    """
     children = []
     for run in work:
         with warnings.catch_warnings():

@@ -25,7 +25,9 @@ def load(path: Path) -> Document:
 
 
 class Forge:
-    """The documents of a sealed cache of one manifest, free to change and to be written with valid digests."""
+    """The documents of a sealed cache of one manifest, free to change and to be written with valid
+    digests.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,8 +39,12 @@ class Forge:
     def copy(self) -> Forge:
         return copy.deepcopy(self)
 
-    def patch(self, shard: int, column: str, change: Callable[[np.ndarray], None], dtype: str) -> None:
-        """Change the bytes of a column, and all that follows from them: digests, name, manifest, content id."""
+    def patch(
+        self, shard: int, column: str, change: Callable[[np.ndarray], None], dtype: str
+    ) -> None:
+        """Change the bytes of a column, and all that follows from them: digests, name, manifest,
+        content id.
+        """
         commit, data = self.commits[shard], bytearray(self.data[shard])
         extent = commit["columns"][column]
         part = slice(extent["offset"], extent["offset"] + extent["length"])
@@ -54,7 +60,9 @@ class Forge:
             self.manifest["shards"][key][shard] = commit[key]
 
     def write(self, path: Path, proofs: bool = True) -> Path:
-        """The whole cache at `path`; with `proofs`, digests of header and commits, content id and keys made right."""
+        """The whole cache at `path`; with `proofs`, digests of header and commits, content id and
+        keys made right.
+        """
         shutil.rmtree(path, ignore_errors=True)
         for folder in ("data", "commit", "manifest"):
             (path / folder).mkdir(parents=True)
@@ -62,8 +70,15 @@ class Forge:
         manifest = self.manifest
         for shard, (commit, data) in enumerate(zip(self.commits, self.data, strict=True)):
             name = commit.get("file")
-            (path / "data" / (name if isinstance(name, str) and "/" not in name and 0 < len(name) < 99 else "x")
-             ).write_bytes(data)
+            (
+                path
+                / "data"
+                / (
+                    name
+                    if isinstance(name, str) and "/" not in name and 0 < len(name) < 99
+                    else "x"
+                )
+            ).write_bytes(data)
             if proofs and "header" in commit:
                 commit["header"] = digest_of(header)
             (path / f"commit/{shard:08d}.json").write_bytes(sealed := seal(commit))
@@ -72,10 +87,19 @@ class Forge:
         if proofs:
             manifest["header"] = digest_of(header)
             columns = {name: column["digest"] for name, column in manifest["columns"].items()}
-            manifest["content_id"] = hashlib.sha256(dumps(
-                {"format": 1, "spec": self.header["spec"], "identity": self.header["identity"],
-                 "columns": columns})).hexdigest()
-            manifest["keys_digest"] = xxhash.xxh3_128_hexdigest("".join(columns["sample_key"]).encode())
+            manifest["content_id"] = hashlib.sha256(
+                dumps(
+                    {
+                        "format": 1,
+                        "spec": self.header["spec"],
+                        "identity": self.header["identity"],
+                        "columns": columns,
+                    }
+                )
+            ).hexdigest()
+            manifest["keys_digest"] = xxhash.xxh3_128_hexdigest(
+                "".join(columns["sample_key"]).encode()
+            )
         (path / "manifest/00000001.json").write_bytes(seal(manifest))
         return path
 

@@ -1,4 +1,6 @@
-"""Which problems the kernel tests solve: the factors, one combination of them, and few that cover every pair."""
+"""Which problems the kernel tests solve: the factors, one combination of them, and few that cover
+every pair.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of FACTORS, or of others: labels "alike" have no weights; the defaults are the usual."""
+    """One combination of FACTORS, or of others: labels "alike" have no weights; the defaults are
+    the usual.
+    """
 
     temperature: float = 2.0
     kept: int = 8
@@ -53,13 +57,20 @@ class Case:
     logit_scale: float = 1.0
     z_scale: float | None = None
     stats: bool = False
-    beyond: int = 0                 # classes, the last ones, that the student has and the teacher has not
+    # classes, the last ones, that the student has and the teacher has not
+    beyond: int = 0
 
     def __str__(self) -> str:
         usual = Case()
         beyond = [f"beyond{self.beyond}"] if self.beyond else []
-        return "-".join([f"{getattr(self, name)}" for name in FACTORS
-                         if getattr(self, name) != getattr(usual, name)] + beyond)
+        return "-".join(
+            [
+                f"{getattr(self, name)}"
+                for name in FACTORS
+                if getattr(self, name) != getattr(usual, name)
+            ]
+            + beyond
+        )
 
     @property
     def taught(self) -> int:
@@ -69,23 +80,38 @@ class Case:
     @property
     def sensible(self) -> bool:
         """Whether the float64 definition has a finite value and gradient."""
-        if self.divergence == "reverse_kl" and self.tail != "conditional" and self.beyond and self.kept >= self.taught:
-            return False        # the teacher gives nothing to a tail in which the student has classes of its own
+        if (
+            self.divergence == "reverse_kl"
+            and self.tail != "conditional"
+            and self.beyond
+            and self.kept >= self.taught
+        ):
+            # the teacher gives nothing to a tail in which the student has classes of its own
+            return False
         if self.z_scale is not None and self.labels == "none":
             return False
         if self.divergence == "reverse_kl":
             return self.tail in ("bucket", "conditional") and self.tail_mass not in (0.0, 1.0)
         if self.tail == "uniform" and self.logits == "minus_inf" and self.tail_mass != 0.0:
             return False
-        # All mass in the tail leaves nothing to renormalise; weights of any sum are no distribution to compare.
+        # All mass in the tail leaves nothing to renormalise; weights of any sum are no distribution
+        # to compare.
         return not (self.tail_mass == 1.0 and self.tail not in ("bucket", "uniform")) and not (
-            self.tail in ("sampled", "uniform") and self.divergence != "forward_kl")
+            self.tail in ("sampled", "uniform") and self.divergence != "forward_kl"
+        )
 
 
 def covering(seed: int = 0) -> list[Case]:
-    """Few cases in which every pair of values of two factors occurs somewhere (where it is sensible)."""
+    """Few cases in which every pair of values of two factors occurs somewhere (where it is
+    sensible).
+    """
     chance = random.Random(seed)
-    wanted = {((a, x), (b, y)) for a, b in combinations(FACTORS, 2) for x in FACTORS[a] for y in FACTORS[b]}
+    wanted = {
+        ((a, x), (b, y))
+        for a, b in combinations(FACTORS, 2)
+        for x in FACTORS[a]
+        for y in FACTORS[b]
+    }
     cases: list[Case] = []
     while wanted:
         best, gain = None, 0
@@ -94,7 +120,8 @@ def covering(seed: int = 0) -> list[Case]:
             found = len(pairs_of(case) & wanted) if case.sensible else 0
             if found > gain:
                 best, gain = case, found
-        if best is None or gain < 4:            # what is left is covered one pair at a time, or cannot be
+        # what is left is covered one pair at a time, or cannot be
+        if best is None or gain < 4:
             break
         cases.append(best)
         wanted -= pairs_of(best)

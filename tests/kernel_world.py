@@ -1,7 +1,9 @@
-"""Rows of logits, teachers and labels for the kernel tests, and the plain arithmetic they are held against.
+"""Rows of logits, teachers and labels for the kernel tests, and the plain arithmetic they are held
+against.
 
-`define` gives the value and, by autograd, the gradient of a problem in any floating dtype: in float64 it is the truth,
-in float32 "plain torch". It takes each row's outcomes one by one, from the formulas; nothing is shared with a kernel.
+`define` gives the value and, by autograd, the gradient of a problem in any floating dtype: in
+float64 it is the truth, in float32 "plain torch". It takes each row's outcomes one by one, from the
+formulas; nothing is shared with a kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from kdcache.kernels.kd_loss import kd_loss_rows
 
 @dataclass(frozen=True)
 class Problem:
-    """A case made concrete; `logits` [N, V'] is a leaf of its own, never the tensor a kernel may write."""
+    """A case made concrete; `logits` [N, V'] is a leaf of its own, never the tensor a kernel may
+    write.
+    """
 
     case: Case
     logits: Tensor
@@ -28,7 +32,7 @@ class Problem:
     factor: Tensor = field(default_factory=lambda: torch.ones(0))
 
 
-Ran = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]         # outputs, gradient, buffer, logits
+Ran = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]  # outputs, gradient, buffer, logits
 UNIT = 2.0**-23
 
 
@@ -43,22 +47,38 @@ def problem(case: Case, seed: int = 0) -> Problem:
     ids_NK = torch.full((rows, case.kept), -1)
     ids_NK[:, :kept] = ids
     if rows and kept > 1:
-        ids_NK[0, kept - 1] = -1                # padding within the support too
+        ids_NK[0, kept - 1] = -1  # padding within the support too
     log_probs, log_tail = _teacher(case, ids_NK)
     labels, label_weight = _labels(case, ids_NK)
     weight = None if case.weights is None else torch.tensor([0.5, 0.0, 2.0])[:rows]
-    keywords = {"num_classes": classes, "labels": labels, "label_weight": label_weight, "ids": ids_NK,
-                "log_probs": log_probs, "log_tail": log_tail if case.tail in ("bucket", "uniform") else None,
-                "row_weight": weight, "temperature": case.temperature, "divergence": case.divergence,
-                "tail": case.tail,
-                "ce_scale": torch.tensor(0.7), "kd_scale": torch.tensor(1.3)}
-    keywords |= {name: getattr(case, name) for name in ("softcap", "logit_scale", "stats")
-                 if getattr(case, name) != getattr(Case(), name)}
+    keywords = {
+        "num_classes": classes,
+        "labels": labels,
+        "label_weight": label_weight,
+        "ids": ids_NK,
+        "log_probs": log_probs,
+        "log_tail": log_tail if case.tail in ("bucket", "uniform") else None,
+        "row_weight": weight,
+        "temperature": case.temperature,
+        "divergence": case.divergence,
+        "tail": case.tail,
+        "ce_scale": torch.tensor(0.7),
+        "kd_scale": torch.tensor(1.3),
+    }
+    keywords |= {
+        name: getattr(case, name)
+        for name in ("softcap", "logit_scale", "stats")
+        if getattr(case, name) != getattr(Case(), name)
+    }
     if case.beyond:
         keywords["teacher_classes"] = case.taught
     if case.z_scale is not None:
         keywords["z_scale"] = torch.tensor(case.z_scale)
-    factor = {"one": torch.ones(rows), "half": torch.full((rows,), 0.5), "each": torch.rand(rows) + 0.25}
+    factor = {
+        "one": torch.ones(rows),
+        "half": torch.full((rows,), 0.5),
+        "each": torch.rand(rows) + 0.25,
+    }
     return Problem(case, logits, keywords, factor[case.grad_output])
 
 
@@ -81,7 +101,11 @@ def _teacher(case: Case, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the kept ids, NaN where an id is padding, and of the tail."""
     rows, kept = ids_NK.shape
     free = (ids_NK >= 0).sum(1) < case.taught
-    mass = torch.rand(rows) * 0.9 + 0.05 if case.tail_mass is None else torch.full((rows,), case.tail_mass)
+    mass = (
+        torch.rand(rows) * 0.9 + 0.05
+        if case.tail_mass is None
+        else torch.full((rows,), case.tail_mass)
+    )
     mass = torch.where(free, mass, 0).double()
     scores = torch.where(ids_NK >= 0, torch.randn(rows, kept).double(), -torch.inf)
     log_probs = torch.log_softmax(scores, -1) + torch.log1p(-mass)[:, None]
@@ -99,11 +123,13 @@ def _labels(case: Case, ids_NK: Tensor) -> tuple[Tensor | None, Tensor | None]:
         y = torch.full((rows,), -100)
     if case.labels == "some" and rows:
         y[0] = -100
-    if case.labels == "alike":                  # without weights: a mean over those that are known
+    if case.labels == "alike":  # without weights: a mean over those that are known
         return torch.stack([y, ids_NK[:, 0], torch.tensor([-1, 0, last])[:rows]], 1), None
     if case.labels in ("two", "twice"):
         other = y if case.labels == "twice" else ids_NK[:, 0]
-        return torch.stack([y, other], 1), torch.tensor([[0.3, 0.7], [0.0, 0.0], [1.0, 0.25]])[:rows]
+        return torch.stack([y, other], 1), torch.tensor([[0.3, 0.7], [0.0, 0.0], [1.0, 0.25]])[
+            :rows
+        ]
     return y, None
 
 
@@ -122,14 +148,17 @@ def divergence_of(name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def transformed(x: Tensor, problem: Problem) -> Tensor:
-    """Logits after scale and softcap. Of tanh's ways to be written this has the derivative without cancellation."""
+    """Logits after scale and softcap. Of tanh's ways to be written this has the derivative without
+    cancellation.
+    """
     scale, cap = (problem.keywords.get(name) for name in ("logit_scale", "softcap"))
     y = x if scale is None else x * scale
     if cap is None:
         return y
     y = torch.where(x == -torch.inf, 0, y) / cap
     size = torch.where(y < 0, -y, y)
-    e = torch.exp(-2 * size)            # autograd takes expm1 + 1 for the derivative of expm1: 0 where that is -1
+    # autograd takes expm1 + 1 for the derivative of expm1: 0 where that is -1
+    e = torch.exp(-2 * size)
     tanh = torch.where(size < 1, -torch.expm1(-2 * size) / (1 + e), 1 - 2 * e / (1 + e))
     return torch.where(x == -torch.inf, -torch.inf, cap * torch.where(y < 0, -tanh, tanh))
 
@@ -167,7 +196,9 @@ def labelled(problem: Problem, n: int) -> bool:
 
 
 def define_stats(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """[N, 4]: log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's best is the row's."""
+    """[N, 4]: log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's
+    best is the row's.
+    """
     k, rows = problem.keywords, problem.case.rows
     out = torch.zeros(rows, 4, dtype=dtype)
     for n in range(rows):
@@ -205,16 +236,23 @@ def _distillation(row: Tensor, problem: Problem, n: int) -> Tensor:
     free = torch.ones_like(row, dtype=torch.bool)
     free[ids] = False
     if case.tail == "conditional":
-        return divergence_of(case.divergence, torch.log_softmax(log_q, -1), torch.log_softmax(score[ids], -1))
+        return divergence_of(
+            case.divergence, torch.log_softmax(log_q, -1), torch.log_softmax(score[ids], -1)
+        )
     scores = score[ids]
-    log_tail = k["log_tail"][n].to(row.dtype) if case.tail == "bucket" else row.new_tensor(-torch.inf)
+    log_tail = (
+        k["log_tail"][n].to(row.dtype) if case.tail == "bucket" else row.new_tensor(-torch.inf)
+    )
     if case.tail == "uniform":
         log_p = torch.log_softmax(score, -1)
-        free[case.taught :] = False             # the student's own classes have no part of the teacher's tail
+        # the student's own classes have no part of the teacher's tail
+        free[case.taught :] = False
         left, log_tail = int(free.sum()), k["log_tail"][n].to(row.dtype)
         value = divergence_of("forward_kl", log_q, log_p[ids])
         if left and log_tail > -torch.inf:
-            value = value + log_tail.exp() * (log_tail - log_p.new_tensor(left).log() - log_p[free].sum() / left)
+            value = value + log_tail.exp() * (
+                log_tail - log_p.new_tensor(left).log() - log_p[free].sum() / left
+            )
         return value
     if case.tail == "renormalise":
         log_q = torch.log_softmax(log_q, -1)
@@ -225,33 +263,46 @@ def _distillation(row: Tensor, problem: Problem, n: int) -> Tensor:
 
 
 def laid_out(problem: Problem, device: str) -> tuple[Tensor, Tensor]:
-    """(buffer, logits within it) on a device: rows as the case's layout wants them, everything around them NaN."""
+    """(buffer, logits within it) on a device: rows as the case's layout wants them, everything
+    around them NaN.
+    """
     case, width = problem.case, problem.case.num_classes
-    stride = {"plain": width, "strided": width + 13, "padded": (width + 15) // 8 * 8, "odd": width}[case.layout]
+    stride = {"plain": width, "strided": width + 13, "padded": (width + 15) // 8 * 8, "odd": width}[
+        case.layout
+    ]
     columns = width + 5 if case.layout == "padded" else width
     offset = 3 if case.layout == "odd" else 64
-    buffer = torch.full((offset + case.rows * stride + 64,), torch.nan, dtype=case.dtype, device=device)
+    buffer = torch.full(
+        (offset + case.rows * stride + 64,), torch.nan, dtype=case.dtype, device=device
+    )
     view = buffer.as_strided((case.rows, columns), (stride, 1), offset)
     view[:, :width] = problem.logits.to(device)
     return buffer, view
 
 
 def on(device: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in keywords.items()
+    }
 
 
 def run(problem: Problem, device: str, **changed: Any) -> Ran:
     """Of the kernel."""
     buffer, logits = laid_out(problem, device)
     logits = logits.detach().requires_grad_()
-    keywords = on(device, problem.keywords | {"inplace": problem.case.inplace, "parts": 1} | changed)
+    keywords = on(
+        device, problem.keywords | {"inplace": problem.case.inplace, "parts": 1} | changed
+    )
     out = kd_loss_rows(logits, **keywords)
     (gradient,) = torch.autograd.grad(out[0], logits, problem.factor.to(device))
     return tuple(t.detach().cpu() for t in out), gradient, buffer, logits.detach()
 
 
 def agreement_fits(found_N: Tensor, problem: Problem) -> bool:
-    """Whether the agreements are the truth's, but for rows that the accuracy of a tanh in float32 leaves open."""
+    """Whether the agreements are the truth's, but for rows that the accuracy of a tanh in float32
+    leaves open.
+    """
     truth_N, k = define_stats(problem, torch.float64)[:, 3], problem.keywords
     for n, (one, agrees) in enumerate(zip(found_N.tolist(), truth_N.tolist(), strict=True)):
         row = transformed(problem.logits[n].double(), problem)
@@ -272,14 +323,20 @@ def error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
 
 
 def missed(problem: Problem, found: tuple[Tensor, ...]) -> dict[str, float]:
-    """Errors of loss, CE, D, gradient and, where given, statistics. A divergence is a sum of terms of about 1 nat that
-    cancel: its unit is that of 1; so is that of an entropy and of a logarithm of a sum. A mass is its own."""
+    """Errors of loss, CE, D, gradient and, where given, statistics. A divergence is a sum of terms
+    of about 1 nat that cancel: its unit is that of 1; so is that of an entropy and of a logarithm
+    of a sum. A mass is its own."""
     truth = define(problem, torch.float64)
     names = {"loss": 1.0, "CE": 1.0, "D": 1.0, "gradient": 0.0}
-    out = {name: error(f, t, least) for (name, least), f, t in zip(names.items(), found, truth, strict=False)}
+    out = {
+        name: error(f, t, least)
+        for (name, least), f, t in zip(names.items(), found, truth, strict=False)
+    }
     if len(found) > 4:
         stats_N4, truth_N4 = found[4], define_stats(problem, torch.float64)
-        for i, (name, least) in enumerate({"log-sum-exp": 1.0, "entropy": 1.0, "mass": 0.0}.items()):
+        for i, (name, least) in enumerate(
+            {"log-sum-exp": 1.0, "entropy": 1.0, "mass": 0.0}.items()
+        ):
             out[name] = error(stats_N4[:, i], truth_N4[:, i], least)
     return out
 
@@ -289,23 +346,29 @@ def compiled() -> bool:
 
 
 def allowed(plain: float, unit: float, temperature: float = 1.0) -> float:
-    """Twice the error of plain float32 torch and a unit in the last place: the rule, as the interpreter keeps it.
+    """Twice the error of plain float32 torch and a unit in the last place: the rule, as the
+    interpreter keeps it.
 
-    Compiled, an exponential and a division are each off by 2^-22 (PTX's manual), where those of a CPU are by 2^-24 to
-    2^-23, and an exponential to the power P by P times that: so much on top, and twice of what else plain torch misses.
+    Compiled, an exponential and a division are each off by 2^-22 (PTX's manual), where those of a
+    CPU are by 2^-24 to 2^-23, and an exponential to the power P by P times that: so much on top,
+    and twice of what else plain torch misses.
     """
     most = max(powers(temperature) or (1,))
     return (4 if compiled() else 2) * plain + unit + ((most + 2) * 2.0**-22 if compiled() else 0)
 
 
 def same(found: Tensor, other: Tensor) -> bool:
-    """Whether two builds of one kernel agree: to the bit in the interpreter; compiled, which products are fused with
-    which sums is the compiler's choice for each: a few units of float32 of the largest entry (of 1 for values) may
-    differ, and rounding to the dtype may go the other way."""
+    """Whether two builds of one kernel agree: to the bit in the interpreter; compiled, which
+    products are fused with which sums is the compiler's choice for each: a few units of float32 of
+    the largest entry (of 1 for values) may differ, and rounding to the dtype may go the other way.
+    """
     if not compiled() or not found.numel() or not found.is_floating_point():
         return torch.equal(found, other)
     a, b = found.double(), other.double()
-    size, unit = max(float(b.abs().max()), 1.0 if b.dim() < 2 else 0.0), torch.finfo(other.dtype).eps
+    size, unit = (
+        max(float(b.abs().max()), 1.0 if b.dim() < 2 else 0.0),
+        torch.finfo(other.dtype).eps,
+    )
     return a.shape == b.shape and bool(((a - b).abs() <= 8 * UNIT * size + unit * b.abs()).all())
 
 

@@ -1,4 +1,6 @@
-"""An LM head with rows of every kind, the same in whole logits by autograd, and a record of what torch allocates."""
+"""An LM head with rows of every kind, the same in whole logits by autograd, and a record of what
+torch allocates.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from kdcache.student.linear import torch_rows as torch_rows
 
 @dataclass(frozen=True)
 class Head:
-    """Leaves that nothing has touched, and what the loss is asked; `problem` has it for the definition."""
+    """Leaves that nothing has touched, and what the loss is asked; `problem` has it for the
+    definition.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -35,8 +39,12 @@ class Head:
 
     def to(self, dtype: torch.dtype) -> Head:
         """Hidden states and head rounded to another dtype."""
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype),
-                       bias=None if self.bias is None else self.bias.to(dtype))
+        return replace(
+            self,
+            hidden=self.hidden.to(dtype),
+            weight=self.weight.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype),
+        )
 
     def memory(self, chunks: int) -> int:
         """Bytes with which the rows go in so many chunks (of fewer than 128 rows)."""
@@ -44,37 +52,73 @@ class Head:
         return row * max(-(-len(self.hidden) // chunks), 1)
 
 
-def head(rows: int = 7, width: int = 16, classes: int = 1000, *, kept: int = 8, temperature: float = 2.0,
-         labels: int = 1, dtype: torch.dtype = torch.float32, bias: bool = False, every: bool = False,
-         padding: bool = True, tail: str = "bucket", beyond: int = 0) -> Head:
-    """Rows with label and teacher, with none, with a label alone, with a teacher alone, and so on; `every`: all both.
+def head(
+    rows: int = 7,
+    width: int = 16,
+    classes: int = 1000,
+    *,
+    kept: int = 8,
+    temperature: float = 2.0,
+    labels: int = 1,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    every: bool = False,
+    padding: bool = True,
+    tail: str = "bucket",
+    beyond: int = 0,
+) -> Head:
+    """Rows with label and teacher, with none, with a label alone, with a teacher alone, and so on;
+    `every`: all both.
 
-    `padding`: one of the ids kept of the first row is none. `beyond`: classes that the teacher has not.
+    `padding`: one of the ids kept of the first row is none. `beyond`: classes that the teacher has
+    not.
 
     Normalised as a training loop does: by counts, in tensors that stay on the device.
     """
-    case = Case(rows=rows, num_classes=classes, kept=kept, temperature=temperature, dtype=dtype,
-                tail=tail, beyond=beyond)
+    case = Case(
+        rows=rows,
+        num_classes=classes,
+        kept=kept,
+        temperature=temperature,
+        dtype=dtype,
+        tail=tail,
+        beyond=beyond,
+    )
     problem = world.problem(case)
     if not padding:
         _fill(problem.keywords, torch.promote_types(dtype, torch.float32))
     hidden = torch.randn(rows, width).to(dtype)
     weight = (torch.randn(classes, width) * 3 / width**0.5).to(dtype)
     kind = torch.arange(rows) % 4
-    labelled, taught = (torch.ones(2, rows, dtype=torch.bool) if every else
-                        torch.stack([(kind == 0) | (kind == 2), (kind == 0) | (kind == 3)]))
+    labelled, taught = (
+        torch.ones(2, rows, dtype=torch.bool)
+        if every
+        else torch.stack([(kind == 0) | (kind == 2), (kind == 0) | (kind == 3)])
+    )
     ids = torch.randint(classes, (rows, labels)).masked_fill_(~labelled[:, None], -100)
     keywords = problem.keywords | {
-        "labels": ids[:, 0] if labels == 1 else ids, "label_weight": None if labels == 1 else torch.rand(rows, labels),
+        "labels": ids[:, 0] if labels == 1 else ids,
+        "label_weight": None if labels == 1 else torch.rand(rows, labels),
         "row_weight": (torch.rand(rows) + 0.5) * taught,
-        "ce_scale": 0.5 / labelled.sum().clamp(min=1), "kd_scale": 0.5 * temperature**2 / taught.sum().clamp(min=1)}
-    return Head(hidden, weight, torch.randn(classes).to(dtype) if bias else None, keywords,
-                replace(problem, keywords=keywords, factor=torch.ones(rows)))
+        "ce_scale": 0.5 / labelled.sum().clamp(min=1),
+        "kd_scale": 0.5 * temperature**2 / taught.sum().clamp(min=1),
+    }
+    return Head(
+        hidden,
+        weight,
+        torch.randn(classes).to(dtype) if bias else None,
+        keywords,
+        replace(problem, keywords=keywords, factor=torch.ones(rows)),
+    )
 
 
 def _fill(keywords: dict[str, Any], dtype: torch.dtype) -> None:
     """An id for the padding, and the teacher a distribution again."""
-    ids, log_probs, log_tail = keywords["ids"], keywords["log_probs"].to(dtype), keywords["log_tail"].to(dtype)
+    ids, log_probs, log_tail = (
+        keywords["ids"],
+        keywords["log_probs"].to(dtype),
+        keywords["log_tail"].to(dtype),
+    )
     free = next(i for i in range(ids.shape[1] + 1) if i not in ids[0].tolist())
     log_probs[ids < 0] = -4.0
     ids[ids < 0] = free
@@ -82,21 +126,42 @@ def _fill(keywords: dict[str, Any], dtype: torch.dtype) -> None:
     keywords.update(log_probs=log_probs - total[:, None], log_tail=log_tail - total)
 
 
-Found = dict[str, Tensor]           # loss, ce, kd, and gradients hidden, weight, bias
+Found = dict[str, Tensor]  # loss, ce, kd, and gradients hidden, weight, bias
 
 
-def linear(head: Head, device: str, memory: int | str, *, factor: float = 1.0, wants: str = "hidden weight bias",
-           **changed: Any) -> Found:
+def linear(
+    head: Head,
+    device: str,
+    memory: int | str,
+    *,
+    factor: float = 1.0,
+    wants: str = "hidden weight bias",
+    **changed: Any,
+) -> Found:
     """What kd_linear_loss gives, and the gradients of `factor` times its loss, on the CPU."""
     leaves = _leaves(head, device, head.weight.dtype, wants)
-    loss, ce, kd = kd_linear_loss(leaves["hidden"], leaves["weight"], leaves.get("bias"), memory=memory,
-                                  **world.on(device, head.keywords | changed))
+    loss, ce, kd = kd_linear_loss(
+        leaves["hidden"],
+        leaves["weight"],
+        leaves.get("bias"),
+        memory=memory,
+        **world.on(device, head.keywords | changed),
+    )
     return _found(leaves, loss, ce, kd, factor)
 
 
-def whole(head: Head, dtype: torch.dtype, *, factor: float = 1.0, chunks: int = 1, logit_scale: float = 1.0,
-          softcap: float | None = None, z_scale: float = 0.0) -> Found:
-    """The same by whole logits in `dtype` and autograd; the loss from the definition in float32, or float64.
+def whole(
+    head: Head,
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
+    chunks: int = 1,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_scale: float = 0.0,
+) -> Found:
+    """The same by whole logits in `dtype` and autograd; the loss from the definition in float32, or
+    float64.
 
     `chunks`: of so many products, as a product of few rows may add in another, worse order.
     """
@@ -117,14 +182,19 @@ def whole(head: Head, dtype: torch.dtype, *, factor: float = 1.0, chunks: int = 
 
 def _leaves(head: Head, device: str, dtype: torch.dtype, wants: str) -> dict[str, Tensor]:
     given = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias}
-    return {name: t.to(device, dtype, copy=True).requires_grad_(name in wants.split())
-            for name, t in given.items() if t is not None}
+    return {
+        name: t.to(device, dtype, copy=True).requires_grad_(name in wants.split())
+        for name, t in given.items()
+        if t is not None
+    }
 
 
 def _found(leaves: dict[str, Tensor], loss: Tensor, ce: Tensor, kd: Tensor, factor: float) -> Found:
     if loss.requires_grad:
         (loss * factor).backward()
-    found = {"loss": loss, "ce": ce, "kd": kd} | {k: t.grad for k, t in leaves.items() if t.grad is not None}
+    found = {"loss": loss, "ce": ce, "kd": kd} | {
+        k: t.grad for k, t in leaves.items() if t.grad is not None
+    }
     return {name: t.detach().cpu() for name, t in found.items()}
 
 
@@ -137,7 +207,9 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 class Allocations(TorchDispatchMode):
-    """Every operation, and of the storages they made: the largest of shapes not `apart`, and the most bytes alive."""
+    """Every operation, and of the storages they made: the largest of shapes not `apart`, and the
+    most bytes alive.
+    """
 
     def __init__(self, *apart: tuple[int, ...]) -> None:
         super().__init__()
@@ -147,7 +219,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):          # not seen before: made outside, and not counted
+            if isinstance(tensor, Tensor):  # not seen before: made outside, and not counted
                 self.seen.setdefault(tensor.untyped_storage()._cdata, None)
         out = func(*args, **(kwargs or {}))
         self.operations[func.overloadpacket.__name__] += 1
@@ -162,7 +234,8 @@ class Allocations(TorchDispatchMode):
         if key in self.seen:
             return
         bytes_ = storage.nbytes()
-        # The Python object of a storage lives as long as the storage while something in Python refers to it.
+        # The Python object of a storage lives as long as the storage while something in Python
+        # refers to it.
         self.seen[key] = weakref.finalize(storage, self._freed, key, bytes_)
         self.alive += bytes_
         self.peak = max(self.peak, self.alive)

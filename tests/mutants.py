@@ -1,14 +1,17 @@
 """Does the suite notice when a number is decided wrongly? A script, run by hand; it is no test.
 
-    python tests/mutants.py [--only REGEX] [--drawn N] [--seed N] [--jobs N] [--limit SECONDS] [--out FILE]
+    python tests/mutants.py [--only REGEX] [--drawn N] [--seed N] [--jobs N] [--limit SECONDS]
+    [--out FILE]
 
-The tree is copied into a temporary folder. There one edit at a time is made, the tests that cover the edited file are
-run until one fails, and the edit is taken back. mutants.txt has the tests of each file and the mutants that have a
-name; others are drawn, with a seed, from the functions that it names: + and - swapped, < and <=, `and` and `or`, 0 and
-1, a `not` dropped, a statement dropped. At the end the tests that noticed something run once on the code as it is.
+The tree is copied into a temporary folder. There one edit at a time is made, the tests that cover
+the edited file are run until one fails, and the edit is taken back. mutants.txt has the tests of
+each file and the mutants that have a name; others are drawn, with a seed, from the functions that
+it names: + and - swapped, < and <=, `and` and `or`, 0 and 1, a `not` dropped, a statement dropped.
+At the end the tests that noticed something run once on the code as it is.
 
-One process imports torch and forks a child for each mutant, which so takes as long as its tests. The test that noticed
-a mutant the last time, by the table in docs/mutants.md (or --known FILE), is run first.
+One process imports torch and forks a child for each mutant, which so takes as long as its tests.
+The test that noticed a mutant the last time, by the table in docs/mutants.md (or --known FILE), is
+run first.
 """
 
 from __future__ import annotations
@@ -36,15 +39,42 @@ from typing import Any
 
 TREE = Path(__file__).resolve().parent.parent
 TABLE = TREE / "docs/mutants.md"
-COPIED = ("kdcache", "kernels", "bench", "cli.py", "tests", "docs", "examples", "README.md", "pyproject.toml",
-          "Makefile", "constraints.txt")
+COPIED = (
+    "kdcache",
+    "kernels",
+    "bench",
+    "cli.py",
+    "tests",
+    "docs",
+    "examples",
+    "README.md",
+    "pyproject.toml",
+    "Makefile",
+    "constraints.txt",
+)
 # Imported once, before the first fork; never kdcache, which each child has of its own.
-IMPORTED = ("torch", "numpy", "pyarrow", "h5py", "safetensors.torch", "hypothesis", "transformers", "pytest")
-SWAPS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
-         ast.NotEq: ("!=", "==")}
+IMPORTED = (
+    "torch",
+    "numpy",
+    "pyarrow",
+    "h5py",
+    "safetensors.torch",
+    "hypothesis",
+    "transformers",
+    "pytest",
+)
+SWAPS = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+}
 SURVIVED, STALE = "SURVIVED", "NO LONGER APPLIES"
 
-Edit = tuple[str, int, int, str]            # what it is, where it begins and ends, the text in its place
+# what it is, where it begins and ends, the text in its place
+Edit = tuple[str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -53,16 +83,16 @@ class Mutant:
     file: str
     old: str
     new: str
-    at: int | None = None       # where `old` begins; None: it stands there once
+    at: int | None = None  # where `old` begins; None: it stands there once
 
     def made(self, source: str) -> str | None:
         """The source with the edit, None if it cannot be made any more."""
         if self.at is None and source.count(self.old) != 1:
             return None
         at = source.index(self.old) if self.at is None else self.at
-        if source[at:at + len(self.old)] != self.old:
+        if source[at : at + len(self.old)] != self.old:
             return None
-        changed = source[:at] + self.new + source[at + len(self.old):]
+        changed = source[:at] + self.new + source[at + len(self.old) :]
         try:
             compile(changed, self.file, "exec")
         except SyntaxError:
@@ -72,7 +102,9 @@ class Mutant:
 
 @dataclass
 class Covered:
-    """A file, the tests that cover it, the functions of which mutants are drawn, and the named mutants."""
+    """A file, the tests that cover it, the functions of which mutants are drawn, and the named
+    mutants.
+    """
 
     file: str
     tests: list[str]
@@ -116,7 +148,12 @@ def drawn(files: list[Covered], count: int, seed: int) -> list[Mutant]:
     rng = random.Random(seed)
     for kind in kinds.values():
         rng.shuffle(kind)
-    turns = [mutant for turn in itertools.zip_longest(*kinds.values()) for mutant in turn if mutant is not None]
+    turns = [
+        mutant
+        for turn in itertools.zip_longest(*kinds.values())
+        for mutant in turn
+        if mutant is not None
+    ]
     return sorted(turns[:count], key=lambda mutant: (mutant.file, mutant.at))
 
 
@@ -126,7 +163,9 @@ def edits(root: ast.AST, source: str) -> Iterator[Edit]:
     known: set[str] = set()
 
     def span(node: Any) -> tuple[int, int]:
-        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        return starts[node.lineno - 1] + node.col_offset, starts[
+            node.end_lineno - 1
+        ] + node.end_col_offset
 
     def between(left: Any, right: Any, old: str, new: str) -> Iterator[Edit]:
         begin, end = span(left)[1], span(right)[0]
@@ -135,7 +174,9 @@ def edits(root: ast.AST, source: str) -> Iterator[Edit]:
 
     for node in ast.walk(root):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
-            yield from between(node.left, node.right, *("+-" if isinstance(node.op, ast.Add) else "-+"))
+            yield from between(
+                node.left, node.right, *("+-" if isinstance(node.op, ast.Add) else "-+")
+            )
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
             yield from between(node.left, node.comparators[0], *SWAPS[type(node.ops[0])])
         elif isinstance(node, ast.BoolOp):
@@ -145,9 +186,12 @@ def edits(root: ast.AST, source: str) -> Iterator[Edit]:
             yield "a `not` dropped", span(node)[0], span(node)[0] + len("not "), ""
         elif isinstance(node, ast.Constant) and type(node.value) is int and node.value in (0, 1):
             yield f"{1 - node.value} for {node.value}", *span(node), str(1 - node.value)
-        elif isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        elif isinstance(node, ast.AugAssign) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+        ):
             yield "a statement dropped", *span(node), "pass"
-        elif isinstance(node, ast.Assign):              # of what has a value already: else the next line fails at once
+        # of what has a value already: else the next line fails at once
+        elif isinstance(node, ast.Assign):
             target = ast.unparse(node.targets[0])
             if target in known or isinstance(node.targets[0], ast.Subscript):
                 yield "a statement dropped", *span(node), "pass"
@@ -158,11 +202,16 @@ def noticed_before(table: Path) -> dict[tuple[str, str], str]:
     """(file, name) of a mutant -> the test that noticed it, by the table of an earlier run."""
     text = table.read_text(encoding="utf-8") if table.exists() else ""
     rows = re.findall(r"^\| (.+?) \| (\S+) \| (test_\S+?\.py::.+) \| \d+ \|$", text, re.M)
-    return {(f"kdcache/{file}", name): f"tests/{test}".replace("\\|", "|") for name, file, test in rows}
+    return {
+        (f"kdcache/{file}", name): f"tests/{test}".replace("\\|", "|") for name, file, test in rows
+    }
 
 
-def outcome(mutant: Mutant, tests: list[str], copy: Path, limit: float, before: str | None) -> tuple[str, float]:
-    """(what noticed, seconds): the first test that fails, SURVIVED, or that the edit could not be made.
+def outcome(
+    mutant: Mutant, tests: list[str], copy: Path, limit: float, before: str | None
+) -> tuple[str, float]:
+    """(what noticed, seconds): the first test that fails, SURVIVED, or that the edit could not be
+    made.
 
     before: the test that noticed it the last time, which is run first, alone.
     """
@@ -175,7 +224,8 @@ def outcome(mutant: Mutant, tests: list[str], copy: Path, limit: float, before: 
     try:
         path.write_text(changed, encoding="utf-8")
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
-            compiled.unlink()               # known by the second and the size of its source, which an edit may leave
+            # known by the second and the size of its source, which an edit may leave
+            compiled.unlink()
         found = SURVIVED if before is None else tested(copy, [before], limit)
         if before is None or not found.startswith(before):
             found = tested(copy, tests, limit)
@@ -197,7 +247,7 @@ def tested(copy: Path, tests: list[str], limit: float) -> str:
     except EOFError:
         found = "a crash"
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid or 0, signal.SIGKILL)       # and whatever a test has started
+        os.killpg(child.pid or 0, signal.SIGKILL)  # and whatever a test has started
     child.join()
     return found
 
@@ -209,8 +259,15 @@ def run_tests(copy: Path, tests: list[str], tell: Any) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     os.chdir(copy)
-    os.environ |= {"PYTHONPATH": str(copy), "TOKENIZERS_PARALLELISM": "false", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    sys.path[:] = [str(copy), *(p for p in sys.path if Path(p or ".").resolve() not in (TREE, TREE / "tests"))]
+    os.environ |= {
+        "PYTHONPATH": str(copy),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    sys.path[:] = [
+        str(copy),
+        *(p for p in sys.path if Path(p or ".").resolve() not in (TREE, TREE / "tests")),
+    ]
     import pytest
 
     class First:
@@ -223,9 +280,22 @@ def run_tests(copy: Path, tests: list[str], tell: Any) -> None:
             self.name = self.name or (report.nodeid if report.failed else "")
 
     first = First()
-    code = pytest.main(["-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", "--tb=no",
-                        f"--basetemp={copy}/tmp", *tests], plugins=[first])
+    code = pytest.main(
+        [
+            "-x",
+            "-q",
+            "-m",
+            "not slow and not gpu",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            f"--basetemp={copy}/tmp",
+            *tests,
+        ],
+        plugins=[first],
+    )
     import kdcache
+
     assert str(kdcache.__file__).startswith(str(copy)), kdcache.__file__
     tell.send(SURVIVED if code == 0 else first.name or f"pytest ended with {code}")
     tell.close()
@@ -249,13 +319,25 @@ def copy_tree(copy: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the tests against mutants of the code.")
-    parser.add_argument("--only", default="", help="a regular expression: mutants in whose FILE: NAME it is found")
-    parser.add_argument("--drawn", type=int, default=100, help="how many are drawn beside the named ones")
+    parser.add_argument(
+        "--only", default="", help="a regular expression: mutants in whose FILE: NAME it is found"
+    )
+    parser.add_argument(
+        "--drawn", type=int, default=100, help="how many are drawn beside the named ones"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time, each in a copy of its own")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for the tests of one mutant")
-    parser.add_argument("--out", type=Path, default=None, help="a file for the lines of the table, as they come")
-    parser.add_argument("--known", type=Path, default=TABLE, help="a table: what noticed a mutant then is run first")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="mutants at a time, each in a copy of its own"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds for the tests of one mutant"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="a file for the lines of the table, as they come"
+    )
+    parser.add_argument(
+        "--known", type=Path, default=TABLE, help="a table: what noticed a mutant then is run first"
+    )
     parser.add_argument("--list", action="store_true", help="name the mutants, and run nothing")
     given = parser.parse_args()
     files = covered()
@@ -274,8 +356,13 @@ def main() -> None:
     def one(mutant: Mutant) -> None:
         copy = copies.get()
         try:
-            found, seconds = outcome(mutant, files[mutant.file].tests, copy, given.limit,
-                                     known.get((mutant.file, mutant.name)))
+            found, seconds = outcome(
+                mutant,
+                files[mutant.file].tests,
+                copy,
+                given.limit,
+                known.get((mutant.file, mutant.name)),
+            )
         finally:
             copies.put(copy)
         results[mutant] = found

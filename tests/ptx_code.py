@@ -1,7 +1,7 @@
 """Reads PTX as triton writes it: parameters, registers, and instructions with their operands.
 
-PTX ISA 8.7 (docs.nvidia.com/cuda/parallel-thread-execution) is the source of the syntax. What is not understood is an
-error: nothing is skipped but directives that concern debuggers.
+PTX ISA 8.7 (docs.nvidia.com/cuda/parallel-thread-execution) is the source of the syntax. What is
+not understood is an error: nothing is skipped but directives that concern debuggers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ Operand = str | Address | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Instruction:
-    """`@guard op args`: op in its parts ("ld", "global", "b32"). For messages: the line, and that of the source."""
+    """`@guard op args`: op in its parts ("ld", "global", "b32"). For messages: the line, and that
+    of the source.
+    """
 
     guard: str
     negated: bool
@@ -42,21 +44,39 @@ class Kernel:
 
     name: str = ""
     threads: int = 0
-    parameters: dict[str, str] = field(default_factory=dict)        # name -> type, in order
-    registers: dict[str, int] = field(default_factory=dict)         # name -> bits; 1 for a predicate
+    parameters: dict[str, str] = field(default_factory=dict)  # name -> type, in order
+    # name -> bits; 1 for a predicate
+    registers: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    source: str = ""                                                # of what is being read
+    source: str = ""  # of what is being read
 
 
-SKIPPED = (".version", ".target", ".address_size", ".file", ".loc", ".maxnreg", ".minnctapersm", ".maxntid",
-           ".pragma", ".extern .shared", ".global", ".section", ".b8", ".b32", ".b64", ".weak", ".visible .entry")
+SKIPPED = (
+    ".version",
+    ".target",
+    ".address_size",
+    ".file",
+    ".loc",
+    ".maxnreg",
+    ".minnctapersm",
+    ".maxntid",
+    ".pragma",
+    ".extern .shared",
+    ".global",
+    ".section",
+    ".b8",
+    ".b32",
+    ".b64",
+    ".weak",
+    ".visible .entry",
+)
 
 
 def read(text: str) -> Kernel:
     """The kernel of a module that has one entry; ValueError for what is not understood."""
     kernel = Kernel()
-    body, _, _ = text.partition("\t.section")       # debug information is last
+    body, _, _ = text.partition("\t.section")  # debug information is last
     for number, raw in enumerate(body.splitlines(), 1):
         line, _, comment = raw.partition("//")
         line = line.strip()
@@ -67,8 +87,10 @@ def read(text: str) -> Kernel:
         except (ValueError, KeyError, IndexError) as e:
             raise ValueError(f"PTX line {number}: {line!r} is not understood ({e!r})") from e
     if not (kernel.name and kernel.threads and kernel.instructions):
-        raise ValueError(f"the PTX has entry {kernel.name!r} of {kernel.threads} threads and "
-                         f"{len(kernel.instructions)} instructions")
+        raise ValueError(
+            f"the PTX has entry {kernel.name!r} of {kernel.threads} threads and "
+            f"{len(kernel.instructions)} instructions"
+        )
     return kernel
 
 
@@ -89,7 +111,8 @@ def _line(kernel: Kernel, line: str) -> None:
         negated, guard, op, args = found.groups()
         parts = tuple(re.sub(r"::", "_", op).split("."))
         kernel.instructions.append(
-            Instruction(guard or "", negated == "!", parts, _operands(args), line, kernel.source))
+            Instruction(guard or "", negated == "!", parts, _operands(args), line, kernel.source)
+        )
     elif line not in ("", "{", "}", "(", ")") and not line.startswith(SKIPPED):
         raise ValueError("no directive, label or instruction")
 
@@ -113,8 +136,10 @@ SINGLE = (("f32",), ("f32x2",))
 
 
 def fused(kernel: Kernel) -> Kernel:
-    """The kernel as ptxas may make it: products and sums of float32 without a rounding of their own (PTX's `mul.f32`,
-    `add.f32`, `sub.f32`) as one operation, wherever both stand in one block. ptxas does so by default (-fmad=true)."""
+    """The kernel as ptxas may make it: products and sums of float32 without a rounding of their own
+    (PTX's `mul.f32`,
+    `add.f32`, `sub.f32`) as one operation, wherever both stand in one block. ptxas does so by
+    default (-fmad=true)."""
     starts, out = set(kernel.labels.values()), list(kernel.instructions)
     products: dict[str, Instruction] = {}
     for i, ins in enumerate(kernel.instructions):
@@ -126,16 +151,29 @@ def fused(kernel: Kernel) -> Kernel:
                 if product is not None:
                     out[i] = _one_operation(ins, product, which)
                     break
-        written = {name for a in ins.args[:1] for name in (a if isinstance(a, tuple) else str(a).split("|"))}
-        products = {name: p for name, p in products.items() if not written & {name, *map(str, p.args)}}
+        written = {
+            name
+            for a in ins.args[:1]
+            for name in (a if isinstance(a, tuple) else str(a).split("|"))
+        }
+        products = {
+            name: p for name, p in products.items() if not written & {name, *map(str, p.args)}
+        }
         if ins.op[0] == "mul" and ins.op[1:] in SINGLE and not ins.guard:
             products[str(ins.args[0])] = ins
     return replace(kernel, instructions=out)
 
 
 def _one_operation(ins: Instruction, product: Instruction, which: int) -> Instruction:
-    """Operand `which` of a sum or difference, which is a product, within it: fma with a sign for either part."""
+    """Operand `which` of a sum or difference, which is a product, within it: fma with a sign for
+    either part.
+    """
     less = ins.op[0] == "sub"
-    signs = ("plus" if not less or which == 1 else "minus", "plus" if not less or which == 2 else "minus")
+    signs = (
+        "plus" if not less or which == 1 else "minus",
+        "plus" if not less or which == 2 else "minus",
+    )
     args = (ins.args[0], *product.args[1:], ins.args[3 - which])
-    return replace(ins, op=("fma", *signs, ins.op[-1]), args=args, text=f"{ins.text} fused with {product.text}")
+    return replace(
+        ins, op=("fma", *signs, ins.op[-1]), args=args, text=f"{ins.text} fused with {product.text}"
+    )

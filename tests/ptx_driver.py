@@ -1,8 +1,10 @@
-"""A driver for triton that compiles for a GPU and runs what came out on CPU tensors, in `ptx_machine.py`.
+"""A driver for triton that compiles for a GPU and runs what came out on CPU tensors, in
+`ptx_machine.py`.
 
-`install()` before the first launch, in a process where triton compiles (TRITON_INTERPRET=0). From then on kernels are
-specialised, compiled and launched as they are on a device, up to PTX; ptxas is not called. A launch knows the storages
-of the tensors it is given and nothing else: an access beside them is a fault.
+`install()` before the first launch, in a process where triton compiles (TRITON_INTERPRET=0). From
+then on kernels are specialised, compiled and launched as they are on a device, up to PTX; ptxas is
+not called. A launch knows the storages of the tensors it is given and nothing else: an access
+beside them is a fault.
 """
 
 from __future__ import annotations
@@ -25,8 +27,21 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-SCALARS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "?", "u8": "B", "u16": "H", "u32": "I",
-           "u64": "Q", "fp16": "e", "fp32": "f", "fp64": "d"}
+SCALARS = {
+    "i1": "?",
+    "i8": "b",
+    "i16": "h",
+    "i32": "i",
+    "i64": "q",
+    "u1": "?",
+    "u8": "B",
+    "u16": "H",
+    "u32": "I",
+    "u64": "Q",
+    "fp16": "e",
+    "fp32": "f",
+    "fp64": "d",
+}
 
 
 @dataclass
@@ -41,54 +56,89 @@ class Launch:
 
 @dataclass
 class Bench:
-    """What launches share: slack of approximate instructions, whether products and sums are fused as ptxas may do it,
-    the order of programs, and a list of what was done."""
+    """What launches share: slack of approximate instructions, whether products and sums are fused
+    as ptxas may do it, the order of programs, and a list of what was done."""
 
     slack: Slack = field(default_factory=Slack)
     fuse: bool = False
-    resident: int = 4               # programs that run at once, of kernels in which they may wait for each other
-    warps: Callable[[int], Any] | None = None       # of so many, their order, if they shall not run at once
-    change: Callable[[ptx_code.Kernel], ptx_code.Kernel] | None = None      # of a kernel before it runs
+    # programs that run at once, of kernels in which they may wait for each other
+    resident: int = 4
+    # of so many, their order, if they shall not run at once
+    warps: Callable[[int], Any] | None = None
+    # of a kernel before it runs
+    change: Callable[[ptx_code.Kernel], ptx_code.Kernel] | None = None
     order: Callable[[int], Any] = range
     launches: list[Launch] = field(default_factory=list)
 
 
 BENCH = Bench()
-MOST_TURNS = 1000               # in which no program ends
+MOST_TURNS = 1000  # in which no program ends
 INSTALLED = False
-KERNELS: dict[str, ptx_code.Kernel] = {}        # by their text
+KERNELS: dict[str, ptx_code.Kernel] = {}  # by their text
 
 
 class Launcher:
-    """What triton calls with the grid and the arguments of a launch; constants are among them, and are left out."""
+    """What triton calls with the grid and the arguments of a launch; constants are among them, and
+    are left out.
+    """
 
     def __init__(self, src: Any, metadata: Any) -> None:
         names = src.fn.arg_names
-        self.signature = [(names[i] if isinstance(i, int) else i, kind) for i, kind in src.signature.items()]
+        self.signature = [
+            (names[i] if isinstance(i, int) else i, kind) for i, kind in src.signature.items()
+        ]
         self.shared = metadata.shared
 
-    def __call__(self, x: int, y: int, z: int, stream: int, kernel: ptx_code.Kernel, *given: Any) -> None:
-        args = given[-len(self.signature):]
-        taken = [(name, kind, arg) for (name, kind), arg in zip(self.signature, args, strict=True)
-                 if kind != "constexpr"]
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, kernel: ptx_code.Kernel, *given: Any
+    ) -> None:
+        args = given[-len(self.signature) :]
+        taken = [
+            (name, kind, arg)
+            for (name, kind), arg in zip(self.signature, args, strict=True)
+            if kind != "constexpr"
+        ]
         clock = Clock(x * y * z)
-        buffers = buffers_of({name: arg for name, _, arg in taken if isinstance(arg, Tensor)}, clock)
+        buffers = buffers_of(
+            {name: arg for name, _, arg in taken if isinstance(arg, Tensor)}, clock
+        )
         values = [b"".join(_bytes(kind, arg)) for _, kind, arg in taken]
-        values += [bytes(8)] * (len(kernel.parameters) - len(values))       # scratch that these kernels have none of
+        # scratch that these kernels have none of
+        values += [bytes(8)] * (len(kernel.parameters) - len(values))
         kernel = ptx_code.fused(kernel) if BENCH.fuse else kernel
         kernel = kernel if BENCH.change is None else BENCH.change(kernel)
         warps = None if BENCH.warps is None else list(BENCH.warps(kernel.threads // WARP))
         meet = any(ins.op[0] == "atom" for ins in kernel.instructions)
-        machines = [Machine(kernel, dict(zip(kernel.parameters, values, strict=True)), buffers, self.shared,
-                            BENCH.slack, clock, warps) for _ in range(BENCH.resident if meet else 1)]
+        machines = [
+            Machine(
+                kernel,
+                dict(zip(kernel.parameters, values, strict=True)),
+                buffers,
+                self.shared,
+                BENCH.slack,
+                clock,
+                warps,
+            )
+            for _ in range(BENCH.resident if meet else 1)
+        ]
         run_all(machines, (x, y, z), list(BENCH.order(x * y * z)))
-        BENCH.launches.append(Launch(kernel.name, (x, y, z), {b.name: b.loaded for b in buffers},
-                                     {b.name: b.stored for b in buffers}))
+        BENCH.launches.append(
+            Launch(
+                kernel.name,
+                (x, y, z),
+                {b.name: b.loaded for b in buffers},
+                {b.name: b.stored for b in buffers},
+            )
+        )
 
 
 def run_all(machines: list[Machine], size: tuple[int, int, int], waiting: list[int]) -> None:
-    """All programs of a grid, as many at once as there are machines, which take turns. Fault where none gets on."""
-    running = {machine: machine.program(size, waiting.pop(0)) for machine in machines[: len(waiting)]}
+    """All programs of a grid, as many at once as there are machines, which take turns. Fault where
+    none gets on.
+    """
+    running = {
+        machine: machine.program(size, waiting.pop(0)) for machine in machines[: len(waiting)]
+    }
     idle = 0
     while running:
         for machine, program in list(running.items()):
@@ -99,7 +149,10 @@ def run_all(machines: list[Machine], size: tuple[int, int, int], waiting: list[i
                 if waiting:
                     running[machine] = machine.program(size, waiting.pop(0))
         if idle > MOST_TURNS * len(machines):
-            raise Fault(f"{len(running)} programs wait for others, {len(waiting)} have not begun: none gets on")
+            raise Fault(
+                f"{len(running)} programs wait for others, {len(waiting)} have not begun: none "
+                "gets on"
+            )
 
 
 def _bytes(kind: str, arg: Any) -> Any:
@@ -117,8 +170,16 @@ def buffers_of(tensors: dict[str, Tensor], clock: Clock) -> list[Buffer]:
         storage = tensor.untyped_storage()
         found.setdefault(storage.data_ptr(), []).append(name)
         storages[storage.data_ptr()] = storage
-    return [Buffer("+".join(names), at, np.asarray(torch.tensor([], dtype=torch.uint8).set_(storages[at])), clock)
-            for at, names in found.items() if storages[at].nbytes()]
+    return [
+        Buffer(
+            "+".join(names),
+            at,
+            np.asarray(torch.tensor([], dtype=torch.uint8).set_(storages[at])),
+            clock,
+        )
+        for at, names in found.items()
+        if storages[at].nbytes()
+    ]
 
 
 class Driver(DriverBase):
@@ -128,8 +189,18 @@ class Driver(DriverBase):
         self.arch = arch
         self.launcher_cls = Launcher
         self.utils = SimpleNamespace(
-            load_binary=lambda name, code, shared, device: (None, _kernel(code.decode()), 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132})
+            load_binary=lambda name, code, shared, device: (
+                None,
+                _kernel(code.decode()),
+                0,
+                0,
+                1024,
+            ),
+            get_device_properties=lambda device: {
+                "max_shared_mem": 227 * 1024,
+                "multiprocessor_count": 132,
+            },
+        )
 
     @classmethod
     def is_active(cls) -> bool:
@@ -161,8 +232,9 @@ def _kernel(text: str) -> ptx_code.Kernel:
 
 
 def install(arch: int = 90) -> None:
-    """From now on triton launches here. The last stage of its compiler gives the PTX itself instead of a cubin, under
-    a key of its own: triton keeps what it compiled in a folder that others read."""
+    """From now on triton launches here. The last stage of its compiler gives the PTX itself instead
+    of a cubin, under a key of its own: triton keeps what it compiled in a folder that others read.
+    """
     global INSTALLED
     if INSTALLED:
         return

@@ -1,11 +1,13 @@
-"""Runs compiled kernels without a GPU: an interpreter of PTX, all threads of a program at once, in numpy.
+"""Runs compiled kernels without a GPU: an interpreter of PTX, all threads of a program at once, in
+numpy.
 
-Triton's own interpreter runs the source, one program as one thread: it knows no layouts, no shuffles, no shared memory,
-no barriers. This runs what the compiler made of it, and watches every access (`ptx_memory.py`). Threads go in lockstep,
-those that are behind first; where no race is found, every other order gives the same.
+Triton's own interpreter runs the source, one program as one thread: it knows no layouts, no
+shuffles, no shared memory, no barriers. This runs what the compiler made of it, and watches every
+access (`ptx_memory.py`). Threads go in lockstep, those that are behind first; where no race is
+found, every other order gives the same.
 
-What it is not: a device. It knows no time, no cache, and nothing of what ptxas makes of PTX (which may fuse a product
-and a sum that PTX leaves apart).
+What it is not: a device. It knows no time, no cache, and nothing of what ptxas makes of PTX (which
+may fuse a product and a sum that PTX leaves apart).
 """
 
 from __future__ import annotations
@@ -22,22 +24,35 @@ CONTROL = {"bra", "bar", "ret", "exit"}
 
 
 class Machine:
-    """One kernel made ready, over buffers. `parameters`: the bytes of each, by name; `shared`: bytes of a program.
+    """One kernel made ready, over buffers. `parameters`: the bytes of each, by name; `shared`:
+    bytes of a program.
 
     `warps`: run one after the other, in this order, each until it waits; None: all at once.
     """
 
-    def __init__(self, kernel: Kernel, parameters: dict[str, bytes], buffers: Sequence[Buffer], shared: int,
-                 slack: Slack, clock: Clock, warps: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        parameters: dict[str, bytes],
+        buffers: Sequence[Buffer],
+        shared: int,
+        slack: Slack,
+        clock: Clock,
+        warps: Sequence[int] | None = None,
+    ) -> None:
         self.kernel, self.clock, self.warps = kernel, clock, warps
         self.shared = Buffer("shared memory", 0, np.zeros(shared, np.uint8), clock, shared=True)
         self.steps = Steps(kernel, parameters, buffers, self.shared, slack)
-        self.ready: list[Step | None] = [None if i.op[0] in CONTROL and i.op[1:] != ("warp", "sync") else
-                                         self.steps.step(i) for i in kernel.instructions]
+        self.ready: list[Step | None] = [
+            None if i.op[0] in CONTROL and i.op[1:] != ("warp", "sync") else self.steps.step(i)
+            for i in kernel.instructions
+        ]
 
     def program(self, size: Sequence[int], number: int) -> Iterator[None]:
         """Runs a program of a grid, and lets others run before each access that they may wait for."""
-        self.steps.begin(size, (number % size[0], number // size[0] % size[1], number // (size[0] * size[1])))
+        self.steps.begin(
+            size, (number % size[0], number // size[0] % size[1], number // (size[0] * size[1]))
+        )
         own, threads = self.clock.begin(number), Threads(self.kernel, self.warps)
         code = self.kernel.instructions
         while (pc := threads.next()) < len(code):
@@ -50,7 +65,9 @@ class Machine:
                 try:
                     step(threads.mask)
                 except Fault as e:
-                    places = [f"{code[i].text} [{code[i].source}]" for i in (pc, e.other) if i is not None]
+                    places = [
+                        f"{code[i].text} [{code[i].source}]" for i in (pc, e.other) if i is not None
+                    ]
                     raise Fault(f"{e}: {'; after '.join(places)}") from e
                 threads.go(pc + 1)
             elif ins.op[0] == "bar":
@@ -66,15 +83,18 @@ class Machine:
 
 
 class Threads:
-    """Where the threads of a program are. Those at the least place go next, so that ways that parted meet again."""
+    """Where the threads of a program are. Those at the least place go next, so that ways that
+    parted meet again.
+    """
 
     def __init__(self, kernel: Kernel, warps: Sequence[int] | None = None) -> None:
         count, self.end = kernel.threads, len(kernel.instructions)
-        self.pc = 0                             # of all threads, while they are together
-        self.apart: Array | None = None         # of each thread, while they are not
+        self.pc = 0  # of all threads, while they are together
+        self.apart: Array | None = None  # of each thread, while they are not
         self.waiting = np.zeros(count, bool)
         self.mask: Mask = True
-        self.turn: Array | None = None          # of each thread's warp, where they run one after the other
+        # of each thread's warp, where they run one after the other
+        self.turn: Array | None = None
         if warps is not None:
             self.turn = np.repeat(np.argsort(warps), WARP)
             self.apart = np.zeros(count, np.int64)

@@ -1,8 +1,9 @@
 """What the arithmetic instructions of PTX compute, over all threads of a program at once, in numpy.
 
-Each entry of `SCALAR` takes the operands as arrays of the instruction's type and gives the result. Approximate
-instructions give the true value, moved within the bound that the PTX manual states for them where a `Slack` is set: a
-result that holds for every device that keeps to the manual, not for one.
+Each entry of `SCALAR` takes the operands as arrays of the instruction's type and gives the result.
+Approximate instructions give the true value, moved within the bound that the PTX manual states for
+them where a `Slack` is set: a result that holds for every device that keeps to the manual, not for
+one.
 """
 
 from __future__ import annotations
@@ -14,25 +15,49 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-NUMPY = {"b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
-         "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f32": np.float32, "f64": np.float64, "f16": np.float16,
-         "bf16": np.uint16, "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "bf16x2": np.uint32,
-         "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64}
+NUMPY = {
+    "b16": np.uint16,
+    "u16": np.uint16,
+    "s16": np.int16,
+    "b32": np.uint32,
+    "u32": np.uint32,
+    "s32": np.int32,
+    "b64": np.uint64,
+    "u64": np.uint64,
+    "s64": np.int64,
+    "f32": np.float32,
+    "f64": np.float64,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "pred": np.bool_,
+    "b8": np.uint8,
+    "u8": np.uint8,
+    "s8": np.int8,
+    "bf16x2": np.uint32,
+    "f16x2": np.uint32,
+    "s16x2": np.uint32,
+    "u16x2": np.uint32,
+    "f32x2": np.uint64,
+}
 TINY = np.float32(2.0**-126)
 
 
 class Slack:
-    """How far results of approximate instructions are moved: up to `part` of the bound, by a hash of the result, so
-    that equal operands give equal results, as they do on a device."""
+    """How far results of approximate instructions are moved: up to `part` of the bound, by a hash
+    of the result, so that equal operands give equal results, as they do on a device."""
 
     def __init__(self, part: float = 0.0) -> None:
         self.part = part
 
     def __call__(self, exact: Array, bound: float, least: float = 0.0) -> Array:
-        """`exact` in float64, moved by at most `bound` times its size (or `least`, where that is smaller)."""
+        """`exact` in float64, moved by at most `bound` times its size (or `least`, where that is
+        smaller).
+        """
         if self.part:
             size = np.maximum(np.abs(exact), least)
-            noise = (exact.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) / 2.0**23 - 1
+            noise = (
+                exact.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+            ) / 2.0**23 - 1
             moved = exact + self.part * bound * noise * size
             exact = np.where(np.isfinite(exact) & (exact != 0), moved, exact)
         return exact.astype(np.float32)
@@ -102,7 +127,10 @@ def shift(kind: type[Any], left: bool) -> Callable[[Array, Array], Array]:
         some = np.where(far, 0, by).astype(kind)
         if left:
             return np.where(far, kind(0), a << some)
-        return np.where(far, np.where(a < 0, kind(-1), kind(0)) if kind(0) - 1 < 0 else kind(0), a >> some)
+        return np.where(
+            far, np.where(a < 0, kind(-1), kind(0)) if kind(0) - 1 < 0 else kind(0), a >> some
+        )
+
     return run
 
 
@@ -116,8 +144,18 @@ def bit_field(a: Array, start: Array, length: Array) -> Array:
 def compare(op: tuple[str, ...]) -> Callable[[Array, Array], Array]:
     """setp: comparisons of floats are false with a NaN, but for the forms that end in u."""
     name, kind = op[1], op[-1]
-    known = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-             "ge": np.greater_equal, "lo": np.less, "hi": np.greater, "ls": np.less_equal, "hs": np.greater_equal}
+    known = {
+        "eq": np.equal,
+        "ne": np.not_equal,
+        "lt": np.less,
+        "le": np.less_equal,
+        "gt": np.greater,
+        "ge": np.greater_equal,
+        "lo": np.less,
+        "hi": np.greater,
+        "ls": np.less_equal,
+        "hs": np.greater_equal,
+    }
     real = kind in ("f16", "f32", "f64", "bf16")
     unordered = real and name.endswith("u")
     run = known.get(name[:-1] if unordered else name)
@@ -129,6 +167,7 @@ def compare(op: tuple[str, ...]) -> Callable[[Array, Array], Array]:
         if run is None:
             return nan == (name == "nan")
         return (run(a, b) | nan) if unordered else (run(a, b) & ~nan)
+
     assert run is not None or name in ("nan", "num"), op
     return test
 
@@ -138,7 +177,9 @@ def approximate(slack: Slack) -> dict[str, Callable[..., Array]]:
     wide = np.float64
     return {
         "ex2": lambda x: np.where(x == 0, np.float32(1), slack(np.exp2(x.astype(wide)), 2.0**-22)),
-        "lg2": lambda x: np.where(x == 1, np.float32(0), slack(np.log2(x.astype(wide)), 2.0**-22, 1.0)),
+        "lg2": lambda x: np.where(
+            x == 1, np.float32(0), slack(np.log2(x.astype(wide)), 2.0**-22, 1.0)
+        ),
         "rsqrt": lambda x: slack(1 / np.sqrt(x.astype(wide)), 2.0**-22.9),
         "sqrt": lambda x: slack(np.sqrt(x.astype(wide)), 2.0**-23),
         "rcp": lambda x: slack(1 / x.astype(wide), 2.0**-23),
@@ -148,7 +189,9 @@ def approximate(slack: Slack) -> dict[str, Callable[..., Array]]:
 
 def whole_division(a: Array, b: Array) -> Array:
     """div of integers, towards zero."""
-    return np.where(b == 0, 0, np.trunc(a / np.where(b == 0, 1, b).astype(np.float64))).astype(a.dtype)
+    return np.where(b == 0, 0, np.trunc(a / np.where(b == 0, 1, b).astype(np.float64))).astype(
+        a.dtype
+    )
 
 
 def doubled(kind: str) -> str:
@@ -157,20 +200,25 @@ def doubled(kind: str) -> str:
 
 
 def arithmetic(op: tuple[str, ...], slack: Slack) -> Callable[..., Array]:
-    """The function of an arithmetic instruction over operands of its type; KeyError for one that is not known."""
+    """The function of an arithmetic instruction over operands of its type; KeyError for one that is
+    not known.
+    """
     name, kind = op[0], op[-1]
     if kind.endswith("x2"):
         halves, pair = arithmetic((*op[:-1], kind[:-2]), slack), NUMPY[kind]
-        return lambda *given: halves(*(np.ascontiguousarray(x).view(NUMPY[kind[:-2]]) for x in given)).view(pair)
-    if op[-2] == "f32" and kind in ("bf16", "f16"):     # a sum, or the factors of a product, of 16 bits; exact in 32
+        return lambda *given: halves(
+            *(np.ascontiguousarray(x).view(NUMPY[kind[:-2]]) for x in given)
+        ).view(pair)
+    # a sum, or the factors of a product, of 16 bits; exact in 32
+    if op[-2] == "f32" and kind in ("bf16", "f16"):
         run, narrow = arithmetic(op[:-1], slack), 2 if op[0] == "fma" else 1
         return lambda *given: run(*(single(x, kind) for x in given[:narrow]), *given[narrow:])
-    if kind == "bf16" and op[0] in ("abs", "neg", "max", "min"):        # exact: nothing is rounded
+    if kind == "bf16" and op[0] in ("abs", "neg", "max", "min"):  # exact: nothing is rounded
         exact = arithmetic((*op[:-1], "f32"), slack)
         return lambda *given: to_bf16(exact(*map(from_bf16, given)))
     np_kind: Any = NUMPY[kind]
     real = kind == "f32"
-    if name == "fma" and ("plus" in op or "minus" in op):       # of ptx_code.fused
+    if name == "fma" and ("plus" in op or "minus" in op):  # of ptx_code.fused
         product, addend = ((-1.0 if sign == "minus" else 1.0) for sign in op[1:3])
         return lambda a, b, c: fma(a, b * np.float32(product), c * np.float32(addend))
     if name in ("mul", "mad") and not real:
@@ -179,18 +227,31 @@ def arithmetic(op: tuple[str, ...], slack: Slack) -> Callable[..., Array]:
         return whole_division
     if real and name in ("ex2", "lg2", "rsqrt", "sqrt", "rcp", "div"):
         run = approximate(slack if "approx" in op or "full" in op else Slack())[name]
-        assert "rn" not in op or name != "rsqrt", op            # float64 and one rounding is exact for the others
+        # float64 and one rounding is exact for the others
+        assert "rn" not in op or name != "rsqrt", op
     elif name in ("shl", "shr"):
         run = shift(np_kind, name == "shl")
     elif name in ("max", "min"):
         of_two: Any = getattr(np, f"f{name}" if real else f"{name}imum")
         assert not (real and "NaN" in op), op
-        run = lambda *given: reduce(of_two, given)          # noqa: E731    sm_100 has max of three
+        run = lambda *given: reduce(of_two, given)  # noqa: E731    sm_100 has max of three
     else:
-        run = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma, "neg": np.negative, "abs": np.abs,
-               "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "bfe": bit_field,
-               "popc": lambda a: np.bitwise_count(a).astype(np_kind),
-               "mov": lambda a: a, "cvta": lambda a: a}[name]
+        run = {
+            "add": np.add,
+            "sub": np.subtract,
+            "mul": np.multiply,
+            "fma": fma,
+            "neg": np.negative,
+            "abs": np.abs,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+            "not": np.invert,
+            "bfe": bit_field,
+            "popc": lambda a: np.bitwise_count(a).astype(np_kind),
+            "mov": lambda a: a,
+            "cvta": lambda a: a,
+        }[name]
         if kind == "bf16":
             raise KeyError(name)
     if "ftz" not in op:

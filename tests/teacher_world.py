@@ -12,7 +12,7 @@ from torch import nn
 
 from kdcache.teacher.dump import DumpReport, dump_teacher
 
-torch.set_num_threads(1)        # nets this small only wait for each other's threads
+torch.set_num_threads(1)  # nets this small only wait for each other's threads
 CLASSES = 12
 WIDTH = 6
 
@@ -23,7 +23,9 @@ class Points:
     name = "points"
     revision = "1"
 
-    def __init__(self, count: int = 50, *, fail_at: int | None = None, shift: int = 0, classes: int = CLASSES) -> None:
+    def __init__(
+        self, count: int = 50, *, fail_at: int | None = None, shift: int = 0, classes: int = CLASSES
+    ) -> None:
         rng = np.random.default_rng(7)
         self.x = torch.from_numpy(rng.normal(size=(count, WIDTH)).astype(np.float32))
         with torch.no_grad():
@@ -43,7 +45,9 @@ class Noisy(Points):
     """Points whose views add noise from the generator of the view."""
 
     def view(self, sample_id: int, view: int, rng: np.random.Generator) -> Any:
-        return self.x[sample_id] + torch.from_numpy(rng.normal(size=WIDTH).astype(np.float32)), self.y[sample_id]
+        return self.x[sample_id] + torch.from_numpy(
+            rng.normal(size=WIDTH).astype(np.float32)
+        ), self.y[sample_id]
 
 
 class Sentences:
@@ -87,7 +91,9 @@ class Speaker(nn.Module):
             self.embed = nn.Embedding(vocab, width)
             self.head = nn.Linear(width, vocab)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = self.embed(input_ids)
         before = torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
         return self.head(3 * x + before)
@@ -109,7 +115,11 @@ class Broken(nn.Module):
 
 def files(cache: Path) -> dict[str, bytes]:
     """Every file of a cache, by its name within it."""
-    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file()
+    }
 
 
 Dump = Callable[..., DumpReport]
@@ -117,7 +127,10 @@ Dump = Callable[..., DumpReport]
 
 def dumper(out: Path) -> Dump:
     """dump_teacher with small defaults, into a folder."""
+
     def call(**changes: Any) -> DumpReport:
-        return dump_teacher(**{"teacher": mlp(), "data": Points(), "out": out, "device": "cpu", **changes})
+        return dump_teacher(
+            **{"teacher": mlp(), "data": Points(), "out": out, "device": "cpu", **changes}
+        )
 
     return call

@@ -1,4 +1,6 @@
-"""The benchmarks run, in turns, and end in one JSON line; what they say of sizes is what can be counted by hand."""
+"""The benchmarks run, in turns, and end in one JSON line; what they say of sizes is what can be
+counted by hand.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,14 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_the_table_is_aligned() -> None:
     assert race.table(["", "x"], [["long name", 1.23456], ["b", 10]]) == (
-        "               x\nlong name  1.235\nb             10")
+        "               x\nlong name  1.235\nb             10"
+    )
 
 
 def test_the_command_shows_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/bin/kdcache", "bench", "shard-io", "--folder", "a b"])
+    monkeypatch.setattr(
+        sys, "argv", ["/home/somebody/bin/kdcache", "bench", "shard-io", "--folder", "a b"]
+    )
     assert race.command() == "kdcache bench shard-io --folder 'a b'"
 
 
@@ -71,7 +76,7 @@ def test_shard_io(tmp_path: Path) -> None:
             assert one["rows_per_second"] == pytest.approx(records / one["seconds"]["median"])
             assert one["bytes_per_second"] == pytest.approx(60 * one["rows_per_second"])
         assert found[kind]["bare"]["times_bare"] == 1.0
-    assert list((tmp_path / "disk").iterdir()) == []            # what it wrote is gone again
+    assert list((tmp_path / "disk").iterdir()) == []  # what it wrote is gone again
 
 
 def test_what_shard_io_races_reads_the_same_numbers(tmp_path: Path) -> None:
@@ -81,8 +86,15 @@ def test_what_shard_io_races_reads_the_same_numbers(tmp_path: Path) -> None:
     from kdcache.bench import shard_io
     from kdcache.cache.spec import CacheSpec
 
-    spec = CacheSpec(kind="topk", num_classes=100, samples=(0, 16), tiers=(4,), records_per_shard=8,
-                     temperatures=("1", "2"), labels=1)
+    spec = CacheSpec(
+        kind="topk",
+        num_classes=100,
+        samples=(0, 16),
+        tiers=(4,),
+        records_per_shard=8,
+        temperatures=("1", "2"),
+        labels=1,
+    )
     columns = shard_io.shard_columns(spec)
     shard_io.write_cache(spec, columns, tmp_path / "c", "arrow")
     records = np.array([3, 15, 8])
@@ -90,34 +102,55 @@ def test_what_shard_io_races_reads_the_same_numbers(tmp_path: Path) -> None:
     for name, array in columns.items():
         np.testing.assert_array_equal(batch.columns[name], array[records % 8])
     shard_io.bare_write(spec, columns, tmp_path / "bare")
-    assert sum(f.stat().st_size for f in (tmp_path / "bare").iterdir()) == 16 * sum(c.row_bytes for c in spec.columns())
+    assert sum(f.stat().st_size for f in (tmp_path / "bare").iterdir()) == 16 * sum(
+        c.row_bytes for c in spec.columns()
+    )
 
 
 def test_end_to_end() -> None:
     lines, found = bench("end-to-end", "--quick", "--rounds", "1", "--device", "cpu")
     check_machine(found)
     assert len(lines) == 5 and set(found["contenders"]) == {"no teacher", "cached", "live teacher"}
-    assert found["record_bytes"] == 8 + 10 * 2 + 4 + 4          # key, ten float16 values, max, label
-    # Kernels of 9; stages of 8 x 8, 4 x 4 and 2 x 2 pixels and widths w, 2 w, 4 w; a linear layer to 10 classes.
+    # key, ten float16 values, max, label
+    assert found["record_bytes"] == 8 + 10 * 2 + 4 + 4
+    # Kernels of 9; stages of 8 x 8, 4 x 4 and 2 x 2 pixels and widths w, 2 w, 4 w; a linear layer
+    # to 10 classes.
     w = 4
-    assert found["multiplications"]["student"] == 9 * (3 * w * 64 + w * 2 * w * 16 + 2 * w * 4 * w * 4) + 4 * w * 10
+    assert (
+        found["multiplications"]["student"]
+        == 9 * (3 * w * 64 + w * 2 * w * 16 + 2 * w * 4 * w * 4) + 4 * w * 10
+    )
     w = 8
     deep = w * w * 64 + 2 * w * 2 * w * 16 + 4 * w * 4 * w * 4
     assert found["multiplications"]["teacher"] == (
-        9 * (3 * w * 64 + w * 2 * w * 16 + 2 * w * 4 * w * 4 + deep) + 4 * w * 10)
+        9 * (3 * w * 64 + w * 2 * w * 16 + 2 * w * 4 * w * 4 + deep) + 4 * w * 10
+    )
     assert found["contenders"]["no teacher"]["times_no_teacher"] == 1.0
 
 
 @pytest.mark.parametrize("name", ["shard_io", "kd_loss"])
 def test_a_benchmark_runs_as_a_module_too(name: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"kdcache.bench.{name}", "--quick"], capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", f"kdcache.bench.{name}", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["bench"] == name
 
 
 def test_json_alone_and_kept(tmp_path: Path) -> None:
-    args = ["bench", "shard-io", "--quick", "--rounds", "1", "--json", "--results", str(tmp_path / "results")]
+    args = [
+        "bench",
+        "shard-io",
+        "--quick",
+        "--rounds",
+        "1",
+        "--json",
+        "--results",
+        str(tmp_path / "results"),
+    ]
     result = CliRunner().invoke(main, args)
     assert json.loads(result.stdout)["bench"] == "shard_io" and result.stdout.count("\n") == 1
     (kept,) = (tmp_path / "results").iterdir()
@@ -127,7 +160,9 @@ def test_json_alone_and_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("cuda:0", "nvidia-h200")])
 def test_kept_lines_are_named_by_device(tmp_path: Path, device: str, name: str) -> None:
-    path = race.save({"bench": "b", "device": device, "machine": {"gpus": ["NVIDIA H200"]}}, tmp_path)
+    path = race.save(
+        {"bench": "b", "device": device, "machine": {"gpus": ["NVIDIA H200"]}}, tmp_path
+    )
     assert path.name.startswith(f"b_{name}_20")
 
 

@@ -1,4 +1,6 @@
-"""The race over the distillation loss: who runs, what is counted, and that a wrong gradient or a failure is said."""
+"""The race over the distillation loss: who runs, what is counted, and that a wrong gradient or a
+failure is said.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def bench(*args: str) -> Result:
     return CliRunner().invoke(main, ["bench", "loss", "--quick", "--rounds", "1", *args])
 
 
-def problem(temperature: float = 2.0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> world.Problem:
+def problem(
+    temperature: float = 2.0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> world.Problem:
     return world.make_problem(6, 131, 5, temperature, dtype, torch.device(device))
 
 
@@ -36,21 +40,36 @@ def small_track() -> track.Track:
     return track.Track(CPU, copy_bytes=1024, flush_bytes=1024)
 
 
-def test_on_a_cpu_the_torch_engine_is_raced_and_the_kernels_are_said_to_be_untimed(tmp_path: Path) -> None:
-    result = bench("--device", "cpu", "--results", str(tmp_path), "--plot", str(tmp_path / "plots" / "p.png"))
+def test_on_a_cpu_the_torch_engine_is_raced_and_the_kernels_are_said_to_be_untimed(
+    tmp_path: Path,
+) -> None:
+    result = bench(
+        "--device", "cpu", "--results", str(tmp_path), "--plot", str(tmp_path / "plots" / "p.png")
+    )
     assert result.exit_code == 0, (result.stderr, result.exception)
     *lines, last = result.stdout.splitlines()
     found = json.loads(last)
-    assert lines[-1] == found["note"] == kd_loss.SAY_CPU and found["kernels_timed"] is False and found["errors"] == []
+    assert (
+        lines[-1] == found["note"] == kd_loss.SAY_CPU
+        and found["kernels_timed"] is False
+        and found["errors"] == []
+    )
     assert [(case["num_classes"], case["temperature"], case["k"]) for case in found["cases"]] == [
-        (100, 2.0, 8), (127, 2.0, 8)]
-    # 16 rows of float32: logits and gradient, 8 ids and log-probabilities, tail, label, three results
+        (100, 2.0, 8),
+        (127, 2.0, 8),
+    ]
+    # 16 rows of float32: logits and gradient, 8 ids and log-probabilities, tail, label, three
+    # results
     assert found["cases"][0]["model_bytes"] == 16 * (2 * 100 * 4 + 8 * (4 + 4) + 4 + 8 + 12)
     for case in found["cases"]:
         assert set(case["contenders"]) == {"torch engine", "torch engine, in place", "definition"}
         for one in case["contenders"].values():
-            assert one["bytes_per_second"] == pytest.approx(case["model_bytes"] / one["seconds"]["median"])
-            assert one["share_of_copy"] == pytest.approx(one["bytes_per_second"] / case["copy_bytes_per_second"])
+            assert one["bytes_per_second"] == pytest.approx(
+                case["model_bytes"] / one["seconds"]["median"]
+            )
+            assert one["share_of_copy"] == pytest.approx(
+                one["bytes_per_second"] / case["copy_bytes_per_second"]
+            )
             assert max(one["gradient_error"].values()) < 1e-5
     (kept,) = tmp_path.glob("*.json")
     assert kept.name.startswith("kd_loss_cpu_20") and kept.read_text() == last + "\n"
@@ -58,7 +77,11 @@ def test_on_a_cpu_the_torch_engine_is_raced_and_the_kernels_are_said_to_be_untim
 
 
 def test_the_least_bytes_at_the_size_that_is_named() -> None:
-    assert kd_loss.model_bytes(8192, 128_256, 64, 2) == 8192 * (4 * 128_256 + 64 * 8 + 24) == 4_207_083_520
+    assert (
+        kd_loss.model_bytes(8192, 128_256, 64, 2)
+        == 8192 * (4 * 128_256 + 64 * 8 + 24)
+        == 4_207_083_520
+    )
 
 
 def test_the_cases_are_those_that_were_promised() -> None:
@@ -80,13 +103,17 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
         track.choose_device("cuda:0")
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert track.choose_device("cuda") == torch.device("cuda:1")        # set_device wants to know which
+    # set_device wants to know which
+    assert track.choose_device("cuda") == torch.device("cuda:1")
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch,
-                                                                       tmp_path: Path) -> None:
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
     monkeypatch.setattr(kd_loss, "kd_loss", lambda **_: pytest.fail("it was timed"))
     result = bench("--plot", str(tmp_path / "p.png"))
     assert result.exit_code == 2 and "--plot needs matplotlib" in result.stderr
@@ -94,11 +121,16 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypat
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_kernel_is_asked_for_the_same_loss(temperature: float, inplace: bool, device: str) -> None:
-    """In the interpreter, or with -m gpu on the device: what is timed gives the definition's gradient."""
+def test_the_kernel_is_asked_for_the_same_loss(
+    temperature: float, inplace: bool, device: str
+) -> None:
+    """In the interpreter, or with -m gpu on the device: what is timed gives the definition's
+    gradient.
+    """
     p = problem(temperature, device=device)
     assert max(world.gradient_errors(p, partial(world.Fused.of(p), inplace)).values()) < 2e-6
-    assert torch.equal(p.logits_NV, p.kept_NV) != inplace       # in place the logits are gone, and can be put back
+    # in place the logits are gone, and can be put back
+    assert torch.equal(p.logits_NV, p.kept_NV) != inplace
     p.restore()
     assert torch.equal(p.logits_NV, p.kept_NV)
 
@@ -126,12 +158,14 @@ def test_the_problem_is_a_proper_one() -> None:
     assert int((ids == p.labels_N[:, None]).any(1).sum()) >= 10
     q_NV = world.dense_teacher(t, torch.float64)
     torch.testing.assert_close(q_NV.sum(1), torch.ones(30, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(q_NV.gather(1, ids), t.log_probs_NK.double().exp(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        q_NV.gather(1, ids), t.log_probs_NK.double().exp(), rtol=1e-6, atol=0
+    )
 
 
 def test_a_rival_over_a_dense_teacher_is_held_to_its_own_definition() -> None:
-    """CE + KL to dense probabilities, in plain torch and Liger's units, is right by that measure, and wrong by the
-    sparse one in the units of that."""
+    """CE + KL to dense probabilities, in plain torch and Liger's units, is right by that measure,
+    and wrong by the sparse one in the units of that."""
     p = problem()
     q_NV = world.dense_teacher(p.targets, torch.float32)
 
@@ -142,7 +176,11 @@ def test_a_rival_over_a_dense_teacher_is_held_to_its_own_definition() -> None:
         return torch.autograd.grad(value, p.logits_NV)[0]
 
     assert max(world.gradient_errors(p, dense, q_NV).values()) < 1e-6
-    assert 1e-3 < world.gradient_errors(p, lambda: dense() * (1 - world.ALPHA) / len(p.labels_N))["tail"] < 1
+    assert (
+        1e-3
+        < world.gradient_errors(p, lambda: dense() * (1 - world.ALPHA) / len(p.labels_N))["tail"]
+        < 1
+    )
 
 
 def test_what_fails_is_left_out_and_said_and_what_is_destroyed_is_put_back() -> None:
@@ -151,13 +189,26 @@ def test_what_fails_is_left_out_and_said_and_what_is_destroyed_is_put_back() -> 
     def fail() -> None:
         raise MemoryError("2 GB\nmore")
 
-    found = small_track().race({
-        "a": track.Entrant(lambda: calls.append("run"), lambda: calls.append("prepare")),
-        "rival": track.Entrant(fail), "ours": track.Entrant(fail, own=True)}, rounds=2, model_bytes=2048, warmups=1)
-    assert calls == ["prepare", "run"] * (2 + 1 + 2)            # twice beforehand, one warm-up, two rounds
+    found = small_track().race(
+        {
+            "a": track.Entrant(lambda: calls.append("run"), lambda: calls.append("prepare")),
+            "rival": track.Entrant(fail),
+            "ours": track.Entrant(fail, own=True),
+        },
+        rounds=2,
+        model_bytes=2048,
+        warmups=1,
+    )
+    # twice beforehand, one warm-up, two rounds
+    assert calls == ["prepare", "run"] * (2 + 1 + 2)
     assert found["contenders"]["rival"] == {"failed": "MemoryError: 2 GB"}
     assert found["errors"] == ["ours: MemoryError: 2 GB"]
-    assert set(found["contenders"]["a"]) == {"seconds", "bytes_per_second", "share_of_copy", "peak_bytes"}
+    assert set(found["contenders"]["a"]) == {
+        "seconds",
+        "bytes_per_second",
+        "share_of_copy",
+        "peak_bytes",
+    }
 
 
 def test_on_cuda_the_events_stand_right_around_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,34 +231,47 @@ def test_on_cuda_the_events_stand_right_around_the_run(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: said.append("wait"))
     course = small_track()
     course.device = torch.device("cuda")
-    course.dirt = SimpleNamespace(zero_=lambda: said.append("write"),  # type: ignore[assignment]
-                                  sum=lambda: said.append("read"))
+    course.dirt = SimpleNamespace(
+        zero_=lambda: said.append("write"),  # type: ignore[assignment]
+        sum=lambda: said.append("read"),
+    )
     assert course.seconds(lambda: said.append("run"), lambda: said.append("prepare")) == 0.0015
-    # Read last: what the caches hold then is clean, and nothing of it is written back while the run is timed.
+    # Read last: what the caches hold then is clean, and nothing of it is written back while the run
+    # is timed.
     assert said == ["prepare", "write", "read", "wait", "record", "run", "record", "synchronize"]
 
 
-def test_a_wrong_gradient_of_ours_is_an_error_after_all_is_kept(monkeypatch: pytest.MonkeyPatch,
-                                                                tmp_path: Path) -> None:
+def test_a_wrong_gradient_of_ours_is_an_error_after_all_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     engine = world.engine
-    monkeypatch.setattr(world, "engine", lambda p, inplace=False: engine(p, inplace) * (1 if inplace else 2))
+    monkeypatch.setattr(
+        world, "engine", lambda p, inplace=False: engine(p, inplace) * (1 if inplace else 2)
+    )
     result = bench("--device", "cpu", "--results", str(tmp_path))
     assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith(
-        "Error: V=100 T=2 K=8: torch engine: its gradient is off")
+        "Error: V=100 T=2 K=8: torch engine: its gradient is off"
+    )
     assert len(list(tmp_path.glob("*.json"))) == 1
     assert json.loads(result.stdout.splitlines()[-1])["errors"] == [
-        text for text in json.loads(next(tmp_path.glob("*.json")).read_text())["errors"] if "torch engine:" in text]
+        text
+        for text in json.loads(next(tmp_path.glob("*.json")).read_text())["errors"]
+        if "torch engine:" in text
+    ]
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kd_loss, "gradient_errors", lambda *_: {"max": 0.0, "tail": float("nan")})
     found = kd_loss.kd_loss(quick=True, rounds=1, device="cpu")
-    assert len(found["errors"]) == 2 * 2 and found["cases"][0]["contenders"]["torch engine"]["gradient_error"] == {
-        "max": 0.0, "tail": None}
+    assert len(found["errors"]) == 2 * 2 and found["cases"][0]["contenders"]["torch engine"][
+        "gradient_error"
+    ] == {"max": 0.0, "tail": None}
     json.dumps(found, allow_nan=False)
 
 
-def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make = world.make_problem
 
     def broken(rows: int, classes: int, *others: Any) -> world.Problem:
@@ -218,31 +282,63 @@ def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatc
     monkeypatch.setattr(kd_loss, "make_problem", broken)
     found = kd_loss.kd_loss(quick=True, rounds=1, device="cpu")
     assert found["errors"] == ["V=127 T=2 K=8: RuntimeError: illegal memory access"]
-    assert "contenders" in found["cases"][0] and found["cases"][1]["failed"] == "illegal memory access"
-    assert "illegal memory access" in kd_loss.render(found) and "V=100 T=2 K=8  definition" in kd_loss.render(found)
+    assert (
+        "contenders" in found["cases"][0] and found["cases"][1]["failed"] == "illegal memory access"
+    )
+    assert "illegal memory access" in kd_loss.render(
+        found
+    ) and "V=100 T=2 K=8  definition" in kd_loss.render(found)
     json.dumps(found, allow_nan=False)
 
 
 def test_a_race_that_takes_too_long_leaves_the_rest_out_and_keeps_what_it_has(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     clock = iter((0.0, 1.0, 421.0, 422.0))
     monkeypatch.setattr(track, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = track.each_case([(1,), (2,), (3,)], lambda n: {"n": n}, str)
-    assert found == [{"n": 1}] and "left out, as 420 s are over: [(2,), (3,)]" in capsys.readouterr().out
+    assert (
+        found == [{"n": 1}]
+        and "left out, as 420 s are over: [(2,), (3,)]" in capsys.readouterr().out
+    )
     cases = kd_loss.CUDA.cases()
-    assert {k for _, _, k in cases[:12]} == {kd_loss.CUDA.compiled_at} and len(set(cases)) == len(cases)
+    assert {k for _, _, k in cases[:12]} == {kd_loss.CUDA.compiled_at} and len(set(cases)) == len(
+        cases
+    )
     kd_loss.draw({"cases": [], "rows": 1, "dtype": "", "kernels_timed": False}, tmp_path / "p.png")
 
 
 def test_table_and_plot_of_a_race_on_a_device(tmp_path: Path) -> None:
     """A made-up result: rivals that ran out of memory or out of numbers."""
-    one = {"seconds": {"median": 2e-3, "min": 2e-3, "max": 2e-3}, "bytes_per_second": 1e12, "share_of_copy": 0.25,
-           "peak_bytes": 3_000_000, "gradient_error": {"max": 0.002, "tail": None}}
-    cases = [{"num_classes": v, "temperature": t, "k": 64, "copy_bytes_per_second": 4e12, "errors": [],
-              "contenders": {"kernel": one, "definition": {"failed": "OutOfMemoryError: 9 GB"}}}
-             for v in (1000, 32_000) for t in (1.0, 2.0)]
-    result = {"cases": cases, "rows": 8192, "dtype": "bfloat16", "kernels_timed": True, "note": None, "liger": False,
-              "errors": [], "machine": {"gpus": ["made up"]}}
+    one = {
+        "seconds": {"median": 2e-3, "min": 2e-3, "max": 2e-3},
+        "bytes_per_second": 1e12,
+        "share_of_copy": 0.25,
+        "peak_bytes": 3_000_000,
+        "gradient_error": {"max": 0.002, "tail": None},
+    }
+    cases = [
+        {
+            "num_classes": v,
+            "temperature": t,
+            "k": 64,
+            "copy_bytes_per_second": 4e12,
+            "errors": [],
+            "contenders": {"kernel": one, "definition": {"failed": "OutOfMemoryError: 9 GB"}},
+        }
+        for v in (1000, 32_000)
+        for t in (1.0, 2.0)
+    ]
+    result = {
+        "cases": cases,
+        "rows": 8192,
+        "dtype": "bfloat16",
+        "kernels_timed": True,
+        "note": None,
+        "liger": False,
+        "errors": [],
+        "machine": {"gpus": ["made up"]},
+    }
     text = kd_loss.render(result)
     assert "V=32000 T=2 K=64  definition: OutOfMemoryError: 9 GB" in text
     assert "liger-kernel is not installed: not raced" in text
@@ -260,13 +356,17 @@ def test_an_entry_names_a_benchmark(race: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-                    reason="no CUDA device, or triton interprets in this process: run pytest -m gpu")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="no CUDA device, or triton interprets in this process: run pytest -m gpu",
+)
 def test_on_a_device_the_kernels_are_timed() -> None:
     result = bench("--device", "cuda")
     assert result.exit_code == 0, (result.stderr, result.exception)
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["kernels_timed"] and found["errors"] == []
     for case in found["cases"]:
-        assert {"kernel, in place", "kernel", "torch engine", "definition"} <= set(case["contenders"])
+        assert {"kernel, in place", "kernel", "torch engine", "definition"} <= set(
+            case["contenders"]
+        )
         assert case["contenders"]["kernel, in place"]["seconds"]["median"] > 0

@@ -1,4 +1,6 @@
-"""The race between tiles: who runs, that each runs with its own tiles, and what is said where nothing can be timed."""
+"""The race between tiles: who runs, that each runs with its own tiles, and what is said where
+nothing can be timed.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,18 @@ from kdcache.kernels.kd_launch import Tiles
 @pytest.mark.parametrize("classes", bench.Sizes().classes)
 def test_the_tiles_in_use_are_among_the_candidates_and_all_differ(classes: int) -> None:
     found = bench.candidates(classes, 2)
-    assert bench.Way(Tiles.of(classes, 2)) in found and len({str(way) for way in found}) == len(found)
-    assert all(way.tiles.warps * 32 * way.tiles.registers <= 65_536 for way in found)       # of a multiprocessor
+    assert bench.Way(Tiles.of(classes, 2)) in found and len({str(way) for way in found}) == len(
+        found
+    )
+    # of a multiprocessor
+    assert all(way.tiles.warps * 32 * way.tiles.registers <= 65_536 for way in found)
     assert any(way.tiles.reverse for way in found) == (classes > 100_000)
     assert {way.form for way in found} == ({None, *bench.SHARED} if classes > 200_000 else {None})
 
 
-def test_each_candidate_launches_with_its_own_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_candidate_launches_with_its_own_tiles(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = make_problem(3, 131, 8, 2.0, torch.float32, torch.device(device))
     fused, seen = Fused.of(problem), []
     constants = kd_launch.kernel_constants
@@ -41,14 +48,19 @@ def test_each_candidate_launches_with_its_own_tiles(device: str, monkeypatch: py
         found = way.run(fused)
         assert isinstance(found, torch.Tensor)
         assert (seen[-1]["R"], seen[-1]["C"]) == (way.tiles.rows, 4 * 32 * way.tiles.warps)
-        assert float((found - expected).abs().max()) <= 4 * torch.finfo(torch.float32).eps      # another order of sums
+        # another order of sums
+        assert float((found - expected).abs().max()) <= 4 * torch.finfo(torch.float32).eps
     assert kd_launch.Tiles is Tiles
 
 
 def test_a_case_says_who_was_best_and_what_missed(device: str) -> None:
     sizes = bench.Sizes(rows=3, kept=8, dtype=torch.float32, copy_bytes=1024, flush_bytes=1024)
     case = bench.one_case(Track(torch.device(device), 1024, 1024), sizes, 1, 131, 2.0)
-    assert case["chosen"] in case["contenders"] and case["best"] in case["contenders"] and case["errors"] == []
+    assert (
+        case["chosen"] in case["contenders"]
+        and case["best"] in case["contenders"]
+        and case["errors"] == []
+    )
     for found in case["contenders"].values():
         assert found["second_read_misses"] == pytest.approx(2 / found["share_of_copy"] - 2)
         assert math.isfinite(found["second_read_misses"])

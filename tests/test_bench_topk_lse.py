@@ -1,4 +1,6 @@
-"""The race over what is kept of a teacher's logits: who runs, what is counted, and that a wrong answer is said."""
+"""The race over what is kept of a teacher's logits: who runs, what is counted, and that a wrong
+answer is said.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,17 @@ from kdcache.cli import main
 
 
 def test_it_ends_in_one_line_and_says_what_was_not_timed() -> None:
-    done = CliRunner().invoke(main, ["bench", "topk-lse", "--quick", "--rounds", "1", "--device", "cpu"])
+    done = CliRunner().invoke(
+        main, ["bench", "topk-lse", "--quick", "--rounds", "1", "--device", "cpu"]
+    )
     assert done.exit_code == 0, (done.stderr, done.exception)
     *lines, last = done.stdout.splitlines()
     found = json.loads(last)
-    assert lines[-1] == found["note"] == module.SAY_CPU and found["kernels_timed"] is False and found["errors"] == []
+    assert (
+        lines[-1] == found["note"] == module.SAY_CPU
+        and found["kernels_timed"] is False
+        and found["errors"] == []
+    )
     assert [case["num_classes"] for case in found["cases"]] == [100, 127]
     for case in found["cases"]:
         assert set(case["contenders"]) == {"topk + logsumexp", "exact torch"}
@@ -26,12 +34,18 @@ def test_it_ends_in_one_line_and_says_what_was_not_timed() -> None:
 
 
 def test_the_floor_can_be_counted_by_hand() -> None:
-    assert module.model_bytes(8192, 128_256, 64, 2, 2) == 8192 * (256_512 + 768 + 16 + 16) == 2_107_899_904
+    assert (
+        module.model_bytes(8192, 128_256, 64, 2, 2)
+        == 8192 * (256_512 + 768 + 16 + 16)
+        == 2_107_899_904
+    )
     assert module.CUDA.classes == (1000, 32_000, 50_257, 128_256, 151_936, 262_144)
     assert module.CUDA.rows == 8192 and module.CUDA.flush_bytes > 126 * 2**20
 
 
-def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     race = module.race_shape
 
     def broken(track: object, sizes: object, rounds: int, classes: int, *others: int) -> object:
@@ -41,12 +55,17 @@ def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(monkeypatc
 
     monkeypatch.setattr(module, "race_shape", broken)
     found = module.topk_lse(quick=True, rounds=1, device="cpu")
-    assert found["errors"] == ["V=127 k=8: RuntimeError: illegal memory access"] and found["left_out"] == 0
+    assert (
+        found["errors"] == ["V=127 k=8: RuntimeError: illegal memory access"]
+        and found["left_out"] == 0
+    )
     assert found["cases"][0]["contenders"]["exact torch"]["seconds"]["median"] > 0
     assert "V=100 k=8  exact torch" in module.render(found)
 
 
-def test_the_kernel_is_asked_for_the_same_answer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_asked_for_the_same_answer(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = torch.randn(3, 127, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     labels = torch.tensor([0, 5, 126], device=device)
     assert module.differs(logits, 8, labels) == []
@@ -57,5 +76,7 @@ def test_the_kernel_is_asked_for_the_same_answer(device: str, monkeypatch: pytes
         return replace(found, tail_lse_NT=found.tail_lse_NT + 1e-3, ids_NK=found.ids_NK.flip(1))
 
     monkeypatch.setattr(module, "fused", wrong)
-    assert module.differs(logits, 8, labels) == ["ids differ from the exact torch form",
-                                                 "tail lse differ from the exact torch form"]
+    assert module.differs(logits, 8, labels) == [
+        "ids differ from the exact torch form",
+        "tail lse differ from the exact torch form",
+    ]

@@ -14,8 +14,12 @@ from kdcache import canonical
 from kdcache.errors import CacheCorrupt
 
 plain_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**53 + 1, 2**53 - 1) | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=12)
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
 plain_documents = st.dictionaries(st.text("abcdefgh_", max_size=5), plain_values, max_size=5)
 
 FAST = settings(max_examples=100, deadline=None)
@@ -55,25 +59,53 @@ def resealed(body):
     return body[:-1] + b',"xxh3_128":"' + xxhash.xxh3_128_hexdigest(body).encode() + b'"}\n'
 
 
-@pytest.mark.parametrize("body", [
-    '{"b":1,"a":2}', '{"a": 1}', '{"a":1.0}', '{"a":1e3}', '{"a":-0}', '{"a":01}', '{"a":"é"}', '{"a":"\\u0041"}',
-    '{"a":"\\/"}', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', f'{{"a":{2**53}}}', '{"a":NaN}', '{"a":"\\u00E9"}',
-    '{"a":' + "[" * 20 + "]" * 20 + "}", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", '{"a":' + "9" * 5000 + "}",
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"b":1,"a":2}',
+        '{"a": 1}',
+        '{"a":1.0}',
+        '{"a":1e3}',
+        '{"a":-0}',
+        '{"a":01}',
+        '{"a":"é"}',
+        '{"a":"\\u0041"}',
+        '{"a":"\\/"}',
+        '{"a":1,"a":1}',
+        '{"a":{"b":1,"b":2}}',
+        f'{{"a":{2**53}}}',
+        '{"a":NaN}',
+        '{"a":"\\u00E9"}',
+        '{"a":' + "[" * 20 + "]" * 20 + "}",
+        '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"a":' + "9" * 5000 + "}",
+    ],
+)
 def test_other_forms_are_refused(body):
     assert canonical.unseal(resealed('{"a":1}'), "x") == {"a": 1}
     with pytest.raises(CacheCorrupt):
         canonical.unseal(resealed(body), "x")
 
 
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"\n", lambda d: b" " + d,
-                                    lambda d: b"\xef\xbb\xbf" + d, lambda d: b"[" + d + b"]", lambda d: b""])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d[:-1],
+        lambda d: d + b"\n",
+        lambda d: b" " + d,
+        lambda d: b"\xef\xbb\xbf" + d,
+        lambda d: b"[" + d + b"]",
+        lambda d: b"",
+    ],
+)
 def test_other_frames_are_refused(change):
     with pytest.raises(CacheCorrupt):
         canonical.unseal(change(canonical.seal({"a": 1})), "x")
 
 
-@pytest.mark.parametrize("value", [1.0, {1: 2}, 2**53, -(2**53), b"x", {"a": np.int64(1)}, float("nan"), {1, 2}])
+@pytest.mark.parametrize(
+    "value", [1.0, {1: 2}, 2**53, -(2**53), b"x", {"a": np.int64(1)}, float("nan"), {1, 2}]
+)
 def test_values_without_a_canonical_form(value):
     with pytest.raises(ValueError):
         canonical.dumps({"a": value})

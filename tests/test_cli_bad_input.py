@@ -1,4 +1,6 @@
-"""Every wrong input we know of, through the command line: one clear error, exit code 1 or 2, nothing lost."""
+"""Every wrong input we know of, through the command line: one clear error, exit code 1 or 2,
+nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,18 @@ class OwnGenerator(Data):
 def broken():
     raise RuntimeError("the file of weights is gone")
 '''
-BIG = ("--kind", "topk", "--k", "2", "--temperature", "1", "--temperature", "2", "--records-per-shard", "8")
+BIG = (
+    "--kind",
+    "topk",
+    "--k",
+    "2",
+    "--temperature",
+    "1",
+    "--temperature",
+    "2",
+    "--records-per-shard",
+    "8",
+)
 
 
 @pytest.fixture
@@ -66,57 +79,81 @@ def user(tmp_path: Path) -> Path:
     return file
 
 
-def dump(user: Path, *args: Any, teacher: str = "Net", data: str = "Data", out: str = "cache") -> Result:
-    return run("dump-teacher", "--teacher", f"{user}:{teacher}", "--data", f"{user}:{data}",
-               "--out", user.parent / out, *(() if "--device" in args else ("--device", "cpu")), *args)
+def dump(
+    user: Path, *args: Any, teacher: str = "Net", data: str = "Data", out: str = "cache"
+) -> Result:
+    return run(
+        "dump-teacher",
+        "--teacher",
+        f"{user}:{teacher}",
+        "--data",
+        f"{user}:{data}",
+        "--out",
+        user.parent / out,
+        *(() if "--device" in args else ("--device", "cpu")),
+        *args,
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (["--kind", "full", "--k", "2"], ["k", "full"]),
-    (["--kind", "full", "--temperature", "2"], ["temperature", "full"]),
-    (["--kind", "full", "--tier", "2"], ["full"]),
-    (["--kind", "none", "--feature", "body", "--k", "2"], ["none"]),
-    (["--kind", "none"], ["feature"]),
-    (["--kind", "topk", "--k", "5"], ["5", "4"]),
-    (["--kind", "topp"], ["topp", "not built yet"]),
-    (["--kind", "sampled"], ["sampled", "not built yet"]),
-    (["--kind", "tokp"], ["tokp", "topk"]),
-    (["--kind", "topk", "--k", "2", "--temperature", "0"], ["temperature"]),
-    (["--values", "float61"], ["float61", "float16"]),
-    (["--feature", "boddy"], ["boddy", "body"]),
-    (["--feature", "body:poool"], ["poool", "pool"]),
-    (["--feature", "body:raw:float61"], ["float61"]),
-    (["--like", "other"], ["No such option", "--like"]),
-    (["--kind", "topk", "--k", "2", "--k", "3"], ["--k is given 2 times"]),
-    (["--shard-size", "1GB", "--records-per-shard", "3"], ["--shard-size", "--records-per-shard 3", "give one"]),
-    (["--teacher-arg", "clases=3"], ["clases", "classes"]),
-    (["--teacher-arg", "classes"], ["--teacher-arg", "key=value"]),
-    (["--teacher-weights", "none.safetensors"], ["none.safetensors"]),
-    (["--device", "warp9"], ["warp9"]),
-])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--kind", "full", "--k", "2"], ["k", "full"]),
+        (["--kind", "full", "--temperature", "2"], ["temperature", "full"]),
+        (["--kind", "full", "--tier", "2"], ["full"]),
+        (["--kind", "none", "--feature", "body", "--k", "2"], ["none"]),
+        (["--kind", "none"], ["feature"]),
+        (["--kind", "topk", "--k", "5"], ["5", "4"]),
+        (["--kind", "topp"], ["topp", "not built yet"]),
+        (["--kind", "sampled"], ["sampled", "not built yet"]),
+        (["--kind", "tokp"], ["tokp", "topk"]),
+        (["--kind", "topk", "--k", "2", "--temperature", "0"], ["temperature"]),
+        (["--values", "float61"], ["float61", "float16"]),
+        (["--feature", "boddy"], ["boddy", "body"]),
+        (["--feature", "body:poool"], ["poool", "pool"]),
+        (["--feature", "body:raw:float61"], ["float61"]),
+        (["--like", "other"], ["No such option", "--like"]),
+        (["--kind", "topk", "--k", "2", "--k", "3"], ["--k is given 2 times"]),
+        (
+            ["--shard-size", "1GB", "--records-per-shard", "3"],
+            ["--shard-size", "--records-per-shard 3", "give one"],
+        ),
+        (["--teacher-arg", "clases=3"], ["clases", "classes"]),
+        (["--teacher-arg", "classes"], ["--teacher-arg", "key=value"]),
+        (["--teacher-weights", "none.safetensors"], ["none.safetensors"]),
+        (["--device", "warp9"], ["warp9"]),
+    ],
+)
 def test_options_a_dump_refuses(user: Path, args: list[str], said: list[str]) -> None:
     refused(dump(user, *args), 2, *said)
     assert not (user.parent / "cache").exists()
 
 
-@pytest.mark.parametrize(("option", "spec", "said"), [
-    ("--teacher", "none.py:Net", ["none.py"]),
-    ("--teacher", "{user}:Nett", ["Nett", "Net"]),
-    ("--teacher", "{user}:broken", ["the file of weights is gone"]),
-    ("--teacher", "nosuchpackage.models:Net", ["nosuchpackage"]),
-    ("--teacher", "whatever", ["whatever"]),
-    ("--data", "digitz", ["digitz", "digits"]),
-    ("--data", "npz:none.npz", ["none.npz"]),
-    ("--data", "jsonl:*.jsonl", ["jsonl", "not built yet"]),
-    ("--data", "imagefolder:none", ["none"]),
-])
+@pytest.mark.parametrize(
+    ("option", "spec", "said"),
+    [
+        ("--teacher", "none.py:Net", ["none.py"]),
+        ("--teacher", "{user}:Nett", ["Nett", "Net"]),
+        ("--teacher", "{user}:broken", ["the file of weights is gone"]),
+        ("--teacher", "nosuchpackage.models:Net", ["nosuchpackage"]),
+        ("--teacher", "whatever", ["whatever"]),
+        ("--data", "digitz", ["digitz", "digits"]),
+        ("--data", "npz:none.npz", ["none.npz"]),
+        ("--data", "jsonl:*.jsonl", ["jsonl", "not built yet"]),
+        ("--data", "imagefolder:none", ["none"]),
+    ],
+)
 def test_unreadable_specs(user: Path, option: str, spec: str, said: list[str]) -> None:
     specs = {"--teacher": f"{user}:Net", "--data": f"{user}:Data", option: spec.format(user=user)}
-    result = run("dump-teacher", *[x for pair in specs.items() for x in pair], "--out", user.parent / "cache")
+    result = run(
+        "dump-teacher", *[x for pair in specs.items() for x in pair], "--out", user.parent / "cache"
+    )
     assert result.exit_code in (1, 2)
     refused(result, result.exit_code, *said)
     assert not (user.parent / "cache").exists()
@@ -137,11 +174,18 @@ def test_a_random_transform_of_its_own(user: Path) -> None:
 
 
 def test_nan_names_the_record_and_leaves_the_cache_resumable(user: Path) -> None:
-    """Samples 20 and on give NaN: shards 0 and 1 (samples 0 to 15) stay, a well teacher ends the dump."""
-    refused(dump(user, "--teacher-arg", "nan_from=20", "--batch-size", "4", *BIG), 1, "sample 20", "NaN")
+    """Samples 20 and on give NaN: shards 0 and 1 (samples 0 to 15) stay, a well teacher ends the
+    dump.
+    """
+    refused(
+        dump(user, "--teacher-arg", "nan_from=20", "--batch-size", "4", *BIG), 1, "sample 20", "NaN"
+    )
     cache = user.parent / "cache"
     kept = files(cache)
-    assert {name for name in kept if name.startswith("commit/")} == {"commit/00000000.json", "commit/00000001.json"}
+    assert {name for name in kept if name.startswith("commit/")} == {
+        "commit/00000000.json",
+        "commit/00000001.json",
+    }
     refused(run("inspect", cache), 1, "2 of 5 shards are committed")
     done = dump(user, "--teacher-arg", "nan_from=1000", "--batch-size", "4", *BIG)
     assert done.exit_code == 0, done.stderr
@@ -186,7 +230,11 @@ def test_a_damaged_cache(user: Path) -> None:
     victim.chmod(0o644)
     victim.write_bytes(bytes(data))
     result = run("verify", cache)
-    assert result.exit_code == 1 and victim.name in result.stderr and result.stderr.startswith("Error: ")
+    assert (
+        result.exit_code == 1
+        and victim.name in result.stderr
+        and result.stderr.startswith("Error: ")
+    )
     refused(run("inspect", cache), 1, victim.name)
     refused(run("convert", cache, user.parent / "copy"), 1, victim.name)
 
@@ -209,11 +257,19 @@ def swap(path: Path) -> None:
     path.rename(aside), other.rename(path), aside.rename(other)
 
 
-HARMS = {"flipped": flip, "cut": cut, "missing": Path.unlink, "swapped": swap}      # there is one manifest only
+# there is one manifest only
+HARMS = {"flipped": flip, "cut": cut, "missing": Path.unlink, "swapped": swap}
 
 
-@pytest.mark.parametrize(("folder", "harm"), [(folder, harm) for folder in ("data", "commit", "manifest")
-                                              for harm in HARMS if (folder, harm) != ("manifest", "swapped")])
+@pytest.mark.parametrize(
+    ("folder", "harm"),
+    [
+        (folder, harm)
+        for folder in ("data", "commit", "manifest")
+        for harm in HARMS
+        if (folder, harm) != ("manifest", "swapped")
+    ],
+)
 def test_what_mends_a_cache_is_said_and_mends_it(user: Path, folder: str, harm: str) -> None:
     assert dump(user, *BIG).exit_code == 0
     cache = user.parent / "cache"
@@ -224,18 +280,40 @@ def test_what_mends_a_cache_is_said_and_mends_it(user: Path, folder: str, harm: 
         result = run(command, cache)
         assert result.exit_code == 1 and "dump-teacher command" in result.stderr, command
         assert result.stderr.count("dump-teacher command") == 1
-    trained = run("train-student", "--cache", cache, "--student", f"{user}:Net", "--data", f"{user}:Data", "--device",
-                  "cpu", "--temperature", "1", "--out", user.parent / "run", "--epochs", "1")
+    trained = run(
+        "train-student",
+        "--cache",
+        cache,
+        "--student",
+        f"{user}:Net",
+        "--data",
+        f"{user}:Data",
+        "--device",
+        "cpu",
+        "--temperature",
+        "1",
+        "--out",
+        user.parent / "run",
+        "--epochs",
+        "1",
+    )
     refused(trained, 1, "dump-teacher command")
-    assert files(cache) == harmed                           # nobody mends what was only read
+    assert files(cache) == harmed  # nobody mends what was only read
     assert dump(user, *BIG).exit_code == 0
-    after = {name: data for name, data in files(cache).items() if not name.startswith("quarantine/")}
+    after = {
+        name: data for name, data in files(cache).items() if not name.startswith("quarantine/")
+    }
     assert after == before and run("verify", cache).exit_code == 0
 
 
 def test_an_argument_of_no_dataset_is_refused(user: Path) -> None:
     assert dump(user, *BIG).exit_code == 0
-    refused(run("inspect", user.parent / "cache", "--record", "1", "--data-arg", "n=3"), 2, "--data-arg n", "--data")
+    refused(
+        run("inspect", user.parent / "cache", "--record", "1", "--data-arg", "n=3"),
+        2,
+        "--data-arg n",
+        "--data",
+    )
 
 
 def test_a_cache_is_not_converted_into_itself_or_over_another(user: Path) -> None:

@@ -1,4 +1,6 @@
-"""Keys against a second computation from the written byte layout, against golden values, and against each other."""
+"""Keys against a second computation from the written byte layout, against golden values, and
+against each other.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ def written(name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> bytes
 
 def test_the_written_layout():
     x = np.arange(6, dtype=np.float32).reshape(2, 3) / 4
-    data = written("input", "float32", (2, 3), struct.pack("<6f", *x.reshape(-1))) + \
-        written("label", "int64", (), struct.pack("<q", 7))
+    data = written("input", "float32", (2, 3), struct.pack("<6f", *x.reshape(-1))) + written(
+        "label", "int64", (), struct.pack("<q", 7)
+    )
     assert sample_key(arrays_of((x, 7))) == xxhash.xxh3_64_intdigest(data)
 
 
@@ -47,16 +50,25 @@ def test_golden(item, key):
 
 
 @settings(max_examples=50, deadline=None)
-@given(hnp.arrays(st.sampled_from([np.int8, np.uint8, np.int32, np.bool_]), hnp.array_shapes(min_dims=0, max_dims=3)))
+@given(
+    hnp.arrays(
+        st.sampled_from([np.int8, np.uint8, np.int32, np.bool_]),
+        hnp.array_shapes(min_dims=0, max_dims=3),
+    )
+)
 def test_integers_have_one_key_whatever_holds_them(array):
     wide = sample_key({"input": array.astype(np.int64)})
     assert sample_key({"input": array}) == wide
     assert sample_key({"input": torch.from_numpy(array)}) == wide
-    assert sample_key({"input": array.tolist()}) == wide or array.size == 0     # [] is a float array for numpy
+    # [] is a float array for numpy
+    assert sample_key({"input": array.tolist()}) == wide or array.size == 0
 
 
 @settings(max_examples=50, deadline=None)
-@given(hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), hnp.array_shapes(max_dims=3)), st.data())
+@given(
+    hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), hnp.array_shapes(max_dims=3)),
+    st.data(),
+)
 def test_every_bit_counts(array, data):
     key = sample_key({"input": array})
     changed = array.copy()
@@ -80,18 +92,24 @@ def test_bfloat16_is_its_sixteen_bits():
     data = written("input", "bfloat16", (2,), struct.pack("<2H", 0x3F80, 0xC020))
     assert sample_key({"input": tensor}) == xxhash.xxh3_64_intdigest(data)
     assert sample_key({"input": tensor[0]}) == xxhash.xxh3_64_intdigest(
-        written("input", "bfloat16", (), struct.pack("<H", 0x3F80)))
+        written("input", "bfloat16", (), struct.pack("<H", 0x3F80))
+    )
 
 
 def test_images_and_text_are_their_bytes():
     image = pytest.importorskip("PIL.Image")
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     assert sample_key({"input": image.fromarray(pixels)}) == sample_key({"input": pixels})
-    assert sample_key({"input": "ä"}) == sample_key({"input": b"\xc3\xa4"}) == sample_key({"input": [0xC3, 0xA4]})
+    assert (
+        sample_key({"input": "ä"})
+        == sample_key({"input": b"\xc3\xa4"})
+        == sample_key({"input": [0xC3, 0xA4]})
+    )
     red, blue = image.new("P", (2, 2)), image.new("P", (2, 2))
     red.putpalette([255, 0, 0] * 256)
     blue.putpalette([0, 0, 255] * 256)
-    assert sample_key({"input": red}) != sample_key({"input": blue})    # same indices, other pictures
+    # same indices, other pictures
+    assert sample_key({"input": red}) != sample_key({"input": blue})
 
 
 @pytest.mark.parametrize("item", [5, "text", (1, 2, 3), [1], {1: 2}])
@@ -100,8 +118,11 @@ def test_other_items_are_refused(item):
         arrays_of(item)
 
 
-@pytest.mark.parametrize("value", [object(), [1, [2, 3]], 1j, 2**70, ["a"], np.array([1], "M8[s]")],
-                         ids=["object", "ragged", "complex", "beyond int64", "text", "time"])
+@pytest.mark.parametrize(
+    "value",
+    [object(), [1, [2, 3]], 1j, 2**70, ["a"], np.array([1], "M8[s]")],
+    ids=["object", "ragged", "complex", "beyond int64", "text", "time"],
+)
 def test_values_without_bytes_are_refused_by_name(value):
     with pytest.raises(DataError, match="'field' is a"):
         sample_key({"field": value})

@@ -1,4 +1,6 @@
-"""Samples and views: pure in (seed, view, sample_id), global generators untouched, unusable data refused by name."""
+"""Samples and views: pure in (seed, view, sample_id), global generators untouched, unusable data
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ def test_the_global_generators_are_put_back_even_after_an_error():
     wanted = random.random(), np.random.rand(), torch.rand(())
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     Samples(Noisy(range(5))).item(2, 1)
-    with pytest.raises(DataError, match=r"dataset listed, sample 1 cannot be read: IndexError: .*\(test_data_samples"):
+    with pytest.raises(
+        DataError,
+        match=r"dataset listed, sample 1 cannot be read: IndexError: .*\(test_data_samples",
+    ):
         broken = Listed([pair(0)])
         broken.__class__ = type("Longer", (Listed,), {"__len__": lambda self: 2})
         Samples(broken).item(1, 0)
@@ -101,22 +106,32 @@ def test_a_view_gets_the_generator_of_its_numbers():
     item = samples.item(1, 4)
     rng = np.random.Generator(np.random.Philox(key=9, counter=[0, 0, 4, 1]))
     assert np.array_equal(item.inputs.numpy(), 1.0 + rng.normal(size=2))
-    assert np.array_equal(view_rng(9, 4, 1).integers(99, size=4),
-                          np.random.Generator(np.random.Philox(key=9, counter=[0, 0, 4, 1])).integers(99, size=4))
+    assert np.array_equal(
+        view_rng(9, 4, 1).integers(99, size=4),
+        np.random.Generator(np.random.Philox(key=9, counter=[0, 0, 4, 1])).integers(99, size=4),
+    )
 
 
 def test_which_key_a_record_has():
     plain = Samples(Listed([pair(0), pair(1)]))
-    assert plain.item(1).sample_key == plain.sample_key(1) == sample_key({"input": pair(1)[0], "label": 1})
+    assert (
+        plain.item(1).sample_key
+        == plain.sample_key(1)
+        == sample_key({"input": pair(1)[0], "label": 1})
+    )
     assert plain.item(1).view_key is None and not plain.has_view_keys
 
     noisy = Samples(Noisy(range(2)))
-    assert noisy.item(1, 0).sample_key != noisy.item(1, 1).sample_key           # of that record's own item
+    # of that record's own item
+    assert noisy.item(1, 0).sample_key != noisy.item(1, 1).sample_key
 
     viewed = Samples(Viewed([pair(0), pair(1)]))
     one, two = viewed.item(1, 0), viewed.item(1, 1)
-    assert one.sample_key == two.sample_key == viewed.sample_key(1) == plain.sample_key(1)  # of the unaugmented sample
-    assert viewed.has_view_keys and one.view_key == sample_key({"input": one.inputs}) != two.view_key
+    # of the unaugmented sample
+    assert one.sample_key == two.sample_key == viewed.sample_key(1) == plain.sample_key(1)
+    assert (
+        viewed.has_view_keys and one.view_key == sample_key({"input": one.inputs}) != two.view_key
+    )
 
     own = Listed([pair(0), pair(1)])
     own.key = lambda i: f"{i + 10:016x}"
@@ -125,8 +140,19 @@ def test_which_key_a_record_has():
 
 
 def test_labels_weights_and_document_starts_are_kept_apart_from_inputs():
-    item = Samples(Listed([{"input_ids": [1, 2, 3], "labels": np.array([-100, 2, 3], np.int32),
-                            "label_weight": [0.5, 1.0], "document_start": [1, 0, 0], "skipped": None}])).item(0)
+    item = Samples(
+        Listed(
+            [
+                {
+                    "input_ids": [1, 2, 3],
+                    "labels": np.array([-100, 2, 3], np.int32),
+                    "label_weight": [0.5, 1.0],
+                    "document_start": [1, 0, 0],
+                    "skipped": None,
+                }
+            ]
+        )
+    ).item(0)
     assert item.inputs.keys() == {"input_ids"} and item.inputs["input_ids"].tolist() == [1, 2, 3]
     assert item.labels.dtype == torch.int64 and item.labels.tolist() == [-100, 2, 3]
     assert item.label_weight.dtype == torch.float32 and item.document_start.dtype == torch.uint8
@@ -137,15 +163,23 @@ def test_labels_weights_and_document_starts_are_kept_apart_from_inputs():
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64"])
 def test_ids_of_every_width_go_through_an_embedding(tmp_path, dtype):
-    """With the key and the answer that the same numbers of 64 bits have: of numpy, torch, .npz, and a collate_fn."""
+    """With the key and the answer that the same numbers of 64 bits have: of numpy, torch, .npz, and
+    a collate_fn.
+    """
     ids = np.array([[1, 2, 99], [7, 0, 3]])
     embed = torch.nn.Embedding(100, 4)
     wanted = read_batch(Samples(Listed([{"input_ids": one} for one in ids])), [(0, 0), (1, 0)])
     np.savez(tmp_path / "a.npz", input_ids=ids.astype(dtype), labels=np.arange(2, dtype=dtype))
     collated = Listed([{"input_ids": one} for one in ids.astype(dtype)])
-    collated.collate_fn = lambda items: {"input_ids": torch.from_numpy(np.stack([one["input_ids"] for one in items]))}
-    for data in (Listed([{"input_ids": one} for one in ids.astype(dtype)]), collated, npz(f"{tmp_path}/a.npz"),
-                 Listed([{"input_ids": torch.from_numpy(one)} for one in ids.astype(dtype)])):
+    collated.collate_fn = lambda items: {
+        "input_ids": torch.from_numpy(np.stack([one["input_ids"] for one in items]))
+    }
+    for data in (
+        Listed([{"input_ids": one} for one in ids.astype(dtype)]),
+        collated,
+        npz(f"{tmp_path}/a.npz"),
+        Listed([{"input_ids": torch.from_numpy(one)} for one in ids.astype(dtype)]),
+    ):
         batch = read_batch(Samples(data), [(0, 0), (1, 0)])
         assert torch.equal(embed(batch.inputs["input_ids"]), embed(wanted.inputs["input_ids"]))
         assert [one.tolist() for one in batch.tokens] == ids.tolist()
@@ -153,37 +187,55 @@ def test_ids_of_every_width_go_through_an_embedding(tmp_path, dtype):
             assert (batch.sample_key == wanted.sample_key).all()
 
 
-@pytest.mark.parametrize(("item", "message"), [
-    ((torch.zeros(2), 0.5), "sample 0: its label is 0.5 of float64; expected a class index"),
-    ((torch.zeros(2), torch.tensor([0.1, 0.9])), "expected a class index"),
-    ((torch.zeros(2), "cat"), "'label' is a str"),
-    (("some text", 1), "'input' is a str; a model needs tensors"),
-    ((torch.zeros(2), 1, 2), "an item is 3 values"),
-    ({"labels": 1}, "has no input"),
-    ({"x": [1], "labels": 1, "label": 1}, "both 'label' and 'labels'"),
-    ((object(), 1), "'input' is a object"),
-])
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((torch.zeros(2), 0.5), "sample 0: its label is 0.5 of float64; expected a class index"),
+        ((torch.zeros(2), torch.tensor([0.1, 0.9])), "expected a class index"),
+        ((torch.zeros(2), "cat"), "'label' is a str"),
+        (("some text", 1), "'input' is a str; a model needs tensors"),
+        ((torch.zeros(2), 1, 2), "an item is 3 values"),
+        ({"labels": 1}, "has no input"),
+        ({"x": [1], "labels": 1, "label": 1}, "both 'label' and 'labels'"),
+        ((object(), 1), "'input' is a object"),
+    ],
+)
 def test_unusable_items_are_refused_by_sample(item, message):
     with pytest.raises(DataError, match="dataset listed, sample 0: ") as caught:
         Samples(Listed([item])).item(0)
     assert message in str(caught.value)
 
 
-UNREAD = {"boxes": [{"box": [1, 2, 3, 4], "kind": "cat"}], "a text": "what was said", "scores": torch.rand(3),
-          "words": ["a", "b"], "a picture": Image.new("L", (3, 2)), "a number": 0.5, "a class": 3}
+UNREAD = {
+    "boxes": [{"box": [1, 2, 3, 4], "kind": "cat"}],
+    "a text": "what was said",
+    "scores": torch.rand(3),
+    "words": ["a", "b"],
+    "a picture": Image.new("L", (3, 2)),
+    "a number": 0.5,
+    "a class": 3,
+}
 
 
 @pytest.mark.parametrize("name", UNREAD)
 def test_labels_that_are_not_wanted_are_not_looked_at(name):
-    """Their key is that of the samples that read them, or, where a label has no bytes to hash, of those without one."""
+    """Their key is that of the samples that read them, or, where a label has no bytes to hash, of
+    those without one.
+    """
     x, label = torch.arange(4.0), UNREAD[name]
     for raw in ((x, label), {"values": x, "labels": label, "label_weight": object()}):
         item = Samples(Listed([raw]), labels=False).item(0)
         assert item.labels is None and item.label_weight is None
         inputs = item.inputs if isinstance(raw, tuple) else item.inputs["values"]
         assert torch.equal(inputs, x)
-        hashed = {} if name in ("boxes", "words") else {"label" if isinstance(raw, tuple) else "labels": label}
-        assert item.sample_key == sample_key({"input" if isinstance(raw, tuple) else "values": x, **hashed})
+        hashed = (
+            {}
+            if name in ("boxes", "words")
+            else {"label" if isinstance(raw, tuple) else "labels": label}
+        )
+        assert item.sample_key == sample_key(
+            {"input" if isinstance(raw, tuple) else "values": x, **hashed}
+        )
         collated = collate([item, item])
         assert collated.labels is None and collated.label_weight is None
         listed = Listed([raw])
@@ -209,7 +261,10 @@ def test_labels_that_are_not_wanted_still_mask_tokens():
     item = Samples(Listed([{"input_ids": ids, "labels": mask}]), labels=False).item(0)
     assert torch.equal(item.labels, mask)
     for other in (torch.tensor(1), torch.arange(4), torch.rand(5), "said"):
-        assert Samples(Listed([{"input_ids": ids, "labels": other}]), labels=False).item(0).labels is None
+        assert (
+            Samples(Listed([{"input_ids": ids, "labels": other}]), labels=False).item(0).labels
+            is None
+        )
 
 
 def test_unusable_datasets_are_refused():
@@ -250,10 +305,19 @@ def test_identity_names_the_data():
     dataset.revision, dataset.class_names, dataset.window = 7, ("a", "b"), 16
     dataset.tokenizer_identity = {"fingerprint": "f", "template": "", "packing": "p"}
     data, tokenizer = identify(Samples(dataset))
-    assert data | {"probe": 0} == {"name": "listed", "revision": "7", "num_samples": 300, "class_names": ["a", "b"],
-                                   "window": 16, "inputs": ["input"], "probe": 0}
+    assert data | {"probe": 0} == {
+        "name": "listed",
+        "revision": "7",
+        "num_samples": 300,
+        "class_names": ["a", "b"],
+        "window": 16,
+        "inputs": ["input"],
+        "probe": 0,
+    }
     assert tokenizer == dataset.tokenizer_identity
-    assert data["probe"] == [f"{sample_key({'input': pair(i)[0], 'label': i}):016x}" for i in probe_ids(300)]
+    assert data["probe"] == [
+        f"{sample_key({'input': pair(i)[0], 'label': i}):016x}" for i in probe_ids(300)
+    ]
     shuffled = identify(Samples(Listed(dataset.items[::-1])))[0]
     assert shuffled["probe"] != data["probe"]
 
@@ -268,9 +332,11 @@ def test_a_generator_of_its_own_is_found(with_view):
 
     if with_view:
         Private.view = lambda self, sample_id, view, rng: (self.rng.random(2), sample_id)
-    with pytest.raises(DataError, match=r"answered differently when sample 9 .*its own generator\?"):
+    with pytest.raises(
+        DataError, match=r"answered differently when sample 9 .*its own generator\?"
+    ):
         identify(Samples(Private(range(10))))
-    identify(Samples(Noisy(range(10))))         # the global generators are fine
+    identify(Samples(Noisy(range(10))))  # the global generators are fine
 
 
 def test_an_item_that_depends_on_the_order_of_reading_is_found():
@@ -289,6 +355,9 @@ def test_an_item_that_depends_on_the_order_of_reading_is_found():
 def test_a_key_that_differs_names_the_sample():
     keys = np.array([1, 2**63, 3], np.uint64)
     check_same_key(keys, keys.copy(), np.array([5, 6, 7]))
-    with pytest.raises(DataError, match=r"sample 6: sample_key in the cache is 8000000000000000, the data gives 0{15}9 "
-                                        r"\(1 of 3 records"):
+    with pytest.raises(
+        DataError,
+        match=r"sample 6: sample_key in the cache is 8000000000000000, the data gives 0{15}9 "
+        r"\(1 of 3 records",
+    ):
         check_same_key(keys, np.array([1, 9, 3], np.uint64), np.array([5, 6, 7]))

@@ -1,4 +1,6 @@
-"""Worker processes: no signal, no death, no batch that cannot be handed over leaves anybody waiting."""
+"""Worker processes: no signal, no death, no batch that cannot be handed over leaves anybody
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +54,31 @@ class Data:
 
 def dump(out: Path, data: Any, **more: Any) -> Any:
     torch.manual_seed(0)
-    return dump_teacher(teacher=nn.Linear(4, 3), data=data, out=out, device="cpu", batch_size=8, say=lambda _: None,
-                        records_per_shard=16, **more)
+    return dump_teacher(
+        teacher=nn.Linear(4, 3),
+        data=data,
+        out=out,
+        device="cpu",
+        batch_size=8,
+        say=lambda _: None,
+        records_per_shard=16,
+        **more,
+    )
 
 
 def train(out: Path, data: Any, **more: Any) -> Any:
     torch.manual_seed(0)
-    return train_student(student=nn.Linear(4, 3), data=data, alpha=0, epochs=1, batch_size=8, shuffle=False, out=out,
-                         device="cpu", **{"workers": 1, **more})
+    return train_student(
+        student=nn.Linear(4, 3),
+        data=data,
+        alpha=0,
+        epochs=1,
+        batch_size=8,
+        shuffle=False,
+        out=out,
+        device="cpu",
+        **{"workers": 1, **more},
+    )
 
 
 def state(run: Path) -> int:
@@ -80,11 +99,18 @@ def signal_the_group(signum: int) -> None:
 
 def test_a_worker_that_is_killed_is_one_line_and_what_was_done_is_kept(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
-    dead = r"^worker process \d+, which builds batches, was killed by SIGKILL: out of memory\? [^\n]*"
-    with pytest.raises(KDCacheError, match=dead + "the written ones stay; give the same command again"):
+    dead = (
+        r"^worker process \d+, which builds batches, was killed by SIGKILL: out of memory\? [^\n]*"
+    )
+    with pytest.raises(
+        KDCacheError, match=dead + "the written ones stay; give the same command again"
+    ):
         dump(tmp_path / "c", Data(kill_myself), workers=1)
-    assert len(list((tmp_path / "c" / "commit").iterdir())) in (1, 2)   # what the worker holds dies with it
-    with pytest.raises(KDCacheError, match=dead + r"kept: last/ of step \d; give the same command again"):
+    # what the worker holds dies with it
+    assert len(list((tmp_path / "c" / "commit").iterdir())) in (1, 2)
+    with pytest.raises(
+        KDCacheError, match=dead + r"kept: last/ of step \d; give the same command again"
+    ):
         train(tmp_path / "run", Data(kill_myself))
     assert 2 <= state(tmp_path / "run") <= 5
     with pytest.raises(KDCacheError, match=dead):
@@ -97,9 +123,13 @@ def test_a_worker_that_is_killed_is_one_line_and_what_was_done_is_kept(tmp_path:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_of_a_group(tmp_path: Path, signum: signal.Signals) -> None:
-    """The run is saved, and goes on to the weights of one that nobody stopped; the dump keeps its shards."""
+    """The run is saved, and goes on to the weights of one that nobody stopped; the dump keeps its
+    shards.
+    """
     whole = train(tmp_path / "whole", Data(), workers=0)
-    with pytest.raises(Interrupted, match=r"step \d of 8 is saved in .*last; give the same command again") as caught:
+    with pytest.raises(
+        Interrupted, match=r"step \d of 8 is saved in .*last; give the same command again"
+    ) as caught:
         train(tmp_path / "run", Data(partial(signal_the_group, signum)))
     assert caught.value.exit_code == 128 + signum and state(tmp_path / "run") >= 2
     assert train(tmp_path / "run", Data()).training["loss"] == whole.training["loss"]
@@ -122,24 +152,39 @@ def test_a_first_signal_ends_the_wait_for_a_worker_that_is_stuck(tmp_path: Path)
     assert time.monotonic() - begun < 15 and multiprocessing.active_children() == []
 
 
-def test_a_batch_that_cannot_be_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a full /dev/shm torch says so in a thread and drops the batch; here it is packed where that is an error."""
+def test_a_batch_that_cannot_be_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a full /dev/shm torch says so in a thread and drops the batch; here it is packed where
+    that is an error.
+    """
     said = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
-    for error, words in ((RuntimeError(said), r"\(unable to allocate .*: there is too little shared memory in "
-                                              r"/dev/shm; take fewer --workers or a smaller batch, .*--shm-size\)$"),
-                         (TypeError("cannot pickle that"), r": TypeError: cannot pickle that[^\n]*$")):
+    for error, words in (
+        (
+            RuntimeError(said),
+            r"\(unable to allocate .*: there is too little shared memory in "
+            r"/dev/shm; take fewer --workers or a smaller batch, .*--shm-size\)$",
+        ),
+        (TypeError("cannot pickle that"), r": TypeError: cannot pickle that[^\n]*$"),
+    ):
+
         def full(batch: Any, error: Exception = error) -> Any:
             raise error
 
         monkeypatch.setattr(workers, "ForkingPickler", SimpleNamespace(dumps=full))
-        for call in (partial(dump, tmp_path / "c", Data(), workers=2), partial(train, tmp_path / "run", Data())):
-            with pytest.raises(KDCacheError, match="^a worker process cannot hand over its batch.*" + words):
+        for call in (
+            partial(dump, tmp_path / "c", Data(), workers=2),
+            partial(train, tmp_path / "run", Data()),
+        ):
+            with pytest.raises(
+                KDCacheError, match="^a worker process cannot hand over its batch.*" + words
+            ):
                 call()
 
 
 def test_torchs_handler_of_dead_children_rests_while_ours_work() -> None:
     """It would raise anywhere: here in the midst of what is done between two batches."""
-    made = workers.by_workers(lambda i: torch.full((2,), i), lambda: range(40), 2)     # type: ignore[arg-type]
+    made = workers.by_workers(lambda i: torch.full((2,), i), lambda: range(40), 2)  # type: ignore[arg-type]
     with Signals("never"):
         assert next(made).tolist() == [0, 0]
         for child in multiprocessing.active_children():
@@ -151,7 +196,7 @@ def test_torchs_handler_of_dead_children_rests_while_ours_work() -> None:
         list(made)
 
 
-USER = '''
+USER = """
 import torch
 from helper import SCALE
 
@@ -161,11 +206,13 @@ class Rows:
     name = "rows"
     def __len__(self): return 12
     def __getitem__(self, i): return torch.cat([DRAWN, torch.tensor([i * SCALE])]), i % 3
-'''
+"""
 
 
-def test_a_file_of_the_users_is_imported_where_a_pickle_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                  ) -> None:
+def test_a_file_of_the_users_is_imported_where_a_pickle_is_opened(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file = tmp_path / "data.py"
     file.write_text(USER)
     (tmp_path / "helper.py").write_text("SCALE = 2.0\n")
@@ -194,4 +241,4 @@ def test_a_process_that_is_no_fork(tmp_path: Path) -> None:
     finally:
         multiprocessing.set_start_method(before, force=True)
     for batch, wanted in zip(got, pairs, strict=True):
-        assert torch.equal(batch.inputs, fetch(wanted).inputs)      # type: ignore[arg-type]
+        assert torch.equal(batch.inputs, fetch(wanted).inputs)  # type: ignore[arg-type]

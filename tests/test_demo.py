@@ -19,13 +19,19 @@ from kdcache.student.run import read_summary
 def test_the_demo_reports_what_its_runs_say(tmp_path):
     said: list[str] = []
     result = demo.demo(tmp_path / "out", seeds=2, shorten=30, say=said.append)
-    assert json.loads((tmp_path / "out" / "demo.json").read_text()) == {k: v for k, v in result.items() if k != "plot"}
+    assert json.loads((tmp_path / "out" / "demo.json").read_text()) == {
+        k: v for k, v in result.items() if k != "plot"
+    }
     cache = open_cache(tmp_path / "out" / "cache")
     assert result["records"] == cache.num_records == 1437 and cache.check_all() == []
     assert [(s["student"], s["mode"]) for s in result["students"]] == [
-        (student.name, mode) for student in demo.STUDENTS for mode in ("hard", "distilled")]
+        (student.name, mode) for student in demo.STUDENTS for mode in ("hard", "distilled")
+    ]
     for row in result["students"]:
-        runs = [read_summary(tmp_path / "out" / "runs" / f"{row['student']}-{row['mode']}-{seed}") for seed in range(2)]
+        runs = [
+            read_summary(tmp_path / "out" / "runs" / f"{row['student']}-{row['mode']}-{seed}")
+            for seed in range(2)
+        ]
         assert row["accuracies"] == [run["eval_accuracy"] for run in runs]
         assert row["mean"] == pytest.approx(statistics.mean(row["accuracies"]))
         assert all(run["finished"] and run["steps"] > 0 for run in runs)
@@ -45,9 +51,17 @@ def test_an_interrupted_demo_goes_on_with_the_runs_that_it_has(monkeypatch, tmp_
     monkeypatch.setattr(demo, "ROUNDS", 1)
     kept: dict[Path, bytes] = {}
     for stage, finished in (("1/4", 0), ("    conv-4  hard", 4), ("4/4", 5)):
-        with pytest.raises(Interrupted, match="is not finished; give the same command again to go on") as caught:
-            demo.demo(tmp_path / "out", seeds=1, shorten=30,
-                      say=lambda line, stage=stage: os.kill(os.getpid(), signal.SIGINT) if stage in line else None)
+        with pytest.raises(
+            Interrupted, match="is not finished; give the same command again to go on"
+        ) as caught:
+            demo.demo(
+                tmp_path / "out",
+                seeds=1,
+                shorten=30,
+                say=lambda line, stage=stage: (
+                    os.kill(os.getpid(), signal.SIGINT) if stage in line else None
+                ),
+            )
         assert caught.value.exit_code == 130 and not (tmp_path / "out" / "demo.json").exists()
         kept |= {path: path.read_bytes() for path in (tmp_path / "out").rglob("summary.json")}
         assert len(kept) >= finished

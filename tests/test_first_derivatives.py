@@ -1,7 +1,8 @@
-"""Every call of the loss has first derivatives only: who differentiates a gradient is told, and nobody else pays.
+"""Every call of the loss has first derivatives only: who differentiates a gradient is told, and
+nobody else pays.
 
-The oracle of the first derivatives is the same call without `create_graph`, bit for bit. On the CPU the kernels run in
-triton's interpreter, with `-m gpu` compiled on the device: the same tests.
+The oracle of the first derivatives is the same call without `create_graph`, bit for bit. On the CPU
+the kernels run in triton's interpreter, with `-m gpu` compiled on the device: the same tests.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from kdcache.student.linear import kd_linear_loss
 from kdcache.student.loss import kd_loss
 from kdcache.student.targets import SoftTargets
 
-Loss = Callable[..., Tensor]            # of its leaves, a scalar
+Loss = Callable[..., Tensor]  # of its leaves, a scalar
 SAID = "has first derivatives only"
-NAMES = ("kd_loss torch", "kd_loss triton", "kd_linear_loss torch", "kd_linear_loss triton", "kd_loss_rows",
-         "kernels' kd_linear_loss", "sharded_loss")
+NAMES = (
+    "kd_loss torch",
+    "kd_loss triton",
+    "kd_linear_loss torch",
+    "kd_linear_loss triton",
+    "kd_loss_rows",
+    "kernels' kd_linear_loss",
+    "sharded_loss",
+)
 
 
 def given(name: str, device: str, **options: Any) -> tuple[Loss, tuple[Tensor, ...]]:
@@ -36,22 +44,39 @@ def given(name: str, device: str, **options: Any) -> tuple[Loss, tuple[Tensor, .
     problem, behind = usual(rows=3), head(rows=3, width=4, classes=40, bias=True)
     k, of_head = on(device, problem.keywords), on(device, behind.keywords)
     logits = (problem.logits.to(device),)
-    inputs = tuple(t.detach().to(device) for t in (behind.hidden, behind.weight, behind.bias) if t is not None)
-    outcomes = torch.log_softmax(torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), 1).to(device)
+    inputs = tuple(
+        t.detach().to(device) for t in (behind.hidden, behind.weight, behind.bias) if t is not None
+    )
+    outcomes = torch.log_softmax(
+        torch.randn(3, 6, generator=torch.Generator().manual_seed(1)), 1
+    ).to(device)
     ids_NK = torch.arange(15, device=device).reshape(3, 5)
-    targets = SoftTargets(2.0, 123 if name.startswith("kd_loss") else 40, ids_NK, outcomes[:, :5].contiguous(),
-                          outcomes[:, 5].contiguous())
+    targets = SoftTargets(
+        2.0,
+        123 if name.startswith("kd_loss") else 40,
+        ids_NK,
+        outcomes[:, :5].contiguous(),
+        outcomes[:, 5].contiguous(),
+    )
     labels = torch.tensor([1, 20, -1], device=device)
     public = {"labels": labels, "targets": targets, "engine": name.split()[-1], **options}
-    shard = VocabShard(first_class=0, num_classes=123, **{n: k[n] for n in ("labels", "ids", "log_probs", "log_tail")})
+    shard = VocabShard(
+        first_class=0,
+        num_classes=123,
+        **{n: k[n] for n in ("labels", "ids", "log_probs", "log_tail")},
+    )
 
     def sharded(z: Tensor) -> Tensor:
         return sharded_loss(z, merge_sums([shard_sums(z, shard)], shard), shard, **options)[0].sum()
 
     calls: dict[str, tuple[Loss, tuple[Tensor, ...]]] = {
         "kd_loss_rows": (lambda z: kd_loss_rows(z, **k, **options)[0].sum(), logits),
-        "kernels' kd_linear_loss": (lambda h, w, b: fused_linear(h, w, b, **of_head, memory="1 KB")[0], inputs),
-        "sharded_loss": (sharded, logits)}
+        "kernels' kd_linear_loss": (
+            lambda h, w, b: fused_linear(h, w, b, **of_head, memory="1 KB")[0],
+            inputs,
+        ),
+        "sharded_loss": (sharded, logits),
+    }
     if name.startswith("kd_loss "):
         return lambda z: kd_loss(z, **public), logits
     if name.startswith("kd_linear_loss"):
@@ -77,7 +102,7 @@ def test_a_gradient_that_is_differentiated_says_so(name: str, compiled: bool, de
     gradients = torch.autograd.grad(run(*leaves), leaves, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
     for gradient in gradients:
-        for leaf in leaves:                         # each gradient is of every input
+        for leaf in leaves:  # each gradient is of every input
             with pytest.raises(RuntimeError, match=SAID):
                 torch.autograd.grad((gradient**2).sum(), leaf, retain_graph=True)
     torch._dynamo.reset()
@@ -94,7 +119,9 @@ def test_a_hessian_and_a_penalty_on_what_lies_before_say_so(name: str, device: s
         (slope**2).backward()
 
 
-@pytest.mark.parametrize("name", ["kd_loss torch", "kd_loss triton", "kd_loss_rows", "sharded_loss"])
+@pytest.mark.parametrize(
+    "name", ["kd_loss torch", "kd_loss triton", "kd_loss_rows", "sharded_loss"]
+)
 def test_in_place_too(name: str, device: str) -> None:
     loss, inputs = given(name, device, inplace=True)
     (leaf,) = leaves_of(inputs)
@@ -104,7 +131,9 @@ def test_in_place_too(name: str, device: str) -> None:
 
 
 def test_the_derivative_by_the_factor_of_the_loss_is_refused_too(device: str) -> None:
-    """`once_differentiable` loses this one as well: its error hangs on nothing that leads to the factor."""
+    """`once_differentiable` loses this one as well: its error hangs on nothing that leads to the
+    factor.
+    """
     loss, inputs = given("kd_loss_rows", device)
     (leaf,), factor = leaves_of(inputs), torch.ones((), device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(leaf) * factor, leaf, create_graph=True)
@@ -124,9 +153,14 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, {}) for name in NAMES] + [("kd_loss_rows", {"stats": True})],
-                         ids=str)
-def test_an_ordinary_backward_fills_nothing_and_has_no_graph(name: str, options: dict[str, Any], device: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in NAMES] + [("kd_loss_rows", {"stats": True})],
+    ids=str,
+)
+def test_an_ordinary_backward_fills_nothing_and_has_no_graph(
+    name: str, options: dict[str, Any], device: str
+) -> None:
     loss, inputs = given(name, device, **options)
     leaves = leaves_of(inputs)
     value = loss(*leaves)
@@ -138,7 +172,9 @@ def test_an_ordinary_backward_fills_nothing_and_has_no_graph(name: str, options:
     assert all(torch.equal(2 * a, b) for a, b in zip(gradients, again, strict=True))
 
 
-@pytest.mark.parametrize("name", ["kd_loss torch", "kd_loss triton", "kd_loss_rows", "sharded_loss"])
+@pytest.mark.parametrize(
+    "name", ["kd_loss torch", "kd_loss triton", "kd_loss_rows", "sharded_loss"]
+)
 def test_the_logits_are_not_held_for_it(name: str, device: str) -> None:
     loss, inputs = given(name, device)
     (leaf,) = leaves_of(inputs)
@@ -146,7 +182,7 @@ def test_the_logits_are_not_held_for_it(name: str, device: str) -> None:
     held = StorageWeakRef(logits.untyped_storage())
     value = loss(logits)
     del logits
-    gc.collect()                            # triton's interpreter leaves cycles
+    gc.collect()  # triton's interpreter leaves cycles
     assert held.expired() and value.requires_grad
 
 
@@ -182,5 +218,7 @@ def test_a_tensor_that_is_split_over_devices_is_refused_by_name(name: str, devic
     for i in range(len(inputs)):
         split = [t.as_subclass(Split) if i == j else t for j, t in enumerate(inputs)]
         what = "logits" if len(inputs) == 1 else ("hidden", "weight", "bias")[i]
-        with pytest.raises(ValueError, match=f"{what} is a DTensor with placements .*{what}.full_tensor()"):
+        with pytest.raises(
+            ValueError, match=f"{what} is a DTensor with placements .*{what}.full_tensor()"
+        ):
             loss(*split)

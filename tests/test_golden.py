@@ -1,4 +1,6 @@
-"""Caches that were written once and never change: today's writer makes the same bytes, two readers read the same."""
+"""Caches that were written once and never change: today's writer makes the same bytes, two readers
+read the same.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,23 @@ WITH_ROWS = [pair for pair in PAIRS if GOLDEN[pair[0]].spec.kind != "none"]
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def promises(folder):
     """Header bytes, and everything that does not depend on the library that writes the container."""
     manifest = json.loads((folder / "manifest/00000001.json").read_bytes())
-    columns = {key: (column["length"], column["digest"]) for key, column in manifest["columns"].items()}
-    return (folder / "header.json").read_bytes(), manifest["content_id"], columns, manifest["measured"]
+    columns = {
+        key: (column["length"], column["digest"]) for key, column in manifest["columns"].items()
+    }
+    return (
+        (folder / "header.json").read_bytes(),
+        manifest["content_id"],
+        columns,
+        manifest["measured"],
+    )
 
 
 def library(container):
@@ -47,8 +58,13 @@ def test_todays_writer_makes_the_same_bytes(name, container, tmp_path):
     write(tmp_path / "new", name, container)
     assert promises(tmp_path / "new") == promises(golden)
     if files(tmp_path / "new") != files(golden):
-        assert library(container) != MADE_WITH[container], "same libraries, other bytes: the format has changed"
-        pytest.skip(f"{library(container)} lays out files otherwise than {MADE_WITH[container]}; columns are equal")
+        assert library(container) != MADE_WITH[container], (
+            "same libraries, other bytes: the format has changed"
+        )
+        pytest.skip(
+            f"{library(container)} lays out files otherwise than {MADE_WITH[container]}; columns "
+            "are equal"
+        )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -77,22 +93,38 @@ def test_two_readers_agree_to_the_last_bit(name, container):
             for column in cache.spec.columns():
                 ours = batch.columns[column.name]
                 theirs = np.asarray(columns[column.name])
-                assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes(), (record, column.name)
+                assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes(), (
+                    record,
+                    column.name,
+                )
             for feature in cache.spec.features:
-                ours, theirs = decode_feature(feature, batch.columns), second.feature(record, feature.name)
-                assert ours.tobytes() == theirs.tobytes() and ours.dtype == theirs.dtype == np.float32
+                ours, theirs = (
+                    decode_feature(feature, batch.columns),
+                    second.feature(record, feature.name),
+                )
+                assert (
+                    ours.tobytes() == theirs.tobytes() and ours.dtype == theirs.dtype == np.float32
+                )
             for k in cache.spec.tiers or ((None,) if cache.spec.kind == "full" else ()):
                 decoded = decode_rows(cache.spec, batch.columns, k)
                 ids, relative, max_N, tails = second.rows(record, k)
                 assert (ids is None and decoded.ids is None) or np.array_equal(ids, decoded.ids)
-                for ours, theirs in ((decoded.relative, relative), (decoded.max, max_N), (decoded.tail_lse, tails)):
+                for ours, theirs in (
+                    (decoded.relative, relative),
+                    (decoded.max, max_N),
+                    (decoded.tail_lse, tails),
+                ):
                     assert (ours is None and theirs is None) or (
-                        ours.dtype == theirs.dtype == np.float32 and ours.tobytes() == theirs.tobytes()), (record, k)
+                        ours.dtype == theirs.dtype == np.float32
+                        and ours.tobytes() == theirs.tobytes()
+                    ), (record, k)
 
 
 @pytest.mark.parametrize(("name", "container"), WITH_ROWS)
 def test_probabilities_are_those_of_the_teacher(name, container):
-    """Against a softmax over all V classes in float64; how far a value codec may be off is derived below."""
+    """Against a softmax over all V classes in float64; how far a value codec may be off is derived
+    below.
+    """
     golden, cache = GOLDEN[name], IndependentCache(DATA / f"{name}.{container}")
     spec, row = golden.spec, 0
     for record in range(spec.num_records):
@@ -111,10 +143,18 @@ def test_probabilities_are_those_of_the_teacher(name, container):
                 else:
                     expected = np.take_along_axis(p, ids, 1)
                     expected_tail = 1 - expected.sum(1)
-                # Logits are off by at most half a uint8 step (120 / 254), float16 at depth 24 and bfloat16 at size 32
-                # by 2^-7 and 2^-4; tails are rounded to 1/1024. A probability moves by twice that, relatively.
-                off = {"uint8": 60 / 254, "float16": 2**-7, "bfloat16": 2**-4, "float32": 0}[spec.values] / T + 1 / 1024
-                assert np.abs(np.log(np.maximum(head, 1e-9) / np.maximum(expected, 1e-9))).max(initial=0) < 2 * off
+                # Logits are off by at most half a uint8 step (120 / 254), float16 at depth 24 and
+                # bfloat16 at size 32 by 2^-7 and 2^-4; tails are rounded to 1/1024. A probability
+                # moves by twice that, relatively.
+                off = {"uint8": 60 / 254, "float16": 2**-7, "bfloat16": 2**-4, "float32": 0}[
+                    spec.values
+                ] / T + 1 / 1024
+                assert (
+                    np.abs(np.log(np.maximum(head, 1e-9) / np.maximum(expected, 1e-9))).max(
+                        initial=0
+                    )
+                    < 2 * off
+                )
                 assert np.abs(tail - expected_tail).max(initial=0) < 2 * off
 
 
@@ -126,12 +166,16 @@ def test_the_students_targets_are_the_same_probabilities(name, container):
         spec = cache.spec
         for k in spec.tiers or (None,):
             for temperature in spec.temperatures or ("1", "3"):
-                targets = kdcache.soft_targets(cache.read(np.arange(cache.num_records)), temperature=temperature, k=k)
+                targets = kdcache.soft_targets(
+                    cache.read(np.arange(cache.num_records)), temperature=temperature, k=k
+                )
                 parts = [second.probabilities(r, temperature, k) for r in range(cache.num_records)]
                 head, tail = (np.concatenate([p[i] for p in parts]) for i in (1, 2))
                 assert np.abs(targets.log_probs_NK.double().exp().numpy() - head).max() < 1e-5
                 if spec.kind == "topk":
-                    assert np.array_equal(targets.ids_NK.numpy(), np.concatenate([p[0] for p in parts]))
+                    assert np.array_equal(
+                        targets.ids_NK.numpy(), np.concatenate([p[0] for p in parts])
+                    )
                     assert np.abs(targets.log_tail_N.double().exp().numpy() - tail).max() < 1e-5
 
 
@@ -157,13 +201,16 @@ def test_what_the_golden_rows_contain(container):
     assert (ids > 65535).any() and (ids < 65536).any() and np.isneginf(relative).any()
     assert ((relative[:, 1:] == relative[:, :-1]) & (relative[:, 1:] > -120)).any()
     inside = (ids[:, :, None] == labels[:, None, :]).any(1)
-    assert (inside & (labels >= 0)).any() and (~inside & (labels >= 0)).any() and (labels == -1).any()
+    assert (
+        (inside & (labels >= 0)).any() and (~inside & (labels >= 0)).any() and (labels == -1).any()
+    )
     assert (labels[:, 0] == labels[:, 1]).any()
     tokens = IndependentCache(DATA / f"tokens_float16.{container}")
     assert [len(tokens.columns(r)["pos"]) for r in range(5)] == [3, 0, 2, 4, 1]
     assert np.isneginf(IndependentCache(DATA / f"full_float32.{container}").rows(1)[1]).any()
     dropped = IndependentCache(DATA / f"full_float16.{container}")
-    assert any(np.isneginf(dropped.rows(r)[1]).any() for r in (0, 2))        # below -65504, where no logit was -inf
+    # below -65504, where no logit was -inf
+    assert any(np.isneginf(dropped.rows(r)[1]).any() for r in (0, 2))
 
 
 @pytest.mark.parametrize(("name", "container"), PAIRS)
@@ -173,7 +220,7 @@ def test_the_independent_reader_refuses_a_flipped_bit(name, container, tmp_path)
     for path in sorted(p for p in (tmp_path / "cache").rglob("*") if p.is_file()):
         whole = path.read_bytes()
         for at in range(0, len(whole), max(1, len(whole) // 5)):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1:])
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
             with pytest.raises((AssertionError, ValueError, KeyError)):
                 IndependentCache(tmp_path / "cache")
         path.write_bytes(whole)

@@ -1,9 +1,11 @@
-"""The kernels compiled ahead of time for sm_80, sm_90 and sm_100, without a device, within written budgets.
+"""The kernels compiled ahead of time for sm_80, sm_90 and sm_100, without a device, within written
+budgets.
 
-A budget is per kernel: registers, no spills, 128-bit accesses alone in the loops over the row, no barrier in them, and
-instructions and exponentials per element. Registers set how many programs share a multiprocessor: those must have
-enough bytes under way, and not more rows than L2 holds. Budgets were written from triton 3.7.1; another version may
-need others, which is then a change to look at.
+A budget is per kernel: registers, no spills, 128-bit accesses alone in the loops over the row, no
+barrier in them, and instructions and exponentials per element. Registers set how many programs
+share a multiprocessor: those must have enough bytes under way, and not more rows than L2 holds.
+Budgets were written from triton 3.7.1; another version may need others, which is then a change to
+look at.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ import triton
 from kdcache.kernels import kd_launch
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-MOST_ROWS = 40e6                # bytes of those that 132 multiprocessors have under way, of an L2 of 50 MB
-LEAST_LOADS = 24 * 1024         # bytes that one has asked for at once; see `Tiles.of`
+# bytes of those that 132 multiprocessors have under way, of an L2 of 50 MB
+MOST_ROWS = 40e6
+LEAST_LOADS = 24 * 1024  # bytes that one has asked for at once; see `Tiles.of`
 
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel as a call would have it compiled, and what it may cost: instructions per element of both sweeps."""
+    """A kernel as a call would have it compiled, and what it may cost: instructions per element of
+    both sweeps.
+    """
 
     name: str
     num_classes: int
@@ -42,22 +47,25 @@ class Build:
     logit_scale: float = 1.0
     z_loss: bool = False
     stats: bool = False
-    beyond: int = 0             # classes of the student alone
+    beyond: int = 0  # classes of the student alone
     tiles: kd_launch.Tiles | None = None
-    said: bool = True           # whether the compiler is told that pointers are multiples of 16 bytes
+    # whether the compiler is told that pointers are multiples of 16 bytes
+    said: bool = True
 
     @property
     def shape(self) -> kd_launch.Tiles:
         sums = self.softcap is not None or self.stats or self.tail == "uniform"
-        return self.tiles or kd_launch.Tiles.of(self.num_classes, ELEMENT[self.dtype], sums, self.slow)
+        return self.tiles or kd_launch.Tiles.of(
+            self.num_classes, ELEMENT[self.dtype], sums, self.slow
+        )
 
     @property
     def slow(self) -> bool:
         return self.softcap is not None or self.beyond > 0
 
     def exponentials(self) -> tuple[float, float]:
-        """Per element: one, or two for a temperature off the list; in sweep 1 as many more per thread and tile. A
-        softcap takes one more per element."""
+        """Per element: one, or two for a temperature off the list; in sweep 1 as many more per
+        thread and tile. A softcap takes one more per element."""
         both = self.labels > 0 and self.kept > 0
         each = 2 if both and kd_launch.powers(self.temperature) is None else 1
         cap = 0 if self.softcap is None else 1
@@ -75,7 +83,15 @@ BUILDS = [
     Build("kd-32k-T2", 32_000, (7.7, 7.1)),
     Build("kd-256k-T2", 262_144, (7.3, 6.8)),
     Build("kd-32k-T2-fp32", 32_000, (6.4, 5.1), dtype="fp32"),
-    Build("kd-1000-jsd-fp16", 1_000, (6.2, 5.9), dtype="fp16", divergence="jsd", temperature=4.0, labels=0),
+    Build(
+        "kd-1000-jsd-fp16",
+        1_000,
+        (6.2, 5.9),
+        dtype="fp16",
+        divergence="jsd",
+        temperature=4.0,
+        labels=0,
+    ),
     Build("ce-50257", 50_257, (6.5, 5.9), kept=0, aligned=False),
     Build("kd-4096-T1.37", 4_096, (10.3, 9.4), temperature=1.37),
 ]
@@ -88,100 +104,264 @@ TERMS = [
     Build("kd-128k-T2-uniform-wider", 128_256, (20.4, 14.1), tail="uniform", beyond=128),
 ]
 # Every term at once, in the parts that share a row.
-PARTS = [BUILDS[7], Build("kd-32k-T2-all", 32_000, (37.0, 28.9), tail="uniform", softcap=30.0, logit_scale=0.5,
-                          z_loss=True, stats=True)]
+PARTS = [
+    BUILDS[7],
+    Build(
+        "kd-32k-T2-all",
+        32_000,
+        (37.0, 28.9),
+        tail="uniform",
+        softcap=30.0,
+        logit_scale=0.5,
+        z_loss=True,
+        stats=True,
+    ),
+]
 
 
 def request(build: Build, arch: int) -> dict[str, Any]:
-    """The call of a build, turned into what the compiler is asked; the constants come from the launcher itself."""
+    """The call of a build, turned into what the compiler is asked; the constants come from the
+    launcher itself.
+    """
+
     def some(width: int) -> torch.Tensor | None:
         return torch.empty(1, width) if width else None
 
-    call = kd_launch.Call(build.num_classes, some(build.labels), None, some(build.kept), some(build.kept), None, None,
-                        build.temperature, build.divergence, build.tail, 0.5, None, None, build.inplace,
-                        logit_scale=build.logit_scale, softcap=build.softcap, stats=build.stats,
-                        teacher_classes=build.num_classes - build.beyond)
+    call = kd_launch.Call(
+        build.num_classes,
+        some(build.labels),
+        None,
+        some(build.kept),
+        some(build.kept),
+        None,
+        None,
+        build.temperature,
+        build.divergence,
+        build.tail,
+        0.5,
+        None,
+        None,
+        build.inplace,
+        logit_scale=build.logit_scale,
+        softcap=build.softcap,
+        stats=build.stats,
+        teacher_classes=build.num_classes - build.beyond,
+    )
     size = ELEMENT[build.dtype]
-    constants = kd_launch.kernel_constants(call, size, True, build.inplace, build.aligned, build.num_classes)
+    constants = kd_launch.kernel_constants(
+        call, size, True, build.inplace, build.aligned, build.num_classes
+    )
     constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED", "COUNTERS"))
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
-    absent = ["ROW_WEIGHT", "LABEL_WEIGHT"] + ["STATS"] * (not build.stats) + ["Z_SCALE"] * (not build.z_loss)
-    absent += ["gain"] * (call.gain is None) + ["rate"] * (call.rate is None) + ["taught"] * (call.taught is None)
+    absent = (
+        ["ROW_WEIGHT", "LABEL_WEIGHT"]
+        + ["STATS"] * (not build.stats)
+        + ["Z_SCALE"] * (not build.z_loss)
+    )
+    absent += (
+        ["gain"] * (call.gain is None)
+        + ["rate"] * (call.rate is None)
+        + ["taught"] * (call.taught is None)
+    )
     absent += ["LABELS", "CE_SCALE"] * (not build.labels)
     absent += ["IDS", "LOG_Q", "LOG_TAIL", "KD_SCALE"] * (not build.kept)
     constants |= dict.fromkeys(absent)
-    signature = dict.fromkeys(("X", "G"), f"*{build.dtype}") | dict.fromkeys(("LABELS", "IDS"), "*i64")
-    signature |= dict.fromkeys(("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "LOG_TAIL", "ROW_WEIGHT",
-                                "CE_SCALE", "KD_SCALE", "Z_SCALE", "STATE", "KEPT", "LABELLED"), "*fp32")
-    signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "id_stride", "q_stride",
-                                "num_classes", "width", "kept", "num_labels", "taught", "part", "parts"), "i32")
+    signature = dict.fromkeys(("X", "G"), f"*{build.dtype}") | dict.fromkeys(
+        ("LABELS", "IDS"), "*i64"
+    )
+    signature |= dict.fromkeys(
+        (
+            "LOSS",
+            "CE",
+            "KD",
+            "STATS",
+            "LABEL_WEIGHT",
+            "LOG_Q",
+            "LOG_TAIL",
+            "ROW_WEIGHT",
+            "CE_SCALE",
+            "KD_SCALE",
+            "Z_SCALE",
+            "STATE",
+            "KEPT",
+            "LABELLED",
+        ),
+        "*fp32",
+    )
+    signature |= dict.fromkeys(
+        (
+            "x_stride",
+            "g_stride",
+            "label_stride",
+            "label_weight_stride",
+            "id_stride",
+            "q_stride",
+            "num_classes",
+            "width",
+            "kept",
+            "num_labels",
+            "taught",
+            "part",
+            "parts",
+        ),
+        "i32",
+    )
     signature |= dict.fromkeys(("c", "c2", "temperature", "beta", "gain", "rate"), "fp32")
-    sizes = ["x_stride", "g_stride", "num_classes", "width"] if build.aligned and build.num_classes % 16 == 0 else []
-    return {"name": build.name, "kernel": "kdcache.kernels.kd_rows:kd_rows", "arch": arch, "signature": signature,
-            "constants": constants, "aligned": ["X", "G", *sizes] if build.said else [], "warps": build.shape.warps,
-            "maxnreg": build.shape.registers}
+    sizes = (
+        ["x_stride", "g_stride", "num_classes", "width"]
+        if build.aligned and build.num_classes % 16 == 0
+        else []
+    )
+    return {
+        "name": build.name,
+        "kernel": "kdcache.kernels.kd_rows:kd_rows",
+        "arch": arch,
+        "signature": signature,
+        "constants": constants,
+        "aligned": ["X", "G", *sizes] if build.said else [],
+        "warps": build.shape.warps,
+        "maxnreg": build.shape.registers,
+    }
 
 
 def full_request(arch: int, name: str = "full", classes: int = 1000) -> dict[str, Any]:
     """A teacher over all classes, bfloat16 logits, one label, in place."""
-    call = kd_launch.Call(classes, torch.empty(1, 1), None, None, torch.empty(1, classes), None, None, 4.0,
-                          "forward_kl", "bucket", 0.5, None, None, True)
+    call = kd_launch.Call(
+        classes,
+        torch.empty(1, 1),
+        None,
+        None,
+        torch.empty(1, classes),
+        None,
+        None,
+        4.0,
+        "forward_kl",
+        "bucket",
+        0.5,
+        None,
+        None,
+        True,
+    )
     absent = ["LABEL_WEIGHT", "ROW_WEIGHT", "taught"]
     absent += ["STATS", "Z_SCALE", "unit", "gain", "rate"] * (name != "every term")
     constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(absent)
     signature = {"X": "*bf16", "G": "*bf16", "LABELS": "*i64"} | dict.fromkeys(
-        ("LOSS", "CE", "KD", "STATS", "LABEL_WEIGHT", "LOG_Q", "ROW_WEIGHT", "CE_SCALE", "KD_SCALE", "Z_SCALE"),
-        "*fp32")
-    signature |= dict.fromkeys(("x_stride", "g_stride", "label_stride", "label_weight_stride", "q_stride",
-                                "num_classes", "width", "num_labels"), "i32")
+        (
+            "LOSS",
+            "CE",
+            "KD",
+            "STATS",
+            "LABEL_WEIGHT",
+            "LOG_Q",
+            "ROW_WEIGHT",
+            "CE_SCALE",
+            "KD_SCALE",
+            "Z_SCALE",
+        ),
+        "*fp32",
+    )
+    signature |= dict.fromkeys(
+        (
+            "x_stride",
+            "g_stride",
+            "label_stride",
+            "label_weight_stride",
+            "q_stride",
+            "num_classes",
+            "width",
+            "num_labels",
+        ),
+        "i32",
+    )
     signature |= dict.fromkeys(("c", "temperature", "beta", "unit", "gain", "rate"), "fp32")
-    return {"name": name, "kernel": "kdcache.kernels.kd_full:kd_full", "arch": arch, "signature": signature,
-            "constants": constants, "aligned": ["X", "G", "LOG_Q"],
-            "warps": kd_launch.full_warps(constants["BLOCK"], "forward_kl")}
+    return {
+        "name": name,
+        "kernel": "kdcache.kernels.kd_full:kd_full",
+        "arch": arch,
+        "signature": signature,
+        "constants": constants,
+        "aligned": ["X", "G", "LOG_Q"],
+        "warps": kd_launch.full_warps(constants["BLOCK"], "forward_kl"),
+    }
 
 
 def staged(stage: int, build: Build) -> dict[str, Any]:
     """A part of 32,000 columns of a longer row."""
     asked = request(build, 90)
     asked["signature"]["KEPT"] = f"*{build.dtype}"
-    constants = {k: v for k, v in asked["constants"].items() if k not in ("STATE", "KEPT", "LABELLED")}
-    return asked | {"name": f"{build.name}-stage-{stage}", "constants": constants | {"STAGE": stage},
-                    "aligned": [*asked["aligned"], "part"]}
+    constants = {
+        k: v for k, v in asked["constants"].items() if k not in ("STATE", "KEPT", "LABELLED")
+    }
+    return asked | {
+        "name": f"{build.name}-stage-{stage}",
+        "constants": constants | {"STAGE": stage},
+        "aligned": [*asked["aligned"], "part"],
+    }
 
 
 def programs(report: aot.Report, warps: int) -> int:
-    """That share a multiprocessor: by its registers, a thread's in steps of 8, its 64 warps, and its 32 places."""
+    """That share a multiprocessor: by its registers, a thread's in steps of 8, its 64 warps, and
+    its 32 places.
+    """
     return min(65_536 // (-(-report.registers // 8) * 8 * 32 * warps), 64 // warps, 32)
 
 
 def occupancy(build: Build, report: aot.Report) -> list[str]:
-    """Where a multiprocessor holds too few programs to be kept busy, or more than L2 keeps the rows of. Long rows, of
-    which one each does not fit, have no more than that one; what is slow waits for arithmetic."""
-    many, shape, row = programs(report, build.shape.warps), build.shape, build.num_classes * ELEMENT[build.dtype]
+    """Where a multiprocessor holds too few programs to be kept busy, or more than L2 keeps the rows
+    of. Long rows, of which one each does not fit, have no more than that one; what is slow waits
+    for arithmetic."""
+    many, shape, row = (
+        programs(report, build.shape.warps),
+        build.shape,
+        build.num_classes * ELEMENT[build.dtype],
+    )
     found = []
     if many > 1 and many * 132 * row > MOST_ROWS:
-        found.append(f"{many} programs to a multiprocessor keep {many * 132 * row / 1e6:.0f} MB of rows under way")
+        found.append(
+            f"{many} programs to a multiprocessor keep {many * 132 * row / 1e6:.0f} MB of rows "
+            "under way"
+        )
     if many * shape.rows * shape.warps * 512 < LEAST_LOADS * (2 / 3 if build.slow else 1):
-        found.append(f"{many} programs to a multiprocessor read {many * shape.rows * shape.warps // 2} KB at once")
+        found.append(
+            f"{many} programs to a multiprocessor read {many * shape.rows * shape.warps // 2} KB "
+            "at once"
+        )
     return found
 
 
 def complaints(build: Build, report: aot.Report) -> list[str]:
     """Where a report is over its build's budget; nothing if it is not."""
     vector = 16 // ELEMENT[build.dtype]
-    sums = [loop for loop in report.loops if loop.exponentials and not loop.vector_stores and loop.vector_loads]
-    gradients = [loop for loop in report.loops if loop.exponentials and loop.vector_stores and loop.vector_loads]
-    found = occupancy(build, report) + ([] if len(sums) == len(gradients) == 1 else [f"loops: {report.loops}"])
+    sums = [
+        loop
+        for loop in report.loops
+        if loop.exponentials and not loop.vector_stores and loop.vector_loads
+    ]
+    gradients = [
+        loop
+        for loop in report.loops
+        if loop.exponentials and loop.vector_stores and loop.vector_loads
+    ]
+    found = occupancy(build, report) + (
+        [] if len(sums) == len(gradients) == 1 else [f"loops: {report.loops}"]
+    )
     if report.registers > build.shape.registers or report.spills or report.stack:
-        found.append(f"{report.registers} registers, {report.spills} spills, {report.stack} bytes of stack")
+        found.append(
+            f"{report.registers} registers, {report.spills} spills, {report.stack} bytes of stack"
+        )
     if report.shared > 1024:
         found.append(f"{report.shared} bytes of shared memory")
-    for loop, most, exponentials in zip(sums + gradients, build.instructions, build.exponentials(), strict=False):
+    for loop, most, exponentials in zip(
+        sums + gradients, build.instructions, build.exponentials(), strict=False
+    ):
         elements = loop.vector_loads * vector
         if loop.instructions > most * elements or loop.exponentials > exponentials * elements:
-            found.append(f"{loop.instructions / elements:.2f} instructions and {loop.exponentials / elements:.2f} "
-                         f"exponentials per element; budget {most} and {exponentials}")
+            found.append(
+                f"{loop.instructions / elements:.2f} instructions and "
+                f"{loop.exponentials / elements:.2f} "
+                f"exponentials per element; budget {most} and {exponentials}"
+            )
         if loop.scalar_loads or loop.scalar_stores or loop.barriers:
             found.append(f"narrow accesses or barriers in a loop: {loop}")
     return found
@@ -200,7 +380,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 
 
 @pytest.mark.parametrize("build", BUILDS + TERMS, ids=lambda build: build.name)
-def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str, int], aot.Report]) -> None:
+def test_the_kernel_is_within_its_budget(
+    build: Build, compiled: dict[tuple[str, int], aot.Report]
+) -> None:
     if triton.__version__ != "3.7.1":
         pytest.skip(f"budgets are triton 3.7.1's; this is {triton.__version__}")
     reports = [report for (name, _), report in compiled.items() if name == build.name]
@@ -210,28 +392,46 @@ def test_the_kernel_is_within_its_budget(build: Build, compiled: dict[tuple[str,
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("build", PARTS, ids=lambda build: build.name)
-def test_a_part_of_a_row_costs_what_a_row_does(build: Build, stage: int,
-                                               compiled: dict[tuple[str, int], aot.Report]) -> None:
+def test_a_part_of_a_row_costs_what_a_row_does(
+    build: Build, stage: int, compiled: dict[tuple[str, int], aot.Report]
+) -> None:
     report = compiled[f"{build.name}-stage-{stage}", 90]
     (loop,) = (loop for loop in report.loops if loop.exponentials)
-    assert (report.spills, report.stack, loop.scalar_loads, loop.scalar_stores, loop.barriers) == (0, 0, 0, 0, 0)
+    assert (report.spills, report.stack, loop.scalar_loads, loop.scalar_stores, loop.barriers) == (
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     assert bool(loop.vector_stores) == (stage == 2) and report.registers <= build.shape.registers
     assert loop.instructions <= build.instructions[stage - 1] * 8 * loop.vector_loads
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_a_row_of_all_classes_stays_in_registers(arch: int, compiled: dict[tuple[str, int], aot.Report]) -> None:
-    """1000 classes over 64 threads: two vectors of logits and four of the teacher a thread, each read once."""
+def test_a_row_of_all_classes_stays_in_registers(
+    arch: int, compiled: dict[tuple[str, int], aot.Report]
+) -> None:
+    """1000 classes over 64 threads: two vectors of logits and four of the teacher a thread, each
+    read once.
+    """
     report = compiled["full", arch]
     assert (report.spills, report.stack) == (0, 0) and report.registers <= 128
     assert (report.whole.vector_loads, report.whole.vector_stores) == (6, 2)
     assert report.whole.exponentials <= 3 * 16 + 8
 
 
-def test_longer_rows_and_every_term_stay_in_registers(compiled: dict[tuple[str, int], aot.Report]) -> None:
+def test_longer_rows_and_every_term_stay_in_registers(
+    compiled: dict[tuple[str, int], aot.Report],
+) -> None:
     for name in ("every term", "long"):
         report = compiled[name, 90]
-        assert (report.spills, report.stack, report.whole.vector_loads, report.whole.vector_stores) == (0, 0, 6, 2)
+        assert (
+            report.spills,
+            report.stack,
+            report.whole.vector_loads,
+            report.whole.vector_stores,
+        ) == (0, 0, 6, 2)
 
 
 USUAL = BUILDS[0]
@@ -244,12 +444,15 @@ MUTANTS = {
 
 
 def test_budgets_can_be_broken(compiled: dict[tuple[str, int], aot.Report]) -> None:
-    """Too tall a tile spills, few registers put twice the rows under way, one row per tile pays for more exponentials,
-    hidden alignment narrows accesses."""
+    """Too tall a tile spills, few registers put twice the rows under way, one row per tile pays for
+    more exponentials, hidden alignment narrows accesses."""
     found = {why: complaints(USUAL, compiled[mutant.name, 90]) for why, mutant in MUTANTS.items()}
     assert any("spills" in text for text in found["registers"])
     assert any("2 programs to a multiprocessor keep 68 MB" in text for text in found["programs"])
-    assert any("KB at once" in text for text in occupancy(Build("short", 1000, (0, 0)), compiled[USUAL.name, 90]))
+    assert any(
+        "KB at once" in text
+        for text in occupancy(Build("short", 1000, (0, 0)), compiled[USUAL.name, 90])
+    )
     assert any("exponentials per element" in text for text in found["exponentials"])
     assert any("scalar_loads=64" in text for text in found["narrow"])
     assert complaints(USUAL, compiled[USUAL.name, 90]) == []

@@ -1,7 +1,9 @@
-"""How many builds of a kernel a training run asks for: triton's own key of a launch, without a device.
+"""How many builds of a kernel a training run asks for: triton's own key of a launch, without a
+device.
 
-A key is made of types, of integers that are 1 or multiples of 16, and of pointers that are multiples of 16 bytes. What
-a batch's size or its place in a larger tensor changes must not be in it: a build is seconds in the middle of a run.
+A key is made of types, of integers that are 1 or multiples of 16, and of pointers that are
+multiples of 16 bytes. What a batch's size or its place in a larger tensor changes must not be in
+it: a build is seconds in the middle of a run.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from kdcache.kernels import kd_launch, kd_shard_rows, kd_shards, topk_lse
 from kdcache.kernels.kd_loss import kd_loss_rows
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-MOST = 48                       # rows that batches are slices of
+MOST = 48  # rows that batches are slices of
 
 
 class Binds:
     """A kernel that is not run: each launch leaves the key by which triton finds its build."""
 
     def __init__(self, kernel: Any, keys: set[str]) -> None:
-        built = JITFunction(kernel.fn, **kernel.kwargs)             # as `triton.jit` makes it where it compiles
+        # as `triton.jit` makes it where it compiles
+        built = JITFunction(kernel.fn, **kernel.kwargs)
         self.arg_names, self.name, self.keys = kernel.arg_names, kernel.fn.__name__, keys
         self.bind = create_function_from_signature(built.signature, built.params, BACKEND)
 
@@ -37,6 +40,7 @@ class Binds:
         def launch(*given: Any, **constants: Any) -> None:
             _, specialisation, options = self.bind(*given, **constants)
             self.keys.add(f"{self.name} {specialisation} {sorted(options.items())}")
+
         return launch
 
 
@@ -46,8 +50,11 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     if not triton.knobs.runtime.interpret:
         pytest.skip("kernels are wrapped as the interpreter knows them")
     found: set[str] = set()
-    for module, names in ((kd_launch, ("kd_rows", "scale_rows", "kd_full")), (topk_lse, ("topk_rows",)),
-                          (kd_shard_rows, ("shard_sums", "shard_gradient"))):
+    for module, names in (
+        (kd_launch, ("kd_rows", "scale_rows", "kd_full")),
+        (topk_lse, ("topk_rows",)),
+        (kd_shard_rows, ("shard_sums", "shard_gradient")),
+    ):
         for name in names:
             monkeypatch.setattr(module, name, Binds(getattr(module, name), found))
     return found
@@ -56,23 +63,36 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def batches(width: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Logits and what belongs to their rows: 2 to 40 of each, and slices that begin at every place."""
     logits = torch.zeros(MOST, width, dtype=torch.bfloat16)
-    of_rows = {"labels": torch.zeros(MOST, dtype=torch.int64), "label_weight": torch.ones(MOST),
-               "ids": torch.zeros(MOST, 7, dtype=torch.int32), "log_probs": torch.zeros(MOST, 7),
-               "log_tail": torch.zeros(MOST), "row_weight": torch.ones(MOST)}
-    scales = torch.ones(3).unbind()                                 # two of them off 16 bytes
+    of_rows = {
+        "labels": torch.zeros(MOST, dtype=torch.int64),
+        "label_weight": torch.ones(MOST),
+        "ids": torch.zeros(MOST, 7, dtype=torch.int32),
+        "log_probs": torch.zeros(MOST, 7),
+        "log_tail": torch.zeros(MOST),
+        "row_weight": torch.ones(MOST),
+    }
+    scales = torch.ones(3).unbind()  # two of them off 16 bytes
     slices = [slice(0, n) for n in range(2, 41)] + [slice(n, n + 5) for n in range(MOST - 5)]
-    return [(logits[at], {name: t[at] for name, t in of_rows.items()} |
-             {"ce_scale": scales[at.start % 3], "kd_scale": scales[at.stop % 3]}) for at in slices]
+    return [
+        (
+            logits[at],
+            {name: t[at] for name, t in of_rows.items()}
+            | {"ce_scale": scales[at.start % 3], "kd_scale": scales[at.stop % 3]},
+        )
+        for at in slices
+    ]
 
 
 def test_rows_of_any_number_and_place_take_one_build(keys: set[str]) -> None:
-    """And one more for the factor of backward; few rows have one for each stage of those that share a row."""
+    """And one more for the factor of backward; few rows have one for each stage of those that share
+    a row.
+    """
     for logits, keywords in batches(1024):
         x = logits.clone().requires_grad_()
         loss = kd_loss_rows(x, **keywords, temperature=2.0, stats=True)[0]
         loss.backward(torch.ones(2 * MOST)[len(x) % 3 :][: len(x)])
         loss = kd_loss_rows(x, **keywords, temperature=2.0, stats=True)[0]
-        loss.sum().backward()                                       # a factor of stride 0
+        loss.sum().backward()  # a factor of stride 0
     assert sorted(key.split(" ")[0] for key in keys) == ["kd_rows", "scale_rows"]
     for logits, keywords in batches(1024):
         kd_loss_rows(logits, **keywords, temperature=2.0, parts=2)
@@ -81,15 +101,27 @@ def test_rows_of_any_number_and_place_take_one_build(keys: set[str]) -> None:
 
 def test_a_teacher_over_all_classes_takes_one_build(keys: set[str]) -> None:
     for logits, keywords in batches(1024):
-        some = {name: value for name, value in keywords.items() if name not in ("ids", "log_probs", "log_tail")}
-        kd_loss_rows(logits, log_probs=torch.zeros(len(logits), 1024), **some, temperature=2.0, stats=True)
+        some = {
+            name: value
+            for name, value in keywords.items()
+            if name not in ("ids", "log_probs", "log_tail")
+        }
+        kd_loss_rows(
+            logits, log_probs=torch.zeros(len(logits), 1024), **some, temperature=2.0, stats=True
+        )
     assert len(keys) == 1
 
 
 def test_shards_and_teachers_take_one_build_of_each_kernel(keys: set[str]) -> None:
     for logits, keywords in batches(1024):
         shard = kd_shards.VocabShard(first_class=0, num_classes=4096, **keywords)
-        kd_shards.sharded_loss(logits.clone().requires_grad_(), torch.zeros(len(logits), kd_shards.SUMS), shard)
+        kd_shards.sharded_loss(
+            logits.clone().requires_grad_(), torch.zeros(len(logits), kd_shards.SUMS), shard
+        )
         kd_shards.shard_sums(logits, replace(shard, first_class=16))
         topk_lse.topk_lse(logits, 8, (1.0, 2.0), keywords["labels"], moments=True)
-    assert sorted(key.split(" ")[0] for key in keys) == ["shard_gradient", "shard_sums", "topk_rows"]
+    assert sorted(key.split(" ")[0] for key in keys) == [
+        "shard_gradient",
+        "shard_sums",
+        "topk_rows",
+    ]

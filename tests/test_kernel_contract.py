@@ -1,6 +1,8 @@
-"""What the fused loss promises besides its numbers: gradients asked for again, buffers, refusals, torch.compile, parts.
+"""What the fused loss promises besides its numbers: gradients asked for again, buffers, refusals,
+torch.compile, parts.
 
-On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on the device: the same tests.
+On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on the device: the same
+tests.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ def test_a_part_without_a_scale_is_reported_and_not_in_the_loss(device: str) -> 
         expected, zero, *_ = run(usual(), device, **{name: 0.0})
         assert same(out[value], expected[value]) and bool((out[value] > 0).all())
         assert same(out[0], expected[0]) and same(gradient, zero)
-        assert float(usual().keywords[("ce_scale", "kd_scale")[other - 1]]) * float(out[other][0]) == pytest.approx(
-            float(out[0][0]))
+        assert float(usual().keywords[("ce_scale", "kd_scale")[other - 1]]) * float(
+            out[other][0]
+        ) == pytest.approx(float(out[0][0]))
 
 
 def test_without_a_gradient_only_the_values_are_computed(device: str) -> None:
@@ -73,7 +76,9 @@ def test_rows_that_no_program_can_own_are_copied(change: str, device: str) -> No
         problem.logits[:] = problem.logits[:1].clone()
     expected, gradient, *_ = run(problem, device)
     x = problem.logits.to(device)
-    logits = (x.t().contiguous().t() if change == "transposed" else x[:1].expand(3, -1)).requires_grad_()
+    logits = (
+        x.t().contiguous().t() if change == "transposed" else x[:1].expand(3, -1)
+    ).requires_grad_()
     assert logits.stride() != x.stride()
     out = kd_loss_rows(logits, **on(device, problem.keywords), inplace=True)
     (found,) = torch.autograd.grad(out[0].sum(), logits)
@@ -81,15 +86,27 @@ def test_rows_that_no_program_can_own_are_copied(change: str, device: str) -> No
     assert torch.equal(logits.detach().cpu(), problem.logits)
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"temperature": 0.0}, "temperature is 0.0"), ({"divergence": "forward"}, "divergence 'forward'"),
-    ({"tail": "drop"}, "tail 'drop'"), ({"num_classes": 124}, "num_classes is 124"),
-    ({"labels": None, "label_weight": None, "ids": None, "log_probs": None}, "neither labels nor log_probs"),
-    ({"log_tail": None}, "log_tail belong together"), ({"log_probs": torch.zeros(3, 7)}, "must be alike"),
-    ({"labels": torch.zeros(2, dtype=torch.long)}, "labels is"), ({"ids": torch.zeros(3, 8)}, "ids is"),
-    ({"parts": 65}, "parts is 65"), ({"ids": None, "log_tail": None}, "expected .N, 123."),
-    ({"divergence": "reverse_kl", "tail": "sampled"}, "is infinite"), ({"row_weight": torch.ones(2)}, "does not go"),
-])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"divergence": "forward"}, "divergence 'forward'"),
+        ({"tail": "drop"}, "tail 'drop'"),
+        ({"num_classes": 124}, "num_classes is 124"),
+        (
+            {"labels": None, "label_weight": None, "ids": None, "log_probs": None},
+            "neither labels nor log_probs",
+        ),
+        ({"log_tail": None}, "log_tail belong together"),
+        ({"log_probs": torch.zeros(3, 7)}, "must be alike"),
+        ({"labels": torch.zeros(2, dtype=torch.long)}, "labels is"),
+        ({"ids": torch.zeros(3, 8)}, "ids is"),
+        ({"parts": 65}, "parts is 65"),
+        ({"ids": None, "log_tail": None}, "expected .N, 123."),
+        ({"divergence": "reverse_kl", "tail": "sampled"}, "is infinite"),
+        ({"row_weight": torch.ones(2)}, "does not go"),
+    ],
+)
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, device: str) -> None:
     problem = usual()
     with pytest.raises(ValueError, match=message):
@@ -106,17 +123,24 @@ def test_rows_beyond_two_to_the_31_elements(device: str) -> None:
     case = Case(rows=1, num_classes=classes, dtype=torch.bfloat16, kept=64)
     problem = world.problem(case)
     logits = problem.logits.to(device).expand(rows, -1).contiguous().requires_grad_()
-    keywords = {k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v
-                for k, v in on(device, problem.keywords).items()}
+    keywords = {
+        k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v
+        for k, v in on(device, problem.keywords).items()
+    }
     out = kd_loss_rows(logits, **keywords, inplace=True)
     (gradient,) = torch.autograd.grad(out[0].sum(), logits)
     assert bool((out[0] == out[0][0]).all()) and torch.equal(gradient[0], gradient[-1])
 
 
-@pytest.mark.parametrize(("changed", "parts"), [
-    ({}, 1), ({"layout": "strided", "tail": "uniform", "softcap": 30.0, "stats": True}, 1),
-    ({"layout": "padded", "logit_scale": 0.3, "z_scale": 0.02}, 2),
-], ids=str)
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({}, 1),
+        ({"layout": "strided", "tail": "uniform", "softcap": 30.0, "stats": True}, 1),
+        ({"layout": "padded", "logit_scale": 0.3, "z_scale": 0.02}, 2),
+    ],
+    ids=str,
+)
 def test_one_graph_under_torch_compile(changed: dict[str, Any], parts: int, device: str) -> None:
     """No graph break, the same bits as eager, and one graph for all batch sizes."""
     problem = usual(dtype=torch.bfloat16, **changed)
@@ -134,15 +158,24 @@ def test_one_graph_under_torch_compile(changed: dict[str, Any], parts: int, devi
 
     def step(rows: int) -> tuple[tuple[Tensor, ...], Tensor]:
         _, view = world.laid_out(problem, device)
-        logits = torch.empty_strided((rows, view.shape[1]), view.stride(), dtype=view.dtype, device=device)
+        logits = torch.empty_strided(
+            (rows, view.shape[1]), view.stride(), dtype=view.dtype, device=device
+        )
         logits.copy_(view[:rows]).requires_grad_()
-        out = loss(logits, {k: v[:rows].clone() if isinstance(v, Tensor) and v.dim() else v
-                            for k, v in keywords.items()})
+        out = loss(
+            logits,
+            {
+                k: v[:rows].clone() if isinstance(v, Tensor) and v.dim() else v
+                for k, v in keywords.items()
+            },
+        )
         return out, torch.autograd.grad(out[0].sum(), logits)[0]
 
     for rows in (3, 2):
         out, found = step(rows)
-        assert all(torch.equal(a.detach().cpu(), b[:rows]) for a, b in zip(out, expected, strict=True))
+        assert all(
+            torch.equal(a.detach().cpu(), b[:rows]) for a, b in zip(out, expected, strict=True)
+        )
         assert torch.equal(found, gradient[:rows])
     assert len(graphs) == 1
     torch._dynamo.reset()
@@ -156,13 +189,18 @@ def rows_of(layout: str, x: Tensor) -> Tensor:
     rows, classes = x.shape
     if layout == "transposed":
         return x.t().contiguous().t()
-    stride, offset = {"whole": (classes, 0), "columns from 1 on": (classes + 1, 1), "rows apart": (classes + 6, 0),
-                      "off 16 bytes": (classes, 2)}[layout]
+    stride, offset = {
+        "whole": (classes, 0),
+        "columns from 1 on": (classes + 1, 1),
+        "rows apart": (classes + 6, 0),
+        "off 16 bytes": (classes, 2),
+    }[layout]
     out = torch.empty_strided((rows * stride + offset,), (1,), dtype=x.dtype, device=x.device)
     return out.as_strided((rows, classes), (stride, 1), offset).copy_(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")     # torch's own, of inductor
+# torch's own, of inductor
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inductor_finds_the_strides_that_it_was_told(layout: str, device: str) -> None:
@@ -174,7 +212,8 @@ def test_inductor_finds_the_strides_that_it_was_told(layout: str, device: str) -
     compiled = torch.compile(kd_loss_rows, backend="inductor", fullgraph=True)
     out = compiled(logits, **on(device, problem.keywords))
     (found,) = torch.autograd.grad(out[0].sum(), logits)
-    # Rows that start elsewhere within 16 bytes are summed in another order, of 123 terms each; then one rounding.
+    # Rows that start elsewhere within 16 bytes are summed in another order, of 123 terms each; then
+    # one rounding.
     for a, b in zip(out, expected, strict=True):
         torch.testing.assert_close(a.detach().cpu(), b, rtol=16 * 2**-23, atol=16 * 2**-23)
     torch.testing.assert_close(found.cpu(), gradient.cpu(), rtol=2**-7, atol=16 * 2**-23)
@@ -188,25 +227,60 @@ def test_the_operators_keep_their_promises_to_torch(layout: str, device: str) ->
     problem = usual(num_classes=1272)
     k = on(device, problem.keywords)
     logits = rows_of(layout, problem.logits.to(device)).requires_grad_()
-    inputs = (logits, k["labels"][:, None], None, k["ids"], k["log_probs"], k["log_tail"], None, k["ce_scale"],
-              k["kd_scale"], torch.tensor(0.1, device=device), 1272, 2.0, "forward_kl", "bucket", 0.5, None, 1.5,
-              30.0, None, True)
+    inputs = (
+        logits,
+        k["labels"][:, None],
+        None,
+        k["ids"],
+        k["log_probs"],
+        k["log_tail"],
+        None,
+        k["ce_scale"],
+        k["kd_scale"],
+        torch.tensor(0.1, device=device),
+        1272,
+        2.0,
+        "forward_kl",
+        "bucket",
+        0.5,
+        None,
+        1.5,
+        30.0,
+        None,
+        True,
+    )
     torch.use_deterministic_algorithms(False)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)
     gradient = kd_rows_op(*inputs, True)[4].detach()
     torch.library.opcheck(scale_rows_op, (gradient, torch.rand(3, device=device)), test_utils=tests)
 
 
 def test_on_a_device_products_may_be_deterministic_and_waits_be_watched() -> None:
-    """Warnings are errors here: torch says each of these once in a process, in the middle of a test."""
+    """Warnings are errors here: torch says each of these once in a process, in the middle of a
+    test.
+    """
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
-    warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=1)
-    warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to", stacklevel=1)
+    warnings.warn(
+        "Synchronization debug mode is a prototype feature and does not yet detect all",
+        stacklevel=1,
+    )
+    warnings.warn(
+        "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to",
+        stacklevel=1,
+    )
 
 
 def test_rows_are_split_only_where_they_are_few() -> None:
-    assert [part_length(rows, 128_256) >= 128_256 for rows in (1, 16, 131, 132, 8192)] == [False] * 3 + [True] * 2
-    assert part_length(1, 32_000) == 8192 and part_length(1, 1_000) == 8192         # 8192: too short gains nothing
+    assert [part_length(rows, 128_256) >= 128_256 for rows in (1, 16, 131, 132, 8192)] == [
+        False
+    ] * 3 + [True] * 2
+    # 8192: too short gains nothing
+    assert part_length(1, 32_000) == 8192 and part_length(1, 1_000) == 8192
     for rows in (1, 2, 7, 64, 131):
         assert -(-262_144 // part_length(rows, 262_144)) <= 64

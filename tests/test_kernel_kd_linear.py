@@ -1,6 +1,8 @@
-"""The loss behind an LM head: chunks of rows against whole logits in float64 by autograd, and its other promises.
+"""The loss behind an LM head: chunks of rows against whole logits in float64 by autograd, and its
+other promises.
 
-On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on the device: the same tests.
+On the CPU the kernels run in triton's interpreter, with `-m gpu` compiled on the device: the same
+tests.
 """
 
 from __future__ import annotations
@@ -19,9 +21,17 @@ from torch import Tensor
 from kdcache.kernels.kd_loss import kd_loss_rows
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "rows": (7, 0, 1, 64), "width": (16, 48), "classes": (1000, 31, 5003), "kept": (8, 1, 64),
-    "temperature": (2.0, 1.0), "labels": (1, 2), "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "bias": (False, True), "chunks": (1, 2, 64), "skip_ignored": (False, True), "factor": (1.0, 0.5, -3.0),
+    "rows": (7, 0, 1, 64),
+    "width": (16, 48),
+    "classes": (1000, 31, 5003),
+    "kept": (8, 1, 64),
+    "temperature": (2.0, 1.0),
+    "labels": (1, 2),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "bias": (False, True),
+    "chunks": (1, 2, 64),
+    "skip_ignored": (False, True),
+    "factor": (1.0, 0.5, -3.0),
 }
 NAMES = ("loss", "ce", "kd", "hidden", "weight", "bias")
 
@@ -31,7 +41,9 @@ def cases() -> Iterator[dict[str, Any]]:
     usual = {name: values[0] for name, values in FACTORS.items()}
     yield from ({**usual, name: value} for name, values in FACTORS.items() for value in values[1:])
     chance = random.Random(0)
-    yield from ({name: chance.choice(values) for name, values in FACTORS.items()} for _ in range(16))
+    yield from (
+        {name: chance.choice(values) for name, values in FACTORS.items()} for _ in range(16)
+    )
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda c: "-".join(str(v) for v in c.values()))
@@ -39,29 +51,47 @@ def test_chunks_are_as_good_as_whole_logits(case: dict[str, Any], device: str) -
     """Errors at most twice those of whole logits in the same dtype, and an ulp of it."""
     case = dict(case)
     chunks, skip, factor = (case.pop(name) for name in ("chunks", "skip_ignored", "factor"))
-    # Many rows of few ids take the torch engine as row function, without the interpreter: it takes 20 ms a row.
+    # Many rows of few ids take the torch engine as row function, without the interpreter: it takes
+    # 20 ms a row.
     engine = device == "cpu" and case["rows"] == 64 and case["kept"] < 31 and chunks > 1
     given = head(**case, padding=not engine)
-    found = linear(given, device, given.memory(chunks), factor=factor, skip_ignored=skip,
-                   **({"rows": linear_world.torch_rows} if engine else {}))
+    found = linear(
+        given,
+        device,
+        given.memory(chunks),
+        factor=factor,
+        skip_ignored=skip,
+        **({"rows": linear_world.torch_rows} if engine else {}),
+    )
     truth, dtype = whole(given, torch.float64, factor=factor), case["dtype"]
     shapes = (1, chunks, case["rows"]) if dtype == torch.float32 else (1,)
-    as_good(found, truth, [whole(given, dtype, factor=factor, chunks=n) for n in shapes], torch.finfo(dtype).eps)
+    as_good(
+        found,
+        truth,
+        [whole(given, dtype, factor=factor, chunks=n) for n in shapes],
+        torch.finfo(dtype).eps,
+    )
     assert set(found) == set(NAMES[: 6 if case["bias"] else 5])
     assert all(found[k].dtype == case["dtype"] for k in ("hidden", "weight"))
 
 
 def as_good(found: Found, truth: Found, plain: list[Found], eps: float) -> None:
     for name, value in truth.items():
-        assert error(found[name], value) <= world.allowed(max(error(p[name], value) for p in plain), eps, 2.0), name
+        assert error(found[name], value) <= world.allowed(
+            max(error(p[name], value) for p in plain), eps, 2.0
+        ), name
     assert found.keys() == truth.keys()
 
 
 def test_the_gradient_of_a_float64_head_is_that_of_whole_logits(device: str) -> None:
-    """With the torch engine as row function nothing is rounded: chunking and products alone, to the last digits."""
+    """With the torch engine as row function nothing is rounded: chunking and products alone, to the
+    last digits.
+    """
     given = head(rows=11, classes=257, labels=2, bias=True, dtype=torch.float64, padding=False)
     for chunks in (1, 3, 11):
-        found = linear(given, device, given.memory(chunks), rows=linear_world.torch_rows, factor=0.7)
+        found = linear(
+            given, device, given.memory(chunks), rows=linear_world.torch_rows, factor=0.7
+        )
         truth = whole(given, torch.float64, factor=0.7)
         assert max(error(found[name], value) for name, value in truth.items()) <= 1e-12
 
@@ -71,7 +101,9 @@ def test_another_row_function_gives_the_same(dtype: torch.dtype, device: str) ->
     given = head(rows=13, classes=257, bias=True, dtype=dtype, padding=False)
     truth, plain = whole(given, torch.float64), [whole(given, dtype, chunks=n) for n in (1, 3)]
     for rows in (linear_world.torch_rows, kd_loss_rows):
-        as_good(linear(given, device, given.memory(3), rows=rows), truth, plain, torch.finfo(dtype).eps)
+        as_good(
+            linear(given, device, given.memory(3), rows=rows), truth, plain, torch.finfo(dtype).eps
+        )
 
 
 def test_a_teacher_over_all_classes_and_a_padded_vocabulary(device: str) -> None:
@@ -81,10 +113,17 @@ def test_a_teacher_over_all_classes_and_a_padded_vocabulary(device: str) -> None
     keywords = {"ids": None, "log_probs": log_q, "log_tail": None}
     ids = torch.arange(123).expand(5, -1)
     given.problem.keywords.update(ids=ids, log_probs=log_q, log_tail=torch.full((5,), -torch.inf))
-    truth, plain = whole(given, torch.float64), [whole(given, torch.float32, chunks=n) for n in (1, 2)]
-    padded = Head(given.hidden, torch.cat([given.weight, torch.full((6, 16), 9.0)]),
-                  torch.cat([given.bias, torch.full((6,), 9.0)]) if given.bias is not None else None,
-                  given.keywords | keywords, given.problem)
+    truth, plain = (
+        whole(given, torch.float64),
+        [whole(given, torch.float32, chunks=n) for n in (1, 2)],
+    )
+    padded = Head(
+        given.hidden,
+        torch.cat([given.weight, torch.full((6, 16), 9.0)]),
+        torch.cat([given.bias, torch.full((6,), 9.0)]) if given.bias is not None else None,
+        given.keywords | keywords,
+        given.problem,
+    )
     found = linear(padded, device, padded.memory(2), num_classes=123)
     for name in ("weight", "bias"):
         assert not found[name][123:].any()
@@ -95,21 +134,43 @@ def test_a_teacher_over_all_classes_and_a_padded_vocabulary(device: str) -> None
 @pytest.mark.parametrize("tail", ["bucket", "uniform"])
 def test_classes_that_the_teacher_has_not(tail: str, device: str) -> None:
     given = head(rows=7, classes=123, bias=True, padding=False, tail=tail, beyond=20)
-    truth, plain = whole(given, torch.float64), [whole(given, torch.float32, chunks=n) for n in (1, 3)]
+    truth, plain = (
+        whole(given, torch.float64),
+        [whole(given, torch.float32, chunks=n) for n in (1, 3)],
+    )
     for rows in (None, linear_world.torch_rows):
-        as_good(linear(given, device, given.memory(3), rows=rows), truth, plain, torch.finfo(torch.float32).eps)
+        as_good(
+            linear(given, device, given.memory(3), rows=rows),
+            truth,
+            plain,
+            torch.finfo(torch.float32).eps,
+        )
     narrow = linear(given, device, given.memory(3), teacher_classes=None)
-    assert (error(narrow["weight"], truth["weight"]) > 1e-3) == (tail == "uniform"), "they have no part of its tail"
+    assert (error(narrow["weight"], truth["weight"]) > 1e-3) == (tail == "uniform"), (
+        "they have no part of its tail"
+    )
 
 
-@pytest.mark.parametrize("asked", [{"softcap": 3.0, "logit_scale": 0.6}, {"logit_scale": 0.3, "z_scale": 0.01},
-                                   {"softcap": 5.0, "logit_scale": 1.7, "z_scale": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"softcap": 3.0, "logit_scale": 0.6},
+        {"logit_scale": 0.3, "z_scale": 0.01},
+        {"softcap": 5.0, "logit_scale": 1.7, "z_scale": 0.1},
+    ],
+    ids=str,
+)
 def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: str) -> None:
     """Of the torch engine too, but for the z-loss, which it refuses."""
     given = head(rows=9, bias=True, padding=False)
     truth = whole(given, torch.float64, **asked)
     plain = [whole(given, torch.float32, chunks=n, **asked) for n in (1, 3)]
-    as_good(linear(given, device, given.memory(3), **asked), truth, plain, torch.finfo(torch.float32).eps)
+    as_good(
+        linear(given, device, given.memory(3), **asked),
+        truth,
+        plain,
+        torch.finfo(torch.float32).eps,
+    )
     other = linear(given, device, given.memory(3))
     assert error(other["hidden"], plain[0]["hidden"].double()) > 1e-3
     if "z_scale" in asked:
@@ -121,10 +182,15 @@ def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: 
 
 
 def test_the_size_of_the_chunks_does_not_matter(device: str) -> None:
-    """A product of other shape adds in another order: an error of the logits, and of the sums over rows or classes."""
+    """A product of other shape adds in another order: an error of the logits, and of the sums over
+    rows or classes.
+    """
     rows, width, classes = 24, 48, 1000
     given = head(rows, width, classes, padding=False)
-    found = [linear(given, device, given.memory(chunks), rows=linear_world.torch_rows) for chunks in (1, 2, 5, 24)]
+    found = [
+        linear(given, device, given.memory(chunks), rows=linear_world.torch_rows)
+        for chunks in (1, 2, 5, 24)
+    ]
     k, h, w = given.keywords, given.hidden.double(), given.weight.double()
     x = h @ w.t()
     # Absolute values of what the gradient of the logits is the sum of, term by term.
@@ -135,10 +201,14 @@ def test_the_size_of_the_chunks_does_not_matter(device: str) -> None:
     eps = torch.finfo(torch.float32).eps
     # Logits off by d change each probability by a factor of at most 1 + 2 d.
     shift = 4 * width * eps * float((h.abs() @ w.abs().t()).max()) + 8 * eps
-    bound = {"hidden": (shift + classes * eps) * (size @ w.abs()),
-             "weight": (shift + rows * eps) * (size.t() @ h.abs())}
+    bound = {
+        "hidden": (shift + classes * eps) * (size @ w.abs()),
+        "weight": (shift + rows * eps) * (size.t() @ h.abs()),
+    }
     for name, most in bound.items():
-        assert all(bool(((other[name] - found[0][name]).abs() <= most).all()) for other in found[1:])
+        assert all(
+            bool(((other[name] - found[0][name]).abs() <= most).all()) for other in found[1:]
+        )
         assert float(most.max()) < 0.01 * float(found[0][name].abs().max())
 
 
@@ -146,9 +216,17 @@ def test_the_gradient_of_the_head_is_summed_in_float32(device: str) -> None:
     """600 equal chunks of one row: a sum in bfloat16, of 8 bits, stops growing at about 256."""
     one = head(1, 16, 31, dtype=torch.bfloat16, every=True, padding=False)
     rows = 600
-    keywords = {k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v
-                for k, v in one.keywords.items()}
-    many = Head(one.hidden.expand(rows, -1), one.weight, torch.zeros(31, dtype=torch.bfloat16), keywords, one.problem)
+    keywords = {
+        k: v.expand(rows, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() else v
+        for k, v in one.keywords.items()
+    }
+    many = Head(
+        one.hidden.expand(rows, -1),
+        one.weight,
+        torch.zeros(31, dtype=torch.bfloat16),
+        keywords,
+        one.problem,
+    )
     single = linear(one, device, one.memory(1), rows=linear_world.torch_rows)["weight"].double()
     found = linear(many, device, many.memory(rows), rows=linear_world.torch_rows)
     assert error(found["weight"], rows * single) <= 2 * torch.finfo(torch.bfloat16).eps
@@ -159,7 +237,9 @@ def test_the_gradient_of_the_head_is_summed_in_float32(device: str) -> None:
 
 
 def test_a_mean_over_many_rows_does_not_underflow_in_float16(device: str) -> None:
-    """1 / N of 2^22 rows, a loss scaler of 2^20: whole logits lose the gradient, in units of the scale it is kept."""
+    """1 / N of 2^22 rows, a loss scaler of 2^20: whole logits lose the gradient, in units of the
+    scale it is kept.
+    """
     given = head(dtype=torch.float16, every=True)
     given.keywords.update(ce_scale=torch.tensor(2.0**-23), kd_scale=torch.tensor(2.0**-21))
     scaler = 2.0**20
@@ -168,8 +248,16 @@ def test_a_mean_over_many_rows_does_not_underflow_in_float16(device: str) -> Non
     logits = (given.hidden.to(device) @ given.weight.to(device).t()).requires_grad_()
     (kd_loss_rows(logits, **world.on(device, given.keywords))[0].sum() * scaler).backward()
     assert logits.grad is not None
-    for name, plain in (("hidden", logits.grad.cpu() @ given.weight), ("weight", logits.grad.cpu().t() @ given.hidden)):
-        assert error(found[name], truth[name]) <= 4 * torch.finfo(torch.float16).eps < 0.02 < error(plain, truth[name])
+    for name, plain in (
+        ("hidden", logits.grad.cpu() @ given.weight),
+        ("weight", logits.grad.cpu().t() @ given.hidden),
+    ):
+        assert (
+            error(found[name], truth[name])
+            <= 4 * torch.finfo(torch.float16).eps
+            < 0.02
+            < error(plain, truth[name])
+        )
 
 
 def test_autocast_takes_its_dtype_and_leaves_the_sums_as_they_are(device: str) -> None:
@@ -180,5 +268,7 @@ def test_autocast_takes_its_dtype_and_leaves_the_sums_as_they_are(device: str) -
         found = linear(given, device, narrow.memory(2))
     assert all(found[name].dtype == torch.float32 for name in NAMES)
     assert all(torch.equal(found[name], expected[name]) for name in ("loss", "ce", "kd"))
-    assert all(torch.equal(found[name].bfloat16(), expected[name]) for name in ("hidden", "weight", "bias"))
+    assert all(
+        torch.equal(found[name].bfloat16(), expected[name]) for name in ("hidden", "weight", "bias")
+    )
     assert not torch.equal(found["weight"].bfloat16().float(), found["weight"])

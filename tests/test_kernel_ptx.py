@@ -1,6 +1,7 @@
-"""What triton makes of the kernels, run without a GPU: `pytest -m gpu --ptx`, which also runs the other tests of the
-kernels so. Here: that no order of threads or programs matters, that each barrier is needed, that programs of one launch
-find each other, and that the bytes are those of the model."""
+"""What triton makes of the kernels, run without a GPU: `pytest -m gpu --ptx`, which also runs the
+other tests of the kernels so. Here: that no order of threads or programs matters, that each barrier
+is needed, that programs of one launch find each other, and that the bytes are those of the model.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +22,18 @@ from kdcache.kernels.kd_loss import kd_loss_rows
 
 pytestmark = pytest.mark.gpu
 CASES = [
-    Case(num_classes=1272, labels="two", kept=64, inplace=True), Case(num_classes=1271, layout="odd", weights="some"),
+    Case(num_classes=1272, labels="two", kept=64, inplace=True),
+    Case(num_classes=1271, layout="odd", weights="some"),
     Case(num_classes=4096, dtype=torch.bfloat16, temperature=1.37, divergence="jsd"),
-    Case(num_classes=1271, layout="odd", dtype=torch.float16, inplace=True, tail="conditional", kept=8, labels="none"),
+    Case(
+        num_classes=1271,
+        layout="odd",
+        dtype=torch.float16,
+        inplace=True,
+        tail="conditional",
+        kept=8,
+        labels="none",
+    ),
     Case(num_classes=1272, tail="uniform", stats=True, softcap=30.0, labels="in"),
 ]
 
@@ -49,33 +59,56 @@ def bits(ran: world.Ran) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_order_of_warps_or_programs_matters(case: Case, bench: Any) -> None:
-    """Warps one after the other, first to last and last to first, and programs last to first: the same bits."""
+    """Warps one after the other, first to last and last to first, and programs last to first: the
+    same bits.
+    """
     problem = world.problem(case)
     expected = bits(run(problem, "cpu"))
-    for warps, order in ((range, range), (lambda n: reversed(range(n)), lambda n: reversed(range(n)))):
+    for warps, order in (
+        (range, range),
+        (lambda n: reversed(range(n)), lambda n: reversed(range(n))),
+    ):
         bench.warps, bench.order = warps, order
-        assert all(torch.equal(a, b) for a, b in zip(bits(run(problem, "cpu")), expected, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(bits(run(problem, "cpu")), expected, strict=True)
+        )
 
 
-@pytest.mark.parametrize("case", CASES[:3] + CASES[4:], ids=str)       # without a sweep for sums nobody has to wait
+# without a sweep for sums nobody has to wait
+@pytest.mark.parametrize("case", CASES[:3] + CASES[4:], ids=str)
 @pytest.mark.parametrize("resident", [2, 5])
-def test_programs_of_one_launch_find_each_other(case: Case, resident: int, bench: Any,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two parts of each row, begun in any order, with places for as many programs as may have to wait, or more."""
+def test_programs_of_one_launch_find_each_other(
+    case: Case, resident: int, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts of each row, begun in any order, with places for as many programs as may have to
+    wait, or more.
+    """
     monkeypatch.setattr("kdcache.kernels.kd_loss._check", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=resident))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: SimpleNamespace(multi_processor_count=resident),
+    )
     problem = world.problem(case)
     expected = run(problem, "cpu", parts=2)
     for order in (range, lambda n: reversed(range(n)), lambda n: torch.randperm(n).tolist()):
         bench.resident, bench.order = resident, order
         out, gradient, *_ = run(problem, "cpu", parts=2, form="one launch")
-        assert bench.launches[-2].grid == (2 * case.rows, 1, 1)         # the last is the factor of backward
-        assert all(world.same(a, b) for a, b in zip((*out, gradient), (*expected[0], expected[1]), strict=True))
+        # the last is the factor of backward
+        assert bench.launches[-2].grid == (2 * case.rows, 1, 1)
+        assert all(
+            world.same(a, b)
+            for a, b in zip((*out, gradient), (*expected[0], expected[1]), strict=True)
+        )
 
 
-def test_too_few_places_are_a_deadlock_that_is_seen(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_places_are_a_deadlock_that_is_seen(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kdcache.kernels.kd_loss._check", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3)
+    )
     bench.resident = 2
     with pytest.raises(Fault, match="2 programs wait for others"):
         run(world.problem(CASES[0]), "cpu", parts=3, form="one launch")
@@ -83,7 +116,11 @@ def test_too_few_places_are_a_deadlock_that_is_seen(bench: Any, monkeypatch: pyt
 
 def barriers(kernel: Kernel) -> list[int]:
     """Places of barriers that the source asks for, and not the compiler."""
-    return [i for i, ins in enumerate(kernel.instructions) if ins.op[:2] == ("bar", "sync") and asked_for(ins.source)]
+    return [
+        i
+        for i, ins in enumerate(kernel.instructions)
+        if ins.op[:2] == ("bar", "sync") and asked_for(ins.source)
+    ]
 
 
 def asked_for(source: str) -> bool:
@@ -98,6 +135,7 @@ def asked_for(source: str) -> bool:
 
 def without(place: int, of: str, found: list[int]) -> Callable[[Kernel], Kernel]:
     """Takes the barrier number `place` out of a kernel, and notes how many there are."""
+
     def change(kernel: Kernel) -> Kernel:
         if kernel.name != of:
             return kernel
@@ -105,12 +143,15 @@ def without(place: int, of: str, found: list[int]) -> Callable[[Kernel], Kernel]
         kept = list(kernel.instructions)
         kept[found[place]] = replace(kept[found[place]], op=("bar", "warp", "sync"), args=("-1",))
         return replace(kernel, instructions=kept)
+
     return change
 
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_no_barrier_of_a_row_can_be_spared(inplace: bool, bench: Any) -> None:
-    """Rows of several warps: without any one of the barriers that the source writes, a race is found."""
+    """Rows of several warps: without any one of the barriers that the source writes, a race is
+    found.
+    """
     problem = world.problem(Case(num_classes=4096, kept=64, labels="two", inplace=inplace))
     found, spared = [0], []
     place = 0
@@ -127,8 +168,9 @@ def test_no_barrier_of_a_row_can_be_spared(inplace: bool, bench: Any) -> None:
 
 @pytest.mark.parametrize(("classes", "kept"), [(32_000, 64), (50_257, 16), (128_256, 64)])
 def test_the_bytes_are_those_of_the_model(classes: int, kept: int, bench: Any) -> None:
-    """Of a row of bf16, in place: the sweeps read 4 V and write 2 V; besides, each of the K + J entries is read and
-    written a few times, by copies of it at most as many as there are threads."""
+    """Of a row of bf16, in place: the sweeps read 4 V and write 2 V; besides, each of the K + J
+    entries is read and written a few times, by copies of it at most as many as there are threads.
+    """
     case = Case(rows=2, num_classes=classes, kept=kept, dtype=torch.bfloat16, inplace=True)
     problem = world.problem(case)
     run(problem, "cpu")
@@ -136,12 +178,19 @@ def test_the_bytes_are_those_of_the_model(classes: int, kept: int, bench: Any) -
     threads, name = 512, "X+G"
     assert 0 <= kernel.loaded[name] - 2 * 4 * classes <= 2 * 2 * 4 * threads
     assert 2 * 2 * kept <= kernel.stored[name] - 2 * 2 * classes <= 2 * 2 * (2 * kept + 2 + 16)
-    assert (scaling.loaded["G+OUT"], scaling.stored["G+OUT"]) == (0, 0)         # a factor of 1 moves nothing
+    # a factor of 1 moves nothing
+    assert (scaling.loaded["G+OUT"], scaling.stored["G+OUT"]) == (0, 0)
 
 
 def test_without_labels_and_teacher_nothing_is_read(bench: Any) -> None:
-    problem = world.problem(Case(num_classes=32_000, labels="ignored", dtype=torch.bfloat16, inplace=True))
+    problem = world.problem(
+        Case(num_classes=32_000, labels="ignored", dtype=torch.bfloat16, inplace=True)
+    )
     keywords = problem.keywords | {"row_weight": torch.zeros(3)}
     x = problem.logits.clone().requires_grad_()
     loss = kd_loss_rows(x, **keywords, inplace=True)[0]
-    assert bench.launches[-1].loaded["X+G"] == 0 and loss.tolist() == [0, 0, 0] and bool((x == 0).all())
+    assert (
+        bench.launches[-1].loaded["X+G"] == 0
+        and loss.tolist() == [0, 0, 0]
+        and bool((x == 0).all())
+    )

@@ -13,22 +13,48 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kdcache"
 LAYER = {
     "kernels": 0,
-    "errors": 1, "early": 1, "streams": 1, "paths": 1, "canonical": 1, "signals": 1, "ranks": 1, "arguments": 1,
+    "errors": 1,
+    "early": 1,
+    "streams": 1,
+    "paths": 1,
+    "canonical": 1,
+    "signals": 1,
+    "ranks": 1,
+    "arguments": 1,
     "guard": 1,
     "cache": 1,
-    "generators": 2, "loading": 2, "runs": 2, "topk": 2, "recipes": 2, "data": 2, "models": 2, "model_checks": 2,
+    "generators": 2,
+    "loading": 2,
+    "runs": 2,
+    "topk": 2,
+    "recipes": 2,
+    "data": 2,
+    "models": 2,
+    "model_checks": 2,
     "engines": 2,
-    "teacher": 3, "student": 3, "hf": 3, "inspect": 3, "report": 3, "env": 3,
-    "demo": 4, "bench": 4,
-    "config": 5, "options": 5, "commands": 5, "cli": 5,
+    "teacher": 3,
+    "student": 3,
+    "hf": 3,
+    "inspect": 3,
+    "report": 3,
+    "env": 3,
+    "demo": 4,
+    "bench": 4,
+    "config": 5,
+    "options": 5,
+    "commands": 5,
+    "cli": 5,
     "__main__": 6,
 }
 STDLIB_AND_NUMPY = {"numpy", "xxhash", *sys.stdlib_module_names}
-TOGETHER = {                    # one part in several files
-    "model_specs": "models", "weights_files": "models", "model_identity": "models", "own_losses": "models",
+TOGETHER = {  # one part in several files
+    "model_specs": "models",
+    "weights_files": "models",
+    "model_identity": "models",
+    "own_losses": "models",
     "inspect_text": "inspect",
 }
-MAY_IMPORT = {                  # part -> the only other distributions its files may import
+MAY_IMPORT = {  # part -> the only other distributions its files may import
     "kernels": {"torch", "triton", *sys.stdlib_module_names},
     "errors": set(sys.stdlib_module_names),
     "paths": set(sys.stdlib_module_names),
@@ -47,7 +73,9 @@ MAY_IMPORT = {                  # part -> the only other distributions its files
 
 
 def files() -> list[Path]:
-    """Every module of the package but `__init__`, whose names are lazy and load on use. (rglob follows no links.)"""
+    """Every module of the package but `__init__`, whose names are lazy and load on use. (rglob
+    follows no links.)
+    """
     found = {*PACKAGE.rglob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("bench/*.py")}
     return sorted(found - {PACKAGE / "__init__.py"})
 
@@ -66,7 +94,9 @@ def imported(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             base = node.module or ""
-            yield from ((f"{base}.{alias.name}" for alias in node.names) if base == "kdcache" else (base,))
+            yield from (
+                (f"{base}.{alias.name}" for alias in node.names) if base == "kdcache" else (base,)
+            )
 
 
 def parts_imported(source: str) -> set[str]:
@@ -86,7 +116,8 @@ def test_imports_point_down() -> None:
         up += [f"{path} imports {p}" for p in sorted(found) if LAYER[p] > LAYER[own]]
         if LAYER[own] <= 3 and {own, *found} >= {"teacher", "student"}:
             up.append(f"{path}: teacher and student know each other")
-        if own == "kernels":            # a kernel knows its neighbours, and nothing else of the package
+        # a kernel knows its neighbours, and nothing else of the package
+        if own == "kernels":
             up += [f"{path} imports {p}" for p in found - {"kernels"}]
     assert up == []
 
@@ -94,7 +125,9 @@ def test_imports_point_down() -> None:
 def test_the_lower_layers_need_few_libraries() -> None:
     more = []
     for path in (path for path in files() if part(path) in MAY_IMPORT):
-        roots = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))} - {"kdcache"}
+        roots = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))} - {
+            "kdcache"
+        }
         more += [f"{path} imports {root}" for root in sorted(roots - MAY_IMPORT[part(path)])]
     assert more == []
 
@@ -102,7 +135,9 @@ def test_the_lower_layers_need_few_libraries() -> None:
 def test_parts_do_not_import_in_circles() -> None:
     graph: dict[str, set[str]] = {}
     for path in files():
-        graph.setdefault(part(path), set()).update(parts_imported(path.read_text(encoding="utf-8")) - {part(path)})
+        graph.setdefault(part(path), set()).update(
+            parts_imported(path.read_text(encoding="utf-8")) - {part(path)}
+        )
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError as e:
@@ -110,12 +145,15 @@ def test_parts_do_not_import_in_circles() -> None:
     assert order.index("errors") < order.index("cache")
 
 
-@pytest.mark.parametrize(("source", "expected"), [
-    ("from kdcache.student.loss import kd_loss", {"student"}),
-    ("import kdcache.teacher.dump", {"teacher"}),
-    ("from kdcache import cli, __version__", {"cli"}),
-    ("def f():\n    from kdcache.cache import reader", {"cache"}),
-    ("import torch", set()),
-])
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from kdcache.student.loss import kd_loss", {"student"}),
+        ("import kdcache.teacher.dump", {"teacher"}),
+        ("from kdcache import cli, __version__", {"cli"}),
+        ("def f():\n    from kdcache.cache import reader", {"cache"}),
+        ("import torch", set()),
+    ],
+)
 def test_the_reader_of_imports_sees_every_form(source: str, expected: set[str]) -> None:
     assert parts_imported(source) == expected

@@ -1,4 +1,6 @@
-"""DistributedDataParallel on two gloo processes gives the gradient of one, for both calls of the loss."""
+"""DistributedDataParallel on two gloo processes gives the gradient of one, for both calls of the
+loss.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import kdcache
 from kdcache.student.targets import SoftTargets
 
 ROWS, WIDTH, CLASSES, RANKS = 9, 6, 11, 2
-CUT = (slice(0, 2), slice(2, ROWS))             # rows of a rank: unequal, as are the counts
+CUT = (slice(0, 2), slice(2, ROWS))  # rows of a rank: unequal, as are the counts
 Batch = tuple[Tensor, Tensor, SoftTargets]
 
 
@@ -37,8 +39,11 @@ def batch() -> Batch:
     _, labels, targets = problem(2, ROWS, CLASSES, 2.0, 4)
     labels[1], labels[5] = -100, -1
     weight = torch.linspace(0.5, 2, ROWS, dtype=torch.float64)
-    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(7)).double(), labels, replace(
-        targets, weight_N=weight)
+    return (
+        torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(7)).double(),
+        labels,
+        replace(targets, weight_N=weight),
+    )
 
 
 def student(behind_head: bool) -> Student:
@@ -50,7 +55,9 @@ def student(behind_head: bool) -> Student:
 def loss_of(model: nn.Module, inner: Student, given: Batch, **options: Any) -> Tensor:
     x, labels, targets = given
     if inner.behind_head:
-        return kdcache.kd_linear_loss(model(x), inner.head.weight, labels, targets, bias=inner.head.bias, **options)
+        return kdcache.kd_linear_loss(
+            model(x), inner.head.weight, labels, targets, bias=inner.head.bias, **options
+        )
     return kdcache.kd_loss(model(x), labels, targets, **options)
 
 
@@ -63,7 +70,9 @@ def run_rank(rank: int, folder: Path, behind_head: bool) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=RANKS
+    )
     inner = student(behind_head)
     model = nn.parallel.DistributedDataParallel(inner)
     x, labels, targets = batch()
@@ -80,7 +89,10 @@ def run_rank(rank: int, folder: Path, behind_head: bool) -> None:
 @pytest.mark.parametrize("behind_head", [False, True])
 def test_two_ranks_have_the_gradient_of_one_process(behind_head: bool, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, tmp_path, behind_head)) for rank in range(RANKS)]
+    ranks = [
+        context.Process(target=run_rank, args=(rank, tmp_path, behind_head))
+        for rank in range(RANKS)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -91,4 +103,6 @@ def test_two_ranks_have_the_gradient_of_one_process(behind_head: bool, tmp_path:
     want = gradients(alone)
     assert len(want) == 4 and all(bool(g.abs().sum() > 0) for g in want)
     for rank in range(RANKS):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), want, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"{rank}.pt"), want, rtol=1e-12, atol=1e-14
+        )

@@ -1,4 +1,6 @@
-"""`make gpu`: every step runs whatever became of the others, and the exit code and the last lines say what failed."""
+"""`make gpu`: every step runs whatever became of the others, and the exit code and the last lines
+say what failed.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_a_step_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
     assert gpu.everything(tmp_path, run=steps) == [
         "install: pip could not install the checkout; the steps use it where it is",
         "device: torch sees no CUDA device, so the tests marked gpu skip themselves",
-        "tests: pytest -m gpu ended with exit code 3", "bench loss: exit code 3"]
+        "tests: pytest -m gpu ended with exit code 3",
+        "bench loss: exit code 3",
+    ]
     assert len(steps.commands) == 3 + len(RACES)
 
 
@@ -61,14 +65,21 @@ def test_wheels_are_installed_without_their_dependencies(tmp_path: Path) -> None
     assert gpu.install(tmp_path, steps) == [f"wheels: none in {tmp_path}"]
     (tmp_path / "tomli_w-1.2.0-py3-none-any.whl").touch()
     assert gpu.install(tmp_path, steps) == []
-    assert steps.commands[1] == f"-m pip install --quiet --no-deps --no-index {tmp_path}/tomli_w-1.2.0-py3-none-any.whl"
-    assert gpu.install(tmp_path, Steps("--no-index")) == [f"wheels: pip could not install those in {tmp_path}"]
+    assert (
+        steps.commands[1]
+        == f"-m pip install --quiet --no-deps --no-index {tmp_path}/tomli_w-1.2.0-py3-none-any.whl"
+    )
+    assert gpu.install(tmp_path, Steps("--no-index")) == [
+        f"wheels: pip could not install those in {tmp_path}"
+    ]
 
 
 def test_missing_modules_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "only_a_file.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert gpu.missing(["torch", "only-a-file", "no-such-module", "pytest-xdist"]) == ["no-such-module"]
+    assert gpu.missing(["torch", "only-a-file", "no-such-module", "pytest-xdist"]) == [
+        "no-such-module"
+    ]
     monkeypatch.setattr(gpu, "needed", lambda: ["torch", "no-such-module"])
     (said,) = gpu.everything(tmp_path, run=Steps())
     assert said.startswith("modules: no-such-module not installed") and "WHEELS=" in said
@@ -88,7 +99,9 @@ def test_some_steps_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     _, _, tests, loss, tiles = steps.commands
     assert "-m gpu" in tests and " -n " not in tests and " bench loss " in loss
     assert tiles == f"-m kdcache.bench.kd_tiles --results {tmp_path}"
-    assert gpu.everything(tmp_path, steps=["tiles"], run=Steps("kdcache.bench.kd_tiles")) == ["tiles: exit code 3"]
+    assert gpu.everything(tmp_path, steps=["tiles"], run=Steps("kdcache.bench.kd_tiles")) == [
+        "tiles: exit code 3"
+    ]
     with pytest.raises(SystemExit) as ended:
         monkeypatch.setattr("sys.argv", ["gpu", "--steps", "tests,los"])
         gpu.main()
@@ -96,11 +109,17 @@ def test_some_steps_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("failed", "code"), [([], 0), (["bench loss: exit code 1"], 1)])
-def test_the_exit_code_says_whether_anything_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str], failed: list[str],
-                                                    code: int) -> None:
+def test_the_exit_code_says_whether_anything_failed(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    failed: list[str],
+    code: int,
+) -> None:
     asked: list[tuple[Path, Path | None, tuple[str, ...]]] = []
-    monkeypatch.setattr(gpu, "everything", lambda *given: asked.append((*given[:2], tuple(given[2]))) or failed)
+    monkeypatch.setattr(
+        gpu, "everything", lambda *given: asked.append((*given[:2], tuple(given[2]))) or failed
+    )
     monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path), "--wheels", "", "--steps", ""])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
@@ -110,9 +129,22 @@ def test_the_exit_code_says_whether_anything_failed(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_the_target_hands_on_its_folders() -> None:
-    done = subprocess.run(["make", "--no-print-directory", "-n", "gpu", "PYTHON=py", "OUT=a b", "WHEELS=w",
-                           "STEPS=tests"], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            "make",
+            "--no-print-directory",
+            "-n",
+            "gpu",
+            "PYTHON=py",
+            "OUT=a b",
+            "WHEELS=w",
+            "STEPS=tests",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == 'py -m kdcache.bench.gpu --out "a b" --wheels "w" --steps "tests"\n'
 
 

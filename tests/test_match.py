@@ -17,8 +17,12 @@ from kdcache.errors import NotBuilt, UsageError
 from kdcache.student.match import LOSSES, Match, Matches, feature_tensors, parse_match
 
 
-def feature(name: str, recipe: str, *shape: int, dtype: str = "float32", level: str = "record") -> FeatureSpec:
-    return FeatureSpec(name=name, module="teacher", recipe=recipe, dtype=dtype, shape=shape, level=level)
+def feature(
+    name: str, recipe: str, *shape: int, dtype: str = "float32", level: str = "record"
+) -> FeatureSpec:
+    return FeatureSpec(
+        name=name, module="teacher", recipe=recipe, dtype=dtype, shape=shape, level=level
+    )
 
 
 class Images(nn.Module):
@@ -64,26 +68,32 @@ def images_and_student() -> tuple[Tensor, Images]:
     return torch.randn(3, 1, 8, 8), Images()
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    ("body.0=pen:mse", Match("body.0", "pen", "mse", 1.0)),
-    ("a=b:cosine:0.25", Match("a", "b", "cosine", 0.25)),
-])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("body.0=pen:mse", Match("body.0", "pen", "mse", 1.0)),
+        ("a=b:cosine:0.25", Match("a", "b", "cosine", 0.25)),
+    ],
+)
 def test_parse(text: str, want: Match) -> None:
     assert parse_match(text) == want
     assert parse_match(str(want)) == want
 
 
-@pytest.mark.parametrize(("text", "error", "message"), [
-    ("body", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
-    ("body=pen", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
-    ("=pen:mse", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
-    ("body=pen:mse:1:2", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
-    ("body=pen:msee", UsageError, "did you mean 'mse'"),
-    ("body=pen:rkd_angle", NotBuilt, "loss 'rkd_angle' is not built yet"),
-    ("body=pen:mse:x", UsageError, "weight 'x' is not a positive number"),
-    ("body=pen:mse:-1", UsageError, "weight '-1'"),
-    ("body=pen:mse:nan", UsageError, "weight 'nan'"),
-])
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("body", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
+        ("body=pen", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
+        ("=pen:mse", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
+        ("body=pen:mse:1:2", UsageError, "expected STUDENT_MODULE=FEATURE:LOSS"),
+        ("body=pen:msee", UsageError, "did you mean 'mse'"),
+        ("body=pen:rkd_angle", NotBuilt, "loss 'rkd_angle' is not built yet"),
+        ("body=pen:mse:x", UsageError, "weight 'x' is not a positive number"),
+        ("body=pen:mse:-1", UsageError, "weight '-1'"),
+        ("body=pen:mse:nan", UsageError, "weight 'nan'"),
+    ],
+)
 def test_parse_refuses(text: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parse_match(text)
@@ -91,8 +101,11 @@ def test_parse_refuses(text: str, error: type[Exception], message: str) -> None:
 
 def test_equal_widths_need_no_projection() -> None:
     x, student = images_and_student()
-    matches = Matches(student, [parse_match("body=f:mse:0.5"), parse_match("conv=e:cosine")],
-                      [feature("f", "raw", 6), feature("e", "energy", 8, 8)])
+    matches = Matches(
+        student,
+        [parse_match("body=f:mse:0.5"), parse_match("conv=e:cosine")],
+        [feature("f", "raw", 6), feature("e", "energy", 8, 8)],
+    )
     matches.prepare(lambda: student(x))
     assert list(matches.parameters()) == [] and not any(m is student for m in matches.modules())
     seen: dict[str, Tensor] = {}
@@ -106,29 +119,38 @@ def test_equal_widths_need_no_projection() -> None:
     a, b = energy.flatten(1), cached["e"].double().flatten(1)
     cos = 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
     assert loss.item() == pytest.approx((0.5 * mse + cos).item(), rel=1e-5)
-    assert [v.item() for v in matches.losses.values()] == pytest.approx([mse.item(), cos.item()], rel=1e-5)
+    assert [v.item() for v in matches.losses.values()] == pytest.approx(
+        [mse.item(), cos.item()], rel=1e-5
+    )
     gradient = torch.autograd.grad(loss, [student.body[0].weight, student.conv.weight])
     assert all(bool(g.any()) for g in gradient)
 
 
 def test_the_cosine_of_maps_is_of_the_channels_at_each_place() -> None:
-    a, b = (torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    a, b = (
+        torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed)).double()
+        for seed in (0, 1)
+    )
     places = [(i, y, x) for i in range(2) for y in range(4) for x in range(5)]
-    cos = [float(a[i, :, y, x] @ b[i, :, y, x] / a[i, :, y, x].norm() / b[i, :, y, x].norm()) for i, y, x in places]
+    cos = [
+        float(a[i, :, y, x] @ b[i, :, y, x] / a[i, :, y, x].norm() / b[i, :, y, x].norm())
+        for i, y, x in places
+    ]
     assert LOSSES["cosine"](a, b).item() == pytest.approx(1 - sum(cos) / 40)
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """|| Q_S / ||Q_S|| - Q_T / ||Q_T|| || of each record, by (2) of arXiv 1612.03928 with Q the vectorised sum over
-    channels of the squares of an activation (B, C, H, W)."""
+    """|| Q_S / ||Q_S|| - Q_T / ||Q_T|| || of each record, by (2) of arXiv 1612.03928 with Q the
+    vectorised sum over channels of the squares of an activation (B, C, H, W)."""
     q_s, q_t = (a.double().pow(2).sum(1).reshape(len(a), -1) for a in (student, teacher))
     return (q_s / q_s.norm(dim=1, keepdim=True) - q_t / q_t.norm(dim=1, keepdim=True)).norm(dim=1)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 def test_energies_are_matched_as_attention_maps(loss: str) -> None:
-    """By either loss up to the constant that `attention_map` says, in value and gradient; the scale of a map or of its
-    channels' number is none of its business, and a map that differs in its rows alone is another."""
+    """By either loss up to the constant that `attention_map` says, in value and gradient; the scale
+    of a map or of its channels' number is none of its business, and a map that differs in its rows
+    alone is another."""
     x, student = images_and_student()
     matches = Matches(student, [parse_match(f"conv=e:{loss}")], [feature("e", "energy", 8, 8)])
     matches.prepare(lambda: student(x))
@@ -140,7 +162,10 @@ def test_energies_are_matched_as_attention_maps(loss: str) -> None:
         found = matches({"e": scale * teacher.square().mean(1)})
         want = attention_transfer(seen[-1], teacher).square().mean() / (64 if loss == "mse" else 2)
         assert found.item() == pytest.approx(want.item(), rel=1e-4)
-        theirs, ours = (torch.autograd.grad(one, student.conv.weight, retain_graph=True)[0] for one in (want, found))
+        theirs, ours = (
+            torch.autograd.grad(one, student.conv.weight, retain_graph=True)[0]
+            for one in (want, found)
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
         student(x)
     rows = seen[-1].detach() * torch.logspace(-5, 5, 8, base=2)[:, None]
@@ -158,8 +183,12 @@ def test_no_rows_are_no_loss_and_no_gradient(loss: str, shape: tuple[int, ...]) 
 
 def test_projections_are_learned_and_bring_the_loss_down() -> None:
     x, student = images_and_student()
-    matches = Matches(student, [parse_match("conv=map:mse"), parse_match("body=vec:cosine")],
-                      [feature("map", "map", 7, 8, 8), feature("vec", "raw", 9)], seed=4)
+    matches = Matches(
+        student,
+        [parse_match("conv=map:mse"), parse_match("body=vec:cosine")],
+        [feature("map", "map", 7, 8, 8), feature("vec", "raw", 9)],
+        seed=4,
+    )
     matches.prepare(lambda: student(x))
     assert [tuple(p.shape) for p in matches.parameters()] == [(7, 4, 1, 1), (7,), (9, 6), (9,)]
     cached = {"map": torch.randn(3, 7, 8, 8), "vec": torch.randn(3, 9)}
@@ -184,8 +213,12 @@ def test_prepare_changes_neither_student_nor_random_state() -> None:
     state = torch.get_rng_state()
 
     def projections(seed: int) -> list[Tensor]:
-        matches = Matches(student, [parse_match("body=f:mse"), parse_match("body=f:cosine")], [feature("f", "raw", 9)],
-                          seed=seed)
+        matches = Matches(
+            student,
+            [parse_match("body=f:mse"), parse_match("body=f:cosine")],
+            [feature("f", "raw", 9)],
+            seed=seed,
+        )
         matches.prepare(lambda: student(x))
         matches.close()
         return list(matches.parameters())
@@ -196,9 +229,12 @@ def test_prepare_changes_neither_student_nor_random_state() -> None:
     assert [m.training for m in student.modules()] == modes
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
     assert torch.equal(first[2], again[2]) and not torch.equal(first[2], other[2])
-    assert not torch.equal(first[0], first[2])          # two matches of one run do not start alike
+    assert not torch.equal(first[0], first[2])  # two matches of one run do not start alike
     # Uniform on +-1/sqrt(6), as nn.Linear: variance 1 / 18, here of 54 draws.
-    assert float(first[0].detach().abs().max()) <= 6**-0.5 and 0.4 / 18 < float(first[0].detach().var()) < 1.7 / 18
+    assert (
+        float(first[0].detach().abs().max()) <= 6**-0.5
+        and 0.4 / 18 < float(first[0].detach().var()) < 1.7 / 18
+    )
 
 
 def test_sequences_masks_and_rows() -> None:
@@ -206,18 +242,26 @@ def test_sequences_masks_and_rows() -> None:
     student, ids = Words(), torch.randint(0, 10, (2, 4))
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     rows = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    matches = Matches(student, [parse_match("layer=last:mse"), parse_match("layer=rows:mse")],
-                      [feature("last", "last", 5), feature("rows", "raw", 5, level="row")])
+    matches = Matches(
+        student,
+        [parse_match("layer=last:mse"), parse_match("layer=rows:mse")],
+        [feature("last", "last", 5), feature("rows", "raw", 5, level="row")],
+    )
     matches.prepare(lambda: student(ids), real=Real({"attention_mask": mask != 0}), row_mask=rows)
     hidden = student(ids)
     cached = {"last": torch.randn(2, 5), "rows": torch.randn(3, 5)}
     want = ((torch.stack([hidden[0, 2], hidden[1, 1]]) - cached["last"]) ** 2).mean()
-    want = want + ((torch.stack([hidden[0, 0], hidden[0, 1], hidden[1, 0]]) - cached["rows"]) ** 2).mean()
+    want = (
+        want
+        + ((torch.stack([hidden[0, 0], hidden[0, 1], hidden[1, 0]]) - cached["rows"]) ** 2).mean()
+    )
     student(ids)
     real = Real({"attention_mask": mask != 0})
     assert matches(cached, real=real, row_mask=rows).item() == pytest.approx(want.item(), rel=1e-6)
     student(ids)
-    with pytest.raises(UsageError, match="needs a row mask over its first two axes; none was given"):
+    with pytest.raises(
+        UsageError, match="needs a row mask over its first two axes; none was given"
+    ):
         matches(cached, real=Real({"attention_mask": mask != 0}))
 
 
@@ -226,7 +270,7 @@ def test_half_precision_student_and_double_student() -> None:
         x, student = images_and_student()
         student.to(dtype)
         matches = Matches(student, [parse_match("body=f:mse")], [feature("f", "raw", 9)])
-        matches.prepare(lambda: student(x.to(dtype)))       # noqa: B023 - called at once
+        matches.prepare(lambda: student(x.to(dtype)))  # noqa: B023 - called at once
         student(x.to(dtype))
         assert matches({"f": torch.zeros(3, 9)}).dtype == wide
         assert all(p.dtype == wide for p in matches.parameters())
@@ -244,21 +288,35 @@ def test_evaluation_keeps_nothing_and_a_missing_pass_is_said() -> None:
         matches({"f": torch.zeros(3, 6)})
 
 
-@pytest.mark.parametrize(("match", "spec", "message"), [
-    ("body=g:mse", feature("f1", "raw", 6), "the cache has no feature 'g'"),
-    ("bodi=f:mse", feature("f", "raw", 6), "no module 'bodi' \\(did you mean 'body'"),
-])
+@pytest.mark.parametrize(
+    ("match", "spec", "message"),
+    [
+        ("body=g:mse", feature("f1", "raw", 6), "the cache has no feature 'g'"),
+        ("bodi=f:mse", feature("f", "raw", 6), "no module 'bodi' \\(did you mean 'body'"),
+    ],
+)
 def test_names_that_are_not_there(match: str, spec: FeatureSpec, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Matches(Images(), [parse_match(match)], [spec])
 
 
-@pytest.mark.parametrize(("match", "spec", "message"), [
-    ("conv=f:mse", feature("f", "map", 7, 4, 4), "is \\[4, 8, 8\\] and the cached feature \\[7, 4, 4\\]"),
-    ("conv=f:mse", feature("f", "energy", 8, 9), "is \\[8, 8\\] and the cached feature \\[8, 9\\]"),
-    ("conv=f:mse", feature("f", "raw", 4), "is \\[4, 8, 8\\] and the cached feature \\[4\\]"),
-    ("conv=f:mse", feature("f", "cls", 4), "recipe 'cls'"),
-])
+@pytest.mark.parametrize(
+    ("match", "spec", "message"),
+    [
+        (
+            "conv=f:mse",
+            feature("f", "map", 7, 4, 4),
+            "is \\[4, 8, 8\\] and the cached feature \\[7, 4, 4\\]",
+        ),
+        (
+            "conv=f:mse",
+            feature("f", "energy", 8, 9),
+            "is \\[8, 8\\] and the cached feature \\[8, 9\\]",
+        ),
+        ("conv=f:mse", feature("f", "raw", 4), "is \\[4, 8, 8\\] and the cached feature \\[4\\]"),
+        ("conv=f:mse", feature("f", "cls", 4), "recipe 'cls'"),
+    ],
+)
 def test_shapes_that_cannot_meet(match: str, spec: FeatureSpec, message: str) -> None:
     x, student = images_and_student()
     matches = Matches(student, [parse_match(match)], [spec])
@@ -268,12 +326,19 @@ def test_shapes_that_cannot_meet(match: str, spec: FeatureSpec, message: str) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_cached_features_decode_as_numpy_does(dtype: str) -> None:
-    spec = CacheSpec(kind="none", num_classes=0, samples=(0, 4), records_per_shard=4,
-                     features=(feature("f", "raw", 3, 5, dtype=dtype),))
+    spec = CacheSpec(
+        kind="none",
+        num_classes=0,
+        samples=(0, 4),
+        records_per_shard=4,
+        features=(feature("f", "raw", 3, 5, dtype=dtype),),
+    )
     values = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
     columns = encode_feature(spec.features[0], values)
     batch: Any = SimpleNamespace(spec=spec, columns=columns)
-    assert np.array_equal(feature_tensors(batch, ["f"])["f"].numpy(), decode_feature(spec.features[0], columns))
+    assert np.array_equal(
+        feature_tensors(batch, ["f"])["f"].numpy(), decode_feature(spec.features[0], columns)
+    )
     with pytest.raises(UsageError, match="no feature 'g'"):
         feature_tensors(batch, ["g"])
 

@@ -32,15 +32,23 @@ def plain_sample(n: int, seed: int, position: int) -> int:
     while True:
         left, right = x >> h, x & ((1 << h) - 1)
         for r in range(12):
-            left, right = right, left ^ (mix(mix((state + (r + 1) * g) & WORD) ^ right) & ((1 << h) - 1))
+            left, right = (
+                right,
+                left ^ (mix(mix((state + (r + 1) * g) & WORD) ^ right) & ((1 << h) - 1)),
+            )
         x = (left << h) | right
         if x < n:
             return x
 
 
 def golden() -> list[tuple[int, int, int, list[int]]]:
-    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) to \d+ \| ([\d ]+) \|$", SPEC.read_text(), re.MULTILINE)
-    return [(int(n), int(seed), int(first), [int(s) for s in samples.split()]) for n, seed, first, samples in rows]
+    rows = re.findall(
+        r"^\| (\d+) \| (\d+) \| (\d+) to \d+ \| ([\d ]+) \|$", SPEC.read_text(), re.MULTILINE
+    )
+    return [
+        (int(n), int(seed), int(first), [int(s) for s in samples.split()])
+        for n, seed, first, samples in rows
+    ]
 
 
 def test_golden_vectors() -> None:
@@ -52,7 +60,11 @@ def test_golden_vectors() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(n=st.one_of(st.integers(1, 2000), st.integers(2**20, 2**48)), seed=st.integers(0, WORD), data=st.data())
+@given(
+    n=st.one_of(st.integers(1, 2000), st.integers(2**20, 2**48)),
+    seed=st.integers(0, WORD),
+    data=st.data(),
+)
 def test_equals_the_plain_implementation(n: int, seed: int, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, min(40 * n, 2**62 - 1)), min_size=1, max_size=8))
     epochs, samples = Order(n, seed).sample(np.array(positions))
@@ -86,7 +98,8 @@ def test_places_and_pairs_of_places_are_uniform(n: int) -> None:
         assert not np.diagonal(pairs).any()
         expected = epochs / (n * (n - 1))
         chi2 = float(((pairs - expected) ** 2 / expected)[~np.eye(n, dtype=bool)].sum())
-        # Mean d, variance 2 d for d = n (n - 1) - 1 degrees of freedom: 5 sigma above, for a fixed seed.
+        # Mean d, variance 2 d for d = n (n - 1) - 1 degrees of freedom: 5 sigma above, for a fixed
+        # seed.
         d = n * (n - 1) - 1
         assert chi2 < d + 5 * np.sqrt(2 * d)
 
@@ -94,19 +107,28 @@ def test_places_and_pairs_of_places_are_uniform(n: int) -> None:
 def test_seed_and_epoch_change_the_order() -> None:
     a = Order(1000, 1).sample(np.arange(2000))[1]
     b = Order(1000, 2).sample(np.arange(1000))[1]
-    # A random permutation has 1 fixed point on average, Poisson: more than 12 has probability below 1e-9.
-    assert (a[:1000] == b).sum() <= 12 and (a[:1000] == a[1000:]).sum() <= 12 and (b == np.arange(1000)).sum() <= 12
+    # A random permutation has 1 fixed point on average, Poisson: more than 12 has probability below
+    # 1e-9.
+    assert (
+        (a[:1000] == b).sum() <= 12
+        and (a[:1000] == a[1000:]).sum() <= 12
+        and (b == np.arange(1000)).sum() <= 12
+    )
 
 
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 50), size=st.integers(1, 130), epochs=st.integers(1, 4), shuffle=st.booleans())
+@given(
+    n=st.integers(1, 50), size=st.integers(1, 130), epochs=st.integers(1, 4), shuffle=st.booleans()
+)
 def test_batches_join_to_whole_epochs(n: int, size: int, epochs: int, shuffle: bool) -> None:
     order = Order(n, 9, shuffle=shuffle)
     steps = -(-n * epochs // size)
     batches = [order.batch(step, size, stop=n * epochs) for step in range(steps)]
     assert all(len(samples) == size for _, samples in batches[:-1]) and len(batches[-1][1]) >= 1
     samples = np.concatenate([s for _, s in batches]).reshape(epochs, n)
-    assert np.concatenate([e for e, _ in batches]).tolist() == np.repeat(np.arange(epochs), n).tolist()
+    assert (
+        np.concatenate([e for e, _ in batches]).tolist() == np.repeat(np.arange(epochs), n).tolist()
+    )
     assert np.array_equal(np.sort(samples, axis=1), np.tile(np.arange(n), (epochs, 1)))
     if not shuffle:
         assert np.array_equal(samples[0], np.arange(n))
@@ -119,14 +141,17 @@ def test_shape_is_kept() -> None:
     assert epochs.shape == samples.shape == (2, 3, 4) and samples.dtype == np.int64
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: Order(0), "1 to 2\\^48"),
-    (lambda: Order(2**48 + 1), "1 to 2\\^48"),
-    (lambda: Order(5, -1), "seed is -1"),
-    (lambda: Order(5, 2**64), "seed is"),
-    (lambda: Order(5).sample(np.array([3, -1])), "positions -1 to 3"),
-    (lambda: Order(5).batch(0, 0), "batch 0 of size 0"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Order(0), "1 to 2\\^48"),
+        (lambda: Order(2**48 + 1), "1 to 2\\^48"),
+        (lambda: Order(5, -1), "seed is -1"),
+        (lambda: Order(5, 2**64), "seed is"),
+        (lambda: Order(5).sample(np.array([3, -1])), "positions -1 to 3"),
+        (lambda: Order(5).batch(0, 0), "batch 0 of size 0"),
+    ],
+)
 def test_refusals(call: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call()  # type: ignore[operator]

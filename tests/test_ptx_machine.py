@@ -1,5 +1,6 @@
-"""The machine that runs PTX in the tests of the kernels: it computes what the manual says, and it notices what a device
-would not survive. Each program here is written by hand, with what it must give beside it."""
+"""The machine that runs PTX in the tests of the kernels: it computes what the manual says, and it
+notices what a device would not survive. Each program here is written by hand, with what it must
+give beside it."""
 
 from __future__ import annotations
 
@@ -38,15 +39,33 @@ HEAD = """
 """
 
 
-def run(body: str, data: Array, threads: int = 64, programs: int = 1, resident: int = 1, fuse: bool = False,
-        slack: float = 0.0, warps: list[int] | None = None) -> Array:
-    """Runs a body over a buffer of 32-bit words: %d0 is where it starts, %d2 thread's own word, %r1 its place in shared
-    memory, %r2 that of the thread in the other warp. Gives the buffer."""
+def run(
+    body: str,
+    data: Array,
+    threads: int = 64,
+    programs: int = 1,
+    resident: int = 1,
+    fuse: bool = False,
+    slack: float = 0.0,
+    warps: list[int] | None = None,
+) -> Array:
+    """Runs a body over a buffer of 32-bit words: %d0 is where it starts, %d2 thread's own word, %r1
+    its place in shared memory, %r2 that of the thread in the other warp. Gives the buffer."""
     kernel = ptx_code.read(HEAD.format(threads=threads) + body + "\n    ret;\n}\n")
     clock, base = Clock(programs), 4096
     buffer = Buffer("words", base, np.ascontiguousarray(data).view(np.uint8).copy(), clock)
-    machines = [Machine(ptx_code.fused(kernel) if fuse else kernel, {"test_param_0": struct.pack("<Q", base)}, [buffer],
-                        1024, Slack(slack), clock, warps) for _ in range(resident)]
+    machines = [
+        Machine(
+            ptx_code.fused(kernel) if fuse else kernel,
+            {"test_param_0": struct.pack("<Q", base)},
+            [buffer],
+            1024,
+            Slack(slack),
+            clock,
+            warps,
+        )
+        for _ in range(resident)
+    ]
     with np.errstate(all="ignore"):
         run_all(machines, (programs, 1, 1), list(range(programs)))
     return buffer.data.view(data.dtype)
@@ -63,21 +82,41 @@ EXCHANGE = """
 @pytest.mark.parametrize("warps", [None, [0, 1], [1, 0]])
 def test_a_barrier_makes_an_exchange_between_warps(warps: list[int] | None) -> None:
     words = np.arange(64, dtype=np.uint32)
-    assert run(EXCHANGE.format(barrier="bar.sync 0;"), words, warps=warps).tolist() == [i ^ 32 for i in range(64)]
+    assert run(EXCHANGE.format(barrier="bar.sync 0;"), words, warps=warps).tolist() == [
+        i ^ 32 for i in range(64)
+    ]
 
 
-@pytest.mark.parametrize(("body", "said"), [
-    (EXCHANGE.format(barrier=""), "race in shared memory at byte .* reads what thread .* wrote"),
-    (EXCHANGE.format(barrier="bar.warp.sync -1;"), "race in shared memory"),
-    ("ld.global.b32 %r3, [%d0+4]; \n st.global.b32 [%d2], %r0;", "race in words at byte 4: thread 1 writes over"),
-    ("st.global.b32 [%d0], %r0;", "threads of one instruction write different values"),
-    ("ld.global.b32 %r3, [%d2+4];", "thread 63 accesses 4 bytes at byte 256 of words, which has 256"),
-    ("ld.global.b32 %r3, [%d2+2];", "not at a multiple of 4"),
-    ("ld.global.v2.b32 {%r3, %r4}, [%d2];", "not at a multiple of 8|at byte 252"),
-    ("ld.shared.b32 %r3, [%r1];", "shared memory is read where nothing was written"),
-    ("setp.lt.u32 %p1, %r0, 7; \n @%p1 shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;", "not all lanes of a warp"),
-    ("setp.lt.u32 %p1, %r0, 32; \n @%p1 bra $L1; \n bar.sync 0; \n $L1: \n bar.sync 0;", "2 different barriers"),
-])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            EXCHANGE.format(barrier=""),
+            "race in shared memory at byte .* reads what thread .* wrote",
+        ),
+        (EXCHANGE.format(barrier="bar.warp.sync -1;"), "race in shared memory"),
+        (
+            "ld.global.b32 %r3, [%d0+4]; \n st.global.b32 [%d2], %r0;",
+            "race in words at byte 4: thread 1 writes over",
+        ),
+        ("st.global.b32 [%d0], %r0;", "threads of one instruction write different values"),
+        (
+            "ld.global.b32 %r3, [%d2+4];",
+            "thread 63 accesses 4 bytes at byte 256 of words, which has 256",
+        ),
+        ("ld.global.b32 %r3, [%d2+2];", "not at a multiple of 4"),
+        ("ld.global.v2.b32 {%r3, %r4}, [%d2];", "not at a multiple of 8|at byte 252"),
+        ("ld.shared.b32 %r3, [%r1];", "shared memory is read where nothing was written"),
+        (
+            "setp.lt.u32 %p1, %r0, 7; \n @%p1 shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;",
+            "not all lanes of a warp",
+        ),
+        (
+            "setp.lt.u32 %p1, %r0, 32; \n @%p1 bra $L1; \n bar.sync 0; \n $L1: \n bar.sync 0;",
+            "2 different barriers",
+        ),
+    ],
+)
 def test_what_no_device_would_do_reliably_is_a_fault(body: str, said: str) -> None:
     with pytest.raises(Fault, match=said):
         run(body.replace(" \n ", "\n"), np.zeros(64, np.uint32))
@@ -121,6 +160,7 @@ $L_out:
 
     def steps(n: int) -> int:
         return 0 if n == 1 else 1 + steps(n // 2 if n % 2 == 0 else 3 * n + 1)
+
     truth = [steps(i + 1) - steps(i // 32 * 32 + 32) for i in range(64)]
     assert run(body, np.arange(1, 65, dtype=np.int32), warps=warps).tolist() == truth
 
@@ -129,8 +169,9 @@ def test_lanes_see_each_other() -> None:
     x = np.random.default_rng(0).integers(-9, 9, 64).astype(np.int32)
     warps, lane = x.reshape(2, 32), np.arange(32)
     for text, truth in {
-        "shfl.sync.bfly.b32 %r4, %r3, 5, 31, -1;": warps[:, lane ^ 5], "shfl.sync.idx.b32 %r4, %r3, 9, 31, -1;":
-        warps[:, [9] * 32], "shfl.sync.up.b32 %r4, %r3, 3, 0, -1;": warps[:, np.where(lane < 3, lane, lane - 3)],
+        "shfl.sync.bfly.b32 %r4, %r3, 5, 31, -1;": warps[:, lane ^ 5],
+        "shfl.sync.idx.b32 %r4, %r3, 9, 31, -1;": warps[:, [9] * 32],
+        "shfl.sync.up.b32 %r4, %r3, 3, 0, -1;": warps[:, np.where(lane < 3, lane, lane - 3)],
         "redux.sync.max.s32 %r4, %r3, -1;": warps.max(1, keepdims=True).repeat(32, 1),
         "redux.sync.add.s32 %r4, %r3, -1;": warps.sum(1, keepdims=True).repeat(32, 1),
     }.items():
@@ -139,7 +180,9 @@ def test_lanes_see_each_other() -> None:
 
 
 def test_matrices_of_eight_by_eight() -> None:
-    """ldmatrix: 4 matrices of 16-bit elements, row r of matrix i where lane 8 i + r says; here one after the other."""
+    """ldmatrix: 4 matrices of 16-bit elements, row r of matrix i where lane 8 i + r says; here one
+    after the other.
+    """
     body = """
     mul.lo.s32 %r3, %r0, 16;
     ld.global.b32 %r4, [%d2];
@@ -148,13 +191,18 @@ def test_matrices_of_eight_by_eight() -> None:
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5, %r6, %r7, %r8}, [%r3];
     st.global.b32 [%d2], %r7;"""
     words = np.arange(100, 132, dtype=np.uint32)
-    rows = np.stack([words, words, words, np.arange(32, dtype=np.uint32)], 1)       # of 8 elements each
-    assert run(body, words, threads=32).tolist() == [int(rows[16 + lane // 4, lane % 4]) for lane in range(32)]
+    # of 8 elements each
+    rows = np.stack([words, words, words, np.arange(32, dtype=np.uint32)], 1)
+    assert run(body, words, threads=32).tolist() == [
+        int(rows[16 + lane // 4, lane % 4]) for lane in range(32)
+    ]
 
 
 def test_numbers_of_sixteen_bits_are_those_of_torch() -> None:
     bits = np.random.default_rng(1).integers(0, 2**32, 4096, np.uint32)
-    x = np.concatenate([bits, (np.arange(65536, dtype=np.uint32) << 16) | 0x8000, np.uint32([0x7F800000])]).view("f4")
+    x = np.concatenate(
+        [bits, (np.arange(65536, dtype=np.uint32) << 16) | 0x8000, np.uint32([0x7F800000])]
+    ).view("f4")
     truth = torch.from_numpy(x.copy()).bfloat16()
     nan = np.isnan(x)
     assert np.array_equal(to_bf16(x)[~nan], truth.view(torch.int16).numpy().view(np.uint16)[~nan])
@@ -180,11 +228,18 @@ def test_a_product_and_a_difference_may_be_one_operation(fuse: bool) -> None:
 def test_slack_moves_results_within_the_bounds_of_the_manual() -> None:
     x = np.linspace(-20, 20, 64, dtype=np.float32)
     body = "ld.global.b32 %r3, [%d2];\n{op} %r4, %r3;\nst.global.b32 [%d2], %r4;"
-    for op, data, truth in (("ex2.approx.ftz.f32", x, np.exp2(x.astype(float))), ("lg2.approx.f32", np.exp2(x), x)):
-        exact, moved = (run(body.format(op=op), data, slack=part).astype(float) for part in (0.0, 1.0))
+    for op, data, truth in (
+        ("ex2.approx.ftz.f32", x, np.exp2(x.astype(float))),
+        ("lg2.approx.f32", np.exp2(x), x),
+    ):
+        exact, moved = (
+            run(body.format(op=op), data, slack=part).astype(float) for part in (0.0, 1.0)
+        )
         size = np.maximum(np.abs(truth), 1.0 if op[0] == "l" else 0.0)
         assert (np.abs(exact - truth) <= 2.0**-24 * size + 1e-6 * (op[0] == "l")).all()
-        assert (np.abs(moved - exact) <= 2.0**-22 * size * 1.3).all() and (moved != exact).mean() > 0.5
+        assert (np.abs(moved - exact) <= 2.0**-22 * size * 1.3).all() and (
+            moved != exact
+        ).mean() > 0.5
         assert np.array_equal(moved, run(body.format(op=op), data, slack=1.0).astype(float))
 
 
@@ -215,15 +270,23 @@ $L_end:"""
 @pytest.mark.parametrize("sender", [0, 1])
 def test_programs_may_wait_for_each_other(sender: int) -> None:
     body = MESSAGE.format(sender=sender, take="acquire", give="acq_rel", barrier="bar.sync 0;")
-    assert run(body, np.zeros(192, np.uint32), programs=2, resident=2)[128:].tolist() == list(range(64))
+    assert run(body, np.zeros(192, np.uint32), programs=2, resident=2)[128:].tolist() == list(
+        range(64)
+    )
 
 
-@pytest.mark.parametrize(("changed", "said"), [
-    ({"take": "relaxed"}, "of another program wrote"), ({"give": "relaxed"}, "of another program wrote"),
-    ({"barrier": ""}, "of another program wrote"), ({"sender": 7}, "2 programs wait for others, 0 have not begun"),
-])
-def test_a_message_without_its_order_is_a_race_and_one_never_sent_a_deadlock(changed: dict[str, Any],
-                                                                             said: str) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"take": "relaxed"}, "of another program wrote"),
+        ({"give": "relaxed"}, "of another program wrote"),
+        ({"barrier": ""}, "of another program wrote"),
+        ({"sender": 7}, "2 programs wait for others, 0 have not begun"),
+    ],
+)
+def test_a_message_without_its_order_is_a_race_and_one_never_sent_a_deadlock(
+    changed: dict[str, Any], said: str
+) -> None:
     words = {"sender": 0, "take": "acquire", "give": "acq_rel", "barrier": "bar.sync 0;"} | changed
     with pytest.raises(Fault, match=said):
         run(MESSAGE.format(**words), np.zeros(192, np.uint32), programs=2, resident=2)
@@ -235,8 +298,14 @@ def test_a_waiting_program_keeps_its_place() -> None:
         run(body, np.zeros(192, np.uint32), programs=2, resident=1)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("wgmma.fence.sync.aligned;", "wgmma"), ("tanh.approx.f32 %r3, %r1;", "tanh"), ("!!;", "'!!;' is not understood")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("wgmma.fence.sync.aligned;", "wgmma"),
+        ("tanh.approx.f32 %r3, %r1;", "tanh"),
+        ("!!;", "'!!;' is not understood"),
+    ],
+)
 def test_what_is_not_known_is_said(text: str, said: str) -> None:
     with pytest.raises((NotImplementedError, ValueError, IndexError), match=said):
         run(text, np.zeros(64, np.uint32))

@@ -11,7 +11,8 @@ from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.errors import DataError, UsageError
 
-# ---- what is measured -----------------------------------------------------------------------------------------
+# ---- what is measured
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -30,45 +31,75 @@ def test_measured_sums_follow_their_definitions(values):
         for k in (2, 5):
             mass = np.take_along_axis(p, rows.ids[:, :k], 1).sum(1)
             assert encoded.measured[f"mass:{k}:{T:.0f}"] == pytest.approx(mass.sum(), rel=1e-6)
-            assert encoded.measured[f"truncation:{k}:{T:.0f}"] == pytest.approx(-np.log(mass).sum(), rel=1e-5)
+            assert encoded.measured[f"truncation:{k}:{T:.0f}"] == pytest.approx(
+                -np.log(mass).sum(), rel=1e-5
+            )
         head = np.take_along_axis(p, rows.ids, 1)
         head = np.append(head, 1 - head.sum(1, keepdims=True), 1)
-        q = np.exp(np.append(decoded.relative.astype(float) / T, decoded.tail_lse[:, t, None].astype(float), 1))
+        q = np.exp(
+            np.append(
+                decoded.relative.astype(float) / T, decoded.tail_lse[:, t, None].astype(float), 1
+            )
+        )
         q /= q.sum(1, keepdims=True)
         expected = (head * np.log(head / q)).sum()
-        assert encoded.measured[f"kl:{T:.0f}"] == pytest.approx(expected, abs=1e-6 if values != "float32" else 1e-9)
+        assert encoded.measured[f"kl:{T:.0f}"] == pytest.approx(
+            expected, abs=1e-6 if values != "float32" else 1e-9
+        )
         assert (encoded.measured[f"kl:{T:.0f}"] == 0) == (values == "float32")
 
 
 def test_measured_of_a_full_cache_leaves_out_what_was_dropped():
-    spec = CacheSpec(kind="full", num_classes=3, samples=(0, 1), records_per_shard=1, values="uint8")
+    spec = CacheSpec(
+        kind="full", num_classes=3, samples=(0, 1), records_per_shard=1, values="uint8"
+    )
     measured = encode_rows(spec, Rows(logits=np.array([[0, -60.1, -130]], np.float32))).measured
     assert set(measured) == {"rows", "kl:1", "kl:2", "kl:4"} and 0 <= measured["kl:4"] < 1e-6
 
 
 def test_measured_does_not_depend_on_the_order_of_rows():
-    z = (np.random.default_rng(1).normal(size=(300, 1000)) * 4).astype(np.float32)      # two chunks
-    spec = CacheSpec(kind="full", num_classes=1000, samples=(0, 300), records_per_shard=300, values="float16")
-    assert encode_rows(spec, Rows(logits=z)).measured == encode_rows(spec, Rows(logits=z[::-1].copy())).measured
+    z = (np.random.default_rng(1).normal(size=(300, 1000)) * 4).astype(np.float32)  # two chunks
+    spec = CacheSpec(
+        kind="full", num_classes=1000, samples=(0, 300), records_per_shard=300, values="float16"
+    )
+    assert (
+        encode_rows(spec, Rows(logits=z)).measured
+        == encode_rows(spec, Rows(logits=z[::-1].copy())).measured
+    )
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------
+# ---- refusals
+# -------------------------------------------------------------------------------------------------
 
 
 def good_rows(**change):
-    base = dict(logits=np.array([[2, 1, 1, 0]] * 3, np.float32), ids=np.array([[3, 1, 2, 0]] * 3),
-                tail_lse=np.full((3, 2, 1), -1, np.float32), label=np.array([[3], [9], [-1]]),
-                label_logit=np.array([[2], [-1], [-np.inf]], np.float32), label_weight=np.ones((3, 1), np.float32),
-                mean=np.zeros(3, np.float32), std=np.ones(3, np.float32), weight=np.ones(3, np.float32),
-                pos=np.array([0, 1, 0]))
+    base = dict(
+        logits=np.array([[2, 1, 1, 0]] * 3, np.float32),
+        ids=np.array([[3, 1, 2, 0]] * 3),
+        tail_lse=np.full((3, 2, 1), -1, np.float32),
+        label=np.array([[3], [9], [-1]]),
+        label_logit=np.array([[2], [-1], [-np.inf]], np.float32),
+        label_weight=np.ones((3, 1), np.float32),
+        mean=np.zeros(3, np.float32),
+        std=np.ones(3, np.float32),
+        weight=np.ones(3, np.float32),
+        pos=np.array([0, 1, 0]),
+    )
     for name, (at, value) in change.items():
         base[name] = base[name].copy()
         base[name][at] = value
     return Rows(**base)
 
 
-GOOD_SPEC = dict(tiers=(2, 4), temperatures=("1",), labels=1, label_weights=True, moments=True, row_weights=True,
-                 rows="ragged")
+GOOD_SPEC = dict(
+    tiers=(2, 4),
+    temperatures=("1",),
+    labels=1,
+    label_weights=True,
+    moments=True,
+    row_weights=True,
+    rows="ragged",
+)
 BAD = [
     (dict(logits=((1, 0), np.nan)), "NaN"),
     (dict(logits=((1, 0), np.inf)), r"\+inf"),
@@ -105,8 +136,12 @@ def test_bad_rows_are_refused_by_record_and_row(change, message):
 
 def test_a_tail_of_no_classes_must_be_empty():
     spec = topk_spec(3, (1, 2), temperatures=("1",), labels=1)
-    rows = dict(logits=np.array([[2, 1]], np.float32), ids=np.array([[0, 1]]),
-                label=np.array([[2]]), label_logit=np.array([[0]], np.float32))
+    rows = dict(
+        logits=np.array([[2, 1]], np.float32),
+        ids=np.array([[0, 1]]),
+        label=np.array([[2]]),
+        label_logit=np.array([[0]], np.float32),
+    )
     encode_rows(spec, Rows(**rows, tail_lse=np.array([[[-1], [-np.inf]]], np.float32)))
     with pytest.raises(DataError, match="tier 2 must be -inf"):
         encode_rows(spec, Rows(**rows, tail_lse=np.array([[[-1], [-9]]], np.float32)))
@@ -114,28 +149,40 @@ def test_a_tail_of_no_classes_must_be_empty():
 
 def test_a_label_that_occurs_twice_has_one_logit():
     spec = topk_spec(30, (1,), temperatures=("1",), labels=2)
-    rows = dict(logits=np.ones((1, 1), np.float32), ids=np.zeros((1, 1), int), label=np.array([[7, 7]]),
-                tail_lse=np.zeros((1, 1, 1), np.float32))
+    rows = dict(
+        logits=np.ones((1, 1), np.float32),
+        ids=np.zeros((1, 1), int),
+        label=np.array([[7, 7]]),
+        tail_lse=np.zeros((1, 1, 1), np.float32),
+    )
     encode_rows(spec, Rows(**rows, label_logit=np.array([[-1, -1]], np.float32)))
     with pytest.raises(DataError, match="one label occurs with two values"):
         encode_rows(spec, Rows(**rows, label_logit=np.array([[-1, -2]], np.float32)))
 
 
 def test_bfloat16_overflow_is_refused():
-    spec = CacheSpec(kind="full", num_classes=2, samples=(0, 1), records_per_shard=1, values="bfloat16")
+    spec = CacheSpec(
+        kind="full", num_classes=2, samples=(0, 1), records_per_shard=1, values="bfloat16"
+    )
     with pytest.raises(DataError, match="record 0: a logit is too large for bfloat16"):
         encode_rows(spec, Rows(logits=np.array([[3.4e38, 0]], np.float32)))
     with pytest.raises(DataError, match="every logit is -inf in bfloat16"):
         encode_rows(spec, Rows(logits=np.array([[-3.4e38, -3.4e38]], np.float32)))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(logits=np.zeros((3, 4))), "rows.logits: float64"),
-    (dict(logits=np.zeros((3, 5), np.float32)), r"rows.logits: float32 \[3, 5\] given; expected float32 \[3, 4\]"),
-    (dict(ids=np.zeros((2, 4), int)), "rows.ids"),
-    (dict(label=None), "rows.label is missing"),
-    (dict(label=np.zeros((3, 1), np.float32)), "expected integers"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(logits=np.zeros((3, 4))), "rows.logits: float64"),
+        (
+            dict(logits=np.zeros((3, 5), np.float32)),
+            r"rows.logits: float32 \[3, 5\] given; expected float32 \[3, 4\]",
+        ),
+        (dict(ids=np.zeros((2, 4), int)), "rows.ids"),
+        (dict(label=None), "rows.label is missing"),
+        (dict(label=np.zeros((3, 1), np.float32)), "expected integers"),
+    ],
+)
 def test_wrong_arrays_are_usage_errors(change, message):
     rows = good_rows()
     fields = {name: getattr(rows, name) for name in Rows.__dataclass_fields__}
@@ -165,9 +212,17 @@ def test_k_must_be_a_tier_and_columns_must_be_read():
 
 
 def test_a_cache_of_features_has_no_rows():
-    feature = FeatureSpec(name="f", module="m", recipe="raw", dtype="float32", shape=(2,), level="row")
-    spec = CacheSpec(kind="none", num_classes=0, samples=(0, 1), records_per_shard=1, rows="ragged",
-                     features=(feature,))
+    feature = FeatureSpec(
+        name="f", module="m", recipe="raw", dtype="float32", shape=(2,), level="row"
+    )
+    spec = CacheSpec(
+        kind="none",
+        num_classes=0,
+        samples=(0, 1),
+        records_per_shard=1,
+        rows="ragged",
+        features=(feature,),
+    )
     assert encode_rows(spec, Rows(pos=np.arange(3))).columns["pos"].tolist() == [0, 1, 2]
     with pytest.raises(UsageError, match="only features"):
         decode_rows(spec, {})

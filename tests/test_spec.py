@@ -1,4 +1,6 @@
-"""The spec of a cache: what it keeps of what it is given, its columns, levels and shards, what is refused by name."""
+"""The spec of a cache: what it keeps of what it is given, its columns, levels and shards, what is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -18,54 +20,98 @@ FAST = settings(max_examples=100, deadline=None)
 
 
 def topk(**change):
-    return CacheSpec(**{**dict(kind="topk", num_classes=100, samples=(0, 10), records_per_shard=4, tiers=(2, 5),
-                               temperatures=("1", "2")), **change})
+    return CacheSpec(
+        **{
+            **dict(
+                kind="topk",
+                num_classes=100,
+                samples=(0, 10),
+                records_per_shard=4,
+                tiers=(2, 5),
+                temperatures=("1", "2"),
+            ),
+            **change,
+        }
+    )
 
 
 def feature(**change):
-    return FeatureSpec(**{**dict(name="f", module="body.0", recipe="raw", dtype="int8", shape=(2, 3)), **change})
+    return FeatureSpec(
+        **{**dict(name="f", module="body.0", recipe="raw", dtype="int8", shape=(2, 3)), **change}
+    )
 
 
-# ---- spec -----------------------------------------------------------------------------------------------------
+# ---- spec
+# -----------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def features(draw, ragged):
     dtype = draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"]))
-    return FeatureSpec(name=draw(st.sampled_from("abc")), module=draw(st.text(max_size=9)),
-                       recipe=draw(st.sampled_from(["raw", "map", "pool", "cls", "last", "energy"])), dtype=dtype,
-                       shape=tuple(draw(st.lists(st.integers(1, 99), min_size=dtype == "int8", max_size=3))),
-                       level=draw(st.sampled_from(["record", "row"] if ragged else ["record"])))
+    return FeatureSpec(
+        name=draw(st.sampled_from("abc")),
+        module=draw(st.text(max_size=9)),
+        recipe=draw(st.sampled_from(["raw", "map", "pool", "cls", "last", "energy"])),
+        dtype=dtype,
+        shape=tuple(draw(st.lists(st.integers(1, 99), min_size=dtype == "int8", max_size=3))),
+        level=draw(st.sampled_from(["record", "row"] if ragged else ["record"])),
+    )
 
 
 @st.composite
 def specs(draw):
     kind = draw(st.sampled_from(["full", "topk", "none"]))
     rows = draw(st.sampled_from(["one", "ragged"]))
-    found = {f.name: f for f in draw(st.lists(features(rows == "ragged"), min_size=kind == "none", max_size=3))}
+    found = {
+        f.name: f
+        for f in draw(st.lists(features(rows == "ragged"), min_size=kind == "none", max_size=3))
+    }
     s0, v0 = draw(st.integers(0, 2**40)), draw(st.integers(0, 9))
-    V = draw(st.integers(1, {"full": 2**31 - 1, "topk": 2**32, "none": 0}[kind])) if kind != "none" else 0
+    V = (
+        draw(st.integers(1, {"full": 2**31 - 1, "topk": 2**32, "none": 0}[kind]))
+        if kind != "none"
+        else 0
+    )
     has_rows = kind != "none"
     labels = draw(st.integers(0, 2)) if has_rows else 0
     tiers, temperatures = (), ()
     if kind == "topk":
         tiers = tuple(sorted(draw(st.sets(st.integers(1, min(V, 2**20)), min_size=1, max_size=3))))
-        temperatures = tuple(sorted(draw(st.sets(st.sampled_from(["0.5", "1", "1.25", "2", "4", "10"]), min_size=1)),
-                                    key=float))
-    return CacheSpec(kind=kind, num_classes=V, samples=(s0, s0 + draw(st.integers(1, 50))),
-                     views=(v0, v0 + draw(st.integers(1, 4))), records_per_shard=draw(st.integers(1, 60)),
-                     seed=draw(st.integers(0, 2**53 - 1)), rows=rows, tiers=tiers, temperatures=temperatures,
-                     values=draw(st.sampled_from(["float32", "bfloat16", "float16", "uint8"])), labels=labels,
-                     label_weights=bool(labels) and draw(st.booleans()), moments=has_rows and draw(st.booleans()),
-                     row_weights=has_rows and draw(st.booleans()), view_keys=draw(st.booleans()),
-                     tokens=rows == "ragged" and draw(st.booleans()), features=tuple(found.values()))
+        temperatures = tuple(
+            sorted(
+                draw(st.sets(st.sampled_from(["0.5", "1", "1.25", "2", "4", "10"]), min_size=1)),
+                key=float,
+            )
+        )
+    return CacheSpec(
+        kind=kind,
+        num_classes=V,
+        samples=(s0, s0 + draw(st.integers(1, 50))),
+        views=(v0, v0 + draw(st.integers(1, 4))),
+        records_per_shard=draw(st.integers(1, 60)),
+        seed=draw(st.integers(0, 2**53 - 1)),
+        rows=rows,
+        tiers=tiers,
+        temperatures=temperatures,
+        values=draw(st.sampled_from(["float32", "bfloat16", "float16", "uint8"])),
+        labels=labels,
+        label_weights=bool(labels) and draw(st.booleans()),
+        moments=has_rows and draw(st.booleans()),
+        row_weights=has_rows and draw(st.booleans()),
+        view_keys=draw(st.booleans()),
+        tokens=rows == "ragged" and draw(st.booleans()),
+        features=tuple(found.values()),
+    )
 
 
 @FAST
 @given(specs())
 def test_a_spec_survives_its_json(spec):
     document = canonical.unseal(canonical.seal({"spec": spec.to_json()}), "x")["spec"]
-    assert CacheSpec.from_json(document) == spec and spec_difference(spec, CacheSpec.from_json(document)) == []
+    assert (
+        CacheSpec.from_json(document) == spec
+        and spec_difference(spec, CacheSpec.from_json(document)) == []
+    )
 
 
 @FAST
@@ -85,7 +131,9 @@ def test_columns_and_levels_of_a_spec(spec):
         low = 8 * STORAGE[spec.id_dtype].itemsize
         needed = (spec.num_classes - 1).bit_length()
         assert low + spec.high_bits >= needed and (low == 8) == (spec.num_classes <= 256)
-        assert spec.high_bits in (0, 1, 2, 4, 8, 16) and (spec.high_bits <= 1 or 16 + spec.high_bits // 2 < needed)
+        assert spec.high_bits in (0, 1, 2, 4, 8, 16) and (
+            spec.high_bits <= 1 or 16 + spec.high_bits // 2 < needed
+        )
 
 
 @FAST
@@ -136,7 +184,10 @@ REFUSED = [
     (dict(tokens=True), "tokens needs rows='ragged'"),
     (dict(features=(feature(), feature(recipe="pool"))), "feature names repeat"),
     (dict(features=(feature(level="row"),)), "level 'row' needs rows='ragged'"),
-    (dict(features=(feature(), feature(name="f_scale"))), "two columns have the same name: feature_f_scale"),
+    (
+        dict(features=(feature(), feature(name="f_scale"))),
+        "two columns have the same name: feature_f_scale",
+    ),
     (dict(kind="full"), "kind full keeps every logit"),
     (dict(kind="full", tiers=(), temperatures=(), num_classes=2**31), "num_classes is"),
     (dict(kind="none"), "kind none keeps no rows"),
@@ -156,18 +207,21 @@ def test_kinds_of_later_are_refused_by_name(kind):
         topk(kind=kind)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(name="Body.0"), "feature name 'Body.0'"),
-    (dict(name=""), "feature name ''"),
-    (dict(name="a" * 65), "at most 64"),
-    (dict(recipe="mean"), "recipe 'mean' is unknown"),
-    (dict(dtype="float64"), "feature dtype 'float64'"),
-    (dict(level="token"), "feature level 'token'"),
-    (dict(shape=(3, 0)), r"shape \[3, 0\] is empty"),
-    (dict(shape=(2**16, 2**15)), r"2\^31 elements or more"),
-    (dict(shape=(1,) * 7), "shape"),
-    (dict(shape=()), "int8 needs a last axis"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(name="Body.0"), "feature name 'Body.0'"),
+        (dict(name=""), "feature name ''"),
+        (dict(name="a" * 65), "at most 64"),
+        (dict(recipe="mean"), "recipe 'mean' is unknown"),
+        (dict(dtype="float64"), "feature dtype 'float64'"),
+        (dict(level="token"), "feature level 'token'"),
+        (dict(shape=(3, 0)), r"shape \[3, 0\] is empty"),
+        (dict(shape=(2**16, 2**15)), r"2\^31 elements or more"),
+        (dict(shape=(1,) * 7), "shape"),
+        (dict(shape=()), "int8 needs a last axis"),
+    ],
+)
 def test_a_feature_that_cannot_be_is_refused(change, message):
     with pytest.raises(UsageError, match=message):
         feature(**change)
@@ -178,9 +232,13 @@ def test_gram_is_not_built():
         feature(recipe="gram")
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats() | st.text(max_size=5),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
-                                                                                        max_size=3), max_leaves=5)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
 
 
 @FAST
@@ -198,10 +256,21 @@ def test_a_fuzzed_spec_is_a_spec_or_a_usage_error(data):
     assert spec.to_json() == document
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("tiers", [2, True]), ("tiers", "25"), ("samples", [0, 1, 2]), ("samples", [0.0, 4]), ("labels", True),
-    ("moments", 1), ("seed", "1"), ("features", [3]), ("features", [{}]), ("temperatures", [1]),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tiers", [2, True]),
+        ("tiers", "25"),
+        ("samples", [0, 1, 2]),
+        ("samples", [0.0, 4]),
+        ("labels", True),
+        ("moments", 1),
+        ("seed", "1"),
+        ("features", [3]),
+        ("features", [{}]),
+        ("temperatures", [1]),
+    ],
+)
 def test_json_types_are_exact(key, value):
     with pytest.raises(UsageError, match=f"spec.{key}"):
         CacheSpec.from_json({**topk().to_json(), key: value})
@@ -213,13 +282,25 @@ def test_a_spec_is_an_object(document):
         CacheSpec.from_json(document)
 
 
-@pytest.mark.parametrize(("value", "name"), [(2, "2"), (2.0, "2"), ("1.50", "1.5"), (0.000001, "0.000001"),
-                                             (999.999999, "999.999999"), (10, "10"), ("100", "100")])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (2, "2"),
+        (2.0, "2"),
+        ("1.50", "1.5"),
+        (0.000001, "0.000001"),
+        (999.999999, "999.999999"),
+        (10, "10"),
+        ("100", "100"),
+    ],
+)
 def test_a_temperature_has_one_name(value, name):
     assert temperature_name(value) == name and temperature_name(name) == name
 
 
-@pytest.mark.parametrize("value", [0, -1, 1000, float("nan"), float("inf"), "x", "", 1e-7, "1.0000001"])
+@pytest.mark.parametrize(
+    "value", [0, -1, 1000, float("nan"), float("inf"), "x", "", 1e-7, "1.0000001"]
+)
 def test_temperatures_that_cannot_be(value):
     with pytest.raises(UsageError, match="temperature"):
         temperature_name(value)
@@ -227,14 +308,21 @@ def test_temperatures_that_cannot_be(value):
 
 def test_spec_difference_names_fields():
     found = spec_difference(topk(), topk(tiers=(2,), seed=1))
-    assert [str(d) for d in found] == ["spec.seed: cache has 0, given is 1",
-                                       "spec.tiers: cache has [2, 5], given is [2]"]
+    assert [str(d) for d in found] == [
+        "spec.seed: cache has 0, given is 1",
+        "spec.tiers: cache has [2, 5], given is [2]",
+    ]
 
 
-@pytest.mark.parametrize(("offsets", "message"), [
-    ([0, 2, 1, 3], "offsets fall at parent 1"), ([1, 1, 2, 3], "run from"), ([0, 1, 2, 4], "run from 0 to 3"),
-    ([0, 3], "offsets of 3 parents"),
-])
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 2, 1, 3], "offsets fall at parent 1"),
+        ([1, 1, 2, 3], "run from"),
+        ([0, 1, 2, 4], "run from 0 to 3"),
+        ([0, 3], "offsets of 3 parents"),
+    ],
+)
 def test_offsets_are_checked(offsets, message):
     check_offsets(np.array([0, 0, 2, 3]), 3, 3, "x")
     with pytest.raises(CacheCorrupt, match=message):

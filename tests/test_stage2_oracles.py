@@ -1,4 +1,5 @@
 """What a run is asked reaches the arithmetic: seed, label weights, the weight of a match."""
+
 import numpy as np
 import pytest
 import torch
@@ -30,8 +31,11 @@ class Mixed(Points):
 
     def __getitem__(self, i: int):
         share = (i % 5) / 4
-        return {"x": self.x[i], "labels": torch.stack([self.y[i], self.y[i - 1]]),
-                "label_weight": torch.tensor([share, 1 - share])}
+        return {
+            "x": self.x[i],
+            "labels": torch.stack([self.y[i], self.y[i - 1]]),
+            "label_weight": torch.tensor([share, 1 - share]),
+        }
 
 
 class Named(Net):
@@ -51,8 +55,16 @@ def test_the_weights_of_labels_are_in_the_loss_of_a_run(tmp_path, cached: bool) 
     if cached:
         dump_teacher(teacher=Named(32, seed=7), data=data, out=tmp_path / "cache", device="cpu")
         source = {"cache": tmp_path / "cache"}
-    report = train_student(student=student, data=data, out=tmp_path / "run", max_steps=1, batch_size=24, device="cpu",
-                           alpha=0.5 if cached else 0.0, **source)
+    report = train_student(
+        student=student,
+        data=data,
+        out=tmp_path / "run",
+        max_steps=1,
+        batch_size=24,
+        device="cpu",
+        alpha=0.5 if cached else 0.0,
+        **source,
+    )
     assert report.training["ce"] == pytest.approx(want.item(), rel=1e-5)
 
 
@@ -71,20 +83,36 @@ class Weighed(Windows):
     def __getitem__(self, i: int):
         ids = super().__getitem__(i)["input_ids"]
         places = torch.arange(len(ids))
-        return {"input_ids": ids, "labels": ids.masked_fill(places % 5 == 4, -100),
-                "label_weight": ((i + places) % 4) / 2}
+        return {
+            "input_ids": ids,
+            "labels": ids.masked_fill(places % 5 == 4, -100),
+            "label_weight": ((i + places) % 4) / 2,
+        }
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_weights_of_tokens_are_in_the_gradient_of_a_run(tmp_path, cached: bool) -> None:
-    """The row at p predicts token p + 1 and has the weight of that one; the mean is over the labelled rows."""
+    """The row at p predicts token p + 1 and has the weight of that one; the mean is over the
+    labelled rows.
+    """
     data, student, plain = Weighed(6), TinyLM(), TinyLM()
     source = {}
     if cached:
         dump_teacher(teacher=TinyLM(12, seed=3), data=data, out=tmp_path / "cache", device="cpu")
         source = {"cache": tmp_path / "cache"}
-    train_student(student=student, data=data, out=tmp_path / "run", max_steps=1, batch_size=6, micro_batch_size=4,
-                  alpha=0.0, optimizer="sgd", lr=0.1, device="cpu", **source)
+    train_student(
+        student=student,
+        data=data,
+        out=tmp_path / "run",
+        max_steps=1,
+        batch_size=6,
+        micro_batch_size=4,
+        alpha=0.0,
+        optimizer="sgd",
+        lr=0.1,
+        device="cpu",
+        **source,
+    )
     total, count = torch.zeros(()), 0
     for item in data:
         ids, weight = item["input_ids"], item["label_weight"]
@@ -102,32 +130,65 @@ def test_the_weights_of_rows_in_a_cache_are_in_the_gradient_of_a_run(tmp_path) -
     weight = torch.arange(12) % 4 / 2
     samples = Samples(data)
     identity = Identity(data=identify(samples)[0], teacher={"num_classes": 7})
-    spec = CacheSpec(kind="full", num_classes=7, samples=(0, 12), records_per_shard=12, values="float32",
-                     row_weights=True)
+    spec = CacheSpec(
+        kind="full",
+        num_classes=7,
+        samples=(0, 12),
+        records_per_shard=12,
+        values="float32",
+        row_weights=True,
+    )
     with kdcache.create(tmp_path / "cache", spec, identity) as writer:
         rows = encode_rows(spec, Rows(logits=logits.numpy(), weight=weight.numpy()))
         keys = np.array([samples.sample_key(i) for i in range(12)], np.uint64)
         writer.write(0, {"sample_key": keys, **rows.columns})
-    train_student(student=student, data=data, cache=tmp_path / "cache", out=tmp_path / "run", max_steps=1,
-                  batch_size=12, micro_batch_size=5, alpha=1.0, temperature=2.0, optimizer="sgd", lr=0.1, device="cpu")
-    kd_N = nn.functional.kl_div(torch.log_softmax(plain(data.x) / 2, -1), torch.softmax(logits / 2, -1),
-                                reduction="none").sum(-1)
+    train_student(
+        student=student,
+        data=data,
+        cache=tmp_path / "cache",
+        out=tmp_path / "run",
+        max_steps=1,
+        batch_size=12,
+        micro_batch_size=5,
+        alpha=1.0,
+        temperature=2.0,
+        optimizer="sgd",
+        lr=0.1,
+        device="cpu",
+    )
+    kd_N = nn.functional.kl_div(
+        torch.log_softmax(plain(data.x) / 2, -1), torch.softmax(logits / 2, -1), reduction="none"
+    ).sum(-1)
     moved(student, plain, 4 * (weight * kd_N).sum() / weight.sum())
 
 
 @pytest.mark.parametrize("weight", [0.25, 3.0])
 def test_the_weight_of_a_match_is_in_the_gradient(tmp_path, weight: float) -> None:
-    """One step of plain SGD on the weighted sum of two means over the batch, which micro-batches of 5, 5, 5 and 1 share
-    by their records; each is reported, unweighted, under its name."""
+    """One step of plain SGD on the weighted sum of two means over the batch, which micro-batches of
+    5, 5, 5 and 1 share by their records; each is reported, unweighted, under its name."""
     data, teacher, student, plain = Points(16), Net(32, seed=7).eval(), Net(32), Net(32)
     cache = write_cache(tmp_path / "cache", data, teacher, features=[BODY])
     names = ["body=body:cosine:0.5", f"body=body:mse:{weight:g}"]
     report = train_student(
-        student=student, cache=cache, data=data, out=tmp_path / "run", ce_weight=0.0, kd_weight=0.0, match=names,
-        batch_size=16, micro_batch_size=5, max_steps=1, optimizer="sgd", lr=0.1, device="cpu")
+        student=student,
+        cache=cache,
+        data=data,
+        out=tmp_path / "run",
+        ce_weight=0.0,
+        kd_weight=0.0,
+        match=names,
+        batch_size=16,
+        micro_batch_size=5,
+        max_steps=1,
+        optimizer="sgd",
+        lr=0.1,
+        device="cpu",
+    )
     with torch.no_grad():
         want = teacher.body(data.x)
     cosine = 1 - nn.functional.cosine_similarity(plain.body(data.x), want).mean()
     mse = nn.functional.mse_loss(plain.body(data.x), want)
-    assert [report.training[f"match {name}"] for name in names] == pytest.approx([cosine.item(), mse.item()], rel=1e-5)
+    assert [report.training[f"match {name}"] for name in names] == pytest.approx(
+        [cosine.item(), mse.item()], rel=1e-5
+    )
     moved(student, plain, 0.5 * cosine + weight * mse)

@@ -1,4 +1,6 @@
-"""The commit protocol under fire: killed at every step, raced, out of disk; the result is always the same bytes."""
+"""The commit protocol under fire: killed at every step, raced, out of disk; the result is always
+the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import SPEC, dump, fast, forked, kill, never, stop_at, temporaries
-from strategies import CONTAINERS, IDENTITY, image_spec, make_columns, make_measured, tree, write_cache
+from strategies import (
+    CONTAINERS,
+    IDENTITY,
+    image_spec,
+    make_columns,
+    make_measured,
+    tree,
+    write_cache,
+)
 
 import kdcache
 from kdcache.cache import store
@@ -25,26 +35,39 @@ __all__ = ["fast"]
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_killed_at_every_step_and_resumed(container: str, fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_every_step_and_resumed(
+    container: str, fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = stop_at(10**9, never, monkeypatch)
     dump(fast / "whole", container)
     steps, whole = list(seen), tree(fast / "whole")
-    assert {"mkdir", "create", "write", "sync", "link", "unlink", "sync_folder"} == set(steps) and len(steps) > 40
+    assert {"mkdir", "create", "write", "sync", "link", "unlink", "sync_folder"} == set(
+        steps
+    ) and len(steps) > 40
     for at in range(len(steps)):
         path = fast / str(at)
         stop_at(at, kill, monkeypatch)
         [status] = forked(lambda path=path: dump(path, container))
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         found = tree(path)
-        assert all(whole[name] == content for name, content in found.items() if TEMPORARY not in name)
+        assert all(
+            whole[name] == content for name, content in found.items() if TEMPORARY not in name
+        )
         if "header.json" in found:
-            with pytest.raises(CacheIncomplete) if "manifest/00000001.json" not in found else kdcache.open(path):
+            with (
+                pytest.raises(CacheIncomplete)
+                if "manifest/00000001.json" not in found
+                else kdcache.open(path)
+            ):
                 kdcache.open(path)
         stop_at(0, never, monkeypatch)
         if at % 2:
             dump(path, container)
         else:
-            statuses = forked(lambda path=path: dump(path, container), lambda path=path: dump(path, container, True))
+            statuses = forked(
+                lambda path=path: dump(path, container),
+                lambda path=path: dump(path, container, True),
+            )
             assert statuses == [0, 0], at
         assert tree(path) == whole, (at, steps[at])
     with kdcache.open(fast / "0") as cache:
@@ -73,7 +96,9 @@ def test_writers_race(container: str, fast: Path) -> None:
 
 
 def test_writers_with_other_numbers_race_to_one_commit(fast: Path) -> None:
-    """Writers whose teachers differ in the last bit: one wins each shard, and nothing of the others stays."""
+    """Writers whose teachers differ in the last bit: one wins each shard, and nothing of the others
+    stays.
+    """
     spec = image_spec(samples=(0, 24))
 
     def write(seed: int) -> None:
@@ -88,22 +113,30 @@ def test_writers_with_other_numbers_race_to_one_commit(fast: Path) -> None:
         assert cache.check_all() == [] and cache.generation == 1
         for shard in range(spec.num_shards):
             values = cache.shard_columns(shard)["values"]
-            assert any(np.array_equal(values, make_columns(spec, shard, seed)["values"]) for seed in range(3))
+            assert any(
+                np.array_equal(values, make_columns(spec, shard, seed)["values"])
+                for seed in range(3)
+            )
     assert len(tree(fast / "c/data")) == spec.num_shards and not temporaries(fast / "c")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_failing_disk_leaves_a_resumable_cache(container: str, code: int, fast: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_leaves_a_resumable_cache(
+    container: str, code: int, fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(name: str) -> None:
         raise OSError(code, os.strerror(code))
 
     seen = stop_at(10**9, never, monkeypatch)
     dump(fast / "whole", container)
     steps, whole = len(seen), tree(fast / "whole")
-    said = {errno.ENOSPC: "disk full .* free space and run the same command again",
-            errno.EDQUOT: "disk full", errno.EIO: "Input/output error", errno.EACCES: "not allowed"}[code]
+    said = {
+        errno.ENOSPC: "disk full .* free space and run the same command again",
+        errno.EDQUOT: "disk full",
+        errno.EIO: "Input/output error",
+        errno.EACCES: "not allowed",
+    }[code]
     for at in range(0, steps, 1 if code == errno.ENOSPC else 7):
         path = fast / str(at)
         stop_at(at, fail, monkeypatch)
@@ -113,7 +146,9 @@ def test_a_failing_disk_leaves_a_resumable_cache(container: str, code: int, fast
         if "writing shard" in str(caught.value):
             assert " of 2 shards are committed" in str(caught.value)
         found = tree(path) if path.exists() else {}
-        assert all(whole[name] == content for name, content in found.items()), "half a file, or a temporary"
+        assert all(whole[name] == content for name, content in found.items()), (
+            "half a file, or a temporary"
+        )
         stop_at(0, never, monkeypatch)
         dump(path, container)
         assert tree(path) == whole
@@ -137,12 +172,14 @@ def test_a_real_limit_on_file_size(container: str, fast: Path) -> None:
     assert set(tree(fast / "c")) == {"header.json"}
     write_cache(fast / "c", spec, container)
     write_cache(fast / "d", spec, container)
-    assert {n: c for n, c in tree(fast / "c").items() if "data/" in n} == \
-        {n: c for n, c in tree(fast / "d").items() if "data/" in n}
+    assert {n: c for n, c in tree(fast / "c").items() if "data/" in n} == {
+        n: c for n, c in tree(fast / "d").items() if "data/" in n
+    }
 
 
-def test_a_file_that_its_owner_removes_meanwhile_needs_no_quarantine(tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_its_owner_removes_meanwhile_needs_no_quarantine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = Directory(tmp_path)
     directory.make("data")
     directory.put("data/orphan", b"x")
@@ -186,7 +223,9 @@ def test_sweeping_never_takes_a_live_temporary(fast: Path) -> None:
     assert len(directory.names("commit")) == 700
 
 
-def test_a_temporary_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_swept_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sweeper has the lock of a file just created, and deletes it a moment later."""
     real, sweepers = store._lock, []
 
@@ -208,14 +247,18 @@ def test_a_temporary_swept_before_it_is_locked_is_made_again(tmp_path: Path, mon
 def test_many_start_one_cache_at_once(fast: Path) -> None:
     for at in range(15):
         path = fast / str(at)
-        assert forked(*(lambda path=path, i=i: dump(path, "arrow", bool(i % 2)) for i in range(3))) == [0] * 3
+        assert (
+            forked(*(lambda path=path, i=i: dump(path, "arrow", bool(i % 2)) for i in range(3)))
+            == [0] * 3
+        )
         assert len(tree(path)) == 2 + 2 * SPEC.num_shards
 
 
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("rename", [True, False])
-def test_file_systems_without_hard_links(refusal: int, rename: bool, tmp_path: Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_without_hard_links(
+    refusal: int, rename: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dump(tmp_path / "whole", "arrow")
 
     def link(*names: str) -> None:
@@ -232,7 +275,9 @@ def test_file_systems_without_hard_links(refusal: int, rename: bool, tmp_path: P
     assert tree(tmp_path / "c") == tree(tmp_path / "whole")
 
 
-def test_a_link_whose_answer_was_lost_has_succeeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_whose_answer_was_lost_has_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dump(tmp_path / "whole", "arrow")
     real = os.link
 

@@ -82,17 +82,25 @@ def test_damage_to_a_sealed_cache_is_repaired_in_place(name: str, tmp_path: Path
         assert any("quarantine" in note for note in cache.notes())
 
 
-def test_processes_share_the_proving_of_a_continued_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reads the files of its own part; damage anywhere is found by the rank whose part it is in."""
+def test_processes_share_the_proving_of_a_continued_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads the files of its own part; damage anywhere is found by the rank whose part it is
+    in.
+    """
     spec, path, read = image_spec(samples=(0, 40), records_per_shard=5), tmp_path / "c", []
     write_cache(path, spec)
     files = sorted(p.name for p in (path / "data").iterdir())
     real = repair.map_file
-    monkeypatch.setattr(repair, "map_file", lambda name, *size: (read.append(Path(name).name), real(name, *size))[1])
+    monkeypatch.setattr(
+        repair, "map_file", lambda name, *size: (read.append(Path(name).name), real(name, *size))[1]
+    )
     ranks = [create(path, spec, IDENTITY, share=(rank, 3)) for rank in range(3)]
-    assert read == [f for rank in range(3) for f in files[rank::3]] and [w.missing() for w in ranks] == [[], [], []]
-    flip(path / "data" / files[4], 700)                                 # for rank 1 alone to see
-    os.truncate(path / "data" / files[5], 100)                          # for all of them
+    assert read == [f for rank in range(3) for f in files[rank::3]] and [
+        w.missing() for w in ranks
+    ] == [[], [], []]
+    flip(path / "data" / files[4], 700)  # for rank 1 alone to see
+    os.truncate(path / "data" / files[5], 100)  # for all of them
     assert create(path, spec, IDENTITY, share=(0, 3)).missing() == [5]
     assert create(path, spec, IDENTITY, share=(1, 3)).missing() == [4, 5]
     write_cache(path, spec)
@@ -125,15 +133,23 @@ def test_resume_puts_aside_what_it_does_not_understand(tmp_path: Path) -> None:
     path = tmp_path / "c"
     dump(path, "arrow")
     before = tree(path)
-    for name in ("data/notes.txt", "data/00000000-" + "0" * 32 + ".arrow", "commit/00000009.json", "manifest/x",
-                 f"data/{TEMPORARY}0123"):
+    for name in (
+        "data/notes.txt",
+        "data/00000000-" + "0" * 32 + ".arrow",
+        "commit/00000009.json",
+        "manifest/x",
+        f"data/{TEMPORARY}0123",
+    ):
         (path / name).write_bytes(b"what is this")
     dump(path, "arrow")
     after = tree(path)
     assert {n: c for n, c in after.items() if not n.startswith("quarantine/")} == before
     assert sorted(n for n in after if n not in before) == [
-        "quarantine/commit-00000009.json", "quarantine/data-00000000-" + "0" * 32 + ".arrow",
-        "quarantine/data-notes.txt", "quarantine/manifest-x"]
+        "quarantine/commit-00000009.json",
+        "quarantine/data-00000000-" + "0" * 32 + ".arrow",
+        "quarantine/data-notes.txt",
+        "quarantine/manifest-x",
+    ]
 
 
 def test_create_refuses_other_caches_and_other_things(tmp_path: Path) -> None:
@@ -144,11 +160,15 @@ def test_create_refuses_other_caches_and_other_things(tmp_path: Path) -> None:
         create(path, token_spec(samples=(0, 5), tiers=(2, 6), values="float16"), IDENTITY)
     with pytest.raises(SpecMismatch, match="container: cache has 'arrow', given is 'hdf5'"):
         create(path, SPEC, IDENTITY, container="hdf5")
-    other = Identity(data={**IDENTITY.data, "revision": "2"}, teacher={**IDENTITY.teacher, "dtype": "bfloat16"})
+    other = Identity(
+        data={**IDENTITY.data, "revision": "2"}, teacher={**IDENTITY.teacher, "dtype": "bfloat16"}
+    )
     with pytest.raises(IdentityMismatch) as caught:
         create(path, SPEC, other)
     assert [d.field for d in caught.value.fields] == ["data.revision", "teacher.dtype"]
-    with pytest.raises(SpecMismatch, match=r"spec.samples: .*\n  data.revision: .*\n  teacher.dtype: "):
+    with pytest.raises(
+        SpecMismatch, match=r"spec.samples: .*\n  data.revision: .*\n  teacher.dtype: "
+    ):
         create(path, token_spec(samples=(0, 6)), other)
     create(path, SPEC, IDENTITY, recorded={"numpy": "another version"}).close()
     assert tree(path) == before
@@ -179,7 +199,8 @@ def test_a_damaged_header_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(CacheCorrupt, match=r"header\.json: missing"):
         kdcache.open(path)
     create(tmp_path / "d", SPEC, IDENTITY).close()
-    flip(tmp_path / "d/header.json", 100)               # nothing committed: a torn header is put aside
+    # nothing committed: a torn header is put aside
+    flip(tmp_path / "d/header.json", 100)
     dump(tmp_path / "d", "arrow")
     assert "quarantine/header.json" in tree(tmp_path / "d")
 
@@ -191,10 +212,11 @@ def test_a_header_without_a_shard_blocks_nobody_but_those_at_work(tmp_path: Path
             assert standing(path) is not None
             with pytest.raises(SpecMismatch, match="another dump into it seems to be alive"):
                 create(path, spec, IDENTITY, container=container)
-        with create(path, SPEC, IDENTITY, recorded={"a": "1"}) as second:       # of the same cache: they agree
+        # of the same cache: they agree
+        with create(path, SPEC, IDENTITY, recorded={"a": "1"}) as second:
             assert second._header.digest == alive._header.digest
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        worker.start()                                          # it outlives its parent's writer
+        worker.start()  # it outlives its parent's writer
     assert standing(path) is None
     with create(path, other, IDENTITY, container="hdf5", recorded={"a": "2"}) as writer:
         worker.kill()
@@ -216,14 +238,18 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
         if os.geteuid() == 0:
             os.setuid(65534)
         for path in (tmp_path / "d", tmp_path / "open/c"):
-            with pytest.raises(KDCacheError, match="not allowed while creating the cache") as caught:
+            with pytest.raises(
+                KDCacheError, match="not allowed while creating the cache"
+            ) as caught:
                 create(path, SPEC, IDENTITY)
             assert "\n" not in str(caught.value)
 
     assert forked(unprivileged) == [0]
 
 
-def test_a_name_that_cannot_be_freed_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_cannot_be_freed_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with create(tmp_path / "c", SPEC, IDENTITY) as writer:
         (tmp_path / "c/commit/00000000.json").symlink_to(tmp_path / "nowhere")
         monkeypatch.setattr(Directory, "quarantine", lambda *_: False)
@@ -231,8 +257,12 @@ def test_a_name_that_cannot_be_freed_ends_in_an_error(tmp_path: Path, monkeypatc
             writer.write(0, make_columns(SPEC, 0))
 
 
-def test_bytes_that_did_not_arrive_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that answers well and keeps something else: found by reading back, before anything is committed."""
+def test_bytes_that_did_not_arrive_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that answers well and keeps something else: found by reading back, before anything is
+    committed.
+    """
     spec, real = image_spec(num_classes=100), os.write
     columns = make_columns(spec, 0)
 
@@ -261,7 +291,10 @@ def test_measured_are_sums_over_shards(tmp_path: Path) -> None:
         writer.write(0, make_columns(SPEC, 0), {"a": float("inf"), "b": 1e308, "c": float("nan")})
         writer.write(1, make_columns(SPEC, 1), {"a": float("-inf"), "b": 1e308})
     with kdcache.open(tmp_path / "d") as cache:
-        assert cache.measured["b"] == float("inf") and np.isnan([cache.measured["a"], cache.measured["c"]]).all()
+        assert (
+            cache.measured["b"] == float("inf")
+            and np.isnan([cache.measured["a"], cache.measured["c"]]).all()
+        )
 
 
 def test_data_errors_leave_the_cache_resumable(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Lies with valid digests: refused by what they mean, naming file and column, before memory is taken by it."""
+"""Lies with valid digests: refused by what they mean, naming file and column, before memory is
+taken by it.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,28 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 LIES = [
-    ("ids_3", "<u2", 0xFFFF, "outside 0 to"), ("row.offsets", "<i8", 2**40, "offsets"),
-    ("row.offsets", "<i8", -1, "offsets"), ("token.offsets", "<i8", 0, "offsets"),
-    ("max", "<f4", np.nan, "NaN"), ("max", "<f4", -np.inf, "-inf"),
-    ("step", "<f4", np.inf, "inf"), ("step", "<f4", -1, "negative"), ("tail_lse", "<f4", np.nan, "NaN"),
-    ("tail_lse", "<f4", np.inf, "inf"), ("label", "<i4", 100_000, "label outside"),
+    ("ids_3", "<u2", 0xFFFF, "outside 0 to"),
+    ("row.offsets", "<i8", 2**40, "offsets"),
+    ("row.offsets", "<i8", -1, "offsets"),
+    ("token.offsets", "<i8", 0, "offsets"),
+    ("max", "<f4", np.nan, "NaN"),
+    ("max", "<f4", -np.inf, "-inf"),
+    ("step", "<f4", np.inf, "inf"),
+    ("step", "<f4", -1, "negative"),
+    ("tail_lse", "<f4", np.nan, "NaN"),
+    ("tail_lse", "<f4", np.inf, "inf"),
+    ("label", "<i4", 100_000, "label outside"),
     ("label", "<i4", -2, "label outside"),
-    ("label_logit", "<f4", np.nan, "NaN"), ("token", "<u4", 100_000, "token outside"), ("pos", "<i4", -1, "negative"),
+    ("label_logit", "<f4", np.nan, "NaN"),
+    ("token", "<u4", 100_000, "token outside"),
+    ("pos", "<i4", -1, "negative"),
 ]
 
 
 @pytest.mark.parametrize("column,dtype,value,said", LIES)
-def test_a_lie_with_valid_digests_is_refused(column: str, dtype: str, value: float, said: str, whole: Path,
-                                             tmp_path: Path) -> None:
+def test_a_lie_with_valid_digests_is_refused(
+    column: str, dtype: str, value: float, said: str, whole: Path, tmp_path: Path
+) -> None:
     """What only the meaning gives away: the second line of defence, and the last before a kernel."""
     forge = Forge(whole)
 
@@ -59,7 +70,9 @@ def test_a_lie_with_valid_digests_is_refused(column: str, dtype: str, value: flo
             cache.read(np.arange(3), names)
         assert forge.commits[0]["file"] in str(caught.value)
         found = cache.check_all()
-        assert any(f"column {column}" in line and forge.commits[0]["file"] in line for line in found)
+        assert any(
+            f"column {column}" in line and forge.commits[0]["file"] in line for line in found
+        )
 
 
 EXTENTS = [
@@ -72,8 +85,9 @@ EXTENTS = [
 
 
 @pytest.mark.parametrize("change,said", [e[1:] for e in EXTENTS], ids=[e[0] for e in EXTENTS])
-def test_a_raw_map_that_cannot_be_is_refused(change: Callable[[Document], None], said: str, whole: Path,
-                                             tmp_path: Path) -> None:
+def test_a_raw_map_that_cannot_be_is_refused(
+    change: Callable[[Document], None], said: str, whole: Path, tmp_path: Path
+) -> None:
     forge = Forge(whole)
     change(forge.commits[0]["columns"])
     for name, extent in forge.commits[0]["columns"].items():
@@ -82,13 +96,19 @@ def test_a_raw_map_that_cannot_be_is_refused(change: Callable[[Document], None],
     with pytest.raises(CacheCorrupt, match=f"00000001.json: shard 0: column .*{said}"):
         read_all(forge.write(tmp_path / "c"))
     (tmp_path / "c/manifest/00000001.json").unlink()
-    with pytest.raises(CacheCorrupt, match=f"commit/00000000.json: column .*{said}"), \
-            kdcache.open(tmp_path / "c", allow_partial=True) as cache:
+    with (
+        pytest.raises(CacheCorrupt, match=f"commit/00000000.json: column .*{said}"),
+        kdcache.open(tmp_path / "c", allow_partial=True) as cache,
+    ):
         cache.read(np.array([0]))
 
 
-@pytest.mark.parametrize("key,value", [("records", 3), ("rows", 10**9), ("size", 10**9), ("file", "../../etc/passwd")])
-def test_counts_and_names_that_cannot_be_are_refused(key: str, value: object, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "key,value", [("records", 3), ("rows", 10**9), ("size", 10**9), ("file", "../../etc/passwd")]
+)
+def test_counts_and_names_that_cannot_be_are_refused(
+    key: str, value: object, whole: Path, tmp_path: Path
+) -> None:
     forge = Forge(whole)
     commit, shards = forge.commits[1], forge.manifest["shards"]
     if key == "rows":
@@ -103,10 +123,19 @@ def test_counts_and_names_that_cannot_be_are_refused(key: str, value: object, wh
         cache.read(np.array([2]))
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("content_id", "0" * 64), ("keys_digest", "0" * 32), ("parent", "0" * 32), ("generation", 2), ("header", "0" * 32)])
-def test_a_manifest_of_another_place_or_content_is_refused(key: str, value: object, whole: Path,
-                                                          tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("content_id", "0" * 64),
+        ("keys_digest", "0" * 32),
+        ("parent", "0" * 32),
+        ("generation", 2),
+        ("header", "0" * 32),
+    ],
+)
+def test_a_manifest_of_another_place_or_content_is_refused(
+    key: str, value: object, whole: Path, tmp_path: Path
+) -> None:
     """docs/format.md 12.2, of a manifest whose own digest is right."""
     path = Forge(whole).write(tmp_path / "c")
     file = path / "manifest/00000001.json"
@@ -125,7 +154,9 @@ def test_a_forged_row_count_of_a_constant_level_is_refused(tmp_path: Path) -> No
 
 def test_an_id_twice_is_refused_when_its_tier_is_asked_for(whole: Path, tmp_path: Path) -> None:
     forge = Forge(whole)
-    first = np.frombuffer(forge.data[0], "<u2", offset=forge.commits[0]["columns"]["ids_1"]["offset"], count=1)[0]
+    first = np.frombuffer(
+        forge.data[0], "<u2", offset=forge.commits[0]["columns"]["ids_1"]["offset"], count=1
+    )[0]
     forge.patch(0, "ids_3", lambda ids: ids.__setitem__(0, first), "<u2")
     high = forge.data[0][forge.commits[0]["columns"]["ids_1_high"]["offset"]]
     forge.patch(0, "ids_3_high", lambda bits: bits.__setitem__(0, (bits[0] & 2) | (high & 1)), "u1")
@@ -157,39 +188,151 @@ def test_absurd_sizes_take_no_memory(whole: Path, tmp_path: Path) -> None:
 
 # column of a spec, by how its bytes are seen, and what a forger writes into row 1 of it.
 SEALED: dict[str, tuple[dict[str, object], str, str, Callable[[np.ndarray], object], str]] = {
-    "a scale that overflows": ({"features": "int8"}, "feature_f_scale", "<f4", lambda x: x.fill(3e38), "infinite"),
-    "a negative scale": ({"features": "int8"}, "feature_f_scale", "<f4", lambda x: x.fill(-1), "negative"),
-    "a scale that is no number": ({"features": "int8"}, "feature_f_scale", "<f4", lambda x: x.fill(np.nan), "NaN"),
-    "a code that no writer gives": ({"features": "int8"}, "feature_f", "<i1", lambda x: x.fill(-128), "code -128"),
-    "bfloat16 that rises": ({"values": "bfloat16"}, "values_4", "<u2", lambda x: put(x, [0xFF00, 0x7F00]), "rises"),
-    "float32 that rises": ({"values": "float32"}, "values_4", "<f4", lambda x: put(x, [-3e38, 3e38]), "rises"),
-    "float16 that rises": ({"values": "float16"}, "values_4", "<u2", lambda x: put(x, [0, 0xC000, 0xBC00]), "rises"),
-    "uint8 that rises": ({"values": "uint8"}, "values_4", "<u1", lambda x: put(x, [0, 9, 3]), "rises"),
-    "a tier above the one before": ({"values": "float32"}, "values_6", "<f4", lambda x: x.fill(1), "rises"),
-    "float16 that begins below": ({"values": "float16"}, "values_4", "<u2", lambda x: x.fill(0xBC00), "do not begin"),
-    "uint8 that begins below": ({"values": "uint8"}, "values_4", "<u1", lambda x: x.fill(9), "do not begin at 0"),
-    "full above its maximum": ({"kind": "full"}, "values", "<u2", lambda x: put(x, [0x7BFF]), "do not begin at 0"),
-    "full uint8 all far below": ({"kind": "full", "values": "uint8"}, "values", "<u1", lambda x: x.fill(254), "begin"),
-    "a label above all": ({"values": "float16"}, "label_logit", "<f4", lambda x: x.fill(3e38), "above its row's"),
-    "a label above bfloat16": ({"values": "bfloat16"}, "label_logit", "<f4", lambda x: x.fill(3e38), "above its row's"),
-    "a weight beyond all sums": ({"row_weights": True}, "weight", "<f4", lambda x: x.fill(3e38), "weight above"),
-    "a label's weight": ({"label_weights": True}, "label_weight", "<f4", lambda x: x.fill(3e38), "weight above"),
+    "a scale that overflows": (
+        {"features": "int8"},
+        "feature_f_scale",
+        "<f4",
+        lambda x: x.fill(3e38),
+        "infinite",
+    ),
+    "a negative scale": (
+        {"features": "int8"},
+        "feature_f_scale",
+        "<f4",
+        lambda x: x.fill(-1),
+        "negative",
+    ),
+    "a scale that is no number": (
+        {"features": "int8"},
+        "feature_f_scale",
+        "<f4",
+        lambda x: x.fill(np.nan),
+        "NaN",
+    ),
+    "a code that no writer gives": (
+        {"features": "int8"},
+        "feature_f",
+        "<i1",
+        lambda x: x.fill(-128),
+        "code -128",
+    ),
+    "bfloat16 that rises": (
+        {"values": "bfloat16"},
+        "values_4",
+        "<u2",
+        lambda x: put(x, [0xFF00, 0x7F00]),
+        "rises",
+    ),
+    "float32 that rises": (
+        {"values": "float32"},
+        "values_4",
+        "<f4",
+        lambda x: put(x, [-3e38, 3e38]),
+        "rises",
+    ),
+    "float16 that rises": (
+        {"values": "float16"},
+        "values_4",
+        "<u2",
+        lambda x: put(x, [0, 0xC000, 0xBC00]),
+        "rises",
+    ),
+    "uint8 that rises": (
+        {"values": "uint8"},
+        "values_4",
+        "<u1",
+        lambda x: put(x, [0, 9, 3]),
+        "rises",
+    ),
+    "a tier above the one before": (
+        {"values": "float32"},
+        "values_6",
+        "<f4",
+        lambda x: x.fill(1),
+        "rises",
+    ),
+    "float16 that begins below": (
+        {"values": "float16"},
+        "values_4",
+        "<u2",
+        lambda x: x.fill(0xBC00),
+        "do not begin",
+    ),
+    "uint8 that begins below": (
+        {"values": "uint8"},
+        "values_4",
+        "<u1",
+        lambda x: x.fill(9),
+        "do not begin at 0",
+    ),
+    "full above its maximum": (
+        {"kind": "full"},
+        "values",
+        "<u2",
+        lambda x: put(x, [0x7BFF]),
+        "do not begin at 0",
+    ),
+    "full uint8 all far below": (
+        {"kind": "full", "values": "uint8"},
+        "values",
+        "<u1",
+        lambda x: x.fill(254),
+        "begin",
+    ),
+    "a label above all": (
+        {"values": "float16"},
+        "label_logit",
+        "<f4",
+        lambda x: x.fill(3e38),
+        "above its row's",
+    ),
+    "a label above bfloat16": (
+        {"values": "bfloat16"},
+        "label_logit",
+        "<f4",
+        lambda x: x.fill(3e38),
+        "above its row's",
+    ),
+    "a weight beyond all sums": (
+        {"row_weights": True},
+        "weight",
+        "<f4",
+        lambda x: x.fill(3e38),
+        "weight above",
+    ),
+    "a label's weight": (
+        {"label_weights": True},
+        "label_weight",
+        "<f4",
+        lambda x: x.fill(3e38),
+        "weight above",
+    ),
 }
 
 
 def put(values: np.ndarray, new: list[float]) -> None:
-    values[:len(new)] = new
+    values[: len(new)] = new
 
 
 @pytest.mark.parametrize("lie", SEALED)
-def test_numbers_that_would_decode_to_infinity_or_nonsense_are_refused(lie: str, tmp_path: Path) -> None:
+def test_numbers_that_would_decode_to_infinity_or_nonsense_are_refused(
+    lie: str, tmp_path: Path
+) -> None:
     changes, column, dtype, change, said = SEALED[lie]
-    fields: dict[str, Any] = {"kind": "topk", "num_classes": 50, "samples": (0, 4), "records_per_shard": 4, "labels": 1,
-                              **changes}
+    fields: dict[str, Any] = {
+        "kind": "topk",
+        "num_classes": 50,
+        "samples": (0, 4),
+        "records_per_shard": 4,
+        "labels": 1,
+        **changes,
+    }
     if fields["kind"] == "topk":
         fields |= {"tiers": (4, 6), "temperatures": ("1",)}
     if "features" in fields:
-        fields["features"] = (FeatureSpec(name="f", module="m", recipe="raw", dtype="int8", shape=(2, 3)),)
+        fields["features"] = (
+            FeatureSpec(name="f", module="m", recipe="raw", dtype="int8", shape=(2, 3)),
+        )
     spec = CacheSpec(**fields)
     write_cache(tmp_path / "c", spec)
     with kdcache.open(tmp_path / "c") as cache:
@@ -208,10 +351,20 @@ def test_numbers_that_would_decode_to_infinity_or_nonsense_are_refused(lie: str,
             writer.write(0, columns)
 
 
-TYPED = (("data", "class_names", list), ("data", "name", str), ("data", "num_samples", int), ("data", "probe", list),
-         ("data", "window", int), ("data", "revision", str), ("teacher", "dtype", str), ("teacher", "weights", str),
-         ("teacher", "num_classes", int), ("teacher", "config", dict), ("teacher", "class_names", list),
-         ("tokenizer", "fingerprint", str))
+TYPED = (
+    ("data", "class_names", list),
+    ("data", "name", str),
+    ("data", "num_samples", int),
+    ("data", "probe", list),
+    ("data", "window", int),
+    ("data", "revision", str),
+    ("teacher", "dtype", str),
+    ("teacher", "weights", str),
+    ("teacher", "num_classes", int),
+    ("teacher", "config", dict),
+    ("teacher", "class_names", list),
+    ("tokenizer", "fingerprint", str),
+)
 
 
 def test_fields_of_an_identity_have_the_types_that_are_relied_on(tmp_path: Path) -> None:
@@ -223,27 +376,48 @@ def test_fields_of_an_identity_have_the_types_that_are_relied_on(tmp_path: Path)
                 continue
             forge = whole.copy()
             forge.header["identity"][part] = {**(forge.header["identity"][part] or {}), key: value}
-            with pytest.raises(CacheCorrupt, match=rf"header\.json: identity\.{part}\.{key}: expected"):
+            with pytest.raises(
+                CacheCorrupt, match=rf"header\.json: identity\.{part}\.{key}: expected"
+            ):
                 kdcache.open(forge.write(tmp_path / "lie"))
 
 
 def test_no_text_of_a_cache_reaches_a_terminal_as_it_is(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07\x9b31m\r\nforged line"
-    spec = CacheSpec(kind="full", num_classes=2, samples=(0, 3), records_per_shard=2, features=(
-        FeatureSpec(name="f", module=evil, recipe="raw", dtype="float32", shape=(1,)),))
-    identity = Identity(data={"name": evil, "revision": evil, "class_names": [evil, evil + "2"]},
-                        teacher={"weights": evil, "dtype": "float32", "config": {evil: evil}})
+    spec = CacheSpec(
+        kind="full",
+        num_classes=2,
+        samples=(0, 3),
+        records_per_shard=2,
+        features=(FeatureSpec(name="f", module=evil, recipe="raw", dtype="float32", shape=(1,)),),
+    )
+    identity = Identity(
+        data={"name": evil, "revision": evil, "class_names": [evil, evil + "2"]},
+        teacher={"weights": evil, "dtype": "float32", "config": {evil: evil}},
+    )
     write_cache(tmp_path / "c", spec, identity=identity)
     write_cache(tmp_path / "d", spec)
     forge = Forge(tmp_path / "c")
     forge.header["requires"] = [evil]
     forge.write(tmp_path / "e")
     (tmp_path / f"c/{evil}").write_text("")
-    for command in (["inspect", "c"], ["inspect", "c", "--record", "1"], ["inspect", "d", "c"], ["inspect", "c", "d"],
-                    ["inspect", "e"], ["verify", "c"], ["verify", "e"], ["inspect", "c", "--json"],
-                    ["inspect", "c", "--record", "0", "--json"], ["convert", "e", "f"], ["verify", "c", "--json"]):
+    for command in (
+        ["inspect", "c"],
+        ["inspect", "c", "--record", "1"],
+        ["inspect", "d", "c"],
+        ["inspect", "c", "d"],
+        ["inspect", "e"],
+        ["verify", "c"],
+        ["verify", "e"],
+        ["inspect", "c", "--json"],
+        ["inspect", "c", "--record", "0", "--json"],
+        ["convert", "e", "f"],
+        ["verify", "c", "--json"],
+    ):
         arguments = [str(tmp_path / word) if word in (*"cdef",) else word for word in command]
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code in (0, 1, 2) and "owned" in result.output, (command, result.output)
-        assert not set(result.output) & {*map(chr, range(32)), *map(chr, range(127, 160))} - {"\n"}, command
+        assert not set(result.output) & {*map(chr, range(32)), *map(chr, range(127, 160))} - {
+            "\n"
+        }, command
         assert not any(line.startswith("forged") for line in result.output.splitlines()), command

@@ -38,20 +38,33 @@ def damaged_elsewhere(path: Path) -> None:
 ODD: dict[str, Callable[[Path], None]] = {
     "a link to nowhere": lambda path: path.symlink_to("nowhere"),
     "a link in a circle": lambda path: path.symlink_to(path),
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"), "a pipe": os.mkfifo, "a folder": Path.mkdir,
-    "a link to a folder": lambda path: path.symlink_to("/tmp"), "a socket": listen,
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to a folder": lambda path: path.symlink_to("/tmp"),
+    "a socket": listen,
     "a link to a bad file": damaged_elsewhere,
 }
 
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("container", ["arrow", "hdf5"])
-def test_whatever_has_the_name_of_a_file_is_found_and_mended(kind: str, container: str, tmp_path: Path) -> None:
+def test_whatever_has_the_name_of_a_file_is_found_and_mended(
+    kind: str, container: str, tmp_path: Path
+) -> None:
     dump(tmp_path / "whole", container)
     before = tree(tmp_path / "whole")
     file = next(name for name in before if name.startswith("data/"))
-    for number, name in enumerate((file, "commit/00000001.json", "manifest/00000001.json", "data/.tmp-x",
-                                   "commit/.tmp-x", ".tmp-x")):
+    for number, name in enumerate(
+        (
+            file,
+            "commit/00000001.json",
+            "manifest/00000001.json",
+            "data/.tmp-x",
+            "commit/.tmp-x",
+            ".tmp-x",
+        )
+    ):
         path = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", path)
         (path / name).unlink(missing_ok=True)
@@ -69,15 +82,22 @@ def test_whatever_has_the_name_of_a_file_is_found_and_mended(kind: str, containe
         assert tree(path) == before
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ODD if kind not in ("a folder", "a link to a folder")])
-def test_whatever_has_the_name_of_a_folder_or_of_the_header_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ODD if kind not in ("a folder", "a link to a folder")]
+)
+def test_whatever_has_the_name_of_a_folder_or_of_the_header_is_refused_by_name(
+    kind: str, tmp_path: Path
+) -> None:
     for name in ("data", "commit", "manifest", "header.json"):
         path = tmp_path / name
         dump(path, "arrow")
         shutil.move(path / name, tmp_path / f"{name}-away")
         ODD[kind](path / name)
         said = ["; ".join(verify(path).problems)]
-        for use in (lambda path: create(path, SPEC, IDENTITY), lambda path: kdcache.open(path).check_all()):
+        for use in (
+            lambda path: create(path, SPEC, IDENTITY),
+            lambda path: kdcache.open(path).check_all(),
+        ):
             try:
                 said.append("; ".join(use(path)))
             except KDCacheError as e:
@@ -89,9 +109,24 @@ def test_whatever_has_the_name_of_a_folder_or_of_the_header_is_refused_by_name(k
 def test_what_people_and_tools_put_beside_a_cache_is_no_damage(tmp_path: Path) -> None:
     path = tmp_path / "c"
     dump(path, "arrow")
-    beside = ["README.md", "README", "readme.txt", "LICENSE", "LICENCE.txt", "NOTICE", "CITATION.cff", ".gitattributes",
-              ".gitignore", ".huggingface/x", ".git/config", ".cache/huggingface/y", ".DS_Store", "data/.DS_Store",
-              "commit/.nfs0001", "manifest/._x"]
+    beside = [
+        "README.md",
+        "README",
+        "readme.txt",
+        "LICENSE",
+        "LICENCE.txt",
+        "NOTICE",
+        "CITATION.cff",
+        ".gitattributes",
+        ".gitignore",
+        ".huggingface/x",
+        ".git/config",
+        ".cache/huggingface/y",
+        ".DS_Store",
+        "data/.DS_Store",
+        "commit/.nfs0001",
+        "manifest/._x",
+    ]
     for name in beside:
         (path / name).parent.mkdir(exist_ok=True, parents=True)
         (path / name).write_text("x")
@@ -110,16 +145,23 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
     path = tmp_path / "c"
     dump(path, "arrow")
     before = tree(path)
-    victims = [next(name for name in before if name.startswith("data/00000001")), "commit/00000000.json"]
+    victims = [
+        next(name for name in before if name.startswith("data/00000001")),
+        "commit/00000000.json",
+    ]
 
     def unprivileged() -> None:
         if os.geteuid() == 0:
             os.setuid(65534)
         for name in victims:
             report = verify(path)
-            assert any(f"{path / name}: {UNREAD}" in problem for problem in report.problems), report.problems
+            assert any(f"{path / name}: {UNREAD}" in problem for problem in report.problems), (
+                report.problems
+            )
             assert report.advice is None
-            with pytest.raises(KDCacheError, match="not allowed while creating the cache") as caught:
+            with pytest.raises(
+                KDCacheError, match="not allowed while creating the cache"
+            ) as caught:
                 create(path, SPEC, IDENTITY)
             assert "\n" not in str(caught.value)
             with pytest.raises(KDCacheError, match="not allowed while reading") as caught:

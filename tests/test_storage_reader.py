@@ -1,4 +1,6 @@
-"""Reading: any records in any order, from threads and forks, leaving nothing behind; and converting."""
+"""Reading: any records in any order, from threads and forks, leaving nothing behind; and
+converting.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import CONTAINERS, IDENTITY, image_spec, make_columns, specs, token_spec, tree, write_cache
+from strategies import (
+    CONTAINERS,
+    IDENTITY,
+    image_spec,
+    make_columns,
+    specs,
+    token_spec,
+    tree,
+    write_cache,
+)
 from test_storage_roundtrip import check_batch, expected
 
 import kdcache
@@ -23,7 +34,14 @@ from kdcache.cache.convert import convert
 from kdcache.cache.gather import Group, groups, run
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import create
-from kdcache.errors import CacheCorrupt, CacheExists, CacheIncomplete, IdentityMismatch, KDCacheError, UsageError
+from kdcache.errors import (
+    CacheCorrupt,
+    CacheExists,
+    CacheIncomplete,
+    IdentityMismatch,
+    KDCacheError,
+    UsageError,
+)
 
 SPEC = token_spec(samples=(0, 40), views=(0, 2), records_per_shard=7)
 
@@ -36,10 +54,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ORDERS = {
-    "none": [], "one": [33], "forwards": list(range(80)), "backwards": list(range(79, -1, -1)),
+    "none": [],
+    "one": [33],
+    "forwards": list(range(80)),
+    "backwards": list(range(79, -1, -1)),
     "repeats": [5, 5, 5, 71, 5],
-    "one shard": [3, 1, 2], "one shard run": [1, 2, 3], "across shards": list(range(4, 18)),
-    "shuffled": np.random.default_rng(0).permutation(80).tolist(), "sorted with holes": list(range(0, 80, 3)),
+    "one shard": [3, 1, 2],
+    "one shard run": [1, 2, 3],
+    "across shards": list(range(4, 18)),
+    "shuffled": np.random.default_rng(0).permutation(80).tolist(),
+    "sorted with holes": list(range(0, 80, 3)),
 }
 
 
@@ -94,16 +118,32 @@ def test_records_and_columns_that_are_not_there(path: Path) -> None:
 
 def test_facts(path: Path) -> None:
     with kdcache.open(path) as cache:
-        assert (cache.path, cache.spec, cache.identity, cache.container) == (path, SPEC, IDENTITY, "hdf5")
-        assert cache.recorded == {"numpy": "0"} and cache.generation == 1 and len(cache) == 80 and not cache.accepted
+        assert (cache.path, cache.spec, cache.identity, cache.container) == (
+            path,
+            SPEC,
+            IDENTITY,
+            "hdf5",
+        )
+        assert (
+            cache.recorded == {"numpy": "0"}
+            and cache.generation == 1
+            and len(cache) == 80
+            and not cache.accepted
+        )
         assert len(cache.content_id) == 64 and cache.missing() == []
         rows = {i: make_columns(SPEC, i) for i in range(SPEC.num_shards)}
         assert [f.rows["row"] for f in cache.shards] == [len(c["pos"]) for c in rows.values()]
-        assert [f.size for f in cache.shards] == [(path / "data" / f.file).stat().st_size for f in cache.shards]
+        assert [f.size for f in cache.shards] == [
+            (path / "data" / f.file).stat().st_size for f in cache.shards
+        ]
         sizes = cache.column_bytes()
         for name in sizes:
             assert sizes[name] == sum(c[name].nbytes for c in rows.values()), name
-        assert cache.measured == {"rows": 78.0, "kl:1": pytest.approx(7.8), "odd": pytest.approx(12e-300)}
+        assert cache.measured == {
+            "rows": 78.0,
+            "kl:1": pytest.approx(7.8),
+            "odd": pytest.approx(12e-300),
+        }
         assert cache.shard_measured(3) == {"rows": 4.0, "kl:1": 0.4, "odd": 1e-300}
 
 
@@ -119,7 +159,9 @@ def test_batches_belong_to_the_caller(path: Path) -> None:
 
 def test_expect_is_compared_field_by_field(path: Path) -> None:
     other = kdcache.Identity(data=IDENTITY.data, teacher={**IDENTITY.teacher, "dtype": "bfloat16"})
-    with pytest.raises(IdentityMismatch, match=r"teacher\.dtype: cache has 'float32', given is 'bfloat16'"):
+    with pytest.raises(
+        IdentityMismatch, match=r"teacher\.dtype: cache has 'float32', given is 'bfloat16'"
+    ):
         kdcache.open(path, expect=other)
     with kdcache.open(path, expect=other, accept=["teacher.dtype"]) as cache:
         assert cache.accepted == ["teacher.dtype"]
@@ -137,7 +179,9 @@ def test_threads_share_a_cache(path: Path) -> None:
             def work(seed: int, cache: Cache = cache, barrier: threading.Barrier = barrier) -> None:
                 barrier.wait()
                 for records in np.random.default_rng(seed).integers(0, 80, (10, 16)):
-                    check_batch(cache.read(records), {n: [c[i] for i in records] for n, c in wanted.items()})
+                    check_batch(
+                        cache.read(records), {n: [c[i] for i in records] for n, c in wanted.items()}
+                    )
 
             list(pool.map(work, range(8)))
 
@@ -145,7 +189,8 @@ def test_threads_share_a_cache(path: Path) -> None:
 def test_a_fork_reads_on_though_a_lock_was_held(path: Path) -> None:
     cache = kdcache.open(path)
     cache.read(np.arange(20))
-    with cache._lock, cache._shard(0)._lock:                # as another thread would hold them during the fork
+    # as another thread would hold them during the fork
+    with cache._lock, cache._shard(0)._lock:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
@@ -173,7 +218,9 @@ def test_a_cache_travels_to_other_processes(path: Path, tmp_path: Path) -> None:
 
 
 def maps(path: Path) -> int:
-    """The mapped files of the cache at `path` alone: another test's cache may still wait for the collector."""
+    """The mapped files of the cache at `path` alone: another test's cache may still wait for the
+    collector.
+    """
     return sum(f"{path}/data/" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
@@ -199,11 +246,13 @@ def test_views_of_a_shard_outlive_the_cache(path: Path) -> None:
     with kdcache.open(path) as cache:
         columns = cache.shard_columns(2)
     del cache
-    assert all(columns[name].tobytes() == value.tobytes() for name, value in make_columns(SPEC, 2).items())
+    assert all(
+        columns[name].tobytes() == value.tobytes() for name, value in make_columns(SPEC, 2).items()
+    )
 
 
 def test_a_cache_is_read_while_it_is_written(tmp_path: Path) -> None:
-    spec = image_spec()                     # two views of shards of 3 and 2 records
+    spec = image_spec()  # two views of shards of 3 and 2 records
     with create(tmp_path / "c", spec, IDENTITY) as writer:
         writer.write(0, make_columns(spec, 0), {"rows": 3.0})
         with pytest.raises(CacheIncomplete, match="1 of 4 shards are committed"):
@@ -215,7 +264,7 @@ def test_a_cache_is_read_while_it_is_written(tmp_path: Path) -> None:
             check_batch(cache.read(np.array([2, 0])), expected(spec, np.array([2, 0]))[0])
             with pytest.raises(CacheIncomplete, match="shard 1 is not committed yet"):
                 cache.read(np.array([0, 3]))
-            assert len(cache.check_all()) == 4                 # three shards, and no seal
+            assert len(cache.check_all()) == 4  # three shards, and no seal
             writer.write(1, make_columns(spec, 1))
             check_batch(cache.read(np.array([3, 0])), expected(spec, np.array([3, 0]))[0])
             assert len(pickle.loads(pickle.dumps(cache)).shards) == 2
@@ -240,13 +289,18 @@ def test_a_failing_map_is_our_error(path: Path, monkeypatch: pytest.MonkeyPatch)
         return mapping._MAP_FAILED
 
     monkeypatch.setattr(mapping._libc, "mmap", refuse)
-    with kdcache.open(path) as cache, pytest.raises(KDCacheError, match="Cannot allocate memory while reading"):
+    with (
+        kdcache.open(path) as cache,
+        pytest.raises(KDCacheError, match="Cannot allocate memory while reading"),
+    ):
         cache.read(np.array([0]))
 
 
 @settings(max_examples=15, deadline=None)
 @given(spec=specs(), seed=st.integers(0, 99))
-def test_conversion_is_lossless(spec: kdcache.CacheSpec, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_conversion_is_lossless(
+    spec: kdcache.CacheSpec, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("convert")
     content_id = write_cache(folder / "a", spec, "arrow", seed=seed)
     assert convert(folder / "a", folder / "h") == content_id
@@ -274,7 +328,9 @@ def test_conversion_continues_and_refuses(path: Path, tmp_path: Path) -> None:
     with create(tmp_path / "liar", SPEC, IDENTITY) as writer:
         writer.write(0, make_columns(SPEC, 0, seed=5))
     before = tree(tmp_path / "liar")
-    with pytest.raises(CacheExists, match=r"liar: its shard 0 has another column .* remove the folder, or choose"):
+    with pytest.raises(
+        CacheExists, match=r"liar: its shard 0 has another column .* remove the folder, or choose"
+    ):
         convert(path, tmp_path / "liar", "arrow")
     assert tree(tmp_path / "liar") == before
 

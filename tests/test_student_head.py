@@ -1,4 +1,6 @@
-"""A head taken apart: hidden states times head, scaled and capped, are the logits, or the student is refused."""
+"""A head taken apart: hidden states times head, scaled and capped, are the logits, or the student
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,63 @@ from kdcache.models import forward
 from kdcache.student.head import CAPS, FEW, SCALES, Head
 
 TEXT: dict[str, Any] = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-                         "num_key_value_heads": 1}
-A_ROW = 256             # bytes: 61 float32 logits, and 3 more to a multiple of 64
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_key_value_heads": 1,
+}
+A_ROW = 256  # bytes: 61 float32 logits, and 3 more to a multiple of 64
 # Config and model of transformers, what the config is given, scale and soft cap.
 MODELS: dict[str, tuple[str, str, dict[str, Any], float, float | None]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", SMALL, 1, None),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}, 1, None),
-    "mamba": ("MambaConfig", "MambaForCausalLM", SMALL, 1, None),                # asks its head for a dtype
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**SMALL, "head_dim": 8, "final_logit_softcapping": 30.0}, 1, 30),
-    "recurrent gemma": ("RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", {
-        **SMALL, "lru_width": 16, "head_dim": 8, "logits_soft_cap": 3.0}, 1, 3),
-    "xlstm": ("xLSTMConfig", "xLSTMForCausalLM", {                               # caps in place, in float32
-        "hidden_size": 16, "num_heads": 2, "num_blocks": 1, "output_logit_soft_cap": 2.5}, 1, 2.5),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16},
+        1,
+        None,
+    ),
+    # asks its head for a dtype
+    "mamba": ("MambaConfig", "MambaForCausalLM", SMALL, 1, None),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**SMALL, "head_dim": 8, "final_logit_softcapping": 30.0},
+        1,
+        30,
+    ),
+    "recurrent gemma": (
+        "RecurrentGemmaConfig",
+        "RecurrentGemmaForCausalLM",
+        {**SMALL, "lru_width": 16, "head_dim": 8, "logits_soft_cap": 3.0},
+        1,
+        3,
+    ),
+    # caps in place, in float32
+    "xlstm": (
+        "xLSTMConfig",
+        "xLSTMForCausalLM",
+        {"hidden_size": 16, "num_heads": 2, "num_blocks": 1, "output_logit_soft_cap": 2.5},
+        1,
+        2.5,
+    ),
     "cohere": ("CohereConfig", "CohereForCausalLM", {**SMALL, "logit_scale": 0.3}, 0.3, None),
-    "granite": ("GraniteConfig", "GraniteForCausalLM", {**SMALL, "logits_scaling": 13.0}, 1 / 13, None),
-    "hyperclova x": ("HyperCLOVAXConfig", "HyperCLOVAXForCausalLM", {**SMALL, "logits_scaling": 0.7}, 0.7, None),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {**SMALL, "logits_scaling": 13.0},
+        1 / 13,
+        None,
+    ),
+    "hyperclova x": (
+        "HyperCLOVAXConfig",
+        "HyperCLOVAXForCausalLM",
+        {**SMALL, "logits_scaling": 0.7},
+        0.7,
+        None,
+    ),
     "bert": ("BertConfig", "BertForSequenceClassification", SMALL, 1, None),
 }
 
@@ -40,7 +83,9 @@ def made(name: str) -> nn.Module:
     if not hasattr(transformers, model):
         pytest.skip(f"this transformers has no {model}")
     torch.manual_seed(0)
-    out: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**{**TEXT, **values}))
+    out: nn.Module = getattr(transformers, model)(
+        getattr(transformers, config)(**{**TEXT, **values})
+    )
     return out.eval()
 
 
@@ -55,8 +100,8 @@ def head_of(module: nn.Module, memory: int | str = "1 MB") -> Head:
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "bert"])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_hidden_states_times_head_are_the_logits(name: str, precision: torch.dtype | None) -> None:
-    """Bit for bit where the module does nothing to them; a scale and a cap are three roundings of half a unit, and two
-    units of tanh."""
+    """Bit for bit where the module does nothing to them; a scale and a cap are three roundings of
+    half a unit, and two units of tanh."""
     model = made(name)
     names = dict(model.named_parameters())
     scale, softcap = MODELS[name][3:]
@@ -69,7 +114,10 @@ def test_hidden_states_times_head_are_the_logits(name: str, precision: torch.dty
         ((_, found),) = head.chunks(hidden.flatten(0, 1), None)
     eps = 0 if (scale, softcap) == (1, None) else 4 * torch.finfo(precision or torch.float32).eps
     assert bool(((found.view(3, 7, 61) - expected).abs() <= eps * expected.float().abs()).all())
-    assert dict(model.named_parameters()).keys() == names.keys() and model.get_submodule(head.path) is head.linear
+    assert (
+        dict(model.named_parameters()).keys() == names.keys()
+        and model.get_submodule(head.path) is head.linear
+    )
 
 
 def test_chunks_are_of_the_rows_that_fit_and_of_the_classes_asked_for() -> None:
@@ -85,11 +133,19 @@ def test_chunks_are_of_the_rows_that_fit_and_of_the_classes_asked_for() -> None:
 
 
 def test_what_is_said_of_a_head() -> None:
-    for name, said in (("llama", ""), ("gemma2", ", soft cap 30"), ("granite", ", scale 0.0769231")):
-        assert str(head_of(made(name), "2 kB")) == f"never whole, in chunks of 2 kB inside the loss{said}"
+    for name, said in (
+        ("llama", ""),
+        ("gemma2", ", soft cap 30"),
+        ("granite", ", scale 0.0769231"),
+    ):
+        assert (
+            str(head_of(made(name), "2 kB"))
+            == f"never whole, in chunks of 2 kB inside the loss{said}"
+        )
 
 
-# ---- what a module may do, and what it may not --------------------------------------------------------------------
+# ---- what a module may do, and what it may not
+# --------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -116,20 +172,44 @@ def cap(x: Tensor, by: float = 3.0) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize(("after", "said", "scale", "softcap"), [
-    *((lambda x: x * 0.3, {name: 0.3}, 0.3, None) for name in SCALES),
-    *((lambda x: x / 0.3, {name: 0.3}, 1 / 0.3, None) for name in SCALES),
-    *((cap, {name: 3}, 1, 3.0) for name in CAPS),
-    (lambda x: cap(x * 0.3), {"output_multiplier": 0.3, "final_logit_softcapping": 3.0}, 0.3, 3.0),
-    (lambda x: cap(x.float()).bfloat16(), {"final_logit_softcapping": 3.0}, 1, 3.0),
-    (lambda x: cap(x).float(), {"final_logit_softcapping": 3.0}, 1, 3.0),
-    (lambda x: torch.tanh(x * torch.tensor(1 / 3, dtype=x.dtype)) * 3, {"final_logit_softcapping": 3.0}, 1, 3.0),
-    (lambda x: x.double(), {"logit_scale": None, "final_logit_softcapping": None}, 1, None),
-    (lambda x: x, {"logits_scaling": 1.0, "logit_scale": "inv_sqrt_d_model"}, 1, None),
-    (lambda x: x, {"get_text_config": lambda decoder: None}, 1, None),
-    (cap, {"get_text_config": lambda decoder: SimpleNamespace(final_logit_softcapping=3.0)}, 1, 3.0)])
-def test_what_a_config_says_and_its_module_does(after: Any, said: dict[str, Any], scale: float, softcap: float | None,
-                                                precision: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("after", "said", "scale", "softcap"),
+    [
+        *((lambda x: x * 0.3, {name: 0.3}, 0.3, None) for name in SCALES),
+        *((lambda x: x / 0.3, {name: 0.3}, 1 / 0.3, None) for name in SCALES),
+        *((cap, {name: 3}, 1, 3.0) for name in CAPS),
+        (
+            lambda x: cap(x * 0.3),
+            {"output_multiplier": 0.3, "final_logit_softcapping": 3.0},
+            0.3,
+            3.0,
+        ),
+        (lambda x: cap(x.float()).bfloat16(), {"final_logit_softcapping": 3.0}, 1, 3.0),
+        (lambda x: cap(x).float(), {"final_logit_softcapping": 3.0}, 1, 3.0),
+        (
+            lambda x: torch.tanh(x * torch.tensor(1 / 3, dtype=x.dtype)) * 3,
+            {"final_logit_softcapping": 3.0},
+            1,
+            3.0,
+        ),
+        (lambda x: x.double(), {"logit_scale": None, "final_logit_softcapping": None}, 1, None),
+        (lambda x: x, {"logits_scaling": 1.0, "logit_scale": "inv_sqrt_d_model"}, 1, None),
+        (lambda x: x, {"get_text_config": lambda decoder: None}, 1, None),
+        (
+            cap,
+            {"get_text_config": lambda decoder: SimpleNamespace(final_logit_softcapping=3.0)},
+            1,
+            3.0,
+        ),
+    ],
+)
+def test_what_a_config_says_and_its_module_does(
+    after: Any,
+    said: dict[str, Any],
+    scale: float,
+    softcap: float | None,
+    precision: torch.dtype | None,
+) -> None:
     for zeros in (False, True):
         with torch.autocast("cpu", precision, enabled=precision is not None):
             head = head_of(Model(after, zeros, **said).eval())
@@ -143,28 +223,54 @@ def masked(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("zeros", [False, True])            # a head of zeros, whose logits show nothing
-@pytest.mark.parametrize(("after", "said"), [
-    (cap, {}), (lambda x: x * 0.25, {}), (lambda x: x + 0.01, {}), (masked, {}), (lambda x: x.log_softmax(-1), {}),
-    (lambda x: x[..., :50], {}), (lambda x: x.clamp(-3, 3), {}), (torch.relu, {}), (cap, {"softcap": 3.0}),
-    (lambda x: x, {"final_logit_softcapping": 3.0}), (lambda x: x, {"logit_scale": 0.3}),
-    (lambda x: cap(x, 3.001), {"final_logit_softcapping": 3.0}), (lambda x: cap(x, 300.0), {"logits_soft_cap": 301.0}),
-    (lambda x: x * 0.3001, {"logit_scale": 0.3}), (lambda x: x.clamp(-3, 3), {"final_logit_softcapping": 3.0}),
-    (lambda x: 0.3 * cap(x), {"logit_scale": 0.3, "final_logit_softcapping": 3.0}),
-    (lambda x: cap(masked(x)), {"final_logit_softcapping": 3.0}),
-    (lambda x: cap(x), {"logit_scale": 0.3, "final_logit_softcapping": 3.0}),
-    (lambda x: x * -0.3, {"logit_scale": -0.3}), (lambda x: x * 0, {"logit_scale": 0.0})])
-def test_a_model_that_does_anything_else_is_refused(after: Any, said: dict[str, Any], zeros: bool,
-                                                    precision: torch.dtype | None) -> None:
-    names = ", ".join(f"{name} {value:g}" for name, value in said.items() if name in CAPS + SCALES and value > 0)
+# a head of zeros, whose logits show nothing
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (cap, {}),
+        (lambda x: x * 0.25, {}),
+        (lambda x: x + 0.01, {}),
+        (masked, {}),
+        (lambda x: x.log_softmax(-1), {}),
+        (lambda x: x[..., :50], {}),
+        (lambda x: x.clamp(-3, 3), {}),
+        (torch.relu, {}),
+        (cap, {"softcap": 3.0}),
+        (lambda x: x, {"final_logit_softcapping": 3.0}),
+        (lambda x: x, {"logit_scale": 0.3}),
+        (lambda x: cap(x, 3.001), {"final_logit_softcapping": 3.0}),
+        (lambda x: cap(x, 300.0), {"logits_soft_cap": 301.0}),
+        (lambda x: x * 0.3001, {"logit_scale": 0.3}),
+        (lambda x: x.clamp(-3, 3), {"final_logit_softcapping": 3.0}),
+        (lambda x: 0.3 * cap(x), {"logit_scale": 0.3, "final_logit_softcapping": 3.0}),
+        (lambda x: cap(masked(x)), {"final_logit_softcapping": 3.0}),
+        (lambda x: cap(x), {"logit_scale": 0.3, "final_logit_softcapping": 3.0}),
+        (lambda x: x * -0.3, {"logit_scale": -0.3}),
+        (lambda x: x * 0, {"logit_scale": 0.0}),
+    ],
+)
+def test_a_model_that_does_anything_else_is_refused(
+    after: Any, said: dict[str, Any], zeros: bool, precision: torch.dtype | None
+) -> None:
+    names = ", ".join(
+        f"{name} {value:g}" for name, value in said.items() if name in CAPS + SCALES and value > 0
+    )
     says = f"with its config's {names}, so" if names else r"\(a scale or a cap, say"
-    with torch.autocast("cpu", precision, enabled=precision is not None), pytest.raises(UsageError) as caught:
+    with (
+        torch.autocast("cpu", precision, enabled=precision is not None),
+        pytest.raises(UsageError) as caught,
+    ):
         head_of(Model(after, zeros, **said).eval())
-    assert caught.match(f"makes other logits than its head 'lm_head' {says}") and "\n" not in str(caught.value)
+    assert caught.match(f"makes other logits than its head 'lm_head' {says}") and "\n" not in str(
+        caught.value
+    )
 
 
 def test_the_heads_own_logits_are_looked_at_too() -> None:
-    """What a hook on the head does, and a class masked by its bias: the loss leaves it at -inf, tanh makes it -3."""
+    """What a hook on the head does, and a class masked by its bias: the loss leaves it at -inf,
+    tanh makes it -3.
+    """
     hooked, masked = Model(), Model(cap, final_logit_softcapping=3.0)
     hooked.lm_head.register_forward_hook(lambda _module, _given, out: out + 1)
     masked.lm_head.bias.data[7] = -torch.inf
@@ -185,8 +291,15 @@ def test_a_few_positions_of_one_record_are_looked_at() -> None:
             seen.append((input_ids.shape, position_ids.shape, scale.shape))
             return super().forward(input_ids)
 
-    Head(Long(), A_ROW, {"input_ids": torch.zeros(3, 40, dtype=torch.int64), "scale": torch.ones(3, 40, 2, 2),
-                         "position_ids": torch.zeros(3, 40, dtype=torch.int64)})
+    Head(
+        Long(),
+        A_ROW,
+        {
+            "input_ids": torch.zeros(3, 40, dtype=torch.int64),
+            "scale": torch.ones(3, 40, 2, 2),
+            "position_ids": torch.zeros(3, 40, dtype=torch.int64),
+        },
+    )
     assert seen == [((1, FEW), (1, FEW), (1, FEW, 2, 2))] * 2
 
 
@@ -211,17 +324,27 @@ class Around(Model):
         return nn.functional.linear(self.embed(input_ids), self.lm_head.weight, self.lm_head.bias)
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    (lambda: made("bert"), "is not there or returns none"), (lambda: nn.Linear(4, 5), "is not there or returns none"),
-    (TwoHeads, "stands 2 times"), (Odd, "returns a Bilinear"), (Twice, "Twice runs its head 'lm_head' 2 times"),
-    (Around, "Around runs its head 'lm_head' 0 times")])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: made("bert"), "is not there or returns none"),
+        (lambda: nn.Linear(4, 5), "is not there or returns none"),
+        (TwoHeads, "stands 2 times"),
+        (Odd, "returns a Bilinear"),
+        (Twice, "Twice runs its head 'lm_head' 2 times"),
+        (Around, "Around runs its head 'lm_head' 0 times"),
+    ],
+)
 def test_a_module_without_a_head_of_its_own_is_refused(model: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         head_of(model())
 
 
 def test_a_memory_that_holds_no_row_is_refused() -> None:
-    for memory, message in ((A_ROW - 1, "the logits of a single row take 256"), ("much", "memory is 'much'")):
+    for memory, message in (
+        (A_ROW - 1, "the logits of a single row take 256"),
+        ("much", "memory is 'much'"),
+    ):
         with pytest.raises(UsageError, match=message):
             head_of(Model(), memory)
 

@@ -1,4 +1,6 @@
-"""One teacher, one cache: equal weights under another configuration, other answers, and answers that are none."""
+"""One teacher, one cache: equal weights under another configuration, other answers, and answers
+that are none.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from kdcache.model_identity import architecture
 from kdcache.teacher.agreement import committed_records
 from kdcache.teacher.verify import verify
 
-STOPPED = 40                    # the sample that a first dump stops at, after four shards of ten records
+# the sample that a first dump stops at, after four shards of ten records
+STOPPED = 40
 
 
 class Stop(Exception):
@@ -31,38 +34,60 @@ class Stop(Exception):
 
 def begin(out: Path, teacher: nn.Module, data: Any, **options: Any) -> None:
     """Some shards of a dump, which something then stops."""
+
     def stop(progress: Any) -> None:
         if progress.records >= STOPPED // 2:
             raise Stop
 
     with pytest.raises(KDCacheError, match=r"^progress: Stop"):
-        dumper(out)(teacher=teacher, data=data, batch_size=5, records_per_shard=10, progress=stop, **options)
+        dumper(out)(
+            teacher=teacher, data=data, batch_size=5, records_per_shard=10, progress=stop, **options
+        )
 
 
 def llama(**changes: Any) -> nn.Module:
     """A tiny Llama; whatever changes, its weights are the same."""
-    fields = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "max_position_embeddings": 64, "attn_implementation": "eager",
-              "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    fields = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "attn_implementation": "eager",
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**fields, **changes})).eval()
 
 
-@pytest.mark.parametrize(("changes", "field"), [
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "config.rope_parameters.rope_theta"),
-    ({"rms_norm_eps": 1e-2}, "config.rms_norm_eps"),
-    ({"hidden_act": "gelu"}, "config.hidden_act"),
-    ({"attn_implementation": "sdpa"}, "config.attn_implementation"),
-    ({"max_position_embeddings": 128}, "config.max_position_embeddings"),
-    ({"some_future_cap": 30.0}, "config.some_future_cap"),
-])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            "config.rope_parameters.rope_theta",
+        ),
+        ({"rms_norm_eps": 1e-2}, "config.rms_norm_eps"),
+        ({"hidden_act": "gelu"}, "config.hidden_act"),
+        ({"attn_implementation": "sdpa"}, "config.attn_implementation"),
+        ({"max_position_embeddings": 128}, "config.max_position_embeddings"),
+        ({"some_future_cap": 30.0}, "config.some_future_cap"),
+    ],
+)
 def test_equal_weights_under_another_configuration_are_another_teacher(
-        tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    tmp_path: Path, changes: dict[str, Any], field: str
+) -> None:
     out, data = tmp_path / "c", Sentences(23)
     begin(out, llama(), data, k=3)
-    with pytest.raises(IdentityMismatch, match=rf"\n  teacher\.{field}: cache has .*, given is ") as caught:
+    with pytest.raises(
+        IdentityMismatch, match=rf"\n  teacher\.{field}: cache has .*, given is "
+    ) as caught:
         dumper(out)(teacher=llama(**changes), data=data, batch_size=5, k=3)
-    assert all(d.field.startswith(("teacher.config", "teacher.modules")) for d in caught.value.fields)
+    assert all(
+        d.field.startswith(("teacher.config", "teacher.modules")) for d in caught.value.fields
+    )
     dumper(out)(teacher=llama(), data=data, batch_size=5, k=3)
     report = verify(out, teacher=llama(**changes), data=data, device="cpu")
     assert any(f"teacher.{field}: cache has" in problem for problem in report.problems)
@@ -70,18 +95,32 @@ def test_equal_weights_under_another_configuration_are_another_teacher(
 
 
 def test_what_cannot_change_an_answer_is_not_part_of_who_answers() -> None:
-    same = [{"attention_dropout": 0.5}, {"use_cache": False}, {"initializer_range": 1.0},
-            {"id2label": {0: "a", 1: "b"}}, {"architectures": ["X"]}, {"_name_or_path": "/somewhere"},
-            {"transformers_version": "0.1"}]
+    same = [
+        {"attention_dropout": 0.5},
+        {"use_cache": False},
+        {"initializer_range": 1.0},
+        {"id2label": {0: "a", 1: "b"}},
+        {"architectures": ["X"]},
+        {"_name_or_path": "/somewhere"},
+        {"transformers_version": "0.1"},
+    ]
     for changes in same:
         assert architecture(llama(**changes)) == architecture(llama()), changes
     json.dumps(architecture(llama()))
 
 
-@pytest.mark.parametrize("change", [
-    lambda net: net.append(nn.Softplus(beta=2)), lambda net: setattr(net[0], "eps", 1.0),
-    lambda net: net[1].__setattr__("padding", (1, 1))], ids=["another module", "an eps", "a padding"])
-def test_of_other_modules_the_tree_with_what_each_says_of_itself_is_compared(change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.append(nn.Softplus(beta=2)),
+        lambda net: setattr(net[0], "eps", 1.0),
+        lambda net: net[1].__setattr__("padding", (1, 1)),
+    ],
+    ids=["another module", "an eps", "a padding"],
+)
+def test_of_other_modules_the_tree_with_what_each_says_of_itself_is_compared(
+    change: Callable[[Any], None],
+) -> None:
     def net() -> nn.Sequential:
         return nn.Sequential(nn.GroupNorm(1, 4), nn.Conv2d(4, 4, 1), nn.Dropout(0.1))
 
@@ -103,21 +142,35 @@ class Scaled(nn.Module):
         return self.by * self.net(x)
 
 
-@pytest.mark.parametrize("options", [{"k": 3}, {"kind": "full", "values": "uint8"},
-                                     {"kind": "none", "features": ["net.2:raw:int8"]}, {"views": 2}])
-def test_a_dump_that_goes_on_asks_again_about_what_is_committed(tmp_path: Path, options: dict[str, Any]) -> None:
-    class Inside(Scaled):           # so that a feature depends on it too
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 3},
+        {"kind": "full", "values": "uint8"},
+        {"kind": "none", "features": ["net.2:raw:int8"]},
+        {"views": 2},
+    ],
+)
+def test_a_dump_that_goes_on_asks_again_about_what_is_committed(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    class Inside(Scaled):  # so that a feature depends on it too
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(self.by * x)
 
     out, dump = tmp_path / "c", dumper(tmp_path / "c")
     begin(out, Inside(), Points(), **options)
     before = {path.name for path in (out / "commit").iterdir()}
-    for accept in ([], ["class_names"]):        # another name accepts no other difference
-        with pytest.raises(IdentityMismatch, match=r"record \d+ \(sample \d+, view 0\): the teacher's answer differs "
-                           r"from the cache by .*--accept answers") as caught:
+    for accept in ([], ["class_names"]):  # another name accepts no other difference
+        with pytest.raises(
+            IdentityMismatch,
+            match=r"record \d+ \(sample \d+, view 0\): the teacher's answer differs "
+            r"from the cache by .*--accept answers",
+        ) as caught:
             dump(teacher=Inside(1.05), accept=accept, **options)
-        assert "\n" not in str(caught.value) and before == {path.name for path in (out / "commit").iterdir()}
+        assert "\n" not in str(caught.value) and before == {
+            path.name for path in (out / "commit").iterdir()
+        }
     said: list[str] = []
     report = dump(teacher=Inside(1.05), accept=["answers"], say=said.append, **options)
     assert report.complete and [code for code, _ in report.warnings][-1] == "answers"
@@ -137,15 +190,23 @@ def test_the_right_teacher_is_asked_again_cheaply_and_said_so(tmp_path: Path) ->
         records = committed_records(cache, cache.missing())
         assert 1 < len(records) <= 4
         shards = {int(shard) for shard in cache.spec.locate(np.array(records))[0]}
-        assert not shards & {*cache.missing()} and len(shards) == min(4, cache.spec.num_shards - len(cache.missing()))
-        left = sum(cache.spec.shard(shard).stop - cache.spec.shard(shard).start for shard in cache.missing())
+        assert not shards & {*cache.missing()} and len(shards) == min(
+            4, cache.spec.num_shards - len(cache.missing())
+        )
+        left = sum(
+            cache.spec.shard(shard).stop - cache.spec.shard(shard).start
+            for shard in cache.missing()
+        )
     Counting.asked, said = 0, list[str]()
     dumper(tmp_path / "c")(teacher=Counting(), batch_size=5, say=said.append)
     assert f"asked again about {len(records)} of the committed records" in "\n".join(said)
-    assert Counting.asked <= left + 8 + 2 * 5 + 1 + 2 * len(records)        # the probe, the first batch, and these
+    # the probe, the first batch, and these
+    assert Counting.asked <= left + 8 + 2 * 5 + 1 + 2 * len(records)
 
 
-def test_a_cache_that_does_not_say_its_configuration_is_continued_and_it_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_does_not_say_its_configuration_is_continued_and_it_is_said(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "c"
     begin(out, mlp(), Points())
     header = json.loads((out / "header.json").read_bytes())
@@ -163,25 +224,41 @@ def test_a_cache_that_does_not_say_its_configuration_is_continued_and_it_is_said
 
 
 class Odd(nn.Module):
-    """Another teacher, which says something that is no number about one point; alone or in the large batch."""
+    """Another teacher, which says something that is no number about one point; alone or in the
+    large batch.
+    """
 
-    def __init__(self, value: float, at: torch.Tensor | None = None, *, alone: bool | None = None) -> None:
+    def __init__(
+        self, value: float, at: torch.Tensor | None = None, *, alone: bool | None = None
+    ) -> None:
         super().__init__()
         self.net, self.value, self.at, self.alone = mlp(), value, at, alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         said = 5 * self.net(x).flip(1)
-        here = torch.ones(len(x), 1, dtype=torch.bool) if self.at is None else (x == self.at).all(1, keepdim=True)
+        here = (
+            torch.ones(len(x), 1, dtype=torch.bool)
+            if self.at is None
+            else (x == self.at).all(1, keepdim=True)
+        )
         if self.alone is not None:
             here = here & (self.alone == (len(x) == 1))
         return torch.where(here, torch.full_like(said, self.value), said)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
-@pytest.mark.parametrize("options", [{"kind": "full"}, {"k": 3, "values": "float32"}, {"k": 3, "values": "uint8"},
-                                     {"kind": "none", "features": ["net:raw:float32"]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "full"},
+        {"k": 3, "values": "float32"},
+        {"k": 3, "values": "uint8"},
+        {"kind": "none", "features": ["net:raw:float32"]},
+    ],
+)
 def test_an_answer_that_is_not_finite_never_hides_another(
-        tmp_path: Path, value: float, options: dict[str, Any]) -> None:
+    tmp_path: Path, value: float, options: dict[str, Any]
+) -> None:
     data = Points()
 
     class Net(nn.Module):
@@ -194,9 +271,16 @@ def test_an_answer_that_is_not_finite_never_hides_another(
 
     dumper(tmp_path / "c")(teacher=Net(mlp()), data=data, **options)
     for alone in (None, True, False):
-        report = verify(tmp_path / "c", teacher=Net(Odd(value, data.x[0], alone=alone)), data=data, device="cpu",
-                        samples=50)
-        assert any("record 0 (sample 0, view 0): the teacher's answer has a" in p for p in report.problems), report
+        report = verify(
+            tmp_path / "c",
+            teacher=Net(Odd(value, data.x[0], alone=alone)),
+            data=data,
+            device="cpu",
+            samples=50,
+        )
+        assert any(
+            "record 0 (sample 0, view 0): the teacher's answer has a" in p for p in report.problems
+        ), report
         assert any("the teacher's answer differs from the cache by" in p for p in report.problems)
         assert report.worst_difference is not None and np.isfinite(report.worst_difference)
     every = verify(tmp_path / "c", teacher=Net(Odd(value)), data=data, device="cpu")
@@ -207,7 +291,8 @@ def test_an_answer_that_is_not_finite_never_hides_another(
 @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-37, 1e-20, 3e37])
 @pytest.mark.parametrize("kind", [{"kind": "full"}, {"k": 2}])
 def test_the_right_teacher_passes_however_small_or_large_its_logits(
-        tmp_path: Path, values: str, size: float, kind: dict[str, Any]) -> None:
+    tmp_path: Path, values: str, size: float, kind: dict[str, Any]
+) -> None:
     class Sized(Scaled):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / 100 * size

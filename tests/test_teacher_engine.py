@@ -1,4 +1,6 @@
-"""dump-teacher with the fused kernel: what it keeps is what torch keeps, and what it cannot do is refused by name."""
+"""dump-teacher with the fused kernel: what it keeps is what torch keeps, and what it cannot do is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ TWO_LABELS = [[1, 2], [3, 3], [-1, 4], [5, -1], [-1, -1], [49, 0]]
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """The interpreter computes with numpy, which warns of infinities that a device knows how to take."""
+    """The interpreter computes with numpy, which warns of infinities that a device knows how to
+    take.
+    """
     with np.errstate(all="ignore"):
         yield
 
@@ -37,35 +41,72 @@ def quiet() -> Iterator[None]:
 def worst(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference in units of the greater of 1 and the number; infinities must be the same."""
     assert torch.equal(found.isinf(), truth.isinf()) and not bool(found.isnan().any())
-    return float((torch.where(truth.isinf(), 0, found.double() - truth).abs() / truth.abs().clamp(1, 1e300)).max())
+    return float(
+        (
+            torch.where(truth.isinf(), 0, found.double() - truth).abs()
+            / truth.abs().clamp(1, 1e300)
+        ).max()
+    )
 
 
 def tails_of(logits_NV: torch.Tensor, labels_NJ: torch.Tensor | None, spec: Any) -> torch.Tensor:
     """float64 [N, tiers, T] by their definition."""
     ids, rows = oracle_order(logits_NV, spec.k), logits_NV.double().numpy()
     labels = [[]] * len(rows) if labels_NJ is None else labels_NJ.tolist()
-    return torch.tensor([[[oracle_tail(row, {*ids[n, :k].tolist(), *labels[n]} - {-1}, float(t))
-                           for t in spec.temperatures] for k in spec.tiers] for n, row in enumerate(rows)],
-                        dtype=torch.float64)
+    return torch.tensor(
+        [
+            [
+                [
+                    oracle_tail(row, {*ids[n, :k].tolist(), *labels[n]} - {-1}, float(t))
+                    for t in spec.temperatures
+                ]
+                for k in spec.tiers
+            ]
+            for n, row in enumerate(rows)
+        ],
+        dtype=torch.float64,
+    )
 
 
 def same(mine: Reduced, theirs: Reduced) -> None:
     """Ids, logits and label logits are bits of the teacher, whoever picks them."""
     for name in ("top", "ids", "logits", "label_logit"):
         a, b = getattr(mine, name), getattr(theirs, name)
-        assert (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and torch.equal(a, b))), name
+        assert (a is None) == (b is None) and (
+            a is None or (a.dtype == b.dtype and torch.equal(a, b))
+        ), name
 
 
-@pytest.mark.parametrize(("dtype", "labels", "changes", "padding"), [
-    (torch.float32, None, {"labels": 0, "moments": False, "tiers": (8,), "temperatures": ("1",)}, 0),
-    (torch.bfloat16, [[0], [-1], [49], [7], [3]], {"labels": 1}, 6),
-    (torch.float16, TWO_LABELS, {"labels": 2, "tiers": (1, 3, 8), "temperatures": ("1", "1.37", "4")}, 3),
-    (torch.bfloat16, None, {"labels": 0, "tiers": (2, 50)}, 0)])
-def test_rows_are_kept_as_torch_keeps_them(dtype: torch.dtype, labels: list[list[int]] | None, changes: dict[str, Any],
-                                           padding: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "labels", "changes", "padding"),
+    [
+        (
+            torch.float32,
+            None,
+            {"labels": 0, "moments": False, "tiers": (8,), "temperatures": ("1",)},
+            0,
+        ),
+        (torch.bfloat16, [[0], [-1], [49], [7], [3]], {"labels": 1}, 6),
+        (
+            torch.float16,
+            TWO_LABELS,
+            {"labels": 2, "tiers": (1, 3, 8), "temperatures": ("1", "1.37", "4")},
+            3,
+        ),
+        (torch.bfloat16, None, {"labels": 0, "tiers": (2, 50)}, 0),
+    ],
+)
+def test_rows_are_kept_as_torch_keeps_them(
+    dtype: torch.dtype,
+    labels: list[list[int]] | None,
+    changes: dict[str, Any],
+    padding: int,
+    device: str,
+) -> None:
     """Also of a padded vocabulary, whose last columns are no classes; bfloat16 has ties."""
     wide_NV = normal(5 if labels is None else len(labels), 50 + padding).to(dtype)
-    wide_NV[:, 50:] = torch.nan         # of padding that is cut it is only asked that it is not among the largest
+    # of padding that is cut it is only asked that it is not among the largest
+    wide_NV[:, 50:] = torch.nan
     logits_NV, spec = wide_NV[:, :50], spec_of(50, **changes)
     labels_NJ = None if labels is None else torch.tensor(labels)
     plain = reduce_rows(wide_NV, labels_NJ, spec)
@@ -79,11 +120,16 @@ def test_rows_are_kept_as_torch_keeps_them(dtype: torch.dtype, labels: list[list
         return
     rows = logits_NV.double()
     for found, expected in ((fused.mean, rows.mean(1)), (fused.std, rows.std(1, correction=0))):
-        # Sums of 50 numbers in float32 by a tree: half a unit for each of 6 levels, and as much for what joins them.
-        assert found is not None and float((found - expected).abs().max()) <= 6 * EPS * float(rows.abs().max())
+        # Sums of 50 numbers in float32 by a tree: half a unit for each of 6 levels, and as much for
+        # what joins them.
+        assert found is not None and float((found - expected).abs().max()) <= 6 * EPS * float(
+            rows.abs().max()
+        )
 
 
-def test_rows_are_picked_without_a_copy_of_them_and_the_others_may_hold_anything(device: str) -> None:
+def test_rows_are_picked_without_a_copy_of_them_and_the_others_may_hold_anything(
+    device: str,
+) -> None:
     logits_MV = normal(6, 4096)
     index_N, labels_NJ = torch.tensor([4, 0, 3]), torch.tensor([[9], [-1], [4095]])
     logits_MV[1, 5], logits_MV[5, 7] = float("nan"), float("inf")
@@ -91,19 +137,29 @@ def test_rows_are_picked_without_a_copy_of_them_and_the_others_may_hold_anything
     given = logits_MV.to(device)
     with Looks() as looks:
         picked = reduce_rows(given, labels_NJ, spec, index_N=index_N, engine="triton")
-    assert looks.count == 1 and looks.largest < 4096        # the one look is at the labels, on the host
+    # the one look is at the labels, on the host
+    assert looks.count == 1 and looks.largest < 4096
     alone = reduce_rows(logits_MV[index_N].to(device), labels_NJ, spec, engine="triton")
     same(picked, alone)
     same(picked, reduce_rows(logits_MV, labels_NJ, spec, index_N=index_N))
-    assert picked.tail_lse is not None and alone.tail_lse is not None and torch.equal(picked.tail_lse, alone.tail_lse)
+    assert (
+        picked.tail_lse is not None
+        and alone.tail_lse is not None
+        and torch.equal(picked.tail_lse, alone.tail_lse)
+    )
     none = reduce_rows(given[1:2], labels_NJ[:0], spec, index_N=index_N[:0], engine="triton")
-    assert none.logits.shape == (0, 8) and none.tail_lse is not None and none.tail_lse.shape == (0, 2, 2)
+    assert (
+        none.logits.shape == (0, 8)
+        and none.tail_lse is not None
+        and none.tail_lse.shape == (0, 2, 2)
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["topk", "full"])
-def test_nothing_waits_for_the_device_before_the_one_wait(kind: str, device: str,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device_before_the_one_wait(
+    kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if device != "cuda":
         pytest.skip("needs a CUDA device")
     more: dict[str, Any] = {} if kind == "topk" else {"tiers": (), "temperatures": (), "labels": 0}
@@ -118,37 +174,75 @@ def test_nothing_waits_for_the_device_before_the_one_wait(kind: str, device: str
     monkeypatch.setattr(module, "wait", waiting)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        reduce_rows(logits_MV, torch.zeros(4, 1, dtype=torch.int64) if kind == "topk" else None, spec,
-                    index_N=torch.arange(4), engine="triton")
+        reduce_rows(
+            logits_MV,
+            torch.zeros(4, 1, dtype=torch.int64) if kind == "topk" else None,
+            spec,
+            index_N=torch.arange(4),
+            engine="triton",
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waited) == 1
 
 
-@pytest.mark.parametrize(("rows", "dtype", "said"), [
-    ({1: float("nan"), 2: float("inf")}, torch.float32, r"row number 1: the teacher returned NaN \(2 such rows"),
-    ({2: float("inf")}, torch.float16, r"row number 2: .*\+inf \(1 such rows in this batch\); float16 overflows above"),
-    ({0: float("-inf"), 2: float("nan")}, torch.bfloat16, r"row number 0: .* no finite logit \(2 such rows .*at this")])
-def test_a_bad_row_is_refused_in_the_same_words(rows: dict[int, float], dtype: torch.dtype, said: str,
-                                                device: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "dtype", "said"),
+    [
+        (
+            {1: float("nan"), 2: float("inf")},
+            torch.float32,
+            r"row number 1: the teacher returned NaN \(2 such rows",
+        ),
+        (
+            {2: float("inf")},
+            torch.float16,
+            r"row number 2: .*\+inf \(1 such rows in this batch\); float16 overflows above",
+        ),
+        (
+            {0: float("-inf"), 2: float("nan")},
+            torch.bfloat16,
+            r"row number 0: .* no finite logit \(2 such rows .*at this",
+        ),
+    ],
+)
+def test_a_bad_row_is_refused_in_the_same_words(
+    rows: dict[int, float], dtype: torch.dtype, said: str, device: str
+) -> None:
     logits_NV = normal(3, 50).to(dtype)
     for row, value in rows.items():
         logits_NV[row, 0 if value != -float("inf") else slice(None)] = value
     texts = []
     for engine in ("torch", "triton"):
         with pytest.raises(DataError, match=said) as caught:
-            reduce_rows(logits_NV.to(device), None, spec_of(50, labels=0), name_row="row number {}".format,
-                        engine=engine)
+            reduce_rows(
+                logits_NV.to(device),
+                None,
+                spec_of(50, labels=0),
+                name_row="row number {}".format,
+                engine=engine,
+            )
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
 
 
-# ---- dumps ----------------------------------------------------------------------------------------------------
+# ---- dumps
+# ----------------------------------------------------------------------------------------------------
 
 
 def dump(out: Path, **changes: Any) -> DumpReport:
-    options: dict[str, Any] = {"teacher": mlp(), "data": Points(6), "k": 4, "tiers": [2], "device": "cpu", "seed": 3,
-                               "values": "float32", "batch_size": 4, "records_per_shard": 3, "engine": "triton"}
+    options: dict[str, Any] = {
+        "teacher": mlp(),
+        "data": Points(6),
+        "k": 4,
+        "tiers": [2],
+        "device": "cpu",
+        "seed": 3,
+        "values": "float32",
+        "batch_size": 4,
+        "records_per_shard": 3,
+        "engine": "triton",
+    }
     return dump_teacher(out=out, **{**options, **changes})
 
 
@@ -171,7 +265,8 @@ def check_alike(one: Path, other: Path) -> None:
 
 
 def test_a_cache_by_the_kernel_is_that_by_torch_and_has_the_same_bytes_every_time(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said, rows, fused_rows = list[str](), list[int](), module.fused_rows
 
     def counted(logits_MV: torch.Tensor, *rest: Any) -> Any:
@@ -193,7 +288,9 @@ def test_a_cache_by_the_kernel_is_that_by_torch_and_has_the_same_bytes_every_tim
     assert verify(tmp_path / "c", teacher=mlp(), data=Points(6), device="cpu").ok
 
 
-def test_a_dump_that_was_stopped_ends_with_the_same_bytes_or_by_the_other_engine(tmp_path: Path) -> None:
+def test_a_dump_that_was_stopped_ends_with_the_same_bytes_or_by_the_other_engine(
+    tmp_path: Path,
+) -> None:
     class Sudden(Exception):
         pass
 
@@ -214,16 +311,27 @@ def test_a_dump_that_was_stopped_ends_with_the_same_bytes_or_by_the_other_engine
 
 
 def test_a_token_cache_by_the_kernel(tmp_path: Path) -> None:
-    """Sequences of several lengths: padding is reduced too and left out; labels go with the rows they are of."""
+    """Sequences of several lengths: padding is reduced too and left out; labels go with the rows
+    they are of.
+    """
     for engine in ("torch", "triton"):
-        dump(tmp_path / engine, teacher=Speaker(), data=Sentences(4), k=5, engine=engine, dtype="bfloat16",
-             features=["embed:raw:float32"])
+        dump(
+            tmp_path / engine,
+            teacher=Speaker(),
+            data=Sentences(4),
+            k=5,
+            engine=engine,
+            dtype="bfloat16",
+            features=["embed:raw:float32"],
+        )
     check_alike(tmp_path / "torch", tmp_path / "triton")
     assert verify(tmp_path / "triton", teacher=Speaker(), data=Sentences(4), device="cpu").ok
 
 
 def test_a_teacher_that_hardly_says_anything_is_verified_too(tmp_path: Path) -> None:
-    """Its tails are of size log 1000, its logits of none: what a tail rounds is not measured by the logits."""
+    """Its tails are of size log 1000, its logits of none: what a tail rounds is not measured by the
+    logits.
+    """
     net = mlp(1000)
     with torch.no_grad():
         net[2].weight.mul_(1e-6)
@@ -236,8 +344,12 @@ def test_a_teacher_that_hardly_says_anything_is_verified_too(tmp_path: Path) -> 
 @pytest.mark.parametrize("engine", ["torch", "triton"])
 def test_a_bad_logit_names_the_record(tmp_path: Path, engine: str) -> None:
     data = Points(6)
-    with pytest.raises(DataError, match=r"sample 4, view 0: the teacher returned NaN \(1 such rows in this batch\)"):
-        dump(tmp_path / "c", teacher=Broken(mlp(), data.x[4], float("nan")), data=data, engine=engine)
+    with pytest.raises(
+        DataError, match=r"sample 4, view 0: the teacher returned NaN \(1 such rows in this batch\)"
+    ):
+        dump(
+            tmp_path / "c", teacher=Broken(mlp(), data.x[4], float("nan")), data=data, engine=engine
+        )
     with kdcache.open(tmp_path / "c", allow_partial=True) as cache:
         assert cache.missing() == [1]
 
@@ -259,14 +371,25 @@ class Labelled(Points):
         return self.x[i], torch.arange(9)
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"engine": "tritn"}, "engine 'tritn' is unknown.*'triton'"),
-    ({"teacher": mlp(300), "data": Points(6, classes=300), "k": 257}, "k is 257; the kernel keeps at most 256"),
-    ({"teacher": mlp().double()}, "the teacher's logits are torch.float64"),
-    ({"data": Labelled(6)}, "the data has 9 labels a row; the kernel takes at most 8"),
-    ({"temperatures": [0.01]}, r"temperatures are \[0\.01\]; expected at least one, each 0\.02 or above")])
-def test_what_the_kernel_cannot_do_is_refused_before_anything_is_written(tmp_path: Path, options: dict[str, Any],
-                                                                         said: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"engine": "tritn"}, "engine 'tritn' is unknown.*'triton'"),
+        (
+            {"teacher": mlp(300), "data": Points(6, classes=300), "k": 257},
+            "k is 257; the kernel keeps at most 256",
+        ),
+        ({"teacher": mlp().double()}, "the teacher's logits are torch.float64"),
+        ({"data": Labelled(6)}, "the data has 9 labels a row; the kernel takes at most 8"),
+        (
+            {"temperatures": [0.01]},
+            r"temperatures are \[0\.01\]; expected at least one, each 0\.02 or above",
+        ),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         dump(tmp_path / "c", **options)
     assert "use engine 'torch'" in str(caught.value) or "unknown" in said
@@ -274,10 +397,14 @@ def test_what_the_kernel_cannot_do_is_refused_before_anything_is_written(tmp_pat
     assert dump(tmp_path / "c", **{**options, "engine": "torch"}).complete
 
 
-def test_without_a_device_for_it_the_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_for_it_the_kernel_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kdcache.kernels.kd_loss.INTERPRETED", False)
     for kind in ("topk", "full"):
-        with pytest.raises(UsageError, match="the kernels need a CUDA device, and this is cpu; use engine 'torch'"):
+        with pytest.raises(
+            UsageError, match="the kernels need a CUDA device, and this is cpu; use engine 'torch'"
+        ):
             dump(tmp_path / "c", kind=kind, k=None, tiers=None)
     assert not (tmp_path / "c").exists()
 
@@ -295,9 +422,20 @@ def llama():
 def test_the_command_line(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "t.py").write_text(LLAMA)
-    (tmp_path / "d.py").write_text("from teacher_world import Sentences\ndef sentences():\n    return Sentences(4)\n")
-    models = ["--teacher", f"{tmp_path}/t.py:llama", "--data", f"{tmp_path}/d.py:sentences", "--device", "cpu"]
-    (tmp_path / "run.toml").write_text('[dump-teacher]\nk = 6\ntier = [3]\nengine = "triton"\nvalues = "float32"\n')
+    (tmp_path / "d.py").write_text(
+        "from teacher_world import Sentences\ndef sentences():\n    return Sentences(4)\n"
+    )
+    models = [
+        "--teacher",
+        f"{tmp_path}/t.py:llama",
+        "--data",
+        f"{tmp_path}/d.py:sentences",
+        "--device",
+        "cpu",
+    ]
+    (tmp_path / "run.toml").write_text(
+        '[dump-teacher]\nk = 6\ntier = [3]\nengine = "triton"\nvalues = "float32"\n'
+    )
     command = ["dump-teacher", *models, "--config", tmp_path / "run.toml"]
     done = run(*command, "--out", tmp_path / "c")
     assert done.exit_code == 0, done.stderr
@@ -306,4 +444,6 @@ def test_the_command_line(tmp_path: Path) -> None:
     check_alike(tmp_path / "c", tmp_path / "plain")
     checked = run("verify", tmp_path / "c", *models)
     assert checked.exit_code == 0, checked.stderr
-    refused(run(*command, "--out", tmp_path / "no", "--engine", "cuda"), 2, "engine 'cuda' is unknown")
+    refused(
+        run(*command, "--out", tmp_path / "no", "--engine", "cuda"), 2, "engine 'cuda' is unknown"
+    )

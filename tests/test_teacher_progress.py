@@ -23,12 +23,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def at(records: int) -> Progress:
-    return Progress(records, 100, records / 10, 2048, {"1": 0.75, "2": 0.5}, {"1": 0.3, "2": 0.7}, 0.9)
+    return Progress(
+        records, 100, records / 10, 2048, {"1": 0.75, "2": 0.5}, {"1": 0.3, "2": 0.7}, 0.9
+    )
 
 
 def test_a_line_says_everything() -> None:
-    assert str(at(25)) == ("25/100 records (25 %) · 10/s · 8s to go · 2.0 KiB · covered 0.7500 at T=1, 0.5000 at T=2 · "
-                           "truncation KL 0.3, 0.7 · accuracy 0.9000")
+    assert str(at(25)) == (
+        "25/100 records (25 %) · 10/s · 8s to go · 2.0 KiB · covered 0.7500 at T=1, 0.5000 at T=2 "
+        "· "
+        "truncation KL 0.3, 0.7 · accuracy 0.9000"
+    )
     assert str(Progress(0, 100, 0.0, 0)) == "0/100 records (0 %) · 0/s · 0 B"
 
 
@@ -49,7 +54,9 @@ def test_on_a_terminal_one_line_is_rewritten(clock: list[float]) -> None:
         show(at(records))
         clock[0] += 0.15
     shown = out.getvalue().split("\r")[1:]
-    assert [line.split("/")[0] for line in shown] == ["1", "3", "100"] and out.getvalue().endswith("\n")
+    assert [line.split("/")[0] for line in shown] == ["1", "3", "100"] and out.getvalue().endswith(
+        "\n"
+    )
 
 
 def test_other_ranks_are_quiet() -> None:
@@ -61,4 +68,9 @@ def test_other_ranks_are_quiet() -> None:
 def test_numbers_for_people() -> None:
     sizes = [readable_bytes(n) for n in (0, 1023, 1536, 3 * 2**30, 2**45)]
     assert sizes == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "32.0 TiB"]
-    assert [readable_seconds(s) for s in (0.4, 59.6, 125, 3725)] == ["0s", "1m00s", "2m05s", "1h02m"]
+    assert [readable_seconds(s) for s in (0.4, 59.6, 125, 3725)] == [
+        "0s",
+        "1m00s",
+        "2m05s",
+        "1h02m",
+    ]

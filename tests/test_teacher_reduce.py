@@ -19,8 +19,16 @@ MINUS_INFINITY = -float("inf")
 
 def spec_of(classes: int, **changes: object) -> CacheSpec:
     fields: dict[str, object] = {
-        "kind": "topk", "num_classes": classes, "samples": (0, 64), "records_per_shard": 64, "tiers": (3, 8),
-        "temperatures": ("1", "2.5"), "labels": 1, "moments": True, "values": "float32"}
+        "kind": "topk",
+        "num_classes": classes,
+        "samples": (0, 64),
+        "records_per_shard": 64,
+        "tiers": (3, 8),
+        "temperatures": ("1", "2.5"),
+        "labels": 1,
+        "moments": True,
+        "values": "float32",
+    }
     return CacheSpec(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -40,7 +48,9 @@ def oracle_tail(row: np.ndarray, excluded: set[int], temperature: float) -> floa
     return float(np.logaddexp.reduce(rest)) if rest else MINUS_INFINITY
 
 
-def check_against_oracle(logits_NV: torch.Tensor, labels_NJ: torch.Tensor | None, spec: CacheSpec) -> None:
+def check_against_oracle(
+    logits_NV: torch.Tensor, labels_NJ: torch.Tensor | None, spec: CacheSpec
+) -> None:
     kept = reduce_rows(logits_NV, labels_NJ, spec)
     assert kept.ids is not None and kept.tail_lse is not None
     ids = oracle_order(logits_NV[:, : spec.num_classes], spec.k)
@@ -53,13 +63,17 @@ def check_against_oracle(logits_NV: torch.Tensor, labels_NJ: torch.Tensor | None
             for t, temperature in enumerate(spec.temperatures):
                 expected = oracle_tail(row, {*ids[n, :k].tolist(), *labels}, float(temperature))
                 # A float32 sum of V terms by a tree: a few units in the last place of its log.
-                assert kept.tail_lse[n, tier, t].item() == pytest.approx(expected, rel=2e-6, abs=2e-6)
+                assert kept.tail_lse[n, tier, t].item() == pytest.approx(
+                    expected, rel=2e-6, abs=2e-6
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_head_and_tails_are_those_of_float64_also_with_ties(dtype: torch.dtype) -> None:
-    logits_NV = normal(40, 50).to(dtype)                # bfloat16 keeps 8 bits: about a third of these rows have ties
-    labels_NJ = torch.arange(40)[:, None] % 51 - 1      # from unknown over all classes: inside and outside heads
+    # bfloat16 keeps 8 bits: about a third of these rows have ties
+    logits_NV = normal(40, 50).to(dtype)
+    # from unknown over all classes: inside and outside heads
+    labels_NJ = torch.arange(40)[:, None] % 51 - 1
     if dtype == torch.bfloat16:
         assert any(len(set(row.tolist())) < 50 for row in logits_NV)
     check_against_oracle(logits_NV, labels_NJ, spec_of(50))
@@ -79,15 +93,17 @@ def test_two_labels_leave_the_tail_once_and_keep_their_logits() -> None:
     check_against_oracle(logits_NV, labels_NJ, spec)
     kept = reduce_rows(logits_NV, labels_NJ, spec)
     assert kept.label_logit is not None
-    expected = [[logits_NV[n, y].item() if y >= 0 else MINUS_INFINITY for y in row]
-                for n, row in enumerate(labels_NJ.tolist())]
+    expected = [
+        [logits_NV[n, y].item() if y >= 0 else MINUS_INFINITY for y in row]
+        for n, row in enumerate(labels_NJ.tolist())
+    ]
     assert kept.label_logit.tolist() == expected
 
 
 def test_minus_infinity_is_a_legal_logit() -> None:
     logits_NV = normal(4, 50)
-    logits_NV[:, 5:] = MINUS_INFINITY                   # fewer finite logits than k
-    logits_NV[1, 5:30] = -1e30                          # finite, and no mass at all
+    logits_NV[:, 5:] = MINUS_INFINITY  # fewer finite logits than k
+    logits_NV[1, 5:30] = -1e30  # finite, and no mass at all
     labels_NJ = torch.tensor([[0], [7], [40], [-1]])
     check_against_oracle(logits_NV, labels_NJ, spec_of(50))
     kept = reduce_rows(logits_NV, labels_NJ, spec_of(50))
@@ -116,15 +132,22 @@ def test_a_far_tail_is_summed_and_not_subtracted() -> None:
 
 def test_logits_are_sliced_to_the_classes_first() -> None:
     logits_NV = normal(5, 60)
-    logits_NV[:, 50:] = logits_NV[:, :50].topk(8, 1).values[:, 7:]     # as the last that is kept, which stays
+    # as the last that is kept, which stays
+    logits_NV[:, 50:] = logits_NV[:, :50].topk(8, 1).values[:, 7:]
     check_against_oracle(logits_NV, torch.zeros(5, 1, dtype=torch.int64), spec_of(50))
     logits_NV[3, 57] += 0.1
-    with pytest.raises(DataError, match=r"row 3: a logit beyond the 50 of --classes is among the teacher's 8 largest"):
+    with pytest.raises(
+        DataError,
+        match=r"row 3: a logit beyond the 50 of --classes is among the teacher's 8 largest",
+    ):
         reduce_rows(logits_NV, torch.zeros(5, 1, dtype=torch.int64), spec_of(50))
     full = spec_of(50, kind="full", tiers=(), temperatures=(), labels=0)
-    reduce_rows(logits_NV, None, full)              # all are kept: the largest alone says that it is a class
+    # all are kept: the largest alone says that it is a class
+    reduce_rows(logits_NV, None, full)
     logits_NV[2, 50] = logits_NV[2, :50].max() + 1
-    with pytest.raises(DataError, match=r"row 2: a logit beyond .* is the teacher's largest \(1 such rows"):
+    with pytest.raises(
+        DataError, match=r"row 2: a logit beyond .* is the teacher's largest \(1 such rows"
+    ):
         reduce_rows(logits_NV, None, full)
     reduce_rows(logits_NV, None, full, index_N=torch.tensor([4, 0, 3]))
 
@@ -163,13 +186,19 @@ def test_a_row_has_the_same_bits_in_every_chunk_and_selection(classes: int) -> N
     for name in ("ids", "logits", "tail_lse", "label_logit", "mean", "std", "top"):
         expected = getattr(whole, name)
         for rows in (1, 2, 5, 36):
-            assert torch.equal(getattr(reduce_rows(logits_NV, labels_NJ, spec, chunk_rows=rows), name), expected), name
+            assert torch.equal(
+                getattr(reduce_rows(logits_NV, labels_NJ, spec, chunk_rows=rows), name), expected
+            ), name
         assert torch.equal(getattr(picked, name), expected[index_N]), name
 
 
 def test_no_rows_give_empty_tensors() -> None:
-    kept = reduce_rows(torch.zeros(4, 50), torch.zeros(0, 1, dtype=torch.int64), spec_of(50),
-                       index_N=torch.zeros(0, dtype=torch.int64))
+    kept = reduce_rows(
+        torch.zeros(4, 50),
+        torch.zeros(0, 1, dtype=torch.int64),
+        spec_of(50),
+        index_N=torch.zeros(0, dtype=torch.int64),
+    )
     assert kept.ids is not None and kept.tail_lse is not None and kept.mean is not None
     assert kept.ids.shape == (0, 8) and kept.tail_lse.shape == (0, 2, 2) and kept.mean.shape == (0,)
 
@@ -177,22 +206,32 @@ def test_no_rows_give_empty_tensors() -> None:
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (float("inf"), r"\+inf")])
 @pytest.mark.parametrize("chunk_rows", [1, 2, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bad_logit_names_its_row(value: float, said: str, chunk_rows: int, dtype: torch.dtype) -> None:
+def test_a_bad_logit_names_its_row(
+    value: float, said: str, chunk_rows: int, dtype: torch.dtype
+) -> None:
     logits_NV = normal(9, 50).to(dtype)
     logits_NV[5, 49] = value
     with pytest.raises(DataError, match=f"row number 5: the teacher returned {said}"):
-        reduce_rows(logits_NV, None, spec_of(50, labels=0), name_row="row number {}".format, chunk_rows=chunk_rows)
+        reduce_rows(
+            logits_NV,
+            None,
+            spec_of(50, labels=0),
+            name_row="row number {}".format,
+            chunk_rows=chunk_rows,
+        )
 
 
 def test_bad_rows_are_counted_over_the_whole_batch_and_only_among_those_that_are_kept() -> None:
     logits_NV = normal(9, 50)
-    logits_NV[0, 0] = logits_NV[8, 1] = float("nan")            # padding may hold anything
+    logits_NV[0, 0] = logits_NV[8, 1] = float("nan")  # padding may hold anything
     index_N = torch.tensor([7, 5, 3, 1])
     spec = spec_of(50, labels=0)
     kept = reduce_rows(logits_NV, None, spec, index_N=index_N)
     assert torch.equal(kept.logits, reduce_rows(logits_NV[index_N], None, spec).logits)
     logits_NV[3, 4], logits_NV[1, 2] = float("inf"), float("nan")
-    with pytest.raises(DataError, match=r"row 2: the teacher returned \+inf \(2 such rows in this batch\)"):
+    with pytest.raises(
+        DataError, match=r"row 2: the teacher returned \+inf \(2 such rows in this batch\)"
+    ):
         reduce_rows(logits_NV, None, spec, index_N=index_N, chunk_rows=1)
 
 
@@ -203,8 +242,8 @@ def test_a_label_that_is_no_class_names_its_row(label: int) -> None:
 
 
 class Looks(TorchDispatchMode):
-    """Counts the values that a program reads off tensors, for each of which it would wait for a GPU; and the elements
-    of the largest tensor that it makes."""
+    """Counts the values that a program reads off tensors, for each of which it would wait for a
+    GPU; and the elements of the largest tensor that it makes."""
 
     count = largest = 0
 
@@ -218,7 +257,11 @@ class Looks(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["full", "topk"])
 def test_no_chunk_is_waited_for(kind: str) -> None:
-    spec = spec_of(50, labels=0) if kind == "topk" else spec_of(50, kind="full", tiers=(), temperatures=(), labels=0)
+    spec = (
+        spec_of(50, labels=0)
+        if kind == "topk"
+        else spec_of(50, kind="full", tiers=(), temperatures=(), labels=0)
+    )
     with Looks() as looks:
         reduce_rows(normal(9, 50), None, spec, chunk_rows=1)
     assert looks.count == 0
@@ -241,5 +284,7 @@ def test_a_row_without_any_finite_logit_is_refused() -> None:
 def test_a_float16_teacher_is_told_of_a_wider_dtype() -> None:
     logits_NV = normal(3, 8).to(torch.float16)
     logits_NV[1, 2] = 70_000
-    with pytest.raises(DataError, match=r"row 1: the teacher returned \+inf .*above 65504: try --dtype float32"):
+    with pytest.raises(
+        DataError, match=r"row 1: the teacher returned \+inf .*above 65504: try --dtype float32"
+    ):
         reduce_rows(logits_NV, None, spec_of(8, labels=0))

@@ -28,31 +28,42 @@ def dump(tmp_path: Path) -> Dump:
     return dumper(tmp_path / "c")
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"k": 13}, "k is 13, but the teacher has 12 classes"),
-    ({"kind": "topk", "k": 0}, "tiers"),
-    ({"k": 4, "tiers": [5]}, "tier 5 is above k = 4"),
-    ({"kind": "full", "k": 3}, "--k is foreign to kind full"),
-    ({"kind": "full", "tiers": [3]}, "--tier is foreign to kind full"),
-    ({"temperatures": [2]}, "--temperature is foreign to kind full"),
-    ({"kind": "none", "features": ["0"], "values": "uint8"}, "--values is foreign to kind none"),
-    ({"kind": "none", "features": ["0"], "moments": True}, "--moments is foreign to kind none"),
-    ({"kind": "none"}, "name a feature"),
-    ({"kind": "tok"}, "kind 'tok' is unknown.*'topk'"),
-    ({"kind": "topk", "temperatures": [0]}, "temperature 0"),
-    ({"values": "float8"}, "values 'float8' is unknown"),
-    ({"container": "parquet"}, "--format 'parquet' is unknown"),
-    ({"dtype": "half"}, "--dtype 'half' is unknown"),
-    ({"device": "warp:1"}, "--device warp:1 cannot be used"),
-    ({"batch_size": 0}, "--batch-size is 0"),
-    ({"views": 0}, "--views is 0"),
-    ({"records_per_shard": 0}, "--records-per-shard is 0"),
-    ({"records_per_shard": 3, "shard_size": 10**9}, "--shard-size 1000000000 and --records-per-shard 3 both say"),
-    ({"teacher": 3}, "teacher is a int"),
-    ({"teacher_args": {"a": 1}}, "teacher_args and teacher_weights go with a teacher SPEC"),
-    ({"data_args": {"a": 1}}, "data_args go with a data SPEC"),
-])
-def test_an_option_that_cannot_be_is_one_line(dump: Dump, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"k": 13}, "k is 13, but the teacher has 12 classes"),
+        ({"kind": "topk", "k": 0}, "tiers"),
+        ({"k": 4, "tiers": [5]}, "tier 5 is above k = 4"),
+        ({"kind": "full", "k": 3}, "--k is foreign to kind full"),
+        ({"kind": "full", "tiers": [3]}, "--tier is foreign to kind full"),
+        ({"temperatures": [2]}, "--temperature is foreign to kind full"),
+        (
+            {"kind": "none", "features": ["0"], "values": "uint8"},
+            "--values is foreign to kind none",
+        ),
+        ({"kind": "none", "features": ["0"], "moments": True}, "--moments is foreign to kind none"),
+        ({"kind": "none"}, "name a feature"),
+        ({"kind": "tok"}, "kind 'tok' is unknown.*'topk'"),
+        ({"kind": "topk", "temperatures": [0]}, "temperature 0"),
+        ({"values": "float8"}, "values 'float8' is unknown"),
+        ({"container": "parquet"}, "--format 'parquet' is unknown"),
+        ({"dtype": "half"}, "--dtype 'half' is unknown"),
+        ({"device": "warp:1"}, "--device warp:1 cannot be used"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"views": 0}, "--views is 0"),
+        ({"records_per_shard": 0}, "--records-per-shard is 0"),
+        (
+            {"records_per_shard": 3, "shard_size": 10**9},
+            "--shard-size 1000000000 and --records-per-shard 3 both say",
+        ),
+        ({"teacher": 3}, "teacher is a int"),
+        ({"teacher_args": {"a": 1}}, "teacher_args and teacher_weights go with a teacher SPEC"),
+        ({"data_args": {"a": 1}}, "data_args go with a data SPEC"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(
+    dump: Dump, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         dump(**options)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
@@ -103,7 +114,9 @@ def test_a_random_transform_of_its_own_is_refused(dump: Dump) -> None:
 def test_a_label_out_of_range_names_its_sample(dump: Dump, tmp_path: Path, label: int) -> None:
     data = Points()
     data.y[33] = label
-    with pytest.raises(DataError, match=f"sample 33, view 0: its label is {label}.*expected 0 to 11"):
+    with pytest.raises(
+        DataError, match=f"sample 33, view 0: its label is {label}.*expected 0 to 11"
+    ):
         dump(data=data, records_per_shard=10)
     with kdcache.open(tmp_path / "c", allow_partial=True) as cache:
         assert cache.missing() == [3, 4]
@@ -112,11 +125,15 @@ def test_a_label_out_of_range_names_its_sample(dump: Dump, tmp_path: Path, label
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (float("inf"), r"\+inf")])
 def test_a_bad_logit_names_the_record_and_the_cache_can_be_continued(
-        dump: Dump, tmp_path: Path, value: float, said: str) -> None:
+    dump: Dump, tmp_path: Path, value: float, said: str
+) -> None:
     data, net = Points(), mlp()
-    net.register_buffer("x", data.x[27])                    # so that the weights have one digest in both runs
+    # so that the weights have one digest in both runs
+    net.register_buffer("x", data.x[27])
     broken = Broken(net, data.x[27], value)
-    with pytest.raises(DataError, match=f"sample 27, view 0: the teacher returned {said}.*at this sample") as caught:
+    with pytest.raises(
+        DataError, match=f"sample 27, view 0: the teacher returned {said}.*at this sample"
+    ) as caught:
         dump(teacher=broken, data=data, records_per_shard=10, batch_size=4)
     assert "\n" not in str(caught.value)
     broken.value = 0.5
@@ -125,11 +142,18 @@ def test_a_bad_logit_names_the_record_and_the_cache_can_be_continued(
 
 
 def test_a_dump_that_fails_before_its_first_shard_does_not_block_the_corrected_command(
-        dump: Dump, tmp_path: Path) -> None:
+    dump: Dump, tmp_path: Path
+) -> None:
     data = Points()
-    data.y[33] = 99                                         # not looked at before a header is written
-    for change in ({"labels": False}, {"k": 3, "labels": False}, {"container": "hdf5", "labels": False},
-                   {"data": Points(30)}, {"values": "float32", "data": Points()}):
+    # not looked at before a header is written
+    data.y[33] = 99
+    for change in (
+        {"labels": False},
+        {"k": 3, "labels": False},
+        {"container": "hdf5", "labels": False},
+        {"data": Points(30)},
+        {"values": "float32", "data": Points()},
+    ):
         out = tmp_path / "-".join(change)
         with pytest.raises(DataError, match=r"sample 33, view 0: its label is 99"):
             dump(data=data, out=out)
@@ -138,7 +162,9 @@ def test_a_dump_that_fails_before_its_first_shard_does_not_block_the_corrected_c
         assert not (out / "quarantine").exists()
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.01, ""), (1.0, "takes this teacher about 16m40s")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.01, ""), (1.0, "takes this teacher about 16m40s")]
+)
 def test_what_an_interruption_of_a_slow_teacher_can_lose_is_said(seconds: float, said: str) -> None:
     told: list[str] = []
     plan: Any = SimpleNamespace(spec=SimpleNamespace(records_per_shard=1000))
@@ -147,7 +173,9 @@ def test_what_an_interruption_of_a_slow_teacher_can_lose_is_said(seconds: float,
     assert not said or "--records-per-shard 300 makes it 5m00s" in told[0]
 
 
-def test_labels_of_another_order_are_a_named_warning(dump: Dump, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_of_another_order_are_a_named_warning(
+    dump: Dump, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         report = dump(data=Points(shift=1))
     assert [code for code, _ in report.warnings] == [LABELS_DISAGREE] == ["labels-disagree"]
@@ -162,7 +190,8 @@ def mlp(classes=12):
 
 
 def test_a_teacher_without_weights_is_warned_of_at_the_start_and_in_the_report(
-        dump: Dump, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dump: Dump, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from safetensors.torch import save_file
 
     (tmp_path / "mine.py").write_text(RANDOM)
@@ -171,10 +200,14 @@ def test_a_teacher_without_weights_is_warned_of_at_the_start_and_in_the_report(
     with caplog.at_level(logging.WARNING):
         report = dump(teacher=spec, say=said.append)
     assert [code for code, _ in report.warnings] == ["random-teacher"]
-    assert [line for line in said if line.startswith(f"warning: THE TEACHER IS NOT TRAINED, unless {spec} loads")]
+    assert [
+        line
+        for line in said
+        if line.startswith(f"warning: THE TEACHER IS NOT TRAINED, unless {spec} loads")
+    ]
     assert sum("THE TEACHER IS NOT TRAINED" in line for line in said) == 1 and not caplog.records
     with caplog.at_level(logging.WARNING):
-        dump(teacher=spec, out=tmp_path / "e")              # nobody to tell: it is logged, once
+        dump(teacher=spec, out=tmp_path / "e")  # nobody to tell: it is logged, once
     assert caplog.text.count("THE TEACHER IS NOT TRAINED") == 1
     save_file(mlp().state_dict(), tmp_path / "net.safetensors")
     weights = tmp_path / "net.safetensors"
@@ -184,9 +217,12 @@ def test_a_teacher_without_weights_is_warned_of_at_the_start_and_in_the_report(
 def test_views_that_are_all_the_same_are_a_named_warning(dump: Dump) -> None:
     said: list[str] = []
     report = dump(views=2, dry_run=True, say=said.append)
-    assert [code for code, _ in report.warnings] == ["views-equal"] and "leave out --views" in said[-1]
+    assert [code for code, _ in report.warnings] == ["views-equal"] and "leave out --views" in said[
+        -1
+    ]
 
-    class Global(Points):               # random without view(): from the generators that are seeded for it
+    # random without view(): from the generators that are seeded for it
+    class Global(Points):
         def __getitem__(self, i: int) -> Any:
             return self.x[i] + torch.randn(WIDTH), self.y[i]
 
@@ -205,7 +241,9 @@ def test_what_is_asked_for_and_cannot_be_is_refused(dump: Dump, tmp_path: Path) 
         dump(data=Bare(), labels=True)
     with pytest.raises(UsageError, match="--labels is foreign to kind none"):
         dump(kind="none", features=["0"], labels=True)
-    with pytest.raises(UsageError, match=r"--accept data\.nmae: no such field .*did you mean 'data\.name'"):
+    with pytest.raises(
+        UsageError, match=r"--accept data\.nmae: no such field .*did you mean 'data\.name'"
+    ):
         dump(accept=["data.nmae"])
     with pytest.raises(UsageError, match="views with seed 4; the seed here is 0"):
         dump(data=Samples(Points(), seed=4))
@@ -233,29 +271,52 @@ def test_progress_counts_every_record_once(dump: Dump) -> None:
     report = dump(k=3, batch_size=8, progress=seen.append)
     assert seen[-1].records == seen[-1].total == 50 and seen[-1].bytes == report.bytes
     assert [p.records for p in seen] == sorted(p.records for p in seen) and len(seen) == 7
-    assert seen[-1].covered_mass == report.covered_mass and seen[-1].accuracy == report.accuracy == 1.0
+    assert (
+        seen[-1].covered_mass == report.covered_mass and seen[-1].accuracy == report.accuracy == 1.0
+    )
 
 
 ONE_HOT = torch.nn.functional.one_hot(Points(20).y.long(), CLASSES)
-LABELS = {                      # labels of 20 points -> what is said of them, None where they are taken
+# labels of 20 points -> what is said of them, None where they are taken
+LABELS = {
     "class": (Points(20).y, None),
     "column": (Points(20).y[:, None], None),
     "bytes": (Points(20).y.to(torch.uint8)[:, None], None),
     "three classes": (torch.stack([Points(20).y] * 3, 1), None),
-    "one-hot": (ONE_HOT, r"labels are \[8, 12\], one number for each of 12 classes, which looks one-hot.*argmax\(1\)"),
+    "one-hot": (
+        ONE_HOT,
+        r"labels are \[8, 12\], one number for each of 12 classes, which looks "
+        r"one-hot.*argmax\(1\)",
+    ),
     "one-hot bool": (ONE_HOT.bool(), r"which looks one-hot.*argmax\(1\)"),
-    "multi-hot": ((ONE_HOT + ONE_HOT.roll(1, 1)), "several classes at once; .* one sigmoid for each class"),
-    "as many as classes": (torch.stack([Points(20).y] * CLASSES, 1), "if they are classes, several .* label_weight"),
-    "too many": (torch.zeros(20, 17, dtype=torch.int64), r"labels are \[8, 17\], for 8 records .* or up to 16"),
-    "a map": (torch.zeros(20, 4, 4, dtype=torch.int64), r"labels are \[8, 4, 4\], for 8 records of one row each"),
+    "multi-hot": (
+        (ONE_HOT + ONE_HOT.roll(1, 1)),
+        "several classes at once; .* one sigmoid for each class",
+    ),
+    "as many as classes": (
+        torch.stack([Points(20).y] * CLASSES, 1),
+        "if they are classes, several .* label_weight",
+    ),
+    "too many": (
+        torch.zeros(20, 17, dtype=torch.int64),
+        r"labels are \[8, 17\], for 8 records .* or up to 16",
+    ),
+    "a map": (
+        torch.zeros(20, 4, 4, dtype=torch.int64),
+        r"labels are \[8, 4, 4\], for 8 records of one row each",
+    ),
     "from 12": (Points(20).y + CLASSES, "label is 22; .*are they counted from 1"),
     "scores": (ONE_HOT.float(), r"its label is \[12\] of float32; expected a class index"),
 }
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_both_stages_and_evaluation_take_and_refuse_the_same_labels(dump: Dump, tmp_path: Path, name: str) -> None:
-    """Oracle: a run on labels that are one class a record has the weights of a run on these classes, bit for bit."""
+def test_both_stages_and_evaluation_take_and_refuse_the_same_labels(
+    dump: Dump, tmp_path: Path, name: str
+) -> None:
+    """Oracle: a run on labels that are one class a record has the weights of a run on these
+    classes, bit for bit.
+    """
     labels, said = LABELS[name]
 
     class Labelled(Points):
@@ -264,8 +325,15 @@ def test_both_stages_and_evaluation_take_and_refuse_the_same_labels(dump: Dump, 
 
     def train(data: Any, out: str, **more: Any) -> torch.nn.Module:
         student = mlp(seed=4)
-        train_student(student=student, data=data, out=tmp_path / out, alpha=0.5 if "cache" in more else 0.0,
-                      batch_size=8, epochs=1, **more)
+        train_student(
+            student=student,
+            data=data,
+            out=tmp_path / out,
+            alpha=0.5 if "cache" in more else 0.0,
+            batch_size=8,
+            epochs=1,
+            **more,
+        )
         return student
 
     data = Labelled(20)
@@ -274,7 +342,10 @@ def test_both_stages_and_evaluation_take_and_refuse_the_same_labels(dump: Dump, 
             dump(data=data)
         assert not (tmp_path / "c").exists()
         for more in ({}, {"eval_data": data}):
-            with pytest.raises(DataError, match=said if name != "from 12" else "label is (22; |..; the model has 12)"):
+            with pytest.raises(
+                DataError,
+                match=said if name != "from 12" else "label is (22; |..; the model has 12)",
+            ):
                 train(Points(20) if more else data, "r", **more)
             assert not (tmp_path / "r").exists()
         with pytest.raises(DataError, match=said if name != "from 12" else "a label is .."):
@@ -291,7 +362,9 @@ def test_both_stages_and_evaluation_take_and_refuse_the_same_labels(dump: Dump, 
 
 
 @pytest.mark.parametrize("problem", ["one logit", "regression", "multi_label_classification"])
-def test_heads_that_are_no_softmax_are_refused_in_both_stages(dump: Dump, tmp_path: Path, problem: str) -> None:
+def test_heads_that_are_no_softmax_are_refused_in_both_stages(
+    dump: Dump, tmp_path: Path, problem: str
+) -> None:
     module, said = mlp(), f"is for {problem}: its logits are .* one softmax"
     if problem == "one logit":
         module, said = mlp(1), r"gives one logit, whose softmax is always 1.* give \[0, z\]"
@@ -304,8 +377,11 @@ def test_heads_that_are_no_softmax_are_refused_in_both_stages(dump: Dump, tmp_pa
         with pytest.raises(UsageError, match=f"the teacher .*{said}"):
             dump(teacher=module, data=data, kind=kind, labels=False)
     with pytest.raises(UsageError, match=f"the student .*{said}"):
-        train_student(student=module, data=Points(20, classes=1), out=tmp_path / "r", alpha=0.0, epochs=1)
+        train_student(
+            student=module, data=Points(20, classes=1), out=tmp_path / "r", alpha=0.0, epochs=1
+        )
     with pytest.raises(UsageError, match=f"the student .*{said}"):
         evaluate(module, Points(20, classes=1))
     assert not (tmp_path / "r").exists() and not (tmp_path / "c").exists()
-    assert dump(teacher=module, kind="none", features=["0"]).complete           # features are features
+    # features are features
+    assert dump(teacher=module, kind="none", features=["0"]).complete

@@ -29,17 +29,27 @@ TESTS = Path(__file__).parent
 
 
 def dump(out: Path, **changes: Any) -> DumpReport:
-    options: dict[str, Any] = {"teacher": mlp(), "data": Points(), "k": 4, "device": "cpu", "records_per_shard": 10,
-                               "batch_size": 4, "features": ["0:raw:int8"]}
+    options: dict[str, Any] = {
+        "teacher": mlp(),
+        "data": Points(),
+        "k": 4,
+        "device": "cpu",
+        "records_per_shard": 10,
+        "batch_size": 4,
+        "features": ["0:raw:int8"],
+    }
     return dump_teacher(out=out, **{**options, **changes})
 
 
 @pytest.mark.parametrize("container", ["arrow", "hdf5"])
 @pytest.mark.parametrize("fail_at", [0, 9, 10, 23, 49])
-def test_an_exception_in_the_dataset_loses_its_shard_only(tmp_path: Path, container: str, fail_at: int) -> None:
+def test_an_exception_in_the_dataset_loses_its_shard_only(
+    tmp_path: Path, container: str, fail_at: int
+) -> None:
     whole = dump(tmp_path / "whole", container=container)
     data = Points()
-    # The probe and the first question read every sample of so small a dataset: it must fail only after them.
+    # The probe and the first question read every sample of so small a dataset: it must fail only
+    # after them.
     probed = threading.Event()
     read = Points.__getitem__
 
@@ -53,7 +63,9 @@ def test_an_exception_in_the_dataset_loses_its_shard_only(tmp_path: Path, contai
         if text.startswith("the first batch asked twice"):
             probed.set()
 
-    with pytest.raises(DataError, match=f"sample {fail_at} cannot be read: RuntimeError: the disk ate it"):
+    with pytest.raises(
+        DataError, match=f"sample {fail_at} cannot be read: RuntimeError: the disk ate it"
+    ):
         dump(tmp_path / "c", data=Failing(), container=container, say=started)
     with kdcache.open(tmp_path / "c", allow_partial=True) as cache:
         assert cache.missing() == list(range(fail_at // 10, 5))
@@ -66,7 +78,9 @@ def test_a_finished_cache_says_so_and_is_left_alone(tmp_path: Path) -> None:
     first = dump(tmp_path / "c")
     before, said = files(tmp_path / "c"), list[str]()
     again = dump(tmp_path / "c", say=said.append)
-    assert again.already_complete and again.complete and again.shards_written == again.shards_left == 0
+    assert (
+        again.already_complete and again.complete and again.shards_written == again.shards_left == 0
+    )
     assert again.content_id == first.content_id and files(tmp_path / "c") == before
     assert any("nothing to do" in line for line in said)
 
@@ -74,10 +88,14 @@ def test_a_finished_cache_says_so_and_is_left_alone(tmp_path: Path) -> None:
 MEANS = ("bytes", "covered_mass", "truncation_kl", "quantisation_kl", "accuracy")
 
 
-@pytest.mark.parametrize("data", [{}, {"teacher": Speaker(), "data": Sentences(40), "features": ()}],
-                         ids=["rows", "tokens"])
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"teacher": Speaker(), "data": Sentences(40), "features": ()}],
+    ids=["rows", "tokens"],
+)
 def test_a_report_is_of_the_whole_whoever_wrote_it(
-        tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one call, continued, already complete, and by the rank that ends last: one and the same."""
     whole = dump(tmp_path / "whole", **data).to_json()
     with kdcache.open(tmp_path / "whole") as cache:
@@ -94,7 +112,9 @@ def test_a_report_is_of_the_whole_whoever_wrote_it(
         monkeypatch.setenv("RANK", rank)
         last = dump(tmp_path / "shared", **data).to_json()
     for report in (mended, again, last):
-        assert report["complete"] and {name: report[name] for name in MEANS} == {name: whole[name] for name in MEANS}
+        assert report["complete"] and {name: report[name] for name in MEANS} == {
+            name: whole[name] for name in MEANS
+        }
 
 
 def test_a_finished_cache_without_its_manifest_is_sealed_again(tmp_path: Path) -> None:
@@ -105,7 +125,9 @@ def test_a_finished_cache_without_its_manifest_is_sealed_again(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_ranks_share_the_shards_in_any_order(tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_shards_in_any_order(
+    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dump(tmp_path / "whole")
     monkeypatch.setenv("WORLD_SIZE", str(world))
     reports = []
@@ -124,18 +146,27 @@ def test_ranks_at_the_same_time_give_the_same_cache(tmp_path: Path) -> None:
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from test_teacher_resume import dump\n"
-        "print(json.dumps(dump(Path(sys.argv[1]), records_per_shard=2).to_json()))\n")
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "c"), str(TESTS)], stdout=subprocess.PIPE,
-                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
-             for rank in range(2)]
+        "print(json.dumps(dump(Path(sys.argv[1]), records_per_shard=2).to_json()))\n"
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "c"), str(TESTS)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
     reports = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert sorted(r["shards_written"] for r in reports) == [12, 13] and any(r["complete"] for r in reports)
+    assert sorted(r["shards_written"] for r in reports) == [12, 13] and any(
+        r["complete"] for r in reports
+    )
     assert files(tmp_path / "c") == files(tmp_path / "whole")
 
 
 def test_shares_are_disjoint_and_whole_also_when_ranks_look_at_different_moments() -> None:
-    early, late = list(range(10)), list(range(2, 10))           # rank 0 wrote shards 0 and 1 before rank 1 looked
+    # rank 0 wrote shards 0 and 1 before rank 1 looked
+    early, late = list(range(10)), list(range(2, 10))
     shares = [Rank(0, 2, 0).share(early), Rank(1, 2, 0).share(late)]
     assert not set(shares[0]) & set(shares[1]) and {0, 1, *shares[0], *shares[1]} == {*early}
 
@@ -149,14 +180,26 @@ def test_worker_processes_change_nothing(tmp_path: Path, data: Points) -> None:
 
 def test_worker_processes_with_sequences_and_their_errors(tmp_path: Path) -> None:
     for workers in (0, 2):
-        dump(tmp_path / str(workers), teacher=Speaker(), data=Sentences(), features=(), workers=workers)
+        dump(
+            tmp_path / str(workers),
+            teacher=Speaker(),
+            data=Sentences(),
+            features=(),
+            workers=workers,
+        )
     assert files(tmp_path / "0") == files(tmp_path / "2")
 
     class Bad(Points):
         def __getitem__(self, i: int) -> Any:
-            return (self.x[i], self.y[i]) if i != 43 or torch.utils.data.get_worker_info() is None else None
+            return (
+                (self.x[i], self.y[i])
+                if i != 43 or torch.utils.data.get_worker_info() is None
+                else None
+            )
 
-    with pytest.raises(DataError, match=r"^dataset points, sample 43: an item is a NoneType") as caught:
+    with pytest.raises(
+        DataError, match=r"^dataset points, sample 43: an item is a NoneType"
+    ) as caught:
         dump(tmp_path / "bad", data=Bad(), workers=2)
     assert "\n" not in str(caught.value)
 
@@ -181,7 +224,8 @@ def test_another_batch_size_is_allowed_on_resume(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_while_writing_is_one_line_and_can_be_continued(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dump(tmp_path / "whole")
     write, fsync = Writer.write, os.fsync
 
@@ -201,7 +245,8 @@ def test_a_full_disk_while_writing_is_one_line_and_can_be_continued(
     assert files(tmp_path / "c") == files(tmp_path / "whole")
 
 
-# ---- signals --------------------------------------------------------------------------------------------------
+# ---- signals
+# --------------------------------------------------------------------------------------------------
 
 SLOW = """
 import sys; sys.path.insert(0, sys.argv[2])
@@ -222,7 +267,9 @@ except KDCacheError as e:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_drops_the_open_shard_and_says_how_to_go_on(tmp_path: Path, signum: int, code: int) -> None:
+def test_a_signal_drops_the_open_shard_and_says_how_to_go_on(
+    tmp_path: Path, signum: int, code: int
+) -> None:
     command = [sys.executable, "-c", SLOW, str(tmp_path / "c"), str(TESTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,6 @@
-"""A teacher whose answers are left to chance or to its batch is found out, in a dump before its first shard."""
+"""A teacher whose answers are left to chance or to its batch is found out, in a dump before its
+first shard.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ CPU = torch.device("cpu")
 
 def asked(net: nn.Module, data: Any, ids: range, rows: str = "record") -> Steadiness | None:
     samples = Samples(data)
-    return steadiness(Question(net.eval(), CPU, lambda ids: read_batch(samples, [(i, 0) for i in ids]), rows), ids)
+    return steadiness(
+        Question(net.eval(), CPU, lambda ids: read_batch(samples, [(i, 0) for i in ids]), rows), ids
+    )
 
 
 class Dropping(nn.Module):
@@ -62,7 +66,9 @@ class Centred(nn.Module):
 class Wide(Speaker):
     """Attends to padding: the mean over all positions is in every answer."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return super().forward(input_ids) + self.head(self.embed(input_ids).mean(1, keepdim=True))
 
 
@@ -73,17 +79,25 @@ class Widening(nn.Module):
         return x[:, :1].expand(len(x), 12 + len(x))
 
 
-@pytest.mark.parametrize(("teacher", "data", "said"), [
-    (Dropping, Points, "answers differently each time: asked twice about samples 0 to 7"),
-    (Normed, Points, r"the teacher \(Normed\) cannot be run on inputs \[1, 6\] of float32: ValueError"),
-    (Centred, Points, "answers by what shares its batch: the logits of sample 0"),
-    (Wide, Sentences, "answers by what shares its batch: the logits of sample"),
-])
+@pytest.mark.parametrize(
+    ("teacher", "data", "said"),
+    [
+        (Dropping, Points, "answers differently each time: asked twice about samples 0 to 7"),
+        (
+            Normed,
+            Points,
+            r"the teacher \(Normed\) cannot be run on inputs \[1, 6\] of float32: ValueError",
+        ),
+        (Centred, Points, "answers by what shares its batch: the logits of sample 0"),
+        (Wide, Sentences, "answers by what shares its batch: the logits of sample"),
+    ],
+)
 def test_it_is_refused_before_anything_is_written_and_kept_where_that_is_accepted(
-        tmp_path: Path, teacher: Any, data: Any, said: str) -> None:
+    tmp_path: Path, teacher: Any, data: Any, said: str
+) -> None:
     dump = dumper(tmp_path / "c")
     options = {"teacher": teacher(), "data": data(), "batch_size": 8, "k": 3}
-    for accept in ([], ["class_names"]):        # another name accepts no other difference
+    for accept in ([], ["class_names"]):  # another name accepts no other difference
         with pytest.raises(DataError, match=said) as caught:
             dump(**options, accept=accept)
         assert "\n" not in str(caught.value) and "--accept unsteady" in str(caught.value)
@@ -95,8 +109,13 @@ def test_it_is_refused_before_anything_is_written_and_kept_where_that_is_accepte
 
 
 def test_as_many_classes_as_records_are_no_answer_either(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="answers by what shares its batch: the logits of sample 0 differ by up to inf"):
-        dump_teacher(teacher=Widening(), data=Points(), out=tmp_path / "c", device="cpu", labels=False)
+    with pytest.raises(
+        DataError,
+        match="answers by what shares its batch: the logits of sample 0 differ by up to inf",
+    ):
+        dump_teacher(
+            teacher=Widening(), data=Points(), out=tmp_path / "c", device="cpu", labels=False
+        )
 
 
 def test_it_is_refused_where_a_dump_goes_on_and_the_shards_there_stay(tmp_path: Path) -> None:
@@ -117,14 +136,17 @@ def test_it_is_refused_where_a_dump_goes_on_and_the_shards_there_stay(tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_steady_teacher_passes_with_a_difference_that_rounding_can_explain(dtype: torch.dtype) -> None:
+def test_a_steady_teacher_passes_with_a_difference_that_rounding_can_explain(
+    dtype: torch.dtype,
+) -> None:
     net, data = mlp().to(dtype), Points()
     found = asked(net, data, range(32))
     assert found is not None and found.problem is None and found.again == 0.0
     assert found.alone is not None and found.alone <= found.rounding
     with torch.inference_mode():
         size = float(net(data.x[:32].to(dtype)).float().abs().max())
-    eps = max(torch.finfo(dtype).eps, 2.0**-23)             # what is kept and compared is float32 at the finest
+    # what is kept and compared is float32 at the finest
+    eps = max(torch.finfo(dtype).eps, 2.0**-23)
     assert found.rounding == pytest.approx(math.sqrt(eps) * size)
 
 
@@ -132,7 +154,9 @@ def test_padding_is_no_reason_and_the_shortest_record_is_the_one_asked_alone() -
     shapes: list[tuple[int, ...]] = []
 
     class Heard(Speaker):
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        ) -> torch.Tensor:
             shapes.append(tuple(input_ids.shape))
             return super().forward(input_ids)
 
@@ -153,7 +177,9 @@ def test_nan_is_left_to_what_names_its_sample_and_infinity_is_a_difference() -> 
             self.values = list(values)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.full((len(x), 2), self.values.pop(0) if len(self.values) > 1 else self.values[0])
+            return torch.full(
+                (len(x), 2), self.values.pop(0) if len(self.values) > 1 else self.values[0]
+            )
 
     found = asked(Odd(math.nan), Points(), range(4))
     assert found is not None and found.problem is None
@@ -174,10 +200,18 @@ def test_verify_does_not_allow_for_noise_that_is_no_rounding(tmp_path: Path, tea
     dump_teacher(teacher=net, data=Points(), out=tmp_path / "c", device="cpu", accept=["unsteady"])
     report = verify(tmp_path / "c", teacher=net, data=Points(), device="cpu")
     assert not report.ok and "rounding explains" in report.problems[0]
-    assert report.tolerance is not None and report.tolerance < 0.1      # 4 sqrt(eps) of logits below 20, and the floor
+    # 4 sqrt(eps) of logits below 20, and the floor
+    assert report.tolerance is not None and report.tolerance < 0.1
 
 
-def test_verify_of_a_teacher_that_takes_no_single_record_is_a_problem_and_no_traceback(tmp_path: Path) -> None:
-    dump_teacher(teacher=Normed(), data=Points(), out=tmp_path / "c", device="cpu", accept=["unsteady"])
+def test_verify_of_a_teacher_that_takes_no_single_record_is_a_problem_and_no_traceback(
+    tmp_path: Path,
+) -> None:
+    dump_teacher(
+        teacher=Normed(), data=Points(), out=tmp_path / "c", device="cpu", accept=["unsteady"]
+    )
     report = verify(tmp_path / "c", teacher=Normed(), data=Points(), device="cpu")
-    assert "the teacher (Normed) cannot be run on inputs [1, 6] of float32: ValueError" in report.problems[0]
+    assert (
+        "the teacher (Normed) cannot be run on inputs [1, 6] of float32: ValueError"
+        in report.problems[0]
+    )

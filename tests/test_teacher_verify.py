@@ -45,15 +45,27 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16 teacher": {"k": 3, "values": "bfloat16", "dtype": "bfloat16"},
     "features alone": {"kind": "none", "features": ["0:raw:int8"]},
     "views": {"k": 3, "data": Noisy(20), "views": 2, "records_per_shard": 7},
-    "sequences": {"k": 3, "teacher": Speaker(), "data": Sentences(), "batch_size": 7,
-                  "features": ["embed:raw:float16", "embed:pool:float32"]},
-    "wide logits": {"values": "uint8", "k": 12, "teacher": nn.Sequential(mlp(), nn.Hardtanh(-400, 400)),
-                    "data": Points(), "scale": 60.0},
+    "sequences": {
+        "k": 3,
+        "teacher": Speaker(),
+        "data": Sentences(),
+        "batch_size": 7,
+        "features": ["embed:raw:float16", "embed:pool:float32"],
+    },
+    "wide logits": {
+        "values": "uint8",
+        "k": 12,
+        "teacher": nn.Sequential(mlp(), nn.Hardtanh(-400, 400)),
+        "data": Points(),
+        "scale": 60.0,
+    },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_right_teacher_passes_and_one_moved_by_a_hundredth_does_not(tmp_path: Path, name: str) -> None:
+def test_the_right_teacher_passes_and_one_moved_by_a_hundredth_does_not(
+    tmp_path: Path, name: str
+) -> None:
     options = {"teacher": mlp(), "data": Points(), "batch_size": 8, **CASES[name]}
     scale = options.pop("scale", None)
     if scale:
@@ -63,9 +75,14 @@ def test_the_right_teacher_passes_and_one_moved_by_a_hundredth_does_not(tmp_path
     dump_teacher(teacher=net, data=data, out=tmp_path / "c", device="cpu", **options)
     good = check(tmp_path / "c", net, data, samples=30)
     assert good.ok and good.problems == ()
-    assert good.worst_difference is not None and good.tolerance is not None and good.live_difference is not None
+    assert (
+        good.worst_difference is not None
+        and good.tolerance is not None
+        and good.live_difference is not None
+    )
     assert good.worst_difference <= good.tolerance
-    # bfloat16 keeps 8 bits of a weight of size 1: a hundredth is only a few of its steps, and its sums are as coarse.
+    # bfloat16 keeps 8 bits of a weight of size 1: a hundredth is only a few of its steps, and its
+    # sums are as coarse.
     moved = nudged(net, 0.3 if "bfloat16" in name or "uint8" in name else 0.01)
     bad = check(tmp_path / "c", moved, data, samples=30)
     assert not bad.ok
@@ -76,7 +93,9 @@ def test_the_right_teacher_passes_and_one_moved_by_a_hundredth_does_not(tmp_path
 
 
 def test_without_a_teacher_every_byte_is_read_and_quickly_only_sizes(tmp_path: Path) -> None:
-    dump_teacher(teacher=mlp(), data=Points(), out=tmp_path / "c", device="cpu", records_per_shard=20)
+    dump_teacher(
+        teacher=mlp(), data=Points(), out=tmp_path / "c", device="cpu", records_per_shard=20
+    )
     seen: list[tuple[int, int]] = []
     report = verify(tmp_path / "c", progress=lambda done, total: seen.append((done, total)))
     assert report.ok and report.shards == 3 and report.content_id and seen[-1] == (3, 3)
@@ -96,7 +115,9 @@ def test_without_a_teacher_every_byte_is_read_and_quickly_only_sizes(tmp_path: P
     assert not report.ok and f"expected {len(data)}" in report.problems[0]
     victim.unlink()
     assert victim.name in verify(tmp_path / "c", quick=True).problems[0]
-    dump_teacher(teacher=mlp(), data=Points(), out=tmp_path / "c", device="cpu", records_per_shard=20)
+    dump_teacher(
+        teacher=mlp(), data=Points(), out=tmp_path / "c", device="cpu", records_per_shard=20
+    )
     assert verify(tmp_path / "c").ok
 
 
@@ -141,7 +162,9 @@ def test_other_views_of_the_same_samples_are_named_as_such(tmp_path: Path) -> No
 
 
 class Moved(nn.Module):
-    """A net whose logits grow by `scale`, and by `wobble` with every call; all but the first three are lowered."""
+    """A net whose logits grow by `scale`, and by `wobble` with every call; all but the first three
+    are lowered.
+    """
 
     def __init__(self, scale: float = 0.0, wobble: float = 0.0, lowered: float = 0.0) -> None:
         super().__init__()
@@ -153,16 +176,37 @@ class Moved(nn.Module):
         return torch.where(z_BV < z_BV.topk(3).values[:, -1:], z_BV - self.lowered, z_BV)
 
 
-@pytest.mark.parametrize(("change", "found"), [
-    ({}, False), ({"scale": 1e-4}, True), ({"lowered": 0.01}, True), ({"wobble": 1e-6}, False),
-    ({"wobble": 1e-6, "scale": 1e-3}, True)])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, False),
+        ({"scale": 1e-4}, True),
+        ({"lowered": 0.01}, True),
+        ({"wobble": 1e-6}, False),
+        ({"wobble": 1e-6, "scale": 1e-3}, True),
+    ],
+)
 def test_a_ten_thousandth_is_found_also_in_a_tail_unless_two_runs_differ_as_much(
-        tmp_path: Path, change: dict[str, float], found: bool) -> None:
-    dump_teacher(teacher=Moved(wobble=change.get("wobble", 0.0)), data=Points(), out=tmp_path / "c", device="cpu", k=3,
-                 values="float32", batch_size=50)
+    tmp_path: Path, change: dict[str, float], found: bool
+) -> None:
+    dump_teacher(
+        teacher=Moved(wobble=change.get("wobble", 0.0)),
+        data=Points(),
+        out=tmp_path / "c",
+        device="cpu",
+        k=3,
+        values="float32",
+        batch_size=50,
+    )
     report = check(tmp_path / "c", Moved(**change), Points())
-    assert any("differs from the cache" in problem for problem in report.problems) == found == (not report.ok)
-    assert report.live_difference is not None and (report.live_difference > 1e-5) == ("wobble" in change)
+    assert (
+        any("differs from the cache" in problem for problem in report.problems)
+        == found
+        == (not report.ok)
+    )
+    assert report.live_difference is not None and (report.live_difference > 1e-5) == (
+        "wobble" in change
+    )
 
 
 def test_a_teacher_of_other_shapes_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
@@ -177,12 +221,21 @@ def test_a_teacher_of_other_shapes_is_a_problem_and_not_a_crash(tmp_path: Path) 
 
 
 def test_what_rounding_may_do_is_an_upper_bound_and_not_a_loose_one(tmp_path: Path) -> None:
-    """Against the values before encoding: never more than the bound, and somewhere at least a third of it."""
+    """Against the values before encoding: never more than the bound, and somewhere at least a third
+    of it.
+    """
     net, data = mlp(), Points(400)
     with torch.inference_mode():
         logits = net(data.x).numpy().astype(np.float64)
     for values in ("float16", "bfloat16", "uint8"):
-        dump_teacher(teacher=net, data=data, out=tmp_path / values, device="cpu", values=values, batch_size=400)
+        dump_teacher(
+            teacher=net,
+            data=data,
+            out=tmp_path / values,
+            device="cpu",
+            values=values,
+            batch_size=400,
+        )
         with kdcache.open(tmp_path / values) as cache:
             said = compare.cached_saying(cache.spec, cache.read(np.arange(400)))
         apart = np.abs(said.parts["logits"] - (logits - logits.max(1, keepdims=True)))

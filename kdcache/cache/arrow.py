@@ -1,7 +1,8 @@
 """A shard as an Arrow IPC file: one uncompressed record batch, a table row per record.
 
-Record columns are top-level fields. A lower level is one list column of structs: fixed-size for R rows per record,
-large-list for a ragged level, whose offsets buffer is the level's offsets. pyarrow only writes and checks.
+Record columns are top-level fields. A lower level is one list column of structs: fixed-size for R
+rows per record, large-list for a ragged level, whose offsets buffer is the level's offsets. pyarrow
+only writes and checks.
 """
 
 from __future__ import annotations
@@ -55,25 +56,39 @@ def write(file: Sink, spec: CacheSpec, columns: Columns, records: int) -> None:
         members = [c for c in spec.columns() if c.level == level.name]
         kind = schema.field(level.name).type
         rows = len(columns[members[0].name])
-        struct = pa.Array.from_buffers(kind.value_type, rows, [None], 0,
-                                       children=[_array(c, columns[c.name]) for c in members])
+        struct = pa.Array.from_buffers(
+            kind.value_type, rows, [None], 0, children=[_array(c, columns[c.name]) for c in members]
+        )
         buffers = [None, pa.py_buffer(columns[level.offsets])] if level.ragged else [None]
         arrays.append(pa.Array.from_buffers(kind, records, buffers, 0, children=[struct]))
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     options = pa.ipc.IpcWriteOptions(compression=None, use_threads=False)
-    with pa.PythonFile(file, mode="w") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
+    with (
+        pa.PythonFile(file, mode="w") as sink,
+        pa.ipc.new_file(sink, schema, options=options) as writer,
+    ):
         writer.write_batch(batch)
 
 
 def locate(path: str, data: Array, spec: CacheSpec, records: int) -> dict[str, int]:
-    """Where Arrow finds each column in the mapped file; ValueError if it sees another schema or number of records."""
+    """Where Arrow finds each column in the mapped file; ValueError if it sees another schema or
+    number of records.
+    """
     reader = pa.ipc.open_file(pa.py_buffer(data))
     batch = reader.get_batch(0)
-    if reader.num_record_batches != 1 or batch.num_rows != records or not reader.schema.equals(_schema(spec), True):
-        raise ValueError(f"{path}: Arrow reads another schema or number of records than was written")
+    if (
+        reader.num_record_batches != 1
+        or batch.num_rows != records
+        or not reader.schema.equals(_schema(spec), True)
+    ):
+        raise ValueError(
+            f"{path}: Arrow reads another schema or number of records than was written"
+        )
     batch.validate(full=True)
     base = data.ctypes.data
-    return {name: buffer.address - base for name, buffer in _buffers(spec, batch) if buffer is not None}
+    return {
+        name: buffer.address - base for name, buffer in _buffers(spec, batch) if buffer is not None
+    }
 
 
 def _buffers(spec: CacheSpec, batch: Any) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,6 @@
-"""Everything that can be checked about a cache without its teacher: every byte, every promise, every file."""
+"""Everything that can be checked about a cache without its teacher: every byte, every promise,
+every file.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,17 @@ from kdcache.guard import printable
 UNREAD = "may not be read by this user: whether it is whole is not known; check its permissions"
 
 
-def check_all(directory: Directory, header: Header, manifest: Manifest | None,
-              progress: Callable[[int, int], None] | None = None, *, quick: bool = False) -> list[str]:
-    """What is wrong, a line each. `quick` reads no shard file: names, sizes and the JSON files only."""
+def check_all(
+    directory: Directory,
+    header: Header,
+    manifest: Manifest | None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    quick: bool = False,
+) -> list[str]:
+    """What is wrong, a line each. `quick` reads no shard file: names, sizes and the JSON files
+    only.
+    """
     found: list[str] = []
     used: set[str] = set()
     total = header.spec.num_shards
@@ -27,11 +37,16 @@ def check_all(directory: Directory, header: Header, manifest: Manifest | None,
         if progress is not None:
             progress(shard + 1, total)
     try:
-        if catalog.parse_header(directory.read(HEADER) or b"", directory.full(HEADER)).digest != header.digest:
+        if (
+            catalog.parse_header(directory.read(HEADER) or b"", directory.full(HEADER)).digest
+            != header.digest
+        ):
             found.append(f"{directory.full(HEADER)}: no longer the header that was opened")
         chain = repair.read_manifests(directory, header)
         if manifest is not None and manifest.digest not in [m.digest for m in chain]:
-            found.append(f"{directory.full('manifest')}: no longer holds the manifest that was opened")
+            found.append(
+                f"{directory.full('manifest')}: no longer holds the manifest that was opened"
+            )
         if not chain:
             found.append(f"{directory.path}: not sealed")
         found += _check_folders(directory, total, used)
@@ -40,8 +55,14 @@ def check_all(directory: Directory, header: Header, manifest: Manifest | None,
     return found
 
 
-def _check_shard(directory: Directory, header: Header, manifest: Manifest | None, shard: int,
-                 used: set[str], quick: bool) -> Iterator[str]:
+def _check_shard(
+    directory: Directory,
+    header: Header,
+    manifest: Manifest | None,
+    shard: int,
+    used: set[str],
+    quick: bool,
+) -> Iterator[str]:
     where = directory.full(commit_name(shard))
     committed: Facts | None = None
     try:
@@ -58,13 +79,19 @@ def _check_shard(directory: Directory, header: Header, manifest: Manifest | None
     if promised is None:
         return
     used.add(promised.file)
-    if committed and manifest and (committed.commit != promised.commit or _plain(committed) != _plain(promised)):
+    if (
+        committed
+        and manifest
+        and (committed.commit != promised.commit or _plain(committed) != _plain(promised))
+    ):
         yield f"{where}: the commit record and the manifest disagree about shard {shard}"
     if quick:
         size = directory.size(f"data/{promised.file}")
         if size != promised.size:
             found = "missing, or no plain file;" if size is None else f"has {size} bytes,"
-            yield f"{directory.full(f'data/{promised.file}')}: {found} expected {promised.size} bytes"
+            yield (
+                f"{directory.full(f'data/{promised.file}')}: {found} expected {promised.size} bytes"
+            )
         return
     yield from _check_bytes(directory, header, promised)
 
@@ -78,7 +105,8 @@ def _check_bytes(directory: Directory, header: Header, promised: Facts) -> Itera
         except (KDCacheError, OSError) as e:
             bad = True
             yield _said(e)
-            if f"column {name}" not in str(e):      # the file itself: every column would say the same
+            # the file itself: every column would say the same
+            if f"column {name}" not in str(e):
                 break
     if not bad:
         try:
@@ -95,7 +123,15 @@ def _said(error: Exception) -> str:
 
 
 def _plain(facts: Facts) -> tuple[object, ...]:
-    return (facts.file, facts.size, facts.file_digest, facts.rest_digest, facts.records, facts.rows, facts.columns)
+    return (
+        facts.file,
+        facts.size,
+        facts.file_digest,
+        facts.rest_digest,
+        facts.records,
+        facts.rows,
+        facts.columns,
+    )
 
 
 def _check_folders(directory: Directory, shards: int, used: set[str]) -> Iterator[str]:
@@ -117,17 +153,29 @@ def _check_folders(directory: Directory, shards: int, used: set[str]) -> Iterato
 
 def _stray(directory: Directory, name: str, why: str) -> Iterator[str]:
     path = directory.full(name)
-    if not name.split("/")[-1].startswith(TEMPORARY) or (os.path.lexists(path) and not is_plain(path)):
+    if not name.split("/")[-1].startswith(TEMPORARY) or (
+        os.path.lexists(path) and not is_plain(path)
+    ):
         yield f"{printable(path)}: {why}"
 
 
 def notes(directory: Directory) -> list[str]:
     """What is in the folder and is no damage."""
-    found = [f"{printable(directory.full(f'{QUARANTINE}/{name}'))}: put aside by an earlier repair; may be deleted"
-             for name in directory.names(QUARANTINE)]
+    found = [
+        f"{printable(directory.full(f'{QUARANTINE}/{name}'))}: put aside by an earlier repair; may "
+        "be deleted"
+        for name in directory.names(QUARANTINE)
+    ]
     for folder in ("", *repair.FOLDERS):
-        found += [f"{printable(str(directory.path / folder / name))}: no file of the cache; let be"
-                  for name in directory.names(folder) if repair.let_be(name, folder)]
-        found += [f"{printable(str(directory.path / folder / name))}: temporary file of a running or killed dump"
-                  for name in directory.names(folder) if name.startswith(TEMPORARY)]
+        found += [
+            f"{printable(str(directory.path / folder / name))}: no file of the cache; let be"
+            for name in directory.names(folder)
+            if repair.let_be(name, folder)
+        ]
+        found += [
+            f"{printable(str(directory.path / folder / name))}: temporary file of a running or "
+            "killed dump"
+            for name in directory.names(folder)
+            if name.startswith(TEMPORARY)
+        ]
     return found

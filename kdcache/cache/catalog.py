@@ -1,4 +1,6 @@
-"""The JSON files of a cache: header, commit records and manifests, as bytes and back, nothing believed unchecked."""
+"""The JSON files of a cache: header, commit records and manifests, as bytes and back, nothing
+believed unchecked.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,22 @@ from kdcache.guard import printable
 FORMAT = 1
 HEADER = "header.json"
 SUFFIXES = {"arrow": "arrow", "hdf5": "h5"}
-MAX_SHARDS = 10**8              # file names have eight digits
-MAX_MANIFEST = 2**28            # bytes: about 300,000 shards of ten columns
+MAX_SHARDS = 10**8  # file names have eight digits
+MAX_MANIFEST = 2**28  # bytes: about 300,000 shards of ten columns
 HEX32 = re.compile(r"[0-9a-f]{32}")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf|nan")
-# What this version reads, by the names that stand in `requires`: all that a spec may have, and nothing else.
-KNOWN = {"kind": KINDS, "values": VALUES, "level": LEVELS, "recipe": RECIPES, "feature": FEATURE_DTYPES,
-         "predicts": PREDICTS, "tokens": ("vocabulary",)}
+# What this version reads, by the names that stand in `requires`: all that a spec may have, and
+# nothing else.
+KNOWN = {
+    "kind": KINDS,
+    "values": VALUES,
+    "level": LEVELS,
+    "recipe": RECIPES,
+    "feature": FEATURE_DTYPES,
+    "predicts": PREDICTS,
+    "tokens": ("vocabulary",),
+}
 Document = dict[str, Any]
 
 
@@ -62,23 +72,35 @@ def requires(spec: CacheSpec) -> list[str]:
     return sorted(names)
 
 
-# ---- header ---------------------------------------------------------------------------------------------------
+# ---- header
+# ---------------------------------------------------------------------------------------------------
 
 
-def header_bytes(spec: CacheSpec, identity: Identity, container: str, recorded: dict[str, str]) -> bytes:
+def header_bytes(
+    spec: CacheSpec, identity: Identity, container: str, recorded: dict[str, str]
+) -> bytes:
     """The bytes of header.json. UsageError for a container or a number of shards that cannot be."""
     if container not in SUFFIXES:
         raise UsageError(f"container {container!r} is unknown{near(container, SUFFIXES)}")
     check_shards(spec)
     data = seal(_header_document(spec, identity, container, recorded))
-    if len(data) > MAX_JSON or data.count(b",") > MAX_VALUES or data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
-        raise UsageError(f"a header of {len(data)} bytes with about {data.count(b',')} values is more than a reader "
-                         f"takes ({MAX_JSON} and {MAX_VALUES}): fewer class names or features")
+    if (
+        len(data) > MAX_JSON
+        or data.count(b",") > MAX_VALUES
+        or data.count(b"{") + data.count(b"[") > MAX_CONTAINERS
+    ):
+        raise UsageError(
+            f"a header of {len(data)} bytes with about {data.count(b',')} values is more than a "
+            "reader "
+            f"takes ({MAX_JSON} and {MAX_VALUES}): fewer class names or features"
+        )
     return data
 
 
 def shard_line(spec: CacheSpec) -> int:
-    """Bytes of one shard in a manifest, at most: digests, names and numbers of the shard and of each column."""
+    """Bytes of one shard in a manifest, at most: digests, names and numbers of the shard and of
+    each column.
+    """
     return 60 + 60 * len(layout(spec).names) + 300
 
 
@@ -86,25 +108,46 @@ def check_shards(spec: CacheSpec) -> None:
     """UsageError for more shards than a manifest and the names of files can hold."""
     most = min(MAX_MANIFEST // shard_line(spec), MAX_SHARDS)
     if spec.num_shards > most:
-        raise UsageError(f"{spec.num_views} views of {spec.num_samples} samples in shards of {spec.records_per_shard} "
-                         f"are {spec.num_shards} shards; a manifest holds {most}: take larger shards or fewer views")
+        raise UsageError(
+            f"{spec.num_views} views of {spec.num_samples} samples in shards of "
+            f"{spec.records_per_shard} "
+            f"are {spec.num_shards} shards; a manifest holds {most}: take larger shards or fewer "
+            "views"
+        )
 
 
-def _header_document(spec: CacheSpec, identity: Identity, container: str, recorded: dict[str, str]) -> Document:
+def _header_document(
+    spec: CacheSpec, identity: Identity, container: str, recorded: dict[str, str]
+) -> Document:
     return {
-        "format": FORMAT, "requires": requires(spec), "container": container, "spec": spec.to_json(),
-        "identity": identity.to_json(), "levels": [level_json(level) for level in spec.levels()],
-        "columns": [c.to_json() for c in spec.columns()], "recorded": recorded,
+        "format": FORMAT,
+        "requires": requires(spec),
+        "container": container,
+        "spec": spec.to_json(),
+        "identity": identity.to_json(),
+        "levels": [level_json(level) for level in spec.levels()],
+        "columns": [c.to_json() for c in spec.columns()],
+        "recorded": recorded,
     }
 
 
 def parse_header(data: bytes, where: str) -> Header:
-    """The header in the bytes of a file; NotBuilt for what this version cannot read, CacheCorrupt for nonsense."""
+    """The header in the bytes of a file; NotBuilt for what this version cannot read, CacheCorrupt
+    for nonsense.
+    """
     doc = unseal(data, where)
     if type(doc.get("format")) is not int or doc["format"] != FORMAT:
-        raise NotBuilt(f"{where}: format {printable(str(doc.get('format'))[:40])}; this version reads format {FORMAT}")
+        raise NotBuilt(
+            f"{where}: format {printable(str(doc.get('format'))[:40])}; this version reads format "
+            f"{FORMAT}"
+        )
     needed = doc.get("requires")
-    _require(isinstance(needed, list) and all(isinstance(n, str) for n in needed), where, "requires", "a list of names")
+    _require(
+        isinstance(needed, list) and all(isinstance(n, str) for n in needed),
+        where,
+        "requires",
+        "a list of names",
+    )
     known = {f"{what}:{name}" for what, names in KNOWN.items() for name in names}
     foreign = [n for n in doc["requires"] if n not in known]
     if foreign:
@@ -119,18 +162,25 @@ def parse_header(data: bytes, where: str) -> Header:
         raise CacheCorrupt(f"{where}: {e}") from e
     container, recorded = doc.get("container"), doc.get("recorded")
     if not isinstance(container, str) or container not in SUFFIXES:
-        raise NotBuilt(f"{where}: container {str(container)[:40]!r}; this version reads {', '.join(SUFFIXES)}")
+        raise NotBuilt(
+            f"{where}: container {str(container)[:40]!r}; this version reads {', '.join(SUFFIXES)}"
+        )
     strings = isinstance(recorded, dict) and all(isinstance(v, str) for v in recorded.values())
     _require(strings, where, "recorded", "an object of strings")
     expected = _header_document(spec, identity, container, doc["recorded"])
     for key in sorted({*doc, *expected}):
-        _require(key in doc and key in expected and dumps(doc[key]) == dumps(expected[key]), where, key,
-                 "what the spec gives" if key in expected else "no such key")
+        _require(
+            key in doc and key in expected and dumps(doc[key]) == dumps(expected[key]),
+            where,
+            key,
+            "what the spec gives" if key in expected else "no such key",
+        )
     _require(spec.num_shards <= MAX_SHARDS, where, "spec", f"at most {MAX_SHARDS} shards")
     return Header(spec, identity, container, doc["recorded"], sealed_digest(data))
 
 
-# ---- commit records -------------------------------------------------------------------------------------------
+# ---- commit records
+# -------------------------------------------------------------------------------------------
 
 
 def data_name(header: Header, shard: int, file_digest: str) -> str:
@@ -144,20 +194,33 @@ def commit_name(shard: int) -> str:
 
 def commit_bytes(header: Header, facts: Facts) -> bytes:
     """The bytes of the commit record of a shard file."""
-    return seal({
-        "format": FORMAT, "header": header.digest, "shard": facts.shard, "file": facts.file, "size": facts.size,
-        "file_digest": facts.file_digest, "rest_digest": facts.rest_digest, "records": facts.records,
-        "rows": facts.rows, "measured": facts.measured,
-        "columns": {name: {"offset": e.offset, "length": e.length, "digest": e.digest}
-                    for name, e in facts.columns.items()},
-    })
+    return seal(
+        {
+            "format": FORMAT,
+            "header": header.digest,
+            "shard": facts.shard,
+            "file": facts.file,
+            "size": facts.size,
+            "file_digest": facts.file_digest,
+            "rest_digest": facts.rest_digest,
+            "records": facts.records,
+            "rows": facts.rows,
+            "measured": facts.measured,
+            "columns": {
+                name: {"offset": e.offset, "length": e.length, "digest": e.digest}
+                for name, e in facts.columns.items()
+            },
+        }
+    )
 
 
-COMMIT: dict[str, Callable[[Any], bool]] = {}       # filled below: key -> check of its value
+COMMIT: dict[str, Callable[[Any], bool]] = {}  # filled below: key -> check of its value
 
 
 def parse_commit(data: bytes, where: str, header: Header, shard: int) -> Facts:
-    """The facts in a commit record; CacheCorrupt unless they can be true of shard `shard` of this cache."""
+    """The facts in a commit record; CacheCorrupt unless they can be true of shard `shard` of this
+    cache.
+    """
     names = len(layout(header.spec).names)
     doc = unseal(data, where, containers=64 + names, values=2**12 + 4 * names)
     _keys(doc, COMMIT, where)
@@ -166,10 +229,18 @@ def parse_commit(data: bytes, where: str, header: Header, shard: int) -> Facts:
     _keys(columns, dict.fromkeys(layout(header.spec).names, _is_extent), f"{where}: columns")
     _keys(doc["rows"], dict.fromkeys(layout(header.spec).levels, _is_count), f"{where}: rows")
     _require(doc["shard"] == shard, where, "shard", f"{shard}, by the name of the file")
-    facts = Facts(shard=shard, file=doc["file"], size=doc["size"], file_digest=doc["file_digest"],
-                  rest_digest=doc["rest_digest"], records=doc["records"], rows=doc["rows"], measured=doc["measured"],
-                  columns={n: Extent(c["offset"], c["length"], c["digest"]) for n, c in columns.items()},
-                  commit=sealed_digest(data))
+    facts = Facts(
+        shard=shard,
+        file=doc["file"],
+        size=doc["size"],
+        file_digest=doc["file_digest"],
+        rest_digest=doc["rest_digest"],
+        records=doc["records"],
+        rows=doc["rows"],
+        measured=doc["measured"],
+        columns={n: Extent(c["offset"], c["length"], c["digest"]) for n, c in columns.items()},
+        commit=sealed_digest(data),
+    )
     _check_facts(header, facts, where)
     return facts
 
@@ -180,7 +251,8 @@ def _check_facts(header: Header, facts: Facts, where: str) -> None:
     check_extents(header.spec, facts, where)
 
 
-# ---- manifests ------------------------------------------------------------------------------------------------
+# ---- manifests
+# ------------------------------------------------------------------------------------------------
 
 
 def manifest_name(generation: int) -> str:
@@ -188,13 +260,25 @@ def manifest_name(generation: int) -> str:
 
 
 def content_id(header: Header, columns: dict[str, list[str]]) -> str:
-    """SHA-256 over spec, identity and the digests of every column by shard: the same for both containers."""
-    return hashlib.sha256(dumps({"format": FORMAT, "spec": header.spec.to_json(),
-                                 "identity": header.identity.to_json(), "columns": columns})).hexdigest()
+    """SHA-256 over spec, identity and the digests of every column by shard: the same for both
+    containers.
+    """
+    return hashlib.sha256(
+        dumps(
+            {
+                "format": FORMAT,
+                "spec": header.spec.to_json(),
+                "identity": header.identity.to_json(),
+                "columns": columns,
+            }
+        )
+    ).hexdigest()
 
 
 def keys_digest(sample_key_digests: Iterable[str]) -> str:
-    """XXH3-128 over the digests (32 hex digits each) of the sample_key column of every shard, in order."""
+    """XXH3-128 over the digests (32 hex digits each) of the sample_key column of every shard, in
+    order.
+    """
     return digest("".join(sample_key_digests).encode("ascii"))
 
 
@@ -202,17 +286,27 @@ def manifest_body(header: Header, shards: Sequence[Facts]) -> Document:
     """Everything in a manifest but its place in the chain: a pure function of the commit records."""
     names, levels = layout(header.spec).names, layout(header.spec).levels
     columns: dict[str, dict[str, Any]] = {
-        name: {"offset": [f.columns[name].offset for f in shards],
-               "length": [f.columns[name].length for f in shards],
-               "digest": [f.columns[name].digest for f in shards]} for name in names}
+        name: {
+            "offset": [f.columns[name].offset for f in shards],
+            "length": [f.columns[name].length for f in shards],
+            "digest": [f.columns[name].digest for f in shards],
+        }
+        for name in names
+    }
     return {
-        "format": FORMAT, "header": header.digest,
+        "format": FORMAT,
+        "header": header.digest,
         "content_id": content_id(header, {name: c["digest"] for name, c in columns.items()}),
         "keys_digest": keys_digest(columns["sample_key"]["digest"]),
-        "shards": {"file": [f.file for f in shards], "size": [f.size for f in shards],
-                   "file_digest": [f.file_digest for f in shards], "rest_digest": [f.rest_digest for f in shards],
-                   "commit": [f.commit for f in shards], "records": [f.records for f in shards],
-                   "rows": {level: [f.rows[level] for f in shards] for level in levels}},
+        "shards": {
+            "file": [f.file for f in shards],
+            "size": [f.size for f in shards],
+            "file_digest": [f.file_digest for f in shards],
+            "rest_digest": [f.rest_digest for f in shards],
+            "commit": [f.commit for f in shards],
+            "records": [f.records for f in shards],
+            "rows": {level: [f.rows[level] for f in shards] for level in levels},
+        },
         "columns": columns,
         "measured": sum_measured(f.measured for f in shards),
     }
@@ -230,7 +324,7 @@ def sum_measured(parts: Iterable[dict[str, str]]) -> dict[str, str]:
 def _sum(values: list[float]) -> float:
     try:
         return math.fsum(values)
-    except (OverflowError, ValueError):             # beyond float64, or infinities of both signs
+    except (OverflowError, ValueError):  # beyond float64, or infinities of both signs
         return sum(values)
 
 
@@ -257,10 +351,18 @@ class Manifest:
         """CacheCorrupt unless what the manifest says of this shard can be true."""
         shards = self.body["shards"]
         facts = Facts(
-            shard=shard, **{k: shards[k][shard] for k in ("file", "size", "file_digest", "rest_digest", "records")},
-            rows={level: counts[shard] for level, counts in shards["rows"].items()}, commit=shards["commit"][shard],
-            columns={name: Extent(c["offset"][shard], c["length"][shard], c["digest"][shard])
-                     for name, c in self.body["columns"].items()})
+            shard=shard,
+            **{
+                k: shards[k][shard]
+                for k in ("file", "size", "file_digest", "rest_digest", "records")
+            },
+            rows={level: counts[shard] for level, counts in shards["rows"].items()},
+            commit=shards["commit"][shard],
+            columns={
+                name: Extent(c["offset"][shard], c["length"][shard], c["digest"][shard])
+                for name, c in self.body["columns"].items()
+            },
+        )
         _check_facts(self.header, facts, f"{self.where}: shard {shard}")
         return facts
 
@@ -279,34 +381,79 @@ def manifest_limit(spec: CacheSpec) -> int:
     return min(MAX_MANIFEST, 2**20 + 2 * spec.num_shards * shard_line(spec))
 
 
-def parse_manifest(data: bytes, where: str, header: Header, generation: int, parent: str | None) -> Manifest:
-    """The manifest in the bytes of a file; CacheCorrupt unless whole, of this header, and in its place in the chain."""
+def parse_manifest(
+    data: bytes, where: str, header: Header, generation: int, parent: str | None
+) -> Manifest:
+    """The manifest in the bytes of a file; CacheCorrupt unless whole, of this header, and in its
+    place in the chain.
+    """
     count, known = header.spec.num_shards, layout(header.spec)
     names, levels = len(known.names), len(known.levels)
-    doc = unseal(data, where, containers=64 + 4 * names + levels,
-                 values=2**12 + (count + 1) * (6 + levels + 3 * names))
-    lists = {"file": _list(str, count), "size": _list(int, count), "records": _list(int, count),
-             "file_digest": _list(HEX32, count), "rest_digest": _list(HEX32, count), "commit": _list(HEX32, count)}
+    doc = unseal(
+        data,
+        where,
+        containers=64 + 4 * names + levels,
+        values=2**12 + (count + 1) * (6 + levels + 3 * names),
+    )
+    lists = {
+        "file": _list(str, count),
+        "size": _list(int, count),
+        "records": _list(int, count),
+        "file_digest": _list(HEX32, count),
+        "rest_digest": _list(HEX32, count),
+        "commit": _list(HEX32, count),
+    }
     _keys(doc, MANIFEST, where)
     _ours(doc, header, where)
     _keys(doc["shards"], {**lists, "rows": _is_object}, f"{where}: shards")
-    _keys(doc["shards"]["rows"], dict.fromkeys(layout(header.spec).levels, _list(int, count)), f"{where}: rows")
+    _keys(
+        doc["shards"]["rows"],
+        dict.fromkeys(layout(header.spec).levels, _list(int, count)),
+        f"{where}: rows",
+    )
     _keys(doc["columns"], dict.fromkeys(layout(header.spec).names, _is_object), f"{where}: columns")
-    extent = {"offset": _list(int, count), "length": _list(int, count), "digest": _list(HEX32, count)}
+    extent = {
+        "offset": _list(int, count),
+        "length": _list(int, count),
+        "digest": _list(HEX32, count),
+    }
     for name, column in doc["columns"].items():
         _keys(column, extent, f"{where}: column {name}")
     view = [facts_records(header.spec, i) for i in range(header.spec.shards_per_view)]
-    _require(doc["shards"]["records"] == view * header.spec.num_views, where, "records", "what the header gives")
-    _require(doc["generation"] == generation, where, "generation", f"{generation}, by the name of the file")
-    _require(doc["parent"] == parent, where, "parent", f"{parent}, the digest of the manifest before it")
+    _require(
+        doc["shards"]["records"] == view * header.spec.num_views,
+        where,
+        "records",
+        "what the header gives",
+    )
+    _require(
+        doc["generation"] == generation,
+        where,
+        "generation",
+        f"{generation}, by the name of the file",
+    )
+    _require(
+        doc["parent"] == parent, where, "parent", f"{parent}, the digest of the manifest before it"
+    )
     del doc["generation"], doc["parent"]
     digests = {name: column["digest"] for name, column in doc["columns"].items()}
-    _require(doc["content_id"] == content_id(header, digests), where, "content_id", "what its columns give")
-    _require(doc["keys_digest"] == keys_digest(digests["sample_key"]), where, "keys_digest", "what its columns give")
+    _require(
+        doc["content_id"] == content_id(header, digests),
+        where,
+        "content_id",
+        "what its columns give",
+    )
+    _require(
+        doc["keys_digest"] == keys_digest(digests["sample_key"]),
+        where,
+        "keys_digest",
+        "what its columns give",
+    )
     return Manifest(header, generation, sealed_digest(data), doc, where)
 
 
-# ---- checks of values -----------------------------------------------------------------------------------------
+# ---- checks of values
+# -----------------------------------------------------------------------------------------
 
 
 def _is_count(value: Any) -> bool:
@@ -322,12 +469,19 @@ def _is_hex(value: Any) -> bool:
 
 
 def _is_extent(value: Any) -> bool:
-    return (isinstance(value, dict) and set(value) == {"offset", "length", "digest"} and _is_count(value["offset"])
-            and _is_count(value["length"]) and _is_hex(value["digest"]))
+    return (
+        isinstance(value, dict)
+        and set(value) == {"offset", "length", "digest"}
+        and _is_count(value["offset"])
+        and _is_count(value["length"])
+        and _is_hex(value["digest"])
+    )
 
 
 def _is_measured(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) and NUMBER.fullmatch(v) for v in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(v, str) and NUMBER.fullmatch(v) for v in value.values()
+    )
 
 
 def _list(item: type | re.Pattern[str], count: int) -> Callable[[Any], bool]:
@@ -344,14 +498,28 @@ def _of(value: Any, item: type, count: int) -> bool:
 
 
 COMMIT |= {
-    "format": _is_count, "header": _is_hex, "shard": _is_count, "file": lambda v: isinstance(v, str),
-    "size": _is_count, "file_digest": _is_hex, "rest_digest": _is_hex, "records": _is_count, "rows": _is_object,
-    "columns": _is_object, "measured": _is_measured,
+    "format": _is_count,
+    "header": _is_hex,
+    "shard": _is_count,
+    "file": lambda v: isinstance(v, str),
+    "size": _is_count,
+    "file_digest": _is_hex,
+    "rest_digest": _is_hex,
+    "records": _is_count,
+    "rows": _is_object,
+    "columns": _is_object,
+    "measured": _is_measured,
 }
 MANIFEST: dict[str, Callable[[Any], bool]] = {
-    "format": _is_count, "header": _is_hex, "parent": lambda v: v is None or _is_hex(v), "generation": _is_count,
-    "content_id": lambda v: isinstance(v, str) and HEX64.fullmatch(v) is not None, "keys_digest": _is_hex,
-    "shards": _is_object, "columns": _is_object, "measured": _is_measured,
+    "format": _is_count,
+    "header": _is_hex,
+    "parent": lambda v: v is None or _is_hex(v),
+    "generation": _is_count,
+    "content_id": lambda v: isinstance(v, str) and HEX64.fullmatch(v) is not None,
+    "keys_digest": _is_hex,
+    "shards": _is_object,
+    "columns": _is_object,
+    "measured": _is_measured,
 }
 
 
@@ -366,8 +534,12 @@ def _keys(doc: Document, checks: dict[str, Callable[[Any], bool]], where: str) -
 
 def _ours(doc: Document, header: Header, where: str) -> None:
     _require(doc["format"] == FORMAT, where, "format", str(FORMAT))
-    _require(doc["header"] == header.digest, where, "header",
-             f"{header.digest}, the digest of header.json; the file is of another cache")
+    _require(
+        doc["header"] == header.digest,
+        where,
+        "header",
+        f"{header.digest}, the digest of header.json; the file is of another cache",
+    )
 
 
 def _require(good: Any, where: str, key: str, expected: str) -> None:

@@ -1,6 +1,8 @@
-"""What columns must satisfy beyond their bytes being intact: at the writer's door, and on a reader's first touch.
+"""What columns must satisfy beyond their bytes being intact: at the writer's door, and on a
+reader's first touch.
 
-After these checks no id, label or scale in a batch can lead out of bounds or to a silent NaN, whoever wrote the file.
+After these checks no id, label or scale in a batch can lead out of bounds or to a silent NaN,
+whoever wrote the file.
 """
 
 from __future__ import annotations
@@ -16,25 +18,30 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.cache.values import from_bfloat16, is_relative
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
 
-CHUNK_ELEMENTS = 2**19          # ids looked at together: a few MiB of temporaries
-Get = Callable[[str], Array]    # a column of the shard by name, its bytes already proven
-# Bits of +inf: a pattern at or above, as a signed integer, is +inf or NaN; above the same with the sign bit, as an
-# unsigned integer, is a negative NaN (at it: -inf).
+CHUNK_ELEMENTS = 2**19  # ids looked at together: a few MiB of temporaries
+Get = Callable[[str], Array]  # a column of the shard by name, its bytes already proven
+# Bits of +inf: a pattern at or above, as a signed integer, is +inf or NaN; above the same with the
+# sign bit, as an unsigned integer, is a negative NaN (at it: -inf).
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
-MINUS_INFINITY = {"uint8": 0xFF, "float16": 0xFC00, "bfloat16": 0xFF80, "float32": 0xFF800000}     # as stored
+# as stored
+MINUS_INFINITY = {"uint8": 0xFF, "float16": 0xFC00, "bfloat16": 0xFF80, "float32": 0xFF800000}
 FINITE = ("max", "step", "mean", "std", "weight", "label_weight")
 NOT_NEGATIVE = ("step", "std", "weight", "label_weight")
-MOST_WEIGHT = 2.0**64           # the sum over a shard, of at most 2^31, is then finite in float32
+MOST_WEIGHT = 2.0**64  # the sum over a shard, of at most 2^31, is then finite in float32
 WEIGHTS = ("weight", "label_weight")
-ROUNDED = 2.0**-7               # by how much of its size a bfloat16 may lie below what it was rounded from
-MOST_SCALE = float(np.finfo(np.float32).max) / 127      # of int8: the largest code times it is finite
+# by how much of its size a bfloat16 may lie below what it was rounded from
+ROUNDED = 2.0**-7
+# of int8: the largest code times it is finite
+MOST_SCALE = float(np.finfo(np.float32).max) / 127
 
 
-def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tuple[Columns, dict[str, int]]:
+def prepare(
+    spec: CacheSpec, records: int, columns: Mapping[str, Array]
+) -> tuple[Columns, dict[str, int]]:
     """Contiguous columns in the order of the spec, and the rows of each level.
 
-    UsageError naming the column for a missing or unknown one, another dtype or shape, or 2^31 elements and more;
-    DataError for offsets that do not run from 0 to the number of rows.
+    UsageError naming the column for a missing or unknown one, another dtype or shape, or 2^31
+    elements and more; DataError for offsets that do not run from 0 to the number of rows.
     """
     known = layout(spec)
     names = known.names
@@ -60,27 +67,40 @@ def prepare(spec: CacheSpec, records: int, columns: Mapping[str, Array]) -> tupl
         rows[level.name] = counts[level.name]
     out = {key: np.ascontiguousarray(columns[key]) for key in known.offsets}
     for column in known.columns.values():
-        array = _typed(column.name, columns[column.name], column.storage, (counts[column.level], *column.shape))
+        array = _typed(
+            column.name, columns[column.name], column.storage, (counts[column.level], *column.shape)
+        )
         if array.size >= MAX_ELEMENTS:
-            raise UsageError(f"column {column.name} has {array.size} elements; a shard holds fewer than 2^31: "
-                             f"take a smaller records_per_shard")
+            raise UsageError(
+                f"column {column.name} has {array.size} elements; a shard holds fewer than 2^31: "
+                f"take a smaller records_per_shard"
+            )
         out[column.name] = np.ascontiguousarray(array)
     return out, rows
 
 
 def _typed(name: str, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        found = (
+            f"{array.dtype} {list(array.shape)}"
+            if isinstance(array, np.ndarray)
+            else type(array).__name__
+        )
         raise UsageError(f"column {name}: {found} given, expected {dtype} {list(shape)}")
     return array
 
 
-def problem(spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, get: Get) -> str | None:
-    """What is wrong with column `name`, None if nothing is. `get` gives it, and others of its shard it is judged by."""
+def problem(
+    spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, get: Get
+) -> str | None:
+    """What is wrong with column `name`, None if nothing is. `get` gives it, and others of its shard
+    it is judged by.
+    """
     counts = level_rows(spec, records, rows)
     level = layout(spec).offsets.get(name)
     if level is not None:
-        offsets = get(name)             # outside: what is wrong with the file is said by who reads it
+        # outside: what is wrong with the file is said by who reads it
+        offsets = get(name)
         try:
             check_offsets(offsets, counts[level.parent], counts[level.name], f"column {name}")
         except CacheCorrupt as e:
@@ -99,7 +119,9 @@ def problem(spec: CacheSpec, records: int, rows: Mapping[str, int], name: str, g
 
 
 def judged_with(spec: CacheSpec, name: str) -> list[str]:
-    """The columns that `problem` of column `name` clears: itself, and of ids all those of its tier and smaller ones."""
+    """The columns that `problem` of column `name` clears: itself, and of ids all those of its tier
+    and smaller ones.
+    """
     return id_columns(spec, tier_of(name)) if name.startswith("ids_") else [name]
 
 
@@ -109,38 +131,52 @@ def tier_of(name: str) -> int:
 
 
 def id_columns(spec: CacheSpec, k: int) -> list[str]:
-    return [name for tier in spec.tiers if tier <= k
-            for name in (f"ids_{tier}", *([f"ids_{tier}_high"] if spec.high_bits else []))]
+    return [
+        name
+        for tier in spec.tiers
+        if tier <= k
+        for name in (f"ids_{tier}", *([f"ids_{tier}_high"] if spec.high_bits else []))
+    ]
 
 
 def _rising(spec: CacheSpec, column: Column, get: Get) -> str | None:
-    """A value of a tier above the one before it in its row, which is the last of a smaller tier for the first (7.3)."""
+    """A value of a tier above the one before it in its row, which is the last of a smaller tier for
+    the first (7.3).
+    """
     values = get(column.name)
     at = spec.tiers.index(tier_of(column.name))
     before = get(f"values_{spec.tiers[at - 1]}")[:, -1:] if at else values[:, :1]
     step = max(1, CHUNK_ELEMENTS // values.shape[1])
     for start in range(0, len(values), step):
         stop = start + step
-        part = _ascending(column.dtype, np.concatenate([before[start:stop], values[start:stop]], axis=1))
+        part = _ascending(
+            column.dtype, np.concatenate([before[start:stop], values[start:stop]], axis=1)
+        )
         rises = part[:, 1:] > part[:, :-1]
         if bool(rises.any()):
-            return f"column {column.name}: row {start + int(np.argmax(rises.any(axis=1)))} has a value that rises"
+            return (
+                f"column {column.name}: row {start + int(np.argmax(rises.any(axis=1)))} has a "
+                "value that rises"
+            )
     return None
 
 
 def _ascending(dtype: str, stored: Array) -> Array:
-    """Stored values as numbers in the order of what they mean: of uint8, whose codes count down from the maximum, the
-    negative code; of floats, their bits with the sign taken as that of an integer, which numpy compares faster."""
+    """Stored values as numbers in the order of what they mean: of uint8, whose codes count down
+    from the maximum, the negative code; of floats, their bits with the sign taken as that of an
+    integer, which numpy compares faster."""
     if dtype == "uint8":
         return -stored.astype(np.int16)
     bits: Array = stored.view(f"<i{stored.itemsize}")
-    sign = bits >> np.array(8 * stored.itemsize - 1, bits.dtype)            # 0 or -1
+    sign = bits >> np.array(8 * stored.itemsize - 1, bits.dtype)  # 0 or -1
     out: Array = ((bits & np.iinfo(bits.dtype).max) ^ sign) - sign
     return out
 
 
 def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
-    """A label's logit above the largest of its row: beside it the head would be nothing, or not a number."""
+    """A label's logit above the largest of its row: beside it the head would be nothing, or not a
+    number.
+    """
     logits = get("label_logit")
     if is_relative(spec.values):
         most = get("max")
@@ -151,19 +187,26 @@ def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
             with np.errstate(over="ignore", invalid="ignore"):
                 above = most + np.abs(most) * np.float32(ROUNDED) + np.float32(2.0**-133)
             most = np.where(np.isinf(most), most, above)
-    wrong = (logits > most[:, None]) & (most > -np.inf)[:, None]        # of -inf the values' own check speaks
+    # of -inf the values' own check speaks
+    wrong = (logits > most[:, None]) & (most > -np.inf)[:, None]
     if bool(wrong.any()):
-        return f"column label_logit: row {int(np.argmax(wrong.any(axis=1)))} has a label above its row's maximum"
+        return (
+            f"column label_logit: row {int(np.argmax(wrong.any(axis=1)))} has a label above its "
+            "row's maximum"
+        )
     return None
 
 
-def _bad_values(spec: CacheSpec, column: Column, values: Array, scales: frozenset[str] = frozenset()) -> str | None:
+def _bad_values(
+    spec: CacheSpec, column: Column, values: Array, scales: frozenset[str] = frozenset()
+) -> str | None:
     name, classes = column.name, spec.num_classes
-    if name in ("values", f"values_{min(spec.tiers, default=0)}"):      # entry 0 of a head is its maximum
+    # entry 0 of a head is its maximum
+    if name in ("values", f"values_{min(spec.tiers, default=0)}"):
         bits = (values if name == "values" else values[:, :1]).view(f"<u{values.itemsize}")
         step = max(1, CHUNK_ELEMENTS // bits.shape[1])
         for start in range(0, len(bits), step):
-            part = bits[start:start + step]
+            part = bits[start : start + step]
             if bool((part == MINUS_INFINITY[column.dtype]).all(axis=1).any()):
                 return f"column {name} has a row without a maximum: it is -inf"
             if is_relative(spec.values) and not bool(_has_its_maximum(column.dtype, part).all()):
@@ -190,13 +233,14 @@ def _bad_values(spec: CacheSpec, column: Column, values: Array, scales: frozense
 
 
 def _has_its_maximum(dtype: str, bits: Array) -> Array:
-    """For each row of stored values [N, K] of a relative codec, whether the largest is 0: what the maximum is from
-    itself."""
+    """For each row of stored values [N, K] of a relative codec, whether the largest is 0: what the
+    maximum is from itself."""
     if dtype == "uint8":
         out: Array = bits.min(axis=1) == 0
         return out
-    zero = ((bits << 1) & 0xFFFF == 0).any(axis=1)              # of either sign
-    out = zero & (bits.view("<i2").max(axis=1) <= 0)            # as an integer, a positive number is positive
+    zero = ((bits << 1) & 0xFFFF == 0).any(axis=1)  # of either sign
+    # as an integer, a positive number is positive
+    out = zero & (bits.view("<i2").max(axis=1) <= 0)
     return out
 
 
@@ -207,22 +251,28 @@ def _floats_good(values: Array, dtype: str, *, allow_minus_infinity: bool) -> bo
     highest = int(flat.view(f"<i{size}").max())
     lowest = int(flat.view(f"<u{size}").max())
     minus_infinity = infinity + (1 << (8 * size - 1))
-    return highest < infinity and (lowest <= minus_infinity if allow_minus_infinity else lowest < minus_infinity)
+    return highest < infinity and (
+        lowest <= minus_infinity if allow_minus_infinity else lowest < minus_infinity
+    )
 
 
 def _bad_ids(spec: CacheSpec, k: int, get: Get) -> str | None:
-    """An id of V or more, or one twice in a row, among the entries of tier `k` and all smaller ones."""
+    """An id of V or more, or one twice in a row, among the entries of tier `k` and all smaller
+    ones.
+    """
     columns = [get(name) for name in id_columns(spec, k)]
     step = max(1, CHUNK_ELEMENTS // k)
     for start in range(0, len(columns[0]), step):
-        ids = _assemble(spec, [c[start:start + step] for c in columns], k)
+        ids = _assemble(spec, [c[start : start + step] for c in columns], k)
         if int(ids.max()) >= spec.num_classes:
             row = start + int(np.argmax((ids >= spec.num_classes).any(axis=1)))
             return f"column ids_{k}: row {row} has an id outside 0 to {spec.num_classes - 1}"
         ids.sort(axis=1)
         twice = ids[:, 1:] == ids[:, :-1]
         if bool(twice.any()):
-            return f"column ids_{k}: row {start + int(np.argmax(twice.any(axis=1)))} has an id twice"
+            return (
+                f"column ids_{k}: row {start + int(np.argmax(twice.any(axis=1)))} has an id twice"
+            )
     return None
 
 
@@ -239,12 +289,14 @@ def _assemble(spec: CacheSpec, parts: list[Array], k: int) -> Array:
 
 
 def _add_high(ids: Array, plane: Array, bits: int) -> None:
-    """Put the high bits of a plane (docs/format.md 7.2) into ids uint32 [n, count], without wide temporaries."""
+    """Put the high bits of a plane (docs/format.md 7.2) into ids uint32 [n, count], without wide
+    temporaries.
+    """
     if bits == 16:
         ids |= np.ascontiguousarray(plane).view("<u2").astype(np.uint32) << np.uint32(16)
         return
     per_byte = 8 // bits
     for j in range(min(per_byte, ids.shape[1])):
         part = ids[:, j::per_byte]
-        byte = plane[:, :part.shape[1]] >> np.uint8(j * bits) & np.uint8((1 << bits) - 1)
+        byte = plane[:, : part.shape[1]] >> np.uint8(j * bits) & np.uint8((1 << bits) - 1)
         part |= byte.astype(np.uint32) << np.uint32(16)

@@ -1,4 +1,5 @@
-"""Rows <-> the row columns of a cache: the order of a head, id planes, value codecs, tails and labels.
+"""Rows <-> the row columns of a cache: the order of a head, id planes, value codecs, tails and
+labels.
 
 The bits are fixed by docs/format.md; what a lossy codec leaves is the teacher from then on.
 """
@@ -32,10 +33,11 @@ class Encoded:
 class DecodedRows:
     """N rows of one tier, or of a full cache.
 
-    ids int64 [N, K], None where all V are there in id order. logits float32 [N, K]: raw for float32 and bfloat16,
-    max + value otherwise. relative float32 [N, K] = logit - max, exact for float16 and uint8. max float32 [N].
-    tail_lse float32 [N, T] of everything outside the head, labels included; None for kind full.
-    The others as in `Rows`, None where the spec has no such column or it was not read.
+    ids int64 [N, K], None where all V are there in id order. logits float32 [N, K]: raw for float32
+    and bfloat16, max + value otherwise. relative float32 [N, K] = logit - max, exact for float16
+    and uint8. max float32 [N]. tail_lse float32 [N, T] of everything outside the head, labels
+    included; None for kind full. The others as in `Rows`, None where the spec has no such column or
+    it was not read.
     """
 
     ids: Array | None
@@ -52,12 +54,15 @@ class DecodedRows:
     pos: Array | None = None
 
 
-def encode_rows(spec: CacheSpec, rows: Rows, *, first_record: int = 0, offsets: Array | None = None) -> Encoded:
+def encode_rows(
+    spec: CacheSpec, rows: Rows, *, first_record: int = 0, offsets: Array | None = None
+) -> Encoded:
     """The row columns of `rows`, and sums that say what the encoding lost.
 
-    `first_record` is the number of the first record, `offsets` int64 [records + 1] say whose row each row is where
-    rows are ragged; both only name a row in an error. UsageError for a wrong dtype or shape, DataError naming the
-    row for content the format has no place for: NaN, +inf, a row of -inf, ids or labels out of range or in disorder.
+    `first_record` is the number of the first record, `offsets` int64 [records + 1] say whose row
+    each row is where rows are ragged; both only name a row in an error. UsageError for a wrong
+    dtype or shape, DataError naming the row for content the format has no place for: NaN, +inf, a
+    row of -inf, ids or labels out of range or in disorder.
     """
     names = RowNames(first_record, offsets)
     check_rows(spec, rows, names)
@@ -71,8 +76,11 @@ def encode_rows(spec: CacheSpec, rows: Rows, *, first_record: int = 0, offsets: 
     for field in ("label", "label_weight", "mean", "std", "weight", "pos"):
         if getattr(rows, field) is not None:
             columns[field] = getattr(rows, field)
-    stored = {c.name: np.ascontiguousarray(columns[c.name], STORAGE[c.dtype])
-              for c in spec.columns() if c.name in columns}
+    stored = {
+        c.name: np.ascontiguousarray(columns[c.name], STORAGE[c.dtype])
+        for c in spec.columns()
+        if c.name in columns
+    }
     if rows.logits is not None:
         decoded = decode_rows(spec, stored)
         measured = measure(spec, rows, decoded.relative, decoded.tail_lse)
@@ -98,7 +106,9 @@ def _encode_values(spec: CacheSpec, rows: Rows, names: RowNames) -> Columns:
     decoded = decode_values(spec.values, stored.values, stored.max, stored.step)
     if spec.values == "bfloat16":
         names.require(decoded != np.inf, "a logit is too large for bfloat16; use float32 values")
-        names.require(decoded.max(axis=1, initial=-np.inf) != -np.inf, "every logit is -inf in bfloat16")
+        names.require(
+            decoded.max(axis=1, initial=-np.inf) != -np.inf, "every logit is -inf in bfloat16"
+        )
     columns: Columns = {}
     if stored.max is not None:
         columns["max"] = stored.max
@@ -113,10 +123,13 @@ def _encode_values(spec: CacheSpec, rows: Rows, names: RowNames) -> Columns:
 
 
 def _encode_tail(spec: CacheSpec, rows: Rows, decoded: Array, base_N: Array) -> Array:
-    """tail_lse float32 relative to `base_N`, the decoded maximum, with the mass of entries that became -inf."""
+    """tail_lse float32 relative to `base_N`, the decoded maximum, with the mass of entries that
+    became -inf.
+    """
     assert rows.logits is not None and rows.tail_lse is not None
     logits, base_N1 = rows.logits, base_N.astype(np.float64)[:, None]
-    shift_N1 = logits[:, :1] - base_N1                              # not 0 only where bfloat16 rounded the maximum
+    # not 0 only where bfloat16 rounded the maximum
+    shift_N1 = logits[:, :1] - base_N1
     dropped = (decoded == -np.inf) & (logits != -np.inf)
     some = np.flatnonzero(dropped.any(axis=1))
     out: Array = rows.tail_lse.astype(np.float64)
@@ -125,7 +138,9 @@ def _encode_tail(spec: CacheSpec, rows: Rows, decoded: Array, base_N: Array) -> 
         for i, temperature in enumerate(map(float, spec.temperatures)):
             out[:, :, i] += shift_N1 / temperature
             for tier, k in enumerate(spec.tiers):
-                out[some, tier, i] = np.logaddexp(out[some, tier, i], log_sum_exp(relative[:, :k] / temperature))
+                out[some, tier, i] = np.logaddexp(
+                    out[some, tier, i], log_sum_exp(relative[:, :k] / temperature)
+                )
         return out.astype(np.float32)
 
 
@@ -143,7 +158,11 @@ def decode_rows(spec: CacheSpec, columns: Mapping[str, Array], k: int | None = N
 
     tiers = [t for t in spec.tiers if t <= k]
     names = [f"values_{t}" for t in tiers] or ["values"]
-    stored = need(names[0]) if len(names) == 1 else np.concatenate([need(name) for name in names], axis=1)
+    stored = (
+        need(names[0])
+        if len(names) == 1
+        else np.concatenate([need(name) for name in names], axis=1)
+    )
     step_N = need("step") if spec.values == "uint8" else None
     if is_relative(spec.values):
         max_N = need("max").astype(np.float32, copy=False)
@@ -155,20 +174,29 @@ def decode_rows(spec: CacheSpec, columns: Mapping[str, Array], k: int | None = N
         max_N = logits[:, 0] if tiers else logits.max(axis=1)
         with np.errstate(over="ignore"):
             relative = logits - max_N[:, None]
-    extra = {name: np.asarray(columns[name]) for name in ("label", "label_weight", "label_logit", "mean", "std",
-                                                          "weight", "pos") if name in columns}
+    extra = {
+        name: np.asarray(columns[name])
+        for name in ("label", "label_weight", "label_logit", "mean", "std", "weight", "pos")
+        if name in columns
+    }
     for name in {"label", "pos"} & set(extra):
         extra[name] = extra[name].astype(np.int64)
     if not tiers:
-        return DecodedRows(ids=None, logits=logits, relative=relative, max=max_N, tail_lse=None, **extra)
+        return DecodedRows(
+            ids=None, logits=logits, relative=relative, max=max_N, tail_lse=None, **extra
+        )
     ids = _decode_ids(spec, need, tiers)
     tail = need("tail_lse")[:, len(tiers) - 1].astype(np.float32, copy=False)
     if spec.labels:
         outside = labels_outside(ids, need("label").astype(np.int64))
         if outside.any():
-            relative_label = need("label_logit").astype(np.float64) - max_N.astype(np.float64)[:, None]
+            relative_label = (
+                need("label_logit").astype(np.float64) - max_N.astype(np.float64)[:, None]
+            )
             with np.errstate(over="ignore"):
-                tail = tail_with_labels(tail, relative_label, outside, spec.temperatures).astype(np.float32)
+                tail = tail_with_labels(tail, relative_label, outside, spec.temperatures).astype(
+                    np.float32
+                )
     return DecodedRows(ids=ids, logits=logits, relative=relative, max=max_N, tail_lse=tail, **extra)
 
 
@@ -188,7 +216,11 @@ def check_tier(spec: CacheSpec, k: int | None) -> int:
     if spec.kind == "none":
         raise UsageError("this cache keeps no rows, only features")
     if k is not None and k not in (spec.tiers or (spec.num_classes,)):
-        held = f"the tiers {', '.join(map(str, spec.tiers))}" if spec.tiers else f"all {spec.num_classes} classes"
+        held = (
+            f"the tiers {', '.join(map(str, spec.tiers))}"
+            if spec.tiers
+            else f"all {spec.num_classes} classes"
+        )
         raise UsageError(f"k is {k}; this cache keeps {held}: k must be one of them")
     return spec.k if k is None else k
 
@@ -196,6 +228,11 @@ def check_tier(spec: CacheSpec, k: int | None) -> int:
 def row_columns(spec: CacheSpec, k: int | None = None) -> list[str]:
     """Names of the columns that `decode_rows` reads for tier `k`, in the order of the file."""
     k = check_tier(spec, k)
-    other = {name for t in spec.tiers if t > k for name in (f"ids_{t}", f"ids_{t}_high", f"values_{t}")}
-    return [c.name for c in spec.columns()
-            if c.level == "row" and c.name not in other and not c.name.startswith("feature_")]
+    other = {
+        name for t in spec.tiers if t > k for name in (f"ids_{t}", f"ids_{t}_high", f"values_{t}")
+    }
+    return [
+        c.name
+        for c in spec.columns()
+        if c.level == "row" and c.name not in other and not c.name.startswith("feature_")
+    ]

@@ -1,7 +1,9 @@
-"""Levels and columns: the shape of everything a cache holds, and how the names of dtypes become bytes.
+"""Levels and columns: the shape of everything a cache holds, and how the names of dtypes become
+bytes.
 
-A column is (name, level, dtype, inner shape). Levels form a tree below `record`; a level has a constant number of rows
-per parent, or is ragged and then has one int64 offsets buffer. Nothing is nullable and no column has zero width.
+A column is (name, level, dtype, inner shape). Levels form a tree below `record`; a level has a
+constant number of rows per parent, or is ragged and then has one int64 offsets buffer. Nothing is
+nullable and no column has zero width.
 """
 
 from __future__ import annotations
@@ -17,19 +19,28 @@ import numpy.typing as npt
 from kdcache.errors import CacheCorrupt
 
 Array = npt.NDArray[Any]
-Columns = dict[str, Array]          # storage arrays by column name, and "<level>.offsets" of each ragged level
+# storage arrays by column name, and "<level>.offsets" of each ragged level
+Columns = dict[str, Array]
 
 # bfloat16 has no numpy dtype: its 16 bits travel as uint16.
 STORAGE: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {
-        "uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8", "int8": "<i1", "int32": "<i4",
-        "int64": "<i8", "float16": "<f2", "float32": "<f4", "bfloat16": "<u2",
+        "uint8": "<u1",
+        "uint16": "<u2",
+        "uint32": "<u4",
+        "uint64": "<u8",
+        "int8": "<i1",
+        "int32": "<i4",
+        "int64": "<i8",
+        "float16": "<f2",
+        "float32": "<f4",
+        "bfloat16": "<u2",
     }.items()
 }
 NAME = re.compile(r"[a-z0-9_]{1,64}")
 ROOT = "record"
-MAX_ELEMENTS = 2**31                # of one column in one shard
+MAX_ELEMENTS = 2**31  # of one column in one shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,12 @@ class Column:
         return self.width * self.storage.itemsize
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "level": self.level, "dtype": self.dtype, "shape": list(self.shape)}
+        return {
+            "name": self.name,
+            "level": self.level,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
 
 
 def level_json(level: Level) -> dict[str, Any]:
@@ -85,4 +101,6 @@ def check_offsets(offsets: Array, parents: int, rows: int, where: str) -> None:
     if offsets.shape != (parents + 1,) or int(offsets[0]) != 0 or int(offsets[-1]) != rows:
         raise CacheCorrupt(f"{where}: offsets of {parents} parents must run from 0 to {rows}")
     if parents and bool((offsets[1:] < offsets[:-1]).any()):
-        raise CacheCorrupt(f"{where}: offsets fall at parent {int(np.argmax(offsets[1:] < offsets[:-1]))}")
+        raise CacheCorrupt(
+            f"{where}: offsets fall at parent {int(np.argmax(offsets[1:] < offsets[:-1]))}"
+        )

@@ -1,4 +1,6 @@
-"""Cached activations <-> columns: float32, float16, bfloat16, or int8 with a float32 scale along the last axis."""
+"""Cached activations <-> columns: float32, float16, bfloat16, or int8 with a float32 scale along
+the last axis.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,21 @@ from kdcache.errors import UsageError
 CODES = 127
 
 
-def encode_feature(feature: FeatureSpec, activation: Array, *, first_record: int = 0,
-                   offsets: Array | None = None) -> Columns:
-    """Storage columns of activations float32 [N, *shape], one for each record, or row of a ragged level.
+def encode_feature(
+    feature: FeatureSpec, activation: Array, *, first_record: int = 0, offsets: Array | None = None
+) -> Columns:
+    """Storage columns of activations float32 [N, *shape], one for each record, or row of a ragged
+    level.
 
-    `first_record` is the number of the first record, `offsets` int64 [records + 1] say whose row each row is; both
-    only name a bad one. UsageError for another shape or dtype, DataError for NaN, an infinity, or a finite value
-    that the feature's dtype cannot hold.
+    `first_record` is the number of the first record, `offsets` int64 [records + 1] say whose row
+    each row is; both only name a bad one. UsageError for another shape or dtype, DataError for NaN,
+    an infinity, or a finite value that the feature's dtype cannot hold.
     """
     if activation.dtype != np.float32 or activation.shape[1:] != feature.shape:
-        raise UsageError(f"feature {feature.name}: {activation.dtype} {list(activation.shape)} given; "
-                         f"expected float32 [N, {', '.join(map(str, feature.shape))}]")
+        raise UsageError(
+            f"feature {feature.name}: {activation.dtype} {list(activation.shape)} given; "
+            f"expected float32 [N, {', '.join(map(str, feature.shape))}]"
+        )
 
     names = RowNames(first_record, offsets)
     what = f"feature {feature.name} of module {feature.module!r}"
@@ -35,14 +41,22 @@ def encode_feature(feature: FeatureSpec, activation: Array, *, first_record: int
     if feature.dtype == "int8":
         codes, scales = _to_int8(activation)
         with np.errstate(over="ignore"):
-            names.require(np.isfinite(scales * np.float32(CODES)), f"{what} has an activation too large for int8")
+            names.require(
+                np.isfinite(scales * np.float32(CODES)),
+                f"{what} has an activation too large for int8",
+            )
         return {feature.column: codes, f"{feature.column}_scale": scales}
     if feature.dtype not in ("bfloat16", "float16"):
         raise _unknown(feature.dtype)
     with np.errstate(over="ignore"):
-        stored = to_bfloat16(activation) if feature.dtype == "bfloat16" else activation.astype("<f2")
+        stored = (
+            to_bfloat16(activation) if feature.dtype == "bfloat16" else activation.astype("<f2")
+        )
     back = from_bfloat16(stored) if feature.dtype == "bfloat16" else stored
-    names.require(np.isfinite(back), f"{what} has an activation too large for {feature.dtype}; use float32 or int8")
+    names.require(
+        np.isfinite(back),
+        f"{what} has an activation too large for {feature.dtype}; use float32 or int8",
+    )
     return {feature.column: stored}
 
 
@@ -57,7 +71,9 @@ def decode_feature(feature: FeatureSpec, columns: Mapping[str, Array]) -> Array:
     """float32 [N, *shape] of the columns of a feature. UsageError if one was not read."""
     for column in feature.columns():
         if column.name not in columns:
-            raise UsageError(f"feature {feature.name} needs column {column.name!r}, which was not read")
+            raise UsageError(
+                f"feature {feature.name} needs column {column.name!r}, which was not read"
+            )
     stored = np.asarray(columns[feature.column])
     if feature.dtype == "bfloat16":
         return from_bfloat16(stored)
@@ -73,4 +89,6 @@ def decode_feature(feature: FeatureSpec, columns: Mapping[str, Array]) -> Array:
 
 def _unknown(dtype: str) -> ValueError:
     """A dtype that the spec knows and these functions do not: never to be read as another one."""
-    return ValueError(f"feature dtype {dtype!r} has no encoding here; expected one of {', '.join(FEATURE_DTYPES)}")
+    return ValueError(
+        f"feature dtype {dtype!r} has no encoding here; expected one of {', '.join(FEATURE_DTYPES)}"
+    )

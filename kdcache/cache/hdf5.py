@@ -1,7 +1,9 @@
-"""A shard as an HDF5 file: one group per level, contiguous unfiltered datasets, ragged offsets as `offsets`.
+"""A shard as an HDF5 file: one group per level, contiguous unfiltered datasets, ragged offsets as
+`offsets`.
 
-HDF5 lays out the file in memory, without the data; the columns are then written where it put them. So a full disk
-never meets the library in the middle of a write, and nothing of the size of a shard is held twice.
+HDF5 lays out the file in memory, without the data; the columns are then written where it put them.
+So a full disk never meets the library in the middle of a write, and nothing of the size of a shard
+is held twice.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from kdcache.cache.spec import CacheSpec
 
 SUFFIX = "h5"
 ALIGNMENT = 64
-# Groups and headers of a shard are about 300 bytes a column; untouched pages of the skeleton cost nothing.
+# Groups and headers of a shard are about 300 bytes a column; untouched pages of the skeleton cost
+# nothing.
 METADATA_ROOM = 2**24
 
 
@@ -38,13 +41,13 @@ class _Skeleton(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        part = self.memory[self.at:self.at + len(buffer)]
-        buffer[:len(part)] = part
+        part = self.memory[self.at : self.at + len(buffer)]
+        buffer[: len(part)] = part
         self.at += len(part)
         return len(part)
 
     def write(self, data: Any) -> int:
-        self.memory[self.at:self.at + len(data)] = bytes(data)
+        self.memory[self.at : self.at + len(data)] = bytes(data)
         self.at += len(data)
         self.end = max(self.end, self.at)
         return len(data)
@@ -88,8 +91,13 @@ def _dataset(group: Any, name: str, array: Array, column: Column | None) -> int 
     create.set_layout(h5py.h5d.CONTIGUOUS)
     create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    dataset = h5py.h5d.create(group, name.encode(), h5py.h5t.py_create(array.dtype),
-                              h5py.h5s.create_simple(array.shape), dcpl=create)
+    dataset = h5py.h5d.create(
+        group,
+        name.encode(),
+        h5py.h5t.py_create(array.dtype),
+        h5py.h5s.create_simple(array.shape),
+        dcpl=create,
+    )
     if column is not None and column.dtype == "bfloat16":
         h5py.Dataset(dataset).attrs["dtype"] = np.bytes_(b"bfloat16")
     offset: int | None = dataset.get_offset()
@@ -115,12 +123,14 @@ def write(file: Sink, spec: CacheSpec, columns: Columns, records: int) -> None:
         file.write(skeleton.memory[at:offset])
         file.write(array.reshape(-1).view(np.uint8).data)
         at = offset + array.nbytes
-    file.write(skeleton.memory[at:skeleton.end])
+    file.write(skeleton.memory[at : skeleton.end])
     skeleton.memory.close()
 
 
 def locate(path: str, data: Array, spec: CacheSpec, records: int) -> dict[str, int]:
-    """Where HDF5 finds each column in the file; ValueError if it sees another dtype, shape or layout."""
+    """Where HDF5 finds each column in the file; ValueError if it sees another dtype, shape or
+    layout.
+    """
     out = {}
     counts = {ROOT: records}
     with h5py.File(path, "r", locking=False) as file:
@@ -132,7 +142,10 @@ def locate(path: str, data: Array, spec: CacheSpec, records: int) -> dict[str, i
                 rows = records + 1 if column is None else counts.setdefault(level, len(dataset))
                 plain = dataset.chunks is None and dataset.id.get_create_plist().get_nfilters() == 0
                 if dataset.dtype != dtype or dataset.shape != (rows, *inner) or not plain:
-                    raise ValueError(f"{path}: HDF5 reads dataset {level}/{name} as {dataset.dtype} {dataset.shape}")
+                    raise ValueError(
+                        f"{path}: HDF5 reads dataset {level}/{name} as {dataset.dtype} "
+                        f"{dataset.shape}"
+                    )
                 if dataset.size:
                     out[key] = int(dataset.id.get_offset())
     return out

@@ -22,16 +22,30 @@ ABSENT = _Absent()
 WHERE_KNOWN = ("teacher.class_names", "teacher.tokenizer", "data.preprocessing")
 # Of later versions: where the cache has none, there is nothing to compare.
 LATER = ("data.inputs", "teacher.config", "teacher.modules")
-ALIASES = {"class_names": ("data.class_names", "teacher.class_names")}      # what --accept NAME stands for
-SHOWN = 12                      # differences that are listed
+# what --accept NAME stands for
+ALIASES = {"class_names": ("data.class_names", "teacher.class_names")}
+SHOWN = 12  # differences that are listed
 PARTS = ("data", "tokenizer", "teacher", "activation")
 Document = dict[str, Any]
 # What is read somewhere has these types wherever it stands; other fields are free.
 TYPES: dict[str, type | list[type]] = {
-    "data.name": str, "data.revision": str, "data.num_samples": int, "data.class_names": [str], "data.window": int,
-    "data.probe": [str], "tokenizer.fingerprint": str, "teacher.weights": str, "teacher.dtype": str,
-    "teacher.adapters": str, "teacher.preprocessing": str, "teacher.num_classes": int, "teacher.config": dict,
-    "teacher.modules": dict, "teacher.class_names": [str], "teacher.tokenizer": str, "data.preprocessing": str,
+    "data.name": str,
+    "data.revision": str,
+    "data.num_samples": int,
+    "data.class_names": [str],
+    "data.window": int,
+    "data.probe": [str],
+    "tokenizer.fingerprint": str,
+    "teacher.weights": str,
+    "teacher.dtype": str,
+    "teacher.adapters": str,
+    "teacher.preprocessing": str,
+    "teacher.num_classes": int,
+    "teacher.config": dict,
+    "teacher.modules": dict,
+    "teacher.class_names": [str],
+    "teacher.tokenizer": str,
+    "data.preprocessing": str,
     "teacher.cut_from": int,
 }
 
@@ -40,10 +54,11 @@ TYPES: dict[str, type | list[type]] = {
 class Identity:
     """The document that says whose answers a cache holds; plain JSON values only (no floats).
 
-    data: name, revision, num_samples, class_names, window, probe (keys of evenly spaced samples, 16 hex digits each).
-    tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype, adapters, preprocessing, num_classes,
-    class_names where it has some, config and modules (what turns the same weights into other answers), and cut_from,
-    its logits, where some of them are no classes. UsageError for a field of another type.
+    data: name, revision, num_samples, class_names, window, probe (keys of evenly spaced samples, 16
+    hex digits each). tokenizer: None, or fingerprint, template, packing. teacher: weights, dtype,
+    adapters, preprocessing, num_classes, class_names where it has some, config and modules (what
+    turns the same weights into other answers), and cut_from, its logits, where some of them are no
+    classes. UsageError for a field of another type.
     """
 
     data: Document
@@ -54,19 +69,28 @@ class Identity:
     def __post_init__(self) -> None:
         for part in ("data", "teacher"):
             if not isinstance(getattr(self, part), dict):
-                raise UsageError(f"identity.{part}: expected an object, found {getattr(self, part)!r:.80}")
+                raise UsageError(
+                    f"identity.{part}: expected an object, found {getattr(self, part)!r:.80}"
+                )
         if self.tokenizer is not None and not isinstance(self.tokenizer, dict):
-            raise UsageError(f"identity.tokenizer: expected an object or null, found {self.tokenizer!r:.80}")
+            raise UsageError(
+                f"identity.tokenizer: expected an object or null, found {self.tokenizer!r:.80}"
+            )
         for name, kind in TYPES.items():
             part, _, key = name.partition(".")
             value = (getattr(self, part) or {}).get(key, ABSENT)
-            good = value is ABSENT or (type(value) is kind if isinstance(kind, type) else isinstance(value, list)
-                                       and set(map(type, value)) <= set(kind))
+            good = value is ABSENT or (
+                type(value) is kind
+                if isinstance(kind, type)
+                else isinstance(value, list) and set(map(type, value)) <= set(kind)
+            )
             if not good:
                 expected = kind.__name__ if isinstance(kind, type) else "list of str"
                 raise UsageError(f"identity.{name}: expected {expected}, found {value!r:.80}")
         if self.activation not in ("softmax", "sigmoid"):
-            raise UsageError(f"identity.activation is {self.activation!r}; expected 'softmax' or 'sigmoid'")
+            raise UsageError(
+                f"identity.activation is {self.activation!r}; expected 'softmax' or 'sigmoid'"
+            )
         try:
             dumps(self.to_json())
         except ValueError as e:
@@ -86,11 +110,18 @@ class Identity:
 def untold(cached: Identity, given: Identity) -> list[str]:
     """Fields that are not compared, because the cache was made before they were kept."""
     parts = [(name, *name.split(".")) for name in LATER]
-    return [name for name, part, key in parts if key in getattr(given, part) and key not in getattr(cached, part)]
+    return [
+        name
+        for name, part, key in parts
+        if key in getattr(given, part) and key not in getattr(cached, part)
+    ]
 
 
-def difference(cached: Identity, given: Identity, parts: Iterable[str] = PARTS) -> list[FieldDifference]:
-    """The fields of the named parts in which two identities differ, as `part.field`, or `part.field.inner ...`.
+def difference(
+    cached: Identity, given: Identity, parts: Iterable[str] = PARTS
+) -> list[FieldDifference]:
+    """The fields of the named parts in which two identities differ, as `part.field`, or
+    `part.field.inner ...`.
 
     What a cache does not say because it was made before (`LATER`) does not differ.
     """
@@ -102,7 +133,9 @@ def difference(cached: Identity, given: Identity, parts: Iterable[str] = PARTS) 
             continue
         for key in sorted({*a, *b}):
             field = f"{part}.{key}"
-            if (key in a or field not in LATER) and not (field in WHERE_KNOWN and None in (a.get(key), b.get(key))):
+            if (key in a or field not in LATER) and not (
+                field in WHERE_KNOWN and None in (a.get(key), b.get(key))
+            ):
                 out += _apart(field, a.get(key), b.get(key))
     return out
 
@@ -113,35 +146,65 @@ def _apart(field: str, cached: Any, given: Any) -> list[FieldDifference]:
         return []
     if isinstance(cached, dict) and isinstance(given, dict):
         keys = sorted({*cached, *given})
-        return [d for key in keys for d in _apart(f"{field}.{key}", cached.get(key, ABSENT), given.get(key, ABSENT))]
+        return [
+            d
+            for key in keys
+            for d in _apart(f"{field}.{key}", cached.get(key, ABSENT), given.get(key, ABSENT))
+        ]
     if isinstance(cached, list) and isinstance(given, list):
         return [_lists(field, cached, given)]
     return [FieldDifference(field, cached, given)]
 
 
-def require_same(cached: Identity, given: Identity, *, accept: Sequence[str] = (), parts: Iterable[str] = PARTS,
-                 where: str = "cache") -> list[str]:
-    """The differing fields that `accept` names; IdentityMismatch listing the others, UsageError for a foreign name."""
+def require_same(
+    cached: Identity,
+    given: Identity,
+    *,
+    accept: Sequence[str] = (),
+    parts: Iterable[str] = PARTS,
+    where: str = "cache",
+) -> list[str]:
+    """The differing fields that `accept` names; IdentityMismatch listing the others, UsageError for
+    a foreign name.
+    """
     parts = tuple(parts)
     accept = [field for name in accept for field in ALIASES.get(name, (name,))]
     found = difference(cached, given, parts)
-    known = {f"{part}.{key}" for part in PARTS for doc in (getattr(cached, part), getattr(given, part))
-             if isinstance(doc, dict) for key in doc} | {*PARTS, *WHERE_KNOWN} | {d.field for d in found}
+    known = (
+        {
+            f"{part}.{key}"
+            for part in PARTS
+            for doc in (getattr(cached, part), getattr(given, part))
+            if isinstance(doc, dict)
+            for key in doc
+        }
+        | {*PARTS, *WHERE_KNOWN}
+        | {d.field for d in found}
+    )
     for name in accept:
         if name not in known:
             raise UsageError(f"--accept {name}: no such field of an identity{near(name, known)}")
-    refused = [d for d in found if not any(d.field == name or d.field.startswith(f"{name}.") for name in accept)]
+    refused = [
+        d
+        for d in found
+        if not any(d.field == name or d.field.startswith(f"{name}.") for name in accept)
+    ]
     if refused:
         lines = "".join(f"\n  {line}" for line in first_lines(refused))
-        # Several at once are another dataset or teacher; other keys are other samples, which no name makes harmless.
+        # Several at once are another dataset or teacher; other keys are other samples, which no
+        # name makes harmless.
         if len(refused) == 1 and refused[0].field != "data.probe":
             lines += f"\n  a difference known to be harmless: --accept {refused[0].field}"
-        raise IdentityMismatch(f"{where}: not of this data, tokenizer or teacher; fields that differ:{lines}", refused)
+        raise IdentityMismatch(
+            f"{where}: not of this data, tokenizer or teacher; fields that differ:{lines}", refused
+        )
     return [d.field for d in found]
 
 
 def first_lines(found: Sequence[FieldDifference]) -> list[str]:
-    """Differences in a line each, and how many more there are: another model differs in every module."""
+    """Differences in a line each, and how many more there are: another model differs in every
+    module.
+    """
     more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
     return [*map(str, found[:SHOWN]), *more]
 
@@ -149,11 +212,23 @@ def first_lines(found: Sequence[FieldDifference]) -> list[str]:
 def _lists(field: str, cached: list[Any], given: list[Any]) -> FieldDifference:
     """Two long lists said by their first difference."""
     if len(cached) != len(given):
-        named = field.endswith("class_names")           # a number says little where a name is missing
-        only = [[x for x in a if x not in b][:4] if named else [] for a, b in ((cached, given), (given, cached))]
-        return FieldDifference(field, *(f"{len(entries)} entries" + (f", of them alone {few}" if few else "")
-                                        for entries, few in zip((cached, given), only, strict=True)))
+        # a number says little where a name is missing
+        named = field.endswith("class_names")
+        only = [
+            [x for x in a if x not in b][:4] if named else []
+            for a, b in ((cached, given), (given, cached))
+        ]
+        return FieldDifference(
+            field,
+            *(
+                f"{len(entries)} entries" + (f", of them alone {few}" if few else "")
+                for entries, few in zip((cached, given), only, strict=True)
+            ),
+        )
     at = [i for i, (x, y) in enumerate(zip(cached, given, strict=True)) if x != y]
     first = at[0]
-    return FieldDifference(field, f"{cached[first]!r} at {first}",
-                           f"{given[first]!r} there; {len(at)} of {len(cached)} differ")
+    return FieldDifference(
+        field,
+        f"{cached[first]!r} at {first}",
+        f"{given[first]!r} there; {len(at)} of {len(cached)} differ",
+    )

@@ -1,8 +1,10 @@
-"""Files mapped into memory: how many there may be, what tells that one changed, and zeros in place of a bus error.
+"""Files mapped into memory: how many there may be, what tells that one changed, and zeros in place
+of a bus error.
 
-A mapped file that is cut loses its pages, and whoever touches one gets SIGBUS, which ends a process without a word. So
-where such a page belongs to one of our maps, a page of zeros takes its place, and the map is marked as lost: the reader
-that copied zeros asks, and says what happened. Linux alone; elsewhere the signal stays what it is.
+A mapped file that is cut loses its pages, and whoever touches one gets SIGBUS, which ends a process
+without a word. So where such a page belongs to one of our maps, a page of zeros takes its place,
+and the map is marked as lost: the reader that copied zeros asks, and says what happened. Linux
+alone; elsewhere the signal stays what it is.
 """
 
 from __future__ import annotations
@@ -20,33 +22,47 @@ from kdcache.cache.columns import Array
 from kdcache.cache.store import open_plain
 from kdcache.errors import CacheCorrupt
 
-Signature = tuple[int, int, int]        # size and the two times of a file that a change of its bytes moves
+# size and the two times of a file that a change of its bytes moves
+Signature = tuple[int, int, int]
 PAGE = os.sysconf("SC_PAGE_SIZE")
-_PROT_READ, _MAP_SHARED = 1, 1          # the same on Linux and macOS
-_MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x02, 0x10, 0x20     # of Linux
-_SA_SIGINFO, _SI_ADDR = 4, 16           # of Linux, with pointers of 64 bits
+_PROT_READ, _MAP_SHARED = 1, 1  # the same on Linux and macOS
+_MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x02, 0x10, 0x20  # of Linux
+_SA_SIGINFO, _SI_ADDR = 4, 16  # of Linux, with pointers of 64 bits
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-_maps: dict[int, int] = {}              # address -> bytes
-_lost: set[int] = set()                 # addresses
+_maps: dict[int, int] = {}  # address -> bytes
+_lost: set[int] = set()  # addresses
 _installing, _installed = threading.Lock(), threading.Event()
 
 
 class _SigAction(ctypes.Structure):
-    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_ulong * 16), ("flags", ctypes.c_int),
-                ("restorer", ctypes.c_void_p)]
+    _fields_ = [
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    ]
 
 
 _before = _SigAction()
 
 
 def most_maps() -> int:
-    """How many files may be mapped at once: half of what the kernel lets a process map, which has other maps too."""
+    """How many files may be mapped at once: half of what the kernel lets a process map, which has
+    other maps too.
+    """
     try:
         with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
             return max(1, int(file.read()) // 2)
@@ -68,17 +84,22 @@ def map_file(path: str, size: int | None = None) -> Array:
 
 
 def map_signed(path: str, size: int | None = None) -> tuple[Array, Signature]:
-    """The bytes of a file as a read-only uint8 array, and its signature; CacheCorrupt unless it is a plain file of
+    """The bytes of a file as a read-only uint8 array, and its signature; CacheCorrupt unless it is
+    a plain file of
     `size` bytes.
 
-    The file descriptor is closed again: Python's own `mmap` keeps one open for every map (before 3.13), and a cache may
-    have 20,000 shards. The map goes when the last array over it goes. OSError if the file cannot be opened or mapped.
+    The file descriptor is closed again: Python's own `mmap` keeps one open for every map (before
+    3.13), and a cache may have 20,000 shards. The map goes when the last array over it goes.
+    OSError if the file cannot be opened or mapped.
     """
     fd = open_plain(path)
     try:
         found = os.fstat(fd)
         if size is not None and found.st_size != size:
-            raise CacheCorrupt(f"{path}: file has {found.st_size} bytes, expected {size}; it was cut or overwritten")
+            raise CacheCorrupt(
+                f"{path}: file has {found.st_size} bytes, expected {size}; it was cut or "
+                "overwritten"
+            )
         if found.st_size == 0:
             return np.zeros(0, np.uint8), _of(found)
         _install()
@@ -106,7 +127,9 @@ def signature(path: str) -> Signature | None:
 
 
 def lost(data: Array) -> bool:
-    """Whether a page of the map that `data` is was found gone, so that zeros were read in its place."""
+    """Whether a page of the map that `data` is was found gone, so that zeros were read in its
+    place.
+    """
     return bool(_lost) and data.ctypes.data in _lost
 
 
@@ -127,14 +150,16 @@ def _install() -> None:
     if not _installed.is_set():
         with _installing:
             if not _installed.is_set():
-                action = _SigAction(handler=ctypes.cast(_handler, ctypes.c_void_p).value, flags=_SA_SIGINFO)
+                action = _SigAction(
+                    handler=ctypes.cast(_handler, ctypes.c_void_p).value, flags=_SA_SIGINFO
+                )
                 _libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(_before))
                 _installed.set()
 
 
 def _on_bus_error(number: int, info: int, context: int) -> None:
-    """Runs at the instruction that touched the page, which is tried again afterwards. That is a copy or a digest, of
-    numpy's or xxhash's: no allocator or lock is in the middle of anything."""
+    """Runs at the instruction that touched the page, which is tried again afterwards. That is a
+    copy or a digest, of numpy's or xxhash's: no allocator or lock is in the middle of anything."""
     at = ctypes.c_size_t.from_address(info + _SI_ADDR).value
     for address, size in list(_maps.items()):
         if address <= at < address + size:

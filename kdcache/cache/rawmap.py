@@ -1,6 +1,7 @@
 """The raw map of a shard file: where each column's bytes lie, the same for every container.
 
-Readers use nothing else: a file is mapped, and a column is `length` bytes at `offset`, little-endian, row-major.
+Readers use nothing else: a file is mapped, and a column is `length` bytes at `offset`,
+little-endian, row-major.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CacheCorrupt
 
 ALIGNMENT = 8
-OFFSET_BYTES = 8                # one entry of an offsets buffer, int64
+OFFSET_BYTES = 8  # one entry of an offsets buffer, int64
 
 
 class Sink(Protocol):
@@ -29,7 +30,9 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where one column lies in its file, and the XXH3-128 of its bytes. An empty column has offset 0."""
+    """Where one column lies in its file, and the XXH3-128 of its bytes. An empty column has offset
+    0.
+    """
 
     offset: int
     length: int
@@ -58,9 +61,9 @@ class Layout:
 
     columns: dict[str, Column]
     levels: dict[str, Level]
-    offsets: dict[str, Level]           # key of the offsets buffer -> its ragged level
-    names: list[str]                    # the keys of a `Columns` mapping: offsets, then columns
-    scales: frozenset[str]              # the columns that hold the scales of int8 features
+    offsets: dict[str, Level]  # key of the offsets buffer -> its ragged level
+    names: list[str]  # the keys of a `Columns` mapping: offsets, then columns
+    scales: frozenset[str]  # the columns that hold the scales of int8 features
 
 
 def layout(spec: CacheSpec) -> Layout:
@@ -73,7 +76,9 @@ def layout(spec: CacheSpec) -> Layout:
     columns = {c.name: c for c in spec.columns()}
     levels = {level.name: level for level in spec.levels()}
     offsets = {level.offsets: level for level in levels.values() if level.ragged}
-    scales = frozenset(f"{feature.column}_scale" for feature in spec.features if feature.dtype == "int8")
+    scales = frozenset(
+        f"{feature.column}_scale" for feature in spec.features if feature.dtype == "int8"
+    )
     made = Layout(columns, levels, offsets, [*offsets, *columns], scales)
     object.__setattr__(spec, "kept_layout", made)
     return made
@@ -92,25 +97,38 @@ def expected_lengths(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> 
 
 
 def check_extents(spec: CacheSpec, facts: Facts, where: str) -> None:
-    """CacheCorrupt unless the row counts, lengths and offsets of `facts` can be those of one file of its size."""
+    """CacheCorrupt unless the row counts, lengths and offsets of `facts` can be those of one file
+    of its size.
+    """
     if facts.records != facts_records(spec, facts.shard):
-        raise CacheCorrupt(f"{where}: shard {facts.shard} has {facts.records} records; "
-                           f"the header gives it {facts_records(spec, facts.shard)}")
+        raise CacheCorrupt(
+            f"{where}: shard {facts.shard} has {facts.records} records; "
+            f"the header gives it {facts_records(spec, facts.shard)}"
+        )
     counts = level_rows(spec, facts.records, facts.rows)
     for level in layout(spec).levels.values():
         if level.count is not None and counts[level.name] != counts[level.parent] * level.count:
-            raise CacheCorrupt(f"{where}: {counts[level.name]} rows of level {level.name!r}; expected {level.count} "
-                               f"for each of {counts[level.parent]}")
+            raise CacheCorrupt(
+                f"{where}: {counts[level.name]} rows of level {level.name!r}; expected "
+                f"{level.count} "
+                f"for each of {counts[level.parent]}"
+            )
     end, last = 0, "the start of the file"
     lengths = expected_lengths(spec, facts.records, facts.rows)
-    for name, extent in sorted(facts.columns.items(), key=lambda item: (item[1].offset, item[1].length)):
+    for name, extent in sorted(
+        facts.columns.items(), key=lambda item: (item[1].offset, item[1].length)
+    ):
         if extent.length != lengths[name]:
-            raise CacheCorrupt(f"{where}: column {name} has {extent.length} bytes; its rows need {lengths[name]}")
+            raise CacheCorrupt(
+                f"{where}: column {name} has {extent.length} bytes; its rows need {lengths[name]}"
+            )
         if extent.length == 0 and extent.offset == 0:
             continue
         if extent.length == 0 or extent.offset % ALIGNMENT or extent.offset < end:
-            raise CacheCorrupt(f"{where}: column {name} lies at byte {extent.offset}, which is not a multiple of "
-                               f"{ALIGNMENT} behind {last}")
+            raise CacheCorrupt(
+                f"{where}: column {name} lies at byte {extent.offset}, which is not a multiple of "
+                f"{ALIGNMENT} behind {last}"
+            )
         end, last = extent.offset + extent.length, f"column {name}"
     if end > facts.size:
         raise CacheCorrupt(f"{where}: {last} ends at byte {end}, the file has {facts.size}")
@@ -123,8 +141,10 @@ def facts_records(spec: CacheSpec, shard: int) -> int:
 
 
 def view(data: Array, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """A column as an array over the mapped bytes; `extent` has passed `check_extents` for this file."""
-    part: Array = data[extent.offset:extent.offset + math.prod(shape) * dtype.itemsize]
+    """A column as an array over the mapped bytes; `extent` has passed `check_extents` for this
+    file.
+    """
+    part: Array = data[extent.offset : extent.offset + math.prod(shape) * dtype.itemsize]
     return part.view(dtype).reshape(shape)
 
 
@@ -138,14 +158,16 @@ def rest_digest(data: Array, extents: Iterable[Extent]) -> str:
     hasher, at = xxhash.xxh3_128(), 0
     for extent in sorted(extents, key=lambda e: (e.offset, e.length)):
         if extent.length:
-            hasher.update(data[at:extent.offset].data)
+            hasher.update(data[at : extent.offset].data)
             at = extent.offset + extent.length
     hasher.update(data[at:].data)
     return hasher.hexdigest()
 
 
 def survey(data: Array, columns: Columns, offsets: Mapping[str, int]) -> dict[str, Extent]:
-    """Extents of freshly written columns; ValueError unless every byte in the file is what was to be written."""
+    """Extents of freshly written columns; ValueError unless every byte in the file is what was to
+    be written.
+    """
     out = {}
     for name, array in columns.items():
         wanted = array.reshape(-1).view(np.uint8)
@@ -153,7 +175,7 @@ def survey(data: Array, columns: Columns, offsets: Mapping[str, int]) -> dict[st
             out[name] = Extent(0, 0, digest(wanted))
             continue
         offset = offsets[name]
-        found = data[offset:offset + len(wanted)]
+        found = data[offset : offset + len(wanted)]
         if offset % ALIGNMENT or not np.array_equal(found, wanted):
             raise ValueError(f"column {name} at byte {offset}")
         out[name] = Extent(offset, len(wanted), digest(found))

@@ -1,6 +1,8 @@
-"""Reading a cache: any records in any order, gathered from mapped shards into arrays of the caller's own.
+"""Reading a cache: any records in any order, gathered from mapped shards into arrays of the
+caller's own.
 
-Bytes are proven once per shard and column, when they are first asked for; after that a read is one gather.
+Bytes are proven once per shard and column, when they are first asked for; after that a read is one
+gather.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from kdcache.errors import CacheCorrupt, CacheIncomplete, UsageError, near
 class Batch:
     """What the teacher said about B records.
 
-    records int64 [B]. columns: record level [B, *shape]; a level of one row per record [B, *shape]; a ragged level
-    [rows of the batch, *shape], where the rows of record b are offsets[level][b] to offsets[level][b + 1].
-    offsets: int64 [B + 1] of each ragged level read, starting at 0. Arrays are the caller's to keep and change.
+    records int64 [B]. columns: record level [B, *shape]; a level of one row per record [B, *shape];
+    a ragged level [rows of the batch, *shape], where the rows of record b are offsets[level][b] to
+    offsets[level][b + 1]. offsets: int64 [B + 1] of each ragged level read, starting at 0. Arrays
+    are the caller's to keep and change.
     """
 
     spec: CacheSpec
@@ -46,41 +49,62 @@ class Batch:
 
 
 @checked
-def open(path: str | os.PathLike[str], *, expect: Identity | None = None, accept: Sequence[str] = (),
-         allow_partial: bool = False) -> Cache:
+def open(
+    path: str | os.PathLike[str],
+    *,
+    expect: Identity | None = None,
+    accept: Sequence[str] = (),
+    allow_partial: bool = False,
+) -> Cache:
     """Open a sealed cache, or with `allow_partial` one that is still being written.
 
-    `expect` is compared field by field; `accept` names fields or parts whose difference is harmless. IdentityMismatch
-    lists the others. CacheIncomplete if there is no manifest, CacheCorrupt for damaged files, NotBuilt for a cache that
-    needs what this version does not have, KDCacheError if there is no cache.
+    `expect` is compared field by field; `accept` names fields or parts whose difference is
+    harmless. IdentityMismatch lists the others. CacheIncomplete if there is no manifest,
+    CacheCorrupt for damaged files, NotBuilt for a cache that needs what this version does not have,
+    KDCacheError if there is no cache.
     """
     directory = Directory(path)
     with explain(path, "opening the cache"):
         data = directory.read(HEADER)
         if data is None:
             if any(directory.names(folder) for folder in repair.FOLDERS):
-                raise CacheCorrupt(f"{directory.full(HEADER)}: missing, and the folder has other files of a cache; "
-                                   "nothing else says what they are: put back a copy of it, or dump to another place")
-            raise CacheIncomplete(f"{directory.path}: no cache here (no {HEADER}); dump-teacher makes one")
+                raise CacheCorrupt(
+                    f"{directory.full(HEADER)}: missing, and the folder has other files of a "
+                    "cache; "
+                    "nothing else says what they are: put back a copy of it, or dump to another "
+                    "place"
+                )
+            raise CacheIncomplete(
+                f"{directory.path}: no cache here (no {HEADER}); dump-teacher makes one"
+            )
         header = catalog.parse_header(data, directory.full(HEADER))
-        accepted = [] if expect is None else require_same(header.identity, expect, accept=accept, where=str(path))
+        accepted = (
+            []
+            if expect is None
+            else require_same(header.identity, expect, accept=accept, where=str(path))
+        )
         with repair.mendable():
             chain = repair.read_manifests(directory, header)
         if not chain and not allow_partial:
             present = len([n for n in directory.names("commit") if repair.NUMBERED.fullmatch(n)])
-            raise CacheIncomplete(f"{directory.path}: not finished: {present} of {header.spec.num_shards} shards are "
-                                  "committed and it is not sealed; run its dump-teacher command again, which "
-                                  "writes what is missing alone")
+            raise CacheIncomplete(
+                f"{directory.path}: not finished: {present} of {header.spec.num_shards} shards are "
+                "committed and it is not sealed; run its dump-teacher command again, which "
+                "writes what is missing alone"
+            )
         return Cache(directory, header, chain[-1] if chain else None, accepted)
 
 
 class Cache:
     """An open cache. Reads from many threads at once are fine, and so are forked processes.
 
-    content_id is '' and generation 0 while the cache is not sealed. `accepted`: identity fields overlooked by `accept`.
+    content_id is '' and generation 0 while the cache is not sealed. `accepted`: identity fields
+    overlooked by `accept`.
     """
 
-    def __init__(self, directory: Directory, header: Header, manifest: Manifest | None, accepted: list[str]) -> None:
+    def __init__(
+        self, directory: Directory, header: Header, manifest: Manifest | None, accepted: list[str]
+    ) -> None:
         self.path: Path = directory.path
         self.spec: CacheSpec = header.spec
         self.identity: Identity = header.identity
@@ -94,14 +118,18 @@ class Cache:
         self._layout = layout(header.spec)
         self._columns = self._layout.columns
         self._shards: dict[int, Shard] | None = {}
-        self._proofs: dict[int, Proof] = {}         # of shards that are not mapped any more
+        self._proofs: dict[int, Proof] = {}  # of shards that are not mapped any more
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __enter__(self) -> Cache:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -114,7 +142,8 @@ class Cache:
         """Let go of the mapped files; batches already read stay valid."""
         self._shards = None
 
-    # ---- facts ------------------------------------------------------------------------------------------------
+    # ---- facts
+    # ------------------------------------------------------------------------------------------------
 
     def facts(self, shard: int) -> Facts:
         """What is promised about one shard; CacheIncomplete if it is not committed."""
@@ -133,7 +162,11 @@ class Cache:
         if self._manifest is not None:
             return []
         names = set(self._directory.names("commit"))
-        return [i for i in range(self.spec.num_shards) if catalog.commit_name(i)[len("commit/"):] not in names]
+        return [
+            i
+            for i in range(self.spec.num_shards)
+            if catalog.commit_name(i)[len("commit/") :] not in names
+        ]
 
     @property
     def shards(self) -> list[Facts]:
@@ -146,7 +179,10 @@ class Cache:
         """Sums over all shards of what the writer measured."""
         if self._manifest is not None:
             return {name: float(text) for name, text in self._manifest.body["measured"].items()}
-        return {name: float(text) for name, text in catalog.sum_measured(f.measured for f in self.shards).items()}
+        return {
+            name: float(text)
+            for name, text in catalog.sum_measured(f.measured for f in self.shards).items()
+        }
 
     def column_bytes(self) -> dict[str, int]:
         """Bytes of each column, and of the offsets of each ragged level, over all shards."""
@@ -158,13 +194,16 @@ class Cache:
                 out[name] = out.get(name, 0) + extent.length
         return out
 
-    # ---- reading ----------------------------------------------------------------------------------------------
+    # ---- reading
+    # ----------------------------------------------------------------------------------------------
 
     def read(self, records: Array, columns: Sequence[str] | None = None) -> Batch:
-        """The named columns (None: all) of record numbers int64 [B], in the order asked, repeats allowed.
+        """The named columns (None: all) of record numbers int64 [B], in the order asked, repeats
+        allowed.
 
-        UsageError for an unknown column or record; CacheCorrupt naming file and column on the first touch of bytes that
-        are not what was promised; CacheIncomplete for a shard not committed yet.
+        UsageError for an unknown column or record; CacheCorrupt naming file and column on the first
+        touch of bytes that are not what was promised; CacheIncomplete for a shard not committed
+        yet.
         """
         names = list(self._columns) if columns is None else list(dict.fromkeys(columns))
         for name in names:
@@ -172,7 +211,9 @@ class Cache:
                 raise UsageError(f"{self.path}: no column {name!r}{near(name, self._columns)}")
         wanted = np.asarray(records)
         if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and wanted.size):
-            raise UsageError(f"records: {wanted.dtype} {list(wanted.shape)} given, expected int64 [B]")
+            raise UsageError(
+                f"records: {wanted.dtype} {list(wanted.shape)} given, expected int64 [B]"
+            )
         wanted = wanted.astype(np.int64)
         try:
             shard_B, index_B = self.spec.locate(wanted)
@@ -180,8 +221,10 @@ class Cache:
             raise UsageError(f"{self.path}: {e}") from e
         parts, back = groups(shard_B, index_B)
         if len(parts) > mapping.MOST:
-            raise UsageError(f"{self.path}: the {len(wanted)} records lie in {len(parts)} shards; at most "
-                             f"{mapping.MOST} can be mapped at once: read fewer at a time")
+            raise UsageError(
+                f"{self.path}: the {len(wanted)} records lie in {len(parts)} shards; at most "
+                f"{mapping.MOST} can be mapped at once: read fewer at a time"
+            )
         levels = self._layout.levels
         with explain(self.path, "reading"), repair.mendable():
             used = {self._columns[name].level for name in names}
@@ -203,14 +246,17 @@ class Cache:
             for column in members:
                 inner = column.shape if count in (None, 1) else (count, *column.shape)
                 given = [columns[column.name].reshape(-1, *inner) for columns in found]
-                out[column.name] = gather(given, plan, np.empty((rows, *inner), column.storage), way)
+                out[column.name] = gather(
+                    given, plan, np.empty((rows, *inner), column.storage), way
+                )
         with repair.mendable():
             for shard in shards:
                 shard.require_whole()
         return Batch(self.spec, wanted, {name: out[name] for name in names}, starts)
 
     def prove(self, records: Array) -> None:
-        """Read again every byte of the shards of some record numbers int64 [B], whatever was proven of them before.
+        """Read again every byte of the shards of some record numbers int64 [B], whatever was proven
+        of them before.
 
         For who finds that what was read of them cannot be. CacheCorrupt naming file and column.
         """
@@ -221,7 +267,9 @@ class Cache:
                 shard.get(self._layout.names)
 
     def shard_columns(self, shard: int) -> Columns:
-        """Every column of one shard as read-only views of the mapped file, and the offsets of its ragged levels."""
+        """Every column of one shard as read-only views of the mapped file, and the offsets of its
+        ragged levels.
+        """
         with explain(self.path, "reading"), repair.mendable():
             return self._shard(shard).get(self._layout.names)
 
@@ -231,7 +279,8 @@ class Cache:
             return {name: float(text) for name, text in self._shard(shard).measured().items()}
 
     def _shard(self, shard: int) -> Shard:
-        if self._pid != os.getpid():            # a fork: locks may have been held by threads that are not here
+        # a fork: locks may have been held by threads that are not here
+        if self._pid != os.getpid():
             self._shards, self._proofs = None if self._shards is None else {}, dict(self._proofs)
             self._lock, self._pid = threading.Lock(), os.getpid()
         shards = self._shards
@@ -244,31 +293,42 @@ class Cache:
                 if found is None:
                     if mapping.count() >= mapping.MOST:
                         self._make_room(shards)
-                    found = Shard(self._directory, self._header, self.facts(shard), self._proofs.get(shard))
+                    found = Shard(
+                        self._directory, self._header, self.facts(shard), self._proofs.get(shard)
+                    )
                     shards[shard] = found
         return found
 
     def _make_room(self, shards: dict[int, Shard]) -> None:
         """Let go of the older half of the shards; what was proven of them is kept."""
-        for number in list(shards)[:len(shards) // 2 + 1]:
+        for number in list(shards)[: len(shards) // 2 + 1]:
             proof = shards.pop(number).proof
             if proof is not None:
                 self._proofs[number] = proof
 
-    def check_all(self, progress: Callable[[int, int], None] | None = None, *, quick: bool = False) -> list[str]:
-        """Every digest, every meaning, every file in the folder: what is wrong, a line each, naming file and column.
+    def check_all(
+        self, progress: Callable[[int, int], None] | None = None, *, quick: bool = False
+    ) -> list[str]:
+        """Every digest, every meaning, every file in the folder: what is wrong, a line each, naming
+        file and column.
 
-        `quick` reads no shard file: only names, sizes and the JSON files. `progress(done, total)` after each shard.
+        `quick` reads no shard file: only names, sizes and the JSON files. `progress(done, total)`
+        after each shard.
         """
         return audit.check_all(self._directory, self._header, self._manifest, progress, quick=quick)
 
     def notes(self) -> list[str]:
-        """What stands in the folder and is no damage: temporaries of a running dump, files in quarantine."""
+        """What stands in the folder and is no damage: temporaries of a running dump, files in
+        quarantine.
+        """
         return audit.notes(self._directory)
 
 
 def _reopen(path: str, content_id: str) -> Cache:
     cache = open(path, allow_partial=not content_id)
     if content_id and cache.content_id != content_id:
-        raise CacheCorrupt(f"{path}: content id is {cache.content_id}, expected {content_id}; the cache was replaced")
+        raise CacheCorrupt(
+            f"{path}: content id is {cache.content_id}, expected {content_id}; the cache was "
+            "replaced"
+        )
     return cache

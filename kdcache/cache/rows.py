@@ -1,4 +1,6 @@
-"""Rows as arrays: what a teacher said about N positions, and the rules every writer of them must keep."""
+"""Rows as arrays: what a teacher said about N positions, and the rules every writer of them must
+keep.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ MAX_POS = 2**31 - 1
 class Rows:
     """N rows of teacher output; a field is None exactly where the spec has no such column.
 
-    topk: ids int64 [N, K] and logits float32 [N, K] in the order of a head (logit descending, then id ascending),
-    K = the largest tier; tail_lse float32 [N, tiers, T] relative to logits[:, 0], without the labels.
-    full: logits float32 [N, V] in id order. none: nothing but pos.
+    topk: ids int64 [N, K] and logits float32 [N, K] in the order of a head (logit descending, then
+    id ascending), K = the largest tier; tail_lse float32 [N, tiers, T] relative to logits[:, 0],
+    without the labels. full: logits float32 [N, V] in id order. none: nothing but pos.
     label int64 [N, J] (-1 unknown), label_weight and label_logit (raw, topk only) float32 [N, J];
     mean, std, weight float32 [N]; pos int64 [N].
     """
@@ -39,7 +41,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class RowNames:
-    """How errors call row n: by its record, and in a ragged level (`offsets` int64 [records + 1]) by its row there."""
+    """How errors call row n: by its record, and in a ragged level (`offsets` int64 [records + 1])
+    by its row there.
+    """
 
     first_record: int = 0
     offsets: Array | None = None
@@ -79,7 +83,9 @@ def row_shapes(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def check_shapes(spec: CacheSpec, rows: Rows) -> int:
-    """N; UsageError unless `rows` has exactly the arrays of the spec, in the right dtypes and shapes."""
+    """N; UsageError unless `rows` has exactly the arrays of the spec, in the right dtypes and
+    shapes.
+    """
     shapes = row_shapes(spec)
     count = None
     for name in (f.name for f in fields(Rows)):
@@ -87,22 +93,28 @@ def check_shapes(spec: CacheSpec, rows: Rows) -> int:
         if array is None and name not in shapes:
             continue
         if array is None or name not in shapes:
-            raise UsageError(f"rows.{name} is {'missing' if array is None else 'given'}, and this spec "
-                             f"{'stores it' if array is None else 'stores no such column'}")
+            raise UsageError(
+                f"rows.{name} is {'missing' if array is None else 'given'}, and this spec "
+                f"{'stores it' if array is None else 'stores no such column'}"
+            )
         inner, kind = shapes[name]
         good = array.dtype == np.float32 if kind == "float" else array.dtype.kind in "iu"
         count = len(array) if count is None and array.ndim else count
         if not good or array.shape != (count, *inner):
             expected = "float32" if kind == "float" else "integers"
-            raise UsageError(f"rows.{name}: {array.dtype} {list(array.shape)} given; expected {expected} "
-                             f"{[count if count is not None else 'N', *inner]}")
+            raise UsageError(
+                f"rows.{name}: {array.dtype} {list(array.shape)} given; expected {expected} "
+                f"{[count if count is not None else 'N', *inner]}"
+            )
     if count is None:
         raise UsageError("this spec keeps no row columns")
     return count
 
 
 def check_rows(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
-    """DataError naming the first row that breaks a rule of the format; UsageError for a wrong dtype or shape."""
+    """DataError naming the first row that breaks a rule of the format; UsageError for a wrong dtype
+    or shape.
+    """
     check_shapes(spec, rows)
     logits = rows.logits
     if logits is not None and len(logits):
@@ -116,16 +128,24 @@ def check_rows(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
         good = (rows.label >= low) & (rows.label <= high)
         if not good.all():
             bad = int(rows.label[~good].flat[0])
-            names.require(good, f"label {bad} is out of range; expected {low} (unknown) or 0 to {high}")
+            names.require(
+                good, f"label {bad} is out of range; expected {low} (unknown) or 0 to {high}"
+            )
     if rows.tail_lse is not None:
-        names.require(~np.isnan(rows.tail_lse) & (rows.tail_lse != np.inf), "a tail_lse is NaN or +inf")
+        names.require(
+            ~np.isnan(rows.tail_lse) & (rows.tail_lse != np.inf), "a tail_lse is NaN or +inf"
+        )
         _check_tail(spec, rows, names)
     for field in ("label_weight", "std", "weight"):
         array = getattr(rows, field)
         if array is not None:
-            names.require(np.isfinite(array) & (array >= 0), f"{field} must be finite and not negative")
+            names.require(
+                np.isfinite(array) & (array >= 0), f"{field} must be finite and not negative"
+            )
     if rows.mean is not None:
-        names.require(np.isfinite(rows.mean), "mean must be finite; it is taken over the finite logits")
+        names.require(
+            np.isfinite(rows.mean), "mean must be finite; it is taken over the finite logits"
+        )
     if rows.pos is not None:
         names.require((rows.pos >= 0) & (rows.pos < MAX_POS), f"pos must be 0 to {MAX_POS - 1}")
 
@@ -133,12 +153,17 @@ def check_rows(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
 def _check_head(spec: CacheSpec, ids: Array, logits: Array, names: RowNames) -> None:
     good = (ids >= 0) & (ids < spec.num_classes)
     if not good.all():
-        names.require(good, f"id {int(ids[~good].flat[0])} is out of range; expected 0 to {spec.num_classes - 1}")
+        names.require(
+            good,
+            f"id {int(ids[~good].flat[0])} is out of range; expected 0 to {spec.num_classes - 1}",
+        )
     ordered = np.sort(ids, axis=1)
     names.require(ordered[:, 1:] != ordered[:, :-1], "an id occurs twice in the head")
     falls = logits[:, :-1] > logits[:, 1:]
     ties = (logits[:, :-1] == logits[:, 1:]) & (ids[:, :-1] < ids[:, 1:])
-    names.require(falls | ties, "the head is out of order; expected logit descending, then id ascending")
+    names.require(
+        falls | ties, "the head is out of order; expected logit descending, then id ascending"
+    )
 
 
 def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
@@ -150,12 +175,18 @@ def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
         left = np.full(len(rows.ids), spec.num_classes - k)
         if rows.label is not None:
             left -= labels_outside(rows.ids[:, :k], rows.label).sum(axis=1)
-        names.require((left[:, None] > 0) | (rows.tail_lse[:, tier] == -np.inf),
-                      f"tail_lse of tier {k} must be -inf: head and labels are all {spec.num_classes} classes")
+        names.require(
+            (left[:, None] > 0) | (rows.tail_lse[:, tier] == -np.inf),
+            f"tail_lse of tier {k} must be -inf: head and labels are all {spec.num_classes} "
+            "classes",
+        )
     if rows.label is None or rows.label_logit is None:
         return
     known = rows.label >= 0
-    names.require(~known | (~np.isnan(rows.label_logit) & (rows.label_logit != np.inf)), "a label_logit is NaN or +inf")
+    names.require(
+        ~known | (~np.isnan(rows.label_logit) & (rows.label_logit != np.inf)),
+        "a label_logit is NaN or +inf",
+    )
     in_head = np.zeros_like(known)
     for j in range(spec.labels):
         at = rows.ids == rows.label[:, j, None]
@@ -163,10 +194,14 @@ def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
         same = ~at | (rows.logits == rows.label_logit[:, j, None])
         names.require(same, "label_logit is not the logit that the head has for this label")
         again = known[:, :j] & (rows.label[:, :j] == rows.label[:, j, None])
-        names.require(~again | (rows.label_logit[:, :j] == rows.label_logit[:, j, None]),
-                      "one label occurs with two values of label_logit")
-    names.require(~known | in_head | (rows.label_logit <= rows.logits[:, -1:]),
-                  "label_logit is above the last logit of a head that lacks the label")
+        names.require(
+            ~again | (rows.label_logit[:, :j] == rows.label_logit[:, j, None]),
+            "one label occurs with two values of label_logit",
+        )
+    names.require(
+        ~known | in_head | (rows.label_logit <= rows.logits[:, -1:]),
+        "label_logit is above the last logit of a head that lacks the label",
+    )
 
 
 def labels_outside(ids: Array, label: Array) -> Array:
@@ -178,8 +213,11 @@ def labels_outside(ids: Array, label: Array) -> Array:
     return out
 
 
-def tail_with_labels(tail_lse: Array, relative_label: Array, outside: Array, temperatures: tuple[str, ...]) -> Array:
-    """float64 [N, T]: tail_lse [N, T] with labels outside the head [N, J] added back at each temperature.
+def tail_with_labels(
+    tail_lse: Array, relative_label: Array, outside: Array, temperatures: tuple[str, ...]
+) -> Array:
+    """float64 [N, T]: tail_lse [N, T] with labels outside the head [N, J] added back at each
+    temperature.
 
     `relative_label` float64 [N, J] is label_logit - max.
     """

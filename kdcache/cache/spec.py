@@ -1,4 +1,6 @@
-"""What decides the content of a cache, frozen and validated: two caches with equal specs and identities are equal."""
+"""What decides the content of a cache, frozen and validated: two caches with equal specs and
+identities are equal.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,14 @@ from kdcache.errors import FieldDifference, NotBuilt, UsageError, near
 KINDS = ("full", "topk", "none")
 KINDS_LATER = ("topp", "sampled", "hybrid", "given")
 VALUES = ("float32", "bfloat16", "float16", "uint8")
-RELATIVE_VALUES = ("float16", "uint8")          # stored relative to the row's maximum
+RELATIVE_VALUES = ("float16", "uint8")  # stored relative to the row's maximum
 RECIPES = ("raw", "map", "pool", "cls", "last", "energy")
 FEATURE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 ROWS = ("one", "ragged")
-LEVELS = ("row", "token")        # below the root
-PREDICTS = ("position", "next-token")           # what a row of ragged ones is about
-LATER_FIELDS = {"predicts", "vocabulary"}       # of a spec: left out of its JSON where they have their default
+LEVELS = ("row", "token")  # below the root
+PREDICTS = ("position", "next-token")  # what a row of ragged ones is about
+# of a spec: left out of its JSON where they have their default
+LATER_FIELDS = {"predicts", "vocabulary"}
 MAX_CLASSES = 2**32
 MAX_TIERS = 8
 MAX_TEMPERATURES = 16
@@ -32,37 +35,58 @@ TEMPERATURE = re.compile(r"(0|[1-9]\d{0,2})(\.\d{0,5}[1-9])?")
 
 
 def temperature_name(value: float | str) -> str:
-    """The one spelling of a temperature: 2.0 -> "2", 1.50 -> "1.5". UsageError unless 0 < T < 1000, <= 6 decimals."""
+    """The one spelling of a temperature: 2.0 -> "2", 1.50 -> "1.5". UsageError unless 0 < T < 1000,
+    <= 6 decimals.
+    """
     try:
         text = f"{float(value):.6f}".rstrip("0").rstrip(".")
-        if TEMPERATURE.fullmatch(text) and abs(float(text) - float(value)) < 1e-9 and float(text) > 0:
+        if (
+            TEMPERATURE.fullmatch(text)
+            and abs(float(text) - float(value)) < 1e-9
+            and float(text) > 0
+        ):
             return text
     except (ValueError, OverflowError):
         pass
-    raise UsageError(f"temperature {value!r}: expected a number above 0 and below 1000 with at most 6 decimals")
+    raise UsageError(
+        f"temperature {value!r}: expected a number above 0 and below 1000 with at most 6 decimals"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureSpec:
-    """One cached activation: `module` of the teacher, reduced by `recipe`, kept as `dtype` with inner `shape`."""
+    """One cached activation: `module` of the teacher, reduced by `recipe`, kept as `dtype` with
+    inner `shape`.
+    """
 
     name: str
     module: str
     recipe: str
     dtype: str
     shape: tuple[int, ...]
-    level: str = ROOT           # "record", or "row" for one vector per row of a token cache
+    level: str = ROOT  # "record", or "row" for one vector per row of a token cache
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise UsageError(f"feature name {self.name!r}: expected [a-z0-9_], at most 64 characters")
+            raise UsageError(
+                f"feature name {self.name!r}: expected [a-z0-9_], at most 64 characters"
+            )
         _one_of("recipe", self.recipe, (*RECIPES, "gram"), later=("gram",))
         _one_of("feature dtype", self.dtype, FEATURE_DTYPES)
         _one_of("feature level", self.level, (ROOT, "row"))
-        if len(self.shape) > 6 or not all(1 <= n < MAX_ELEMENTS for n in self.shape) or self._width() >= MAX_ELEMENTS:
-            raise UsageError(f"feature {self.name}: shape {list(self.shape)} is empty or has 2^31 elements or more")
+        if (
+            len(self.shape) > 6
+            or not all(1 <= n < MAX_ELEMENTS for n in self.shape)
+            or self._width() >= MAX_ELEMENTS
+        ):
+            raise UsageError(
+                f"feature {self.name}: shape {list(self.shape)} is empty or has 2^31 elements or "
+                "more"
+            )
         if self.dtype == "int8" and not self.shape:
-            raise UsageError(f"feature {self.name}: int8 needs a last axis to scale; a scalar has none")
+            raise UsageError(
+                f"feature {self.name}: int8 needs a last axis to scale; a scalar has none"
+            )
 
     def _width(self) -> int:
         return int(np.prod([float(n) for n in self.shape])) if self.shape else 1
@@ -72,7 +96,9 @@ class FeatureSpec:
         return f"feature_{self.name}"
 
     def columns(self) -> list[Column]:
-        """The value column, and for int8 its float32 scales, one for each vector along the last axis."""
+        """The value column, and for int8 its float32 scales, one for each vector along the last
+        axis.
+        """
         out = [Column(self.column, self.level, self.dtype, self.shape)]
         if self.dtype == "int8":
             out.append(Column(f"{self.column}_scale", self.level, "float32", self.shape[:-1]))
@@ -92,7 +118,9 @@ class ShardRange(NamedTuple):
 
 
 class _WithLayout:
-    """Where `rawmap.layout` keeps what it worked out: looking it up by an equal spec would compare every feature."""
+    """Where `rawmap.layout` keeps what it worked out: looking it up by an equal spec would compare
+    every feature.
+    """
 
     __slots__ = ("kept_layout",)
     kept_layout: Any
@@ -102,11 +130,14 @@ class _WithLayout:
 class CacheSpec(_WithLayout):
     """Everything that decides the content of a cache, except whose answers they are (`Identity`).
 
-    `num_classes` is V, 0 for kind none. `samples` and `views` are half-open ranges. `tiers` are the k's of kind topk,
-    ascending. `temperatures` are the ones whose tails are stored. `labels` is J, 0 when no label is stored.
-    `predicts` says whether ragged rows answer for their own position or for the next token; "" where that follows from
+    `num_classes` is V, 0 for kind none. `samples` and `views` are half-open ranges. `tiers` are the
+    k's of kind topk, ascending. `temperatures` are the ones whose tails are stored. `labels` is J,
+    0 when no label is stored.
+    `predicts` says whether ragged rows answer for their own position or for the next token; ""
+    where that follows from
     `tokens`. `vocabulary` is the number of token ids that the teacher reads, 0 where it is V.
-    Raises UsageError for a field that cannot be, NotBuilt for a name the design knows and this version does not.
+    Raises UsageError for a field that cannot be, NotBuilt for a name the design knows and this
+    version does not.
     """
 
     kind: str
@@ -145,12 +176,19 @@ class CacheSpec(_WithLayout):
             raise UsageError("tokens needs rows='ragged'")
         if self.predicts:
             _one_of("predicts", self.predicts, PREDICTS)
-            if self.rows != "ragged" or self.predicts == ("next-token" if self.tokens else "position"):
-                raise UsageError(f"predicts is {self.predicts!r}, with rows {self.rows!r} and tokens {self.tokens}; "
-                                 "expected it for ragged rows, and where tokens do not say it")
+            if self.rows != "ragged" or self.predicts == (
+                "next-token" if self.tokens else "position"
+            ):
+                raise UsageError(
+                    f"predicts is {self.predicts!r}, with rows {self.rows!r} and tokens "
+                    f"{self.tokens}; "
+                    "expected it for ragged rows, and where tokens do not say it"
+                )
         _between("vocabulary", self.vocabulary, 0, MAX_CLASSES)
         if self.vocabulary and (not self.tokens or self.vocabulary == self.num_classes):
-            raise UsageError("vocabulary needs tokens, and is left out where it is the number of classes")
+            raise UsageError(
+                "vocabulary needs tokens, and is left out where it is the number of classes"
+            )
         names = [f.name for f in self.features]
         if len(set(names)) != len(names):
             raise UsageError(f"feature names repeat: {names}")
@@ -158,23 +196,39 @@ class CacheSpec(_WithLayout):
             raise UsageError("a feature of level 'row' needs rows='ragged'")
         columns = [c.name for c in self.columns()]
         if len(set(columns)) != len(columns):
-            raise UsageError(f"two columns have the same name: {sorted(c for c in columns if columns.count(c) > 1)[0]}")
+            raise UsageError(
+                "two columns have the same name: "
+                f"{sorted(c for c in columns if columns.count(c) > 1)[0]}"
+            )
 
     def _check_full(self) -> None:
         _between("num_classes", self.num_classes, 1, MAX_ELEMENTS - 1)
         if self.tiers or self.temperatures:
-            raise UsageError("kind full keeps every logit: it has no tiers and no stored temperatures")
+            raise UsageError(
+                "kind full keeps every logit: it has no tiers and no stored temperatures"
+            )
 
     def _check_topk(self) -> None:
         _between("num_classes", self.num_classes, 1, MAX_CLASSES)
-        if not 1 <= len(self.tiers) <= MAX_TIERS or list(self.tiers) != sorted(set(self.tiers)) or self.tiers[0] < 1:
-            raise UsageError(f"tiers are {list(self.tiers)}; expected 1 to {MAX_TIERS} ascending k's of at least 1")
+        if (
+            not 1 <= len(self.tiers) <= MAX_TIERS
+            or list(self.tiers) != sorted(set(self.tiers))
+            or self.tiers[0] < 1
+        ):
+            raise UsageError(
+                f"tiers are {list(self.tiers)}; expected 1 to {MAX_TIERS} ascending k's of at "
+                "least 1"
+            )
         if self.tiers[-1] > self.num_classes:
-            raise UsageError(f"k is {self.tiers[-1]}; expected at most the number of classes, {self.num_classes}")
+            raise UsageError(
+                f"k is {self.tiers[-1]}; expected at most the number of classes, {self.num_classes}"
+            )
         if self.tiers[-1] > 2**20:
             raise UsageError(f"k is {self.tiers[-1]}; expected at most 2^20")
         if not 1 <= len(self.temperatures) <= MAX_TEMPERATURES:
-            raise UsageError(f"{len(self.temperatures)} temperatures; expected 1 to {MAX_TEMPERATURES}")
+            raise UsageError(
+                f"{len(self.temperatures)} temperatures; expected 1 to {MAX_TEMPERATURES}"
+            )
         for t in self.temperatures:
             if temperature_name(t) != t:
                 raise UsageError(f"temperature {t!r} must be spelled {temperature_name(t)!r}")
@@ -182,12 +236,25 @@ class CacheSpec(_WithLayout):
             raise UsageError(f"temperatures {list(self.temperatures)} must ascend")
 
     def _check_none(self) -> None:
-        if self.num_classes or self.tiers or self.temperatures or self.labels or self.moments or self.row_weights:
-            raise UsageError("kind none keeps no rows: no classes, tiers, temperatures, labels, moments or weights")
+        if (
+            self.num_classes
+            or self.tiers
+            or self.temperatures
+            or self.labels
+            or self.moments
+            or self.row_weights
+        ):
+            raise UsageError(
+                "kind none keeps no rows: no classes, tiers, temperatures, labels, moments or "
+                "weights"
+            )
         if not self.features:
-            raise UsageError("kind none without a feature is an empty cache: name a feature or another kind")
+            raise UsageError(
+                "kind none without a feature is an empty cache: name a feature or another kind"
+            )
 
-    # ---- columns ----------------------------------------------------------------------------------------------
+    # ---- columns
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def k(self) -> int:
@@ -206,8 +273,14 @@ class CacheSpec(_WithLayout):
 
     @property
     def convention(self) -> str:
-        """Which rows there are: one for each "record", or those of each "position", or of each "next-token"."""
-        return "record" if self.rows == "one" else self.predicts or ("next-token" if self.tokens else "position")
+        """Which rows there are: one for each "record", or those of each "position", or of each
+        "next-token".
+        """
+        return (
+            "record"
+            if self.rows == "one"
+            else self.predicts or ("next-token" if self.tokens else "position")
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -230,11 +303,17 @@ class CacheSpec(_WithLayout):
             start, stop = self.tier_range(k)
             out.append(Column(f"ids_{k}", "row", self.id_dtype, (stop - start,)))
             if self.high_bits:
-                out.append(Column(f"ids_{k}_high", "row", "uint8", (-(-(stop - start) * self.high_bits // 8),)))
+                out.append(
+                    Column(
+                        f"ids_{k}_high", "row", "uint8", (-(-(stop - start) * self.high_bits // 8),)
+                    )
+                )
             out.append(Column(f"values_{k}", "row", self.values, (stop - start,)))
         out += self._row_columns()
         if self.tokens:
-            out.append(Column("token", "token", "uint16" if 0 < self.num_tokens <= 2**16 else "uint32"))
+            out.append(
+                Column("token", "token", "uint16" if 0 < self.num_tokens <= 2**16 else "uint32")
+            )
             out.append(Column("document_start", "token", "uint8"))
         for feature in self.features:
             out += feature.columns()
@@ -247,9 +326,18 @@ class CacheSpec(_WithLayout):
             if self.values == "uint8":
                 out.append(Column("step", "row", "float32"))
         if self.kind == "topk":
-            out.append(Column("tail_lse", "row", "float32", (len(self.tiers), len(self.temperatures))))
+            out.append(
+                Column("tail_lse", "row", "float32", (len(self.tiers), len(self.temperatures)))
+            )
         if self.labels:
-            out.append(Column("label", "row", "int32" if self.num_classes <= 2**31 else "int64", (self.labels,)))
+            out.append(
+                Column(
+                    "label",
+                    "row",
+                    "int32" if self.num_classes <= 2**31 else "int64",
+                    (self.labels,),
+                )
+            )
             if self.label_weights:
                 out.append(Column("label_weight", "row", "float32", (self.labels,)))
             if self.kind == "topk":
@@ -258,7 +346,9 @@ class CacheSpec(_WithLayout):
             out += [Column("mean", "row", "float32"), Column("std", "row", "float32")]
         if self.row_weights:
             out.append(Column("weight", "row", "float32"))
-        if self.rows == "ragged" and (self.kind != "none" or any(f.level == "row" for f in self.features)):
+        if self.rows == "ragged" and (
+            self.kind != "none" or any(f.level == "row" for f in self.features)
+        ):
             out.append(Column("pos", "row", "int32"))
         return out
 
@@ -268,7 +358,8 @@ class CacheSpec(_WithLayout):
         known = (Level("row", ROOT, 1 if self.rows == "one" else None), Level("token", ROOT, None))
         return tuple(level for level in known if level.name in used)
 
-    # ---- records and shards -----------------------------------------------------------------------------------
+    # ---- records and shards
+    # -----------------------------------------------------------------------------------
 
     @property
     def num_samples(self) -> int:
@@ -296,26 +387,37 @@ class CacheSpec(_WithLayout):
             raise IndexError(f"shard {index}: the cache has {self.num_shards}")
         view, at = divmod(index, self.shards_per_view)
         start = self.samples[0] + at * self.records_per_shard
-        return ShardRange(index, self.views[0] + view, start, min(start + self.records_per_shard, self.samples[1]))
+        return ShardRange(
+            index, self.views[0] + view, start, min(start + self.records_per_shard, self.samples[1])
+        )
 
     def record(self, view: int, sample_id: int) -> int:
         """The number of the record of one view of one sample."""
         return (view - self.views[0]) * self.num_samples + (sample_id - self.samples[0])
 
     def locate(self, records: Array) -> tuple[Array, Array]:
-        """(shard int64 [B], index in the shard int64 [B]) of record numbers int64 [B]; IndexError outside the cache."""
+        """(shard int64 [B], index in the shard int64 [B]) of record numbers int64 [B]; IndexError
+        outside the cache.
+        """
         records = np.asarray(records, np.int64)
         if records.size and (int(records.min()) < 0 or int(records.max()) >= self.num_records):
-            raise IndexError(f"records {records.min()} to {records.max()}: the cache has 0 to {self.num_records - 1}")
+            raise IndexError(
+                f"records {records.min()} to {records.max()}: the cache has 0 to "
+                f"{self.num_records - 1}"
+            )
         view, sample = np.divmod(records, self.num_samples)
         at, index = np.divmod(sample, self.records_per_shard)
         return view * self.shards_per_view + at, index
 
-    # ---- JSON -------------------------------------------------------------------------------------------------
+    # ---- JSON
+    # -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        out = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)
-               if f.name not in LATER_FIELDS or getattr(self, f.name) != f.default}
+        out = {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name not in LATER_FIELDS or getattr(self, f.name) != f.default
+        }
         return {**out, "features": [f.to_json() for f in self.features]}
 
     @classmethod
@@ -331,7 +433,11 @@ class CacheSpec(_WithLayout):
 def spec_difference(cached: CacheSpec, given: CacheSpec) -> list[FieldDifference]:
     """The fields in which two specs differ."""
     a, b = cached.to_json(), given.to_json()
-    return [FieldDifference(f"spec.{key}", a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [
+        FieldDifference(f"spec.{key}", a.get(key), b.get(key))
+        for key in {**a, **b}
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -339,9 +445,17 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(cls: type, doc: Any, where: str) -> dict[str, Any]:
-    """`doc` as keyword arguments of dataclass `cls`: exactly its fields, lists as tuples, the annotated plain types."""
+    """`doc` as keyword arguments of dataclass `cls`: exactly its fields, lists as tuples, the
+    annotated plain types.
+    """
     fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
-    later = set() if cls is not CacheSpec else LATER_FIELDS - set(doc) if isinstance(doc, dict) else set()
+    later = (
+        set()
+        if cls is not CacheSpec
+        else LATER_FIELDS - set(doc)
+        if isinstance(doc, dict)
+        else set()
+    )
     fields = {name: kind for name, kind in fields.items() if name not in later}
     if not isinstance(doc, dict) or set(doc) != set(fields):
         found = sorted(doc) if isinstance(doc, dict) else type(doc).__name__
@@ -350,7 +464,8 @@ def _typed(cls: type, doc: Any, where: str) -> dict[str, Any]:
     for name, kind in fields.items():
         value = doc[name]
         if kind.startswith("tuple["):
-            item: type = {"int": int, "str": str}.get(kind[6:9], dict)          # features are objects
+            # features are objects
+            item: type = {"int": int, "str": str}.get(kind[6:9], dict)
             good = isinstance(value, list) and all(type(v) is item for v in value)
             good = good and (kind != "tuple[int, int]" or len(value) == 2)
             value = tuple(value) if good else value
@@ -377,4 +492,6 @@ def _between(what: str, value: int, low: int, high: int) -> None:
 
 def _range(what: str, value: tuple[int, int], limit: int) -> None:
     if not 0 <= value[0] < value[1] <= limit:
-        raise UsageError(f"{what} are [{value[0]}, {value[1]}); expected a non-empty range within [0, {limit})")
+        raise UsageError(
+            f"{what} are [{value[0]}, {value[1]}); expected a non-empty range within [0, {limit})"
+        )

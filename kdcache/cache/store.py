@@ -1,7 +1,9 @@
-"""Where the files of a cache live: a folder in which a file appears whole or not at all, and never changes.
+"""Where the files of a cache live: a folder in which a file appears whole or not at all, and never
+changes.
 
-A new file is written under a temporary name, locked while its writer lives, synced, and linked to its final name, which
-fails if the name is taken. Nothing is ever overwritten; what is wrong is moved to `quarantine/`.
+A new file is written under a temporary name, locked while its writer lives, synced, and linked to
+its final name, which fails if the name is taken. Nothing is ever overwritten; what is wrong is
+moved to `quarantine/`.
 """
 
 from __future__ import annotations
@@ -22,19 +24,22 @@ from kdcache.paths import local_path
 
 TEMPORARY = ".tmp-"
 QUARANTINE = "quarantine"
-MAX_JSON = 2**26                # header and commit records
+MAX_JSON = 2**26  # header and commit records
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR, errno.EISDIR)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)     # of a folder: CIFS, some FUSE
+# of a folder: CIFS, some FUSE
+NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Temporary:
-    """A new file without its final name. Written front to back, by us or through a library that wants a file."""
+    """A new file without its final name. Written front to back, by us or through a library that
+    wants a file.
+    """
 
-    closed = False                          # pyarrow asks
+    closed = False  # pyarrow asks
 
     def __init__(self, fd: int, path: str, step: Callable[[str], None]) -> None:
         self.fd, self.path, self._step, self._at = fd, path, step, 0
@@ -63,22 +68,29 @@ class Temporary:
 
 
 class Directory:
-    """The folder of a cache. Names are relative, with `/`. OSError from the system passes through; see `explain`."""
+    """The folder of a cache. Names are relative, with `/`. OSError from the system passes through;
+    see `explain`.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = local_path(path, "path")
 
     @staticmethod
     def step(name: str) -> None:
-        """Called before each file operation that changes something: where fault injection may stop a writer."""
+        """Called before each file operation that changes something: where fault injection may stop
+        a writer.
+        """
 
     def full(self, name: str) -> str:
         return str(self.path / name) if name else str(self.path)
 
-    # ---- reading ----------------------------------------------------------------------------------------------
+    # ---- reading
+    # ----------------------------------------------------------------------------------------------
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names in a folder, [] if there is none; CacheCorrupt if something else has its name."""
+        """Sorted names in a folder, [] if there is none; CacheCorrupt if something else has its
+        name.
+        """
         path = self.full(folder)
         try:
             return sorted(os.listdir(path))
@@ -86,8 +98,11 @@ class Directory:
             if e.errno == errno.ENOENT and not os.path.lexists(path):
                 return []
             if e.errno in NO_FILE:
-                raise CacheCorrupt(f"{path}: not a folder, or a link that leads to none ({e.strerror}); put the folder "
-                                   "back, or mount the disk that it is on") from e
+                raise CacheCorrupt(
+                    f"{path}: not a folder, or a link that leads to none ({e.strerror}); put the "
+                    "folder "
+                    "back, or mount the disk that it is on"
+                ) from e
             raise
 
     def size(self, name: str) -> int | None:
@@ -101,10 +116,13 @@ class Directory:
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def read(self, name: str, limit: int = MAX_JSON) -> bytes | None:
-        """All bytes of a plain file, None if there is none; CacheCorrupt above `limit` bytes, before reading them."""
+        """All bytes of a plain file, None if there is none; CacheCorrupt above `limit` bytes,
+        before reading them.
+        """
         return read_plain(self.full(name), limit)
 
-    # ---- writing ----------------------------------------------------------------------------------------------
+    # ---- writing
+    # ----------------------------------------------------------------------------------------------
 
     def make(self, folder: str = "") -> None:
         """Create a folder and what is above it, if absent."""
@@ -154,7 +172,9 @@ class Directory:
             return self.publish(temporary, name)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Put a file with these bytes whole in place of the one there; a link there is replaced, never followed."""
+        """Put a file with these bytes whole in place of the one there; a link there is replaced,
+        never followed.
+        """
         with self.temporary(os.path.dirname(name)) as temporary:
             temporary.write(data)
             temporary.sync()
@@ -173,13 +193,16 @@ class Directory:
             os.unlink(self.full(name))
 
     def hold(self, name: str) -> Hold | None:
-        """Hold a file under a shared lock for as long as the answer lives; None if the name is no longer its own."""
+        """Hold a file under a shared lock for as long as the answer lives; None if the name is no
+        longer its own.
+        """
         path = self.full(name)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        _lock(fd, fcntl.LOCK_SH)            # without locks nobody may replace it either: see `unheld`
+        # without locks nobody may replace it either: see `unheld`
+        _lock(fd, fcntl.LOCK_SH)
         if _same(fd, path):
             return Hold(fd)
         os.close(fd)
@@ -187,7 +210,9 @@ class Directory:
 
     @contextlib.contextmanager
     def unheld(self, name: str) -> Iterator[bool]:
-        """Whether nobody holds the file `name`, as far as can be known; nobody can, within this block."""
+        """Whether nobody holds the file `name`, as far as can be known; nobody can, within this
+        block.
+        """
         path = self.full(name)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -202,8 +227,8 @@ class Directory:
     def quarantine(self, name: str, bad: Callable[[], bool]) -> bool:
         """Move a file to `quarantine/` if it is still `bad`; False if it was not.
 
-        Two who find the same bad file must not move the good one that the first of them put in its place: the
-        judgement is repeated under a lock on the very file that is moved.
+        Two who find the same bad file must not move the good one that the first of them put in its
+        place: the judgement is repeated under a lock on the very file that is moved.
         """
         path = self.full(name)
         with _judging(path) as there:
@@ -211,7 +236,9 @@ class Directory:
                 return False
             self.make(QUARANTINE)
             flat, copy = name.replace("/", "-"), 0
-            while os.path.lexists(target := self.full(f"{QUARANTINE}/{flat}" + (f".{copy}" if copy else ""))):
+            while os.path.lexists(
+                target := self.full(f"{QUARANTINE}/{flat}" + (f".{copy}" if copy else ""))
+            ):
                 copy += 1
             self.step("rename")
             try:
@@ -219,13 +246,14 @@ class Directory:
             except FileNotFoundError:
                 if os.path.lexists(path):
                     raise
-                return False                # its owner, who lost a race for the shard, removed it meanwhile
+                # its owner, who lost a race for the shard, removed it meanwhile
+                return False
             self._sync_folder(Path(path).parent)
             return True
 
     def drop_dead_temporaries(self, folder: str) -> None:
-        """Delete the temporaries whose writers are gone: a live writer holds a lock on its own. What no writer makes, a
-        folder or link of such a name, goes to quarantine."""
+        """Delete the temporaries whose writers are gone: a live writer holds a lock on its own.
+        What no writer makes, a folder or link of such a name, goes to quarantine."""
         for name in self.names(folder):
             if not name.startswith(TEMPORARY):
                 continue
@@ -245,11 +273,15 @@ class Directory:
 
     def _new(self, folder: str) -> tuple[int, str]:
         while True:
-            path = self.full(f"{folder}/{TEMPORARY}{secrets.token_hex(8)}" if folder
-                             else f"{TEMPORARY}{secrets.token_hex(8)}")
+            path = self.full(
+                f"{folder}/{TEMPORARY}{secrets.token_hex(8)}"
+                if folder
+                else f"{TEMPORARY}{secrets.token_hex(8)}"
+            )
             self.step("create")
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            # Whoever sweeps dead temporaries may lock it between these two lines: wait, and if it is gone take another.
+            # Whoever sweeps dead temporaries may lock it between these two lines: wait, and if it
+            # is gone take another.
             _lock(fd, fcntl.LOCK_EX)
             if _same(fd, path):
                 return fd, path
@@ -261,8 +293,9 @@ class Directory:
 
 
 def read_plain(path: str, limit: int, *, dir_fd: int | None = None) -> bytes | None:
-    """All bytes of a plain file (`path` below the open folder `dir_fd`, if given), None if there is none; CacheCorrupt
-    for other kinds of files, of which some would wait for ever, and above `limit` bytes, before reading them."""
+    """All bytes of a plain file (`path` below the open folder `dir_fd`, if given), None if there is
+    none; CacheCorrupt for other kinds of files, of which some would wait for ever, and above
+    `limit` bytes, before reading them."""
     try:
         fd = open_plain(path, dir_fd=dir_fd)
     except FileNotFoundError:
@@ -278,13 +311,15 @@ def read_plain(path: str, limit: int, *, dir_fd: int | None = None) -> bytes | N
 
 
 def open_plain(path: str, *, dir_fd: int | None = None) -> int:
-    """A descriptor to read a plain file by. FileNotFoundError only where nothing has its name; CacheCorrupt for a link
-    that leads nowhere or in a circle, a folder, socket, pipe or device. Other OSErrors, such as EACCES, pass."""
+    """A descriptor to read a plain file by. FileNotFoundError only where nothing has its name;
+    CacheCorrupt for a link that leads nowhere or in a circle, a folder, socket, pipe or device.
+    Other OSErrors, such as EACCES, pass."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)   # a pipe must not block
+        # a pipe must not block
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
     except OSError as e:
         if e.errno == errno.ENOENT:
-            os.lstat(path, dir_fd=dir_fd)       # of nothing: FileNotFoundError again
+            os.lstat(path, dir_fd=dir_fd)  # of nothing: FileNotFoundError again
             raise CacheCorrupt(f"{path}: a link that leads nowhere") from e
         if e.errno in NO_FILE and e.errno != errno.ENOTDIR:
             raise CacheCorrupt(f"{path}: not a plain file ({e.strerror})") from e
@@ -302,13 +337,15 @@ def is_plain(path: str) -> bool:
 
 @contextlib.contextmanager
 def _judging(path: str) -> Iterator[bool]:
-    """Whether something stands at `path`, which nobody else moves within this block. A plain file is locked itself; of
-    what cannot be opened, or leads elsewhere, the folder is."""
+    """Whether something stands at `path`, which nobody else moves within this block. A plain file
+    is locked itself; of what cannot be opened, or leads elsewhere, the folder is."""
     fd = None
     try:
         with contextlib.suppress(FileNotFoundError):
             plain = is_plain(path)
-            fd = os.open(path if plain else os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(
+                path if plain else os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            )
         if fd is None:
             yield False
             return
@@ -336,23 +373,32 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def explain(path: str | os.PathLike[str], doing: str, standing: Callable[[], str] = str) -> Iterator[None]:
+def explain(
+    path: str | os.PathLike[str], doing: str, standing: Callable[[], str] = str
+) -> Iterator[None]:
     """Turn an OSError into one line that says what to do; `standing` adds how far the cache is."""
     try:
         yield
     except OSError as e:
         why = e.strerror or str(e)
         if e.errno in FULL:
-            raise KDCacheError(f"{path}: disk full while {doing} ({why}); free space and run the same command "
-                               f"again{standing()}") from e
+            raise KDCacheError(
+                f"{path}: disk full while {doing} ({why}); free space and run the same command "
+                f"again{standing()}"
+            ) from e
         if e.errno in DENIED:
-            raise KDCacheError(f"{e.filename or path}: not allowed while {doing} ({why}); check the permissions of the "
-                               f"folder and its files{standing()}") from e
+            raise KDCacheError(
+                f"{e.filename or path}: not allowed while {doing} ({why}); check the permissions "
+                "of the "
+                f"folder and its files{standing()}"
+            ) from e
         raise KDCacheError(f"{e.filename or path}: {why} while {doing}{standing()}") from e
 
 
 class Hold:
-    """A shared lock on a file, which says that its user is alive. Worker processes forked meanwhile do not keep it."""
+    """A shared lock on a file, which says that its user is alive. Worker processes forked meanwhile
+    do not keep it.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd: int | None = fd
@@ -397,11 +443,18 @@ def _same(fd: int, path: str) -> bool:
 
 
 def _publish_without_links(temporary: Temporary, final: str) -> bool:
-    """For file systems without hard links: a rename that does not replace, else a copy to a name that must be new."""
+    """For file systems without hard links: a rename that does not replace, else a copy to a name
+    that must be new.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         at_fdcwd, no_replace = -100, 1
-        if libc.renameat2(at_fdcwd, os.fsencode(temporary.path), at_fdcwd, os.fsencode(final), no_replace) == 0:
+        if (
+            libc.renameat2(
+                at_fdcwd, os.fsencode(temporary.path), at_fdcwd, os.fsencode(final), no_replace
+            )
+            == 0
+        ):
             return True
         if ctypes.get_errno() == errno.EEXIST:
             return False
@@ -409,12 +462,13 @@ def _publish_without_links(temporary: Temporary, final: str) -> bool:
         fd = os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
         return False
-    try:                        # a crash in here leaves a torn file under a final name: resume quarantines it
+    # a crash in here leaves a torn file under a final name: resume quarantines it
+    try:
         os.lseek(temporary.fd, 0, os.SEEK_SET)
         while part := os.read(temporary.fd, 2**20):
             view = memoryview(part)
             while view:
-                view = view[os.write(fd, view):]
+                view = view[os.write(fd, view) :]
         os.fsync(fd)
     except OSError:
         os.unlink(final)

@@ -1,7 +1,8 @@
 """Numbers as bits: value codecs, bfloat16 and id planes, each a pair of small functions.
 
-Raw codecs (float32, bfloat16) hold logits; relative ones (float16, uint8) hold logit - max. -inf is a legal value of
-each of them. Rounding is monotone everywhere, so a row that does not rise before encoding does not rise after it.
+Raw codecs (float32, bfloat16) hold logits; relative ones (float16, uint8) hold logit - max. -inf is
+a legal value of each of them. Rounding is monotone everywhere, so a row that does not rise before
+encoding does not rise after it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import numpy as np
 from kdcache.cache.columns import Array
 from kdcache.cache.spec import RELATIVE_VALUES, VALUES
 
-FLOOR = np.float32(-120)        # uint8 keeps [max - 120, max]: exp(-120) is 1e-52, below float32's least exp
-CODES = 254                     # highest uint8 code of a finite value
-MINUS_INFINITY = 255            # its uint8 code
+# uint8 keeps [max - 120, max]: exp(-120) is 1e-52, below float32's least exp
+FLOOR = np.float32(-120)
+CODES = 254  # highest uint8 code of a finite value
+MINUS_INFINITY = 255  # its uint8 code
 
 
 def to_bfloat16(x: Array) -> Array:
-    """float32 without NaN -> bfloat16 bits (uint16), nearest, ties to even; too large a size becomes an infinity."""
+    """float32 without NaN -> bfloat16 bits (uint16), nearest, ties to even; too large a size
+    becomes an infinity.
+    """
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    out: Array = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    out: Array = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
+        16
+    )
     return out.astype(np.uint16)
 
 
@@ -34,8 +40,8 @@ def from_bfloat16(bits: Array) -> Array:
 def pack_high(ids: Array, high_bits: int) -> Array:
     """The bits of ids [N, K] above the low 16 as a plane uint8 [N, ceil(K * high_bits / 8)].
 
-    Entry j has bits [j * high_bits, (j + 1) * high_bits) of its row, least significant first in each byte and each
-    entry; the bits after the last entry are 0.
+    Entry j has bits [j * high_bits, (j + 1) * high_bits) of its row, least significant first in
+    each byte and each entry; the bits after the last entry are 0.
     """
     high = np.asarray(ids, np.int64) >> 16
     if high_bits == 16:
@@ -44,7 +50,9 @@ def pack_high(ids: Array, high_bits: int) -> Array:
     per_byte = 8 // high_bits
     high = np.pad(high, ((0, 0), (0, -high.shape[1] % per_byte))).astype(np.uint8)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(high_bits)
-    out: Array = np.bitwise_or.reduce(high.reshape(len(high), high.shape[1] // per_byte, per_byte) << shifts, axis=-1)
+    out: Array = np.bitwise_or.reduce(
+        high.reshape(len(high), high.shape[1] // per_byte, per_byte) << shifts, axis=-1
+    )
     return out
 
 
@@ -62,7 +70,9 @@ def unpack_high(plane: Array, high_bits: int, count: int) -> Array:
 
 
 class StoredValues(NamedTuple):
-    """Values [N, K] in storage dtype, and the row columns `max` and `step` float32 [N] where the codec has them."""
+    """Values [N, K] in storage dtype, and the row columns `max` and `step` float32 [N] where the
+    codec has them.
+    """
 
     values: Array
     max: Array | None = None
@@ -70,12 +80,14 @@ class StoredValues(NamedTuple):
 
 
 def encode_values(codec: str, logits: Array, max_N: Array) -> StoredValues:
-    """Logits float32 [N, K] without NaN or +inf, and their finite row maxima float32 [N], as stored values."""
+    """Logits float32 [N, K] without NaN or +inf, and their finite row maxima float32 [N], as stored
+    values.
+    """
     if codec == "float32":
         return StoredValues(np.ascontiguousarray(logits, "<f4"))
     if codec == "bfloat16":
         return StoredValues(to_bfloat16(logits))
-    with np.errstate(over="ignore"):                        # too far below the maximum is -inf
+    with np.errstate(over="ignore"):  # too far below the maximum is -inf
         relative = logits - max_N[:, None]
         if codec == "float16":
             return StoredValues(relative.astype("<f2"), max_N)
@@ -86,15 +98,17 @@ def encode_values(codec: str, logits: Array, max_N: Array) -> StoredValues:
 
 def _unknown(codec: str) -> ValueError:
     """A codec that the spec knows and these functions do not: never to be read as another one."""
-    return ValueError(f"value codec {codec!r} has no encoding here; expected one of {', '.join(VALUES)}")
+    return ValueError(
+        f"value codec {codec!r} has no encoding here; expected one of {', '.join(VALUES)}"
+    )
 
 
 def _to_uint8(relative: Array, max_N: Array) -> tuple[Array, Array, Array]:
     kept = relative >= FLOOR
     depth = np.where(kept, -relative, np.float32(0))
     step_N = (depth.max(axis=1) / np.float32(CODES)).astype(np.float32)
-    # In float64 the quotient is exact to 1e-16: its rounding never adds to the half step. A step that rounded down
-    # among the subnormals would give codes above 254.
+    # In float64 the quotient is exact to 1e-16: its rounding never adds to the half step. A step
+    # that rounded down among the subnormals would give codes above 254.
     quotient = depth / np.where(step_N > 0, step_N, 1)[:, None].astype(np.float64)
     code = np.where(step_N[:, None] > 0, np.minimum(np.rint(quotient), CODES), 0)
     return np.where(kept, code, MINUS_INFINITY).astype(np.uint8), max_N, step_N
@@ -114,7 +128,8 @@ def decode_values(codec: str, stored: Array, max_N: Array | None, step_N: Array 
         raise ValueError("uint8 values need their steps")
     with np.errstate(over="ignore"):
         depth = stored.astype(np.float32) * np.asarray(step_N, np.float32)[:, None]
-    out: Array = np.where(stored == MINUS_INFINITY, -np.inf, 0 - depth).astype(np.float32)      # 0 - 0 is +0.0
+    # 0 - 0 is +0.0
+    out: Array = np.where(stored == MINUS_INFINITY, -np.inf, 0 - depth).astype(np.float32)
     return out
 
 

@@ -1,4 +1,6 @@
-"""What a dataset of the user's says of itself, read once, each answer checked: a name, its length, its classes."""
+"""What a dataset of the user's says of itself, read once, each answer checked: a name, its length,
+its classes.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,16 @@ from kdcache.data.classes import dataset_names
 from kdcache.errors import DataError, UsageError
 from kdcache.guard import attribute, printable, users_code
 
-MOST_SAMPLES = 2**48            # of a cache (docs/format.md)
-LONGEST_NAME = 200              # characters: a name stands in errors and on the terminal
+MOST_SAMPLES = 2**48  # of a cache (docs/format.md)
+LONGEST_NAME = 200  # characters: a name stands in errors and on the terminal
 
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """length: of the dataset. name, revision: text, "" unknown. class_names: [] unknown. tokenizer_identity: plain JSON
-    without floats, or None. window: 0 none. token_lengths: int64, one for each sample, or None. own_key, own_view,
-    collates: whether it has `key(i)`, `view(i, view, rng)`, `collate_fn(items)`."""
+    """length: of the dataset. name, revision: text, "" unknown. class_names: [] unknown.
+    tokenizer_identity: plain JSON without floats, or None. window: 0 none. token_lengths: int64,
+    one for each sample, or None. own_key, own_view, collates: whether it has `key(i)`, `view(i,
+    view, rng)`, `collate_fn(items)`."""
 
     length: int
     name: str
@@ -37,17 +40,30 @@ class Attributes:
 
 
 def read_attributes(dataset: Any) -> Attributes:
-    """UsageError for what is no map-style dataset; DataError, naming the attribute, for one that is of no use."""
+    """UsageError for what is no map-style dataset; DataError, naming the attribute, for one that is
+    of no use.
+    """
     where = f"dataset {type(dataset).__name__}"
     name = _text(dataset, "name", where) or type(dataset).__name__
-    missing = [method for method in ("__len__", "__getitem__") if not hasattr(type(dataset), method)]
+    missing = [
+        method for method in ("__len__", "__getitem__") if not hasattr(type(dataset), method)
+    ]
     if missing:
-        raise UsageError(f"dataset {name} has no {' and no '.join(missing)}; expected a map-style dataset")
+        raise UsageError(
+            f"dataset {name} has no {' and no '.join(missing)}; expected a map-style dataset"
+        )
     where = f"dataset {name}"
     length = _length(dataset, where)
-    return Attributes(length, name, _text(dataset, "revision", where), _class_names(dataset, name, where),
-                      _tokenizer(dataset, where), _window(dataset, where), _token_lengths(dataset, where, length),
-                      *(callable(attribute(dataset, method, where)) for method in ("key", "view", "collate_fn")))
+    return Attributes(
+        length,
+        name,
+        _text(dataset, "revision", where),
+        _class_names(dataset, name, where),
+        _tokenizer(dataset, where),
+        _window(dataset, where),
+        _token_lengths(dataset, where, length),
+        *(callable(attribute(dataset, method, where)) for method in ("key", "view", "collate_fn")),
+    )
 
 
 def _length(dataset: Any, where: str) -> int:
@@ -56,7 +72,9 @@ def _length(dataset: Any, where: str) -> int:
             length = len(dataset)
     except DataError as e:
         if isinstance(e.__cause__, TypeError | NotImplementedError):
-            raise UsageError(f"{where} has no length ({e.__cause__}); expected a map-style dataset") from e
+            raise UsageError(
+                f"{where} has no length ({e.__cause__}); expected a map-style dataset"
+            ) from e
         raise
     if length == 0:
         raise DataError(f"{where} has length 0; there is nothing to read")
@@ -70,8 +88,11 @@ def _text(dataset: Any, name: str, where: str) -> str:
     with users_code(f"{where}: its {name} is no text"):
         text = "" if found is None else str(found)
     if len(text) > LONGEST_NAME or printable(text) != text:
-        raise DataError(f"{where}: its {name} is {printable(text[:40])!r}{'...' * (len(text) > 40)}, {len(text)} "
-                        f"characters; expected printable text of at most {LONGEST_NAME}")
+        raise DataError(
+            f"{where}: its {name} is {printable(text[:40])!r}{'...' * (len(text) > 40)}, "
+            f"{len(text)} "
+            f"characters; expected printable text of at most {LONGEST_NAME}"
+        )
     return text
 
 
@@ -89,8 +110,11 @@ def _tokenizer(dataset: Any, where: str) -> dict[str, Any] | None:
     except (TypeError, ValueError, RecursionError):
         plain = False
     if not plain or _has_float(found):
-        raise DataError(f"{where}: its tokenizer_identity is {_seen(found)}; expected a dict of text and integers, "
-                        "such as fingerprint, template and packing")
+        raise DataError(
+            f"{where}: its tokenizer_identity is {_seen(found)}; expected a dict of text and "
+            "integers, "
+            "such as fingerprint, template and packing"
+        )
     return dict(found)
 
 
@@ -107,7 +131,10 @@ def _window(dataset: Any, where: str) -> int:
     except TypeError:
         window = -1
     if window < 0 or isinstance(found, bool):
-        raise DataError(f"{where}: its window is {_seen(found)}; expected the most tokens of a sample, or 0 for none")
+        raise DataError(
+            f"{where}: its window is {_seen(found)}; expected the most tokens of a sample, or 0 "
+            "for none"
+        )
     return window
 
 
@@ -117,11 +144,15 @@ def _token_lengths(dataset: Any, where: str, length: int) -> npt.NDArray[np.int6
         return None
     try:
         array = np.asarray(found)
-    except Exception:                               # what numpy raises over a stranger's object is not foreseeable
+    # what numpy raises over a stranger's object is not foreseeable
+    except Exception:
         array = np.zeros(0)
     if array.shape != (length,) or array.dtype.kind not in "iu" or int(array.min()) < 0:
-        raise DataError(f"{where}: its token_lengths are {array.dtype} {list(array.shape)}; expected the tokens of "
-                        f"each of its {length} samples, as integers")
+        raise DataError(
+            f"{where}: its token_lengths are {array.dtype} {list(array.shape)}; expected the "
+            "tokens of "
+            f"each of its {length} samples, as integers"
+        )
     return array.astype(np.int64)
 
 

@@ -1,4 +1,6 @@
-"""Whose data it is: a dataset's name, size, classes, tokenizer, and the keys of a few of its samples."""
+"""Whose data it is: a dataset's name, size, classes, tokenizer, and the keys of a few of its
+samples.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +19,49 @@ PRIVATE_GENERATOR = "a random transform with its own generator?"
 def identify(samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The `data` and `tokenizer` parts of an identity.
 
-    data: name, revision, num_samples, class_names, window, inputs (the names of what a model is given), probe (16
-    hexadecimal digits each, of view 0). Each probed record is made twice, the second time in reversed order; DataError
-    names a sample whose key or input differs.
+    data: name, revision, num_samples, class_names, window, inputs (the names of what a model is
+    given), probe (16 hexadecimal digits each, of view 0). Each probed record is made twice, the
+    second time in reversed order; DataError names a sample whose key or input differs.
     """
     ids = probe_ids(len(samples))
     first = {sample_id: _answer(samples, sample_id) for sample_id in ids}
     for sample_id in reversed(ids):
         if _answer(samples, sample_id) != first[sample_id]:
             raise DataError(
-                f"dataset {samples.name}: the dataset answered differently when sample {sample_id} was read a second "
-                f"time ({PRIVATE_GENERATOR}); its items must be a function of the index: draw from the global "
-                "generators, or give the dataset view(sample_id, view, rng)")
-    inputs = samples.item(ids[0]).inputs if not samples.collates else read_batch(samples, [(ids[0], 0)]).inputs
-    data = {"name": samples.name, "revision": samples.revision, "num_samples": len(samples),
-            "class_names": samples.class_names, "window": samples.window,
-            "inputs": sorted(inputs) if isinstance(inputs, dict) else ["input"],
-            "probe": [f"{first[sample_id][0]:016x}" for sample_id in ids],
-            **({"preprocessing": samples.preprocessing} if samples.preprocessing else {})}
+                f"dataset {samples.name}: the dataset answered differently when sample {sample_id} "
+                "was read a second "
+                f"time ({PRIVATE_GENERATOR}); its items must be a function of the index: draw from "
+                "the global "
+                "generators, or give the dataset view(sample_id, view, rng)"
+            )
+    inputs = (
+        samples.item(ids[0]).inputs
+        if not samples.collates
+        else read_batch(samples, [(ids[0], 0)]).inputs
+    )
+    data = {
+        "name": samples.name,
+        "revision": samples.revision,
+        "num_samples": len(samples),
+        "class_names": samples.class_names,
+        "window": samples.window,
+        "inputs": sorted(inputs) if isinstance(inputs, dict) else ["input"],
+        "probe": [f"{first[sample_id][0]:016x}" for sample_id in ids],
+        **({"preprocessing": samples.preprocessing} if samples.preprocessing else {}),
+    }
     return data, samples.tokenizer_identity
 
 
-def check_same_key(cached_u64: npt.NDArray[np.uint64], recomputed_u64: npt.NDArray[np.uint64],
-                   sample_ids: npt.NDArray[np.int64], *, what: str = "sample_key") -> None:
-    """DataError naming the first sample whose key in the cache is not the one recomputed from the data."""
+def check_same_key(
+    cached_u64: npt.NDArray[np.uint64],
+    recomputed_u64: npt.NDArray[np.uint64],
+    sample_ids: npt.NDArray[np.int64],
+    *,
+    what: str = "sample_key",
+) -> None:
+    """DataError naming the first sample whose key in the cache is not the one recomputed from the
+    data.
+    """
     cached, given = np.asarray(cached_u64, np.uint64), np.asarray(recomputed_u64, np.uint64)
     if cached.shape != given.shape:
         raise DataError(f"{given.shape} keys were recomputed for {cached.shape} cached ones")
@@ -48,9 +69,12 @@ def check_same_key(cached_u64: npt.NDArray[np.uint64], recomputed_u64: npt.NDArr
     if wrong.size:
         at = int(wrong[0])
         raise DataError(
-            f"sample {int(sample_ids[at])}: {what} in the cache is {int(cached[at]):016x}, the data gives "
-            f"{int(given[at]):016x} ({wrong.size} of {cached.size} records of this batch differ); the data is not what "
-            "the teacher saw: another order, another preprocessing, or changed files")
+            f"sample {int(sample_ids[at])}: {what} in the cache is {int(cached[at]):016x}, the "
+            "data gives "
+            f"{int(given[at]):016x} ({wrong.size} of {cached.size} records of this batch differ); "
+            "the data is not what "
+            "the teacher saw: another order, another preprocessing, or changed files"
+        )
 
 
 def _answer(samples: Samples, sample_id: int) -> tuple[int, int | None]:

@@ -1,4 +1,6 @@
-"""A dataset as the two stages see it: items with tensors, labels and keys, for any (sample_id, view)."""
+"""A dataset as the two stages see it: items with tensors, labels and keys, for any (sample_id,
+view).
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,19 @@ from kdcache.guard import users_code
 from kdcache.loading import UserFiles
 
 SMALL = (torch.uint8, torch.int8, torch.int16)
-LABELS = ("labels", "label")                                    # a dict may use either, (x, y) gives the second
-NOT_INPUTS = (*LABELS, "label_weight", "document_start")        # what no model is given
+# a dict may use either, (x, y) gives the second
+LABELS = ("labels", "label")
+NOT_INPUTS = (*LABELS, "label_weight", "document_start")  # what no model is given
 
 
 @dataclass(slots=True)
 class Item:
     """One view of one sample.
 
-    inputs: what the model is called with, a tensor or named tensors; None when the dataset has a collate_fn of its own.
-    labels: int64, [] one class, [J] several labels, or [L] one per position (-100 ignored); None if there are none.
-    label_weight: float32 [J] or None. document_start: uint8 [L] or None. raw: the item as the dataset gave it.
+    inputs: what the model is called with, a tensor or named tensors; None when the dataset has a
+    collate_fn of its own. labels: int64, [] one class, [J] several labels, or [L] one per position
+    (-100 ignored); None if there are none. label_weight: float32 [J] or None. document_start: uint8
+    [L] or None. raw: the item as the dataset gave it.
     """
 
     inputs: Inputs | None
@@ -59,14 +63,15 @@ def probe_ids(num_samples: int) -> list[int]:
 class Samples:
     """A map-style dataset: `item(sample_id, view)` is a pure function of its arguments and `seed`.
 
-    Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown), tokenizer_identity (dict or None),
-    preprocessing (of pictures, see data/preprocessing.py, "" unknown), window (int, 0 none), token_lengths (int64,
-    tokens of each sample, None unless the dataset knows), has_view_keys, collates (whether it has a collate_fn),
-    padding (what batches are filled up with: that of the model they are for).
+    Attributes: dataset, seed, name, revision, class_names (list of str, [] unknown),
+    tokenizer_identity (dict or None), preprocessing (of pictures, see data/preprocessing.py, ""
+    unknown), window (int, 0 none), token_lengths (int64, tokens of each sample, None unless the
+    dataset knows), has_view_keys, collates (whether it has a collate_fn), padding (what batches are
+    filled up with: that of the model they are for).
 
-    labels: False leaves labels and their weights unread, so that they may be anything (boxes, texts, several numbers),
-    except where they mask tokens (see `labels_of`). Keys are the same either way.
-    UsageError unless the dataset has __len__ and __getitem__; DataError if empty.
+    labels: False leaves labels and their weights unread, so that they may be anything (boxes,
+    texts, several numbers), except where they mask tokens (see `labels_of`). Keys are the same
+    either way. UsageError unless the dataset has __len__ and __getitem__; DataError if empty.
     """
 
     def __init__(self, dataset: Any, *, seed: int = 0, labels: bool = True) -> None:
@@ -81,8 +86,10 @@ class Samples:
         self._own_key, self._own_view, self.collates = said.own_key, said.own_view, said.collates
         self.has_view_keys = self._own_key or self._own_view or self.collates
         self.padding = Padding(pad_id_of(dataset))
-        self.compares_raw = False           # whether a collate_fn's inputs are to be compared with the items' own
-        self.measured: dict[int, dict[str, int]] = {}       # of the samples that a probe looks at: see `extremes`
+        # whether a collate_fn's inputs are to be compared with the items' own
+        self.compares_raw = False
+        # of the samples that a probe looks at: see `extremes`
+        self.measured: dict[int, dict[str, int]] = {}
         self._probed = frozenset(probe_ids(self._length))
         self._keys: npt.NDArray[np.uint64] | None = None
 
@@ -91,22 +98,32 @@ class Samples:
 
     @property
     def reads_labels(self) -> bool:
-        """Whether labels are read: where they are wanted, and where inputs of an encoder-decoder are made of them."""
+        """Whether labels are read: where they are wanted, and where inputs of an encoder-decoder
+        are made of them.
+        """
         return self.labels or self.padding.decoder_start is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For a worker process that is no fork of this one: with the files of users that it has to import."""
+        """For a worker process that is no fork of this one: with the files of users that it has to
+        import.
+        """
         return _revived, (UserFiles(), type(self), self.__dict__)
 
     def item(self, sample_id: int, view: int = 0) -> Item:
-        """View `view` of sample `sample_id`. DataError names the sample when it cannot be read or used."""
+        """View `view` of sample `sample_id`. DataError names the sample when it cannot be read or
+        used.
+        """
         if not 0 <= sample_id < self._length:
-            raise UsageError(f"dataset {self.name} has no sample {sample_id}; expected 0..{self._length - 1}")
+            raise UsageError(
+                f"dataset {self.name} has no sample {sample_id}; expected 0..{self._length - 1}"
+            )
         raw = self._read(sample_id, view)
         try:
             fields = arrays_of(raw)
             inputs = model_fields(fields)
-            own = None if self._own_key or self._own_view else sample_key(self._hashed_fields(fields))
+            own = (
+                None if self._own_key or self._own_view else sample_key(self._hashed_fields(fields))
+            )
             _check_length(inputs)
             view_key = sample_key(inputs) if self._own_key or self._own_view else None
             if sample_id in self._probed and sample_id not in self.measured:
@@ -114,19 +131,30 @@ class Samples:
             if self.collates:
                 return Item(None, None, None, None, self._key(sample_id, own), view_key, raw)
             labels, weight = labels_of(fields, self.reads_labels)
-            return Item(input_tensors(raw, inputs), labels, weight, document_start_of(fields),
-                        self._key(sample_id, own), view_key, raw)
+            return Item(
+                input_tensors(raw, inputs),
+                labels,
+                weight,
+                document_start_of(fields),
+                self._key(sample_id, own),
+                view_key,
+                raw,
+            )
         except DataError as e:
             raise DataError(f"dataset {self.name}, sample {sample_id}: {e}") from e
 
     def sample_key(self, sample_id: int, view: int = 0) -> int:
-        """The sample_key of one record, without making its view where the key does not depend on it."""
+        """The sample_key of one record, without making its view where the key does not depend on
+        it.
+        """
         if self._own_key or self._own_view:
             return self._key(sample_id, None)
         return self.item(sample_id, view).sample_key
 
     def keys_in_memory(self, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """The sample_keys of arrays in memory, which nothing changes: each is hashed once, when it is first used."""
+        """The sample_keys of arrays in memory, which nothing changes: each is hashed once, when it
+        is first used.
+        """
         if self._keys is None:
             self._keys, self._hashed = np.zeros(len(self), np.uint64), np.zeros(len(self), np.bool_)
         for sample_id in sample_ids[~self._hashed[sample_ids]].tolist():
@@ -136,7 +164,9 @@ class Samples:
         return out
 
     def _key(self, sample_id: int, own: int | None) -> int:
-        """`own` when the record's own item gives the key; else the dataset's key(i), else that of the plain item."""
+        """`own` when the record's own item gives the key; else the dataset's key(i), else that of
+        the plain item.
+        """
         if own is not None:
             return own
         if self._own_key:
@@ -147,15 +177,26 @@ class Samples:
         return sample_key(self._hashed_fields(arrays_of(self._read(sample_id, None))))
 
     def _hashed_fields(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The fields that a key is of: all, but for labels without bytes of their own, which only `labels` = False
-        lets pass."""
-        return fields if self.labels else {name: value for name, value in fields.items()
-                                           if name not in (*LABELS, "label_weight") or _has_bytes(value, name)}
+        """The fields that a key is of: all, but for labels without bytes of their own, which only
+        `labels` = False lets pass."""
+        return (
+            fields
+            if self.labels
+            else {
+                name: value
+                for name, value in fields.items()
+                if name not in (*LABELS, "label_weight") or _has_bytes(value, name)
+            }
+        )
 
     def _read(self, sample_id: int, view: int | None) -> Any:
         """View `view` as the dataset gives it, or the plain item for None."""
         with users_code(lambda: f"dataset {self.name}, sample {sample_id} cannot be read"):
-            return self.dataset[sample_id] if view is None else read_view(self.dataset, sample_id, view, self.seed)
+            return (
+                self.dataset[sample_id]
+                if view is None
+                else read_view(self.dataset, sample_id, view, self.seed)
+            )
 
 
 def _revived(_: UserFiles, kind: type[Samples], state: dict[str, Any]) -> Samples:
@@ -165,7 +206,8 @@ def _revived(_: UserFiles, kind: type[Samples], state: dict[str, Any]) -> Sample
 
 
 def extremes(samples: Samples) -> list[int]:
-    """[shortest, longest] of the samples that a probe looks at; [] where no input of theirs differs in length.
+    """[shortest, longest] of the samples that a probe looks at; [] where no input of theirs differs
+    in length.
 
     The dataset's own `token_lengths` say it of every sample.
     """
@@ -177,17 +219,19 @@ def extremes(samples: Samples) -> list[int]:
         if sample_id not in samples.measured:
             samples.item(sample_id)
         if not samples.measured[sample_id]:
-            return []                           # no named inputs, no text: they all have one shape
+            return []  # no named inputs, no text: they all have one shape
     sizes = samples.measured
     names = set.intersection(*(set(size) for size in sizes.values()))
     vary = [name for name in names if len({size[name] for size in sizes.values()}) > 1]
-    total = {sample_id: sum(size[name] for name in vary) for sample_id, size in sorted(sizes.items())}
+    total = {
+        sample_id: sum(size[name] for name in vary) for sample_id, size in sorted(sizes.items())
+    }
     return [min(total, key=total.__getitem__), max(total, key=total.__getitem__)] if vary else []
 
 
 def measure(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """How long each input of an item is: its first axis, the ones of a mask, the characters of a text; {} for one
-    unnamed array, which cannot be padded."""
+    """How long each input of an item is: its first axis, the ones of a mask, the characters of a
+    text; {} for one unnamed array, which cannot be padded."""
     if inputs.keys() == {"input"} and not isinstance(inputs["input"], str | list | tuple):
         return {}
     out = {}
@@ -208,7 +252,9 @@ def axes(value: Any) -> int:
 
 
 def pad_id_of(dataset: Any, default: int = 0) -> int:
-    """The dataset's own `pad_token_id`, what its token ids are padded with where the model does not say."""
+    """The dataset's own `pad_token_id`, what its token ids are padded with where the model does not
+    say.
+    """
     own = getattr(dataset, "pad_token_id", None)
     return own if type(own) is int and own >= 0 else default
 
@@ -216,8 +262,11 @@ def pad_id_of(dataset: Any, default: int = 0) -> int:
 def _check_length(inputs: Mapping[str, Any]) -> None:
     ids = inputs.get("input_ids")
     if ids is not None and axes(ids) == 1 and len(ids) == 0:
-        raise DataError("it has no tokens (input_ids is empty); leave it out of the dataset: no model can be asked "
-                        "about nothing")
+        raise DataError(
+            "it has no tokens (input_ids is empty); leave it out of the dataset: no model can be "
+            "asked "
+            "about nothing"
+        )
 
 
 def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,20 +278,30 @@ def model_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_tensor(value: Any, name: str) -> torch.Tensor:
-    """A number, list or numeric array as a tensor of its own dtype; DataError for images, text and objects.
+    """A number, list or numeric array as a tensor of its own dtype; DataError for images, text and
+    objects.
 
-    Unsigned integers of more than 8 bits, with which torch calculates almost nothing, become int64, and so do all
-    integers whose name ends in "ids": embeddings take no others. DataError for a uint64 that int64 cannot hold.
+    Unsigned integers of more than 8 bits, with which torch calculates almost nothing, become int64,
+    and so do all integers whose name ends in "ids": embeddings take no others. DataError for a
+    uint64 that int64 cannot hold.
     """
     if isinstance(value, torch.Tensor):
         if value.dtype is torch.uint64 and bool((value.view(torch.int64) < 0).any()):
-            raise DataError(f"{name!r} has a uint64 of 2^63 or more, which int64 cannot hold; no model takes it: give "
-                            "it as int64 or as floating point")
-        return value.to(torch.int64) if value.dtype in UNSIGNED or (
-            name.endswith("ids") and value.dtype in SMALL) else value
+            raise DataError(
+                f"{name!r} has a uint64 of 2^63 or more, which int64 cannot hold; no model takes "
+                "it: give "
+                "it as int64 or as floating point"
+            )
+        return (
+            value.to(torch.int64)
+            if value.dtype in UNSIGNED or (name.endswith("ids") and value.dtype in SMALL)
+            else value
+        )
     if isinstance(value, str | bytes) or hasattr(value, "convert"):
-        raise DataError(f"{name!r} is a {type(value).__name__}; a model needs tensors: "
-                        "transform it in the dataset, or give the dataset a collate_fn")
+        raise DataError(
+            f"{name!r} is a {type(value).__name__}; a model needs tensors: "
+            "transform it in the dataset, or give the dataset a collate_fn"
+        )
     try:
         array = np.asarray(value)
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -251,14 +310,21 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
         raise DataError(f"{name!r} is a {type(value).__name__} that is no tensor ({e})") from e
 
 
-def labels_of(fields: Mapping[str, Any], wanted: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(labels as int64, label_weight as float32) of an item or batch, shapes kept; None where there are none.
+def labels_of(
+    fields: Mapping[str, Any], wanted: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(labels as int64, label_weight as float32) of an item or batch, shapes kept; None where there
+    are none.
 
-    DataError for two labels and for labels that are no integers. Not `wanted`: labels are looked at only where they
-    say which tokens are predicted, -100 being none: integers of the shape of input_ids; all others are None.
+    DataError for two labels and for labels that are no integers. Not `wanted`: labels are looked at
+    only where they say which tokens are predicted, -100 being none: integers of the shape of
+    input_ids; all others are None.
     """
     if not wanted:
-        ids, labels = fields.get("input_ids"), next((fields[name] for name in LABELS if name in fields), None)
+        ids, labels = (
+            fields.get("input_ids"),
+            next((fields[name] for name in LABELS if name in fields), None),
+        )
         if ids is None or labels is None:
             return None, None
         try:
@@ -267,8 +333,10 @@ def labels_of(fields: Mapping[str, Any], wanted: bool = True) -> tuple[torch.Ten
             return None, None
         return (mask if mask is not None and tuple(mask.shape) == np.shape(ids) else None), None
     weight = fields.get("label_weight")
-    return (labels_tensor(label_of(fields)),
-            None if weight is None else as_tensor(weight, "label_weight").to(torch.float32))
+    return (
+        labels_tensor(label_of(fields)),
+        None if weight is None else as_tensor(weight, "label_weight").to(torch.float32),
+    )
 
 
 def labels_tensor(value: Any) -> torch.Tensor | None:
@@ -278,9 +346,13 @@ def labels_tensor(value: Any) -> torch.Tensor | None:
     labels = as_tensor(value, "label")
     if labels.is_floating_point() or labels.is_complex():
         found = f"{labels.tolist()} of " if labels.numel() < 5 else f"{list(labels.shape)} of "
-        raise DataError(f"its label is {found}{str(labels.dtype).removeprefix('torch.')}; expected a class index, an "
-                        "integer (of one-hot or soft labels: their argmax); labels that are something else are not "
-                        "looked at by dump-teacher --no-labels, and by train-student with --alpha 1")
+        raise DataError(
+            f"its label is {found}{str(labels.dtype).removeprefix('torch.')}; expected a class "
+            "index, an "
+            "integer (of one-hot or soft labels: their argmax); labels that are something else are "
+            "not "
+            "looked at by dump-teacher --no-labels, and by train-student with --alpha 1"
+        )
     return labels.to(torch.int64)
 
 
@@ -302,7 +374,9 @@ def label_of(fields: Mapping[str, Any]) -> Any:
 
 
 def input_tensors(raw: Any, inputs: Mapping[str, Any]) -> Inputs:
-    """What the model is called with: named tensors when `raw` is a dict, the one tensor x when it is `(x, y)`."""
+    """What the model is called with: named tensors when `raw` is a dict, the one tensor x when it
+    is `(x, y)`.
+    """
     if isinstance(raw, Mapping):
         return {name: as_tensor(value, name) for name, value in inputs.items()}
     return as_tensor(inputs["input"], "input")

@@ -1,4 +1,6 @@
-"""Data SPECs: a name on the command line -> a dataset object. A new one is a function and an entry in SOURCES."""
+"""Data SPECs: a name on the command line -> a dataset object. A new one is a function and an entry
+in SOURCES.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +15,38 @@ from kdcache.errors import NotBuilt, UsageError
 from kdcache.generators import seeded_generators
 from kdcache.loading import call, resolve_spec
 
-# SPEC prefix -> what stands after its colon ("" nothing), and the function that gets that and the --data-arg's.
+# SPEC prefix -> what stands after its colon ("" nothing), and the function that gets that and the
+# --data-arg's.
 SOURCES: dict[str, tuple[str, Callable[..., Any]]] = {
     "digits": ("", digits),
     "imagefolder": ("PATH", image_folder),
     "npz": ("PATH", npz),
     "text": ("GLOB", text_windows),
 }
-PREPARING = ("size", "mean", "std", "preprocessing")       # arguments of imagefolder:, any of which says all
+# arguments of imagefolder:, any of which says all
+PREPARING = ("size", "mean", "std", "preprocessing")
 NOT_BUILT = ("jsonl", "parquet", "dataset")
 CODE_SPECS = ("file.py:name", "package.module:name")
 
 
 def known_specs() -> list[str]:
     """How every data SPEC is written."""
-    return [*(f"{prefix}:{rest}" if rest else prefix for prefix, (rest, _) in SOURCES.items()), *CODE_SPECS]
+    return [
+        *(f"{prefix}:{rest}" if rest else prefix for prefix, (rest, _) in SOURCES.items()),
+        *CODE_SPECS,
+    ]
 
 
-def load_data(spec: str, args: Mapping[str, Any] | None = None, prepared: Callable[[], str] | None = None) -> Any:
+def load_data(
+    spec: str, args: Mapping[str, Any] | None = None, prepared: Callable[[], str] | None = None
+) -> Any:
     """The dataset that `spec` names, made with `args` (the parsed --data-arg's).
 
-    prepared: gives, for pictures whose `args` do not say it, how they are to be prepared (see data/preprocessing.py; ""
-    unknown). `file.py:name` and `package.module:name` are a dataset, or a class or function that is called with
-    `args`. UsageError for an unknown SPEC or argument, NotBuilt for a SPEC that is planned and not there yet.
+    prepared: gives, for pictures whose `args` do not say it, how they are to be prepared (see
+    data/preprocessing.py; "" unknown). `file.py:name` and `package.module:name` are a dataset, or a
+    class or function that is called with
+    `args`. UsageError for an unknown SPEC or argument, NotBuilt for a SPEC that is planned and not
+    there yet.
     """
     prefix, _, rest = spec.partition(":")
     if prefix in SOURCES:
@@ -44,15 +55,22 @@ def load_data(spec: str, args: Mapping[str, Any] | None = None, prepared: Callab
             raise UsageError(f"data {spec}: expected {prefix}:{placeholder}".removesuffix(":"))
         if prefix == "imagefolder" and prepared is not None and not {*PREPARING} & {*(args or ())}:
             args = {**(args or {}), **({"preprocessing": text} if (text := prepared()) else {})}
-        return call(partial(function, rest) if placeholder else function, args or {}, where=f"data {prefix}")
+        return call(
+            partial(function, rest) if placeholder else function, args or {}, where=f"data {prefix}"
+        )
     if prefix in NOT_BUILT:
         raise NotBuilt(f"data {prefix}: is not built yet; there are {', '.join(known_specs())}")
-    with seeded_generators(0, 0, 0):    # what a file makes as it runs is then the same in every process
+    # what a file makes as it runs is then the same in every process
+    with seeded_generators(0, 0, 0):
         found = resolve_spec(spec, SOURCES, known_specs(), "data")
     if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
         found = call(found, args or {}, where=f"data {spec}")
     elif args:
-        raise UsageError(f"data {spec} is a {type(found).__name__}, not a function; it takes no --data-arg")
+        raise UsageError(
+            f"data {spec} is a {type(found).__name__}, not a function; it takes no --data-arg"
+        )
     if not hasattr(found, "__getitem__"):
-        raise UsageError(f"data {spec} gave a {type(found).__name__}; expected a dataset (__len__, __getitem__)")
+        raise UsageError(
+            f"data {spec} gave a {type(found).__name__}; expected a dataset (__len__, __getitem__)"
+        )
     return found

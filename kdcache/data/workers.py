@@ -1,9 +1,10 @@
 """Batches made by worker processes, for both stages: in order, and with an end to every wait.
 
-torch's DataLoader starts the workers and keeps the order. What it leaves open is closed here: a worker that is gone, a
-batch that cannot be handed over (a small /dev/shm), a signal while a batch is waited for. Workers ignore SIGINT and
-SIGTERM, which a terminal, `timeout` or a batch system sends to all processes of a group: the process that started them
-decides when the work ends. They end with it.
+torch's DataLoader starts the workers and keeps the order. What it leaves open is closed here: a
+worker that is gone, a batch that cannot be handed over (a small /dev/shm), a signal while a batch
+is waited for. Workers ignore SIGINT and SIGTERM, which a terminal, `timeout` or a batch system
+sends to all processes of a group: the process that started them decides when the work ends. They
+end with it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from kdcache.errors import KDCacheError
 from kdcache.guard import describe, let_through, message, translated, users_code
 from kdcache.signals import CAUGHT
 
-POLL_SECONDS = 0.5              # how soon a signal or a dead worker is noticed
-DEATH_SECONDS = 1.0             # that a process whose socket is closed already may still seem to live
+POLL_SECONDS = 0.5  # how soon a signal or a dead worker is noticed
+# that a process whose socket is closed already may still seem to live
+DEATH_SECONDS = 1.0
 TIMED_OUT = "DataLoader timed out"
-NO_ROOM = ("a worker process cannot hand over its batch ({error}): there is too little shared memory in /dev/shm; take "
-           "fewer --workers or a smaller batch, or give it more (docker: --shm-size)")
+NO_ROOM = (
+    "a worker process cannot hand over its batch ({error}): there is too little shared memory in "
+    "/dev/shm; take "
+    "fewer --workers or a smaller batch, or give it more (docker: --shm-size)"
+)
 Make = Callable[[Any], Collated]
 
 
@@ -41,9 +46,11 @@ class WorkerDied(KDCacheError):
 
 
 class _Packed:
-    """A batch as bytes, its tensors in shared memory: packed by the worker, where what cannot be is noticed.
+    """A batch as bytes, its tensors in shared memory: packed by the worker, where what cannot be is
+    noticed.
 
-    torch packs in a thread, which prints a traceback and drops the batch, and whoever waits for it waits for ever.
+    torch packs in a thread, which prints a traceback and drops the batch, and whoever waits for it
+    waits for ever.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -51,8 +58,11 @@ class _Packed:
             self.data = bytes(ForkingPickler.dumps(batch))
         except Exception as e:
             said = message(e)
-            raise KDCacheError(NO_ROOM.format(error=said) if "shared memory" in said else
-                               f"a worker process cannot hand over its batch: {describe(e)}") from e
+            raise KDCacheError(
+                NO_ROOM.format(error=said)
+                if "shared memory" in said
+                else f"a worker process cannot hand over its batch: {describe(e)}"
+            ) from e
 
 
 class _Batches(Dataset[Any]):
@@ -84,17 +94,30 @@ class _Plan(Sampler[Any]):
         return iter(self.wanted())
 
 
-def by_workers(make: Make, wanted: Callable[[], Iterable[Any]], workers: int,
-               check: Callable[[], object] | None = None) -> Generator[Collated, None, None]:
-    """`make(w)` for each w of `wanted()`, in order, by that many processes, which start with the first `next()`.
+def by_workers(
+    make: Make,
+    wanted: Callable[[], Iterable[Any]],
+    workers: int,
+    check: Callable[[], object] | None = None,
+) -> Generator[Collated, None, None]:
+    """`make(w)` for each w of `wanted()`, in order, by that many processes, which start with the
+    first `next()`.
 
-    check: called while a batch is waited for; what it raises ends the wait. KDCacheErrors of `make` are raised here.
-    WorkerDied names the process that is gone and its signal. Closing the generator ends the processes.
+    check: called while a batch is waited for; what it raises ends the wait. KDCacheErrors of `make`
+    are raised here. WorkerDied names the process that is gone and its signal. Closing the generator
+    ends the processes.
     """
-    # A generator of its own: without one, DataLoader draws its base seed from the generator that dropout uses.
+    # A generator of its own: without one, DataLoader draws its base seed from the generator that
+    # dropout uses.
     loader: DataLoader[Any] = DataLoader(
-        _Batches(make), batch_size=None, sampler=_Plan(wanted), num_workers=workers, timeout=POLL_SECONDS,
-        worker_init_fn=_begin, generator=torch.Generator())
+        _Batches(make),
+        batch_size=None,
+        sampler=_Plan(wanted),
+        num_workers=workers,
+        timeout=POLL_SECONDS,
+        worker_init_fn=_begin,
+        generator=torch.Generator(),
+    )
     before, ended = set(multiprocessing.active_children()), False
     with _signals_held(), users_code("the dataset cannot be sent to worker processes (--workers)"):
         batches: Any = iter(loader)
@@ -110,28 +133,35 @@ def by_workers(make: Make, wanted: Callable[[], Iterable[Any]], workers: int,
             yield found
     finally:
         if not ended:
-            for process in processes:               # they ignore SIGTERM, and may be in the midst of a long item
+            # they ignore SIGTERM, and may be in the midst of a long item
+            for process in processes:
                 process.kill()
-        # Here and now: tracebacks keep the iterator, and when the garbage collector finds it, its queues are lost: then
-        # torch waits 5 seconds for each worker, and its handler sees the children die.
+        # Here and now: tracebacks keep the iterator, and when the garbage collector finds it, its
+        # queues are lost: then torch waits 5 seconds for each worker, and its handler sees the
+        # children die.
         batches._shutdown_workers()
         del batches
         if handler is not None:
-            with contextlib.suppress(ValueError):   # in another thread, where this generator was forgotten
+            # in another thread, where this generator was forgotten
+            with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGCHLD, handler)
 
 
-def _next(batches: Iterator[Any], processes: list[BaseProcess], check: Callable[[], object] | None) -> Any:
+def _next(
+    batches: Iterator[Any], processes: list[BaseProcess], check: Callable[[], object] | None
+) -> Any:
     while True:
         try:
             return next(batches)
-        except (RuntimeError, EOFError, OSError) as e:  # of torch, and of a pipe whose other end is gone
+        # of torch, and of a pipe whose other end is gone
+        except (RuntimeError, EOFError, OSError) as e:
             let_through(e)
             gone = _gone(processes)
             if not gone and not str(e).startswith(TIMED_OUT):
                 raise
         if check is not None:
-            check()                                     # a signal that they did not survive is said as a signal
+            # a signal that they did not survive is said as a signal
+            check()
         if gone:
             raise WorkerDied(_obituary(gone[0]))
 
@@ -139,14 +169,24 @@ def _next(batches: Iterator[Any], processes: list[BaseProcess], check: Callable[
 def _obituary(process: BaseProcess) -> str:
     code = process.exitcode or 0
     if code >= 0:
-        return (f"worker process {process.pid}, which builds batches, has ended by itself, with exit code {code}; does "
-                "the dataset, or a library that it uses, end the process?")
+        return (
+            f"worker process {process.pid}, which builds batches, has ended by itself, with exit "
+            f"code {code}; does "
+            "the dataset, or a library that it uses, end the process?"
+        )
     name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-    why = {int(signal.SIGKILL): ": out of memory? Take fewer --workers or a smaller batch",
-           int(signal.SIGBUS): ": too little shared memory in /dev/shm? Take fewer --workers or a smaller batch, or "
-                               "give it more (docker: --shm-size)",
-           int(signal.SIGSEGV): ": a fault in a library that the dataset uses?"}
-    return f"worker process {process.pid}, which builds batches, was killed by {name}{why.get(-code, '')}"
+    why = {
+        int(signal.SIGKILL): ": out of memory? Take fewer --workers or a smaller batch",
+        int(
+            signal.SIGBUS
+        ): ": too little shared memory in /dev/shm? Take fewer --workers or a smaller batch, or "
+        "give it more (docker: --shm-size)",
+        int(signal.SIGSEGV): ": a fault in a library that the dataset uses?",
+    }
+    return (
+        f"worker process {process.pid}, which builds batches, was killed by "
+        f"{name}{why.get(-code, '')}"
+    )
 
 
 def _unpacked(found: Any, processes: list[BaseProcess], check: Callable[[], object] | None) -> Any:
@@ -154,7 +194,8 @@ def _unpacked(found: Any, processes: list[BaseProcess], check: Callable[[], obje
         raise found
     try:
         return pickle.loads(found.data)
-    except (RuntimeError, OSError, EOFError) as e:      # the process that holds its shared memory gives it no more
+    # the process that holds its shared memory gives it no more
+    except (RuntimeError, OSError, EOFError) as e:
         let_through(e)
         said = describe(e)
     deadline = time.monotonic() + DEATH_SECONDS
@@ -162,8 +203,12 @@ def _unpacked(found: Any, processes: list[BaseProcess], check: Callable[[], obje
         time.sleep(DEATH_SECONDS / 100)
     if check is not None:
         check()
-    raise WorkerDied(_obituary(gone[0]) if gone else f"a batch of a worker process cannot be taken over ({said}); too "
-                     "many open files (ulimit -n)?")
+    raise WorkerDied(
+        _obituary(gone[0])
+        if gone
+        else f"a batch of a worker process cannot be taken over ({said}); too "
+        "many open files (ulimit -n)?"
+    )
 
 
 def _gone(processes: list[BaseProcess]) -> list[BaseProcess]:
@@ -180,15 +225,17 @@ def _begin(worker: int) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes that are started inside are born with SIGINT and SIGTERM blocked: between their birth and `_begin` a
-    signal would end them with a traceback. Here such a signal comes when the block is left."""
+    """Processes that are started inside are born with SIGINT and SIGTERM blocked: between their
+    birth and `_begin` a signal would end them with a traceback. Here such a signal comes when the
+    block is left."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
     try:
         with warnings.catch_warnings():
-            # Python 3.12 and later: forking a process that has threads; torch's own threads are idle here.
+            # Python 3.12 and later: forking a process that has threads; torch's own threads are
+            # idle here.
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
@@ -196,8 +243,9 @@ def _signals_held() -> Iterator[None]:
 
 
 def _without_torchs_handler() -> Any:
-    """Put torch's handler of SIGCHLD away, and return it: it raises a RuntimeError wherever the main thread is when a
-    worker has died, in the midst of a checkpoint or of the user's model. Whoever waits for a batch notices it too."""
+    """Put torch's handler of SIGCHLD away, and return it: it raises a RuntimeError wherever the
+    main thread is when a worker has died, in the midst of a checkpoint or of the user's model.
+    Whoever waits for a batch notices it too."""
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGCHLD, signal.SIG_DFL)

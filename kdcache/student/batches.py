@@ -1,4 +1,6 @@
-"""One batch from what the cache holds and what the data gives: keys compared, rows and labels aligned."""
+"""One batch from what the cache holds and what the data gives: keys compared, rows and labels
+aligned.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Batch
 
 Int64s = npt.NDArray[np.int64]
-Rows = tuple[Tensor, Tensor]                        # (record, position) of each row, int64 [N]: logits[rows] is [N, V]
+# (record, position) of each row, int64 [N]: logits[rows] is [N, V]
+Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,8 @@ class Piece:
 
 @dataclass(slots=True)
 class Micro:
-    """A batch in host memory, whose rows are by `convention` (data/rows.py). labels [N] or [N, J], negative where
-    unknown; counts as `kd_loss` divides by them."""
+    """A batch in host memory, whose rows are by `convention` (data/rows.py). labels [N] or [N, J],
+    negative where unknown; counts as `kd_loss` divides by them."""
 
     piece: Piece
     collated: Collated
@@ -67,9 +70,12 @@ class Micro:
     counts: tuple[float, float]
 
 
-def needed_columns(spec: CacheSpec, *, targets: bool, k: int | None, features: Sequence[FeatureSpec],
-                   tokens: bool) -> list[str]:
-    """The columns a student reads: nothing of the rows for `targets` False, and of topk only the tiers up to `k`."""
+def needed_columns(
+    spec: CacheSpec, *, targets: bool, k: int | None, features: Sequence[FeatureSpec], tokens: bool
+) -> list[str]:
+    """The columns a student reads: nothing of the rows for `targets` False, and of topk only the
+    tiers up to `k`.
+    """
     wanted = {"sample_key", "view_key", "label", "label_weight", "pos"}
     if targets:
         wanted |= {"values", "max", "step", "weight", "tail_lse", "label_logit"}
@@ -87,41 +93,61 @@ def find_features(spec: CacheSpec, names: Sequence[str]) -> list[FeatureSpec]:
     known = {feature.name: feature for feature in spec.features}
     for name in names:
         if name not in known:
-            raise UsageError(f"the cache has no feature {name!r}{near(name, known) or ' (it has none)'}")
+            raise UsageError(
+                f"the cache has no feature {name!r}{near(name, known) or ' (it has none)'}"
+            )
     return [known[name] for name in names]
 
 
 def check_keys(piece: Piece, cached: Batch, collated: Collated, accept: Sequence[str]) -> None:
-    """DataError naming sample and record where the data's keys are not those the teacher's answers were filed under."""
+    """DataError naming sample and record where the data's keys are not those the teacher's answers
+    were filed under.
+    """
     try:
         check_same_key(cached.columns["sample_key"], collated.sample_key, piece.sample_ids)
     except DataError as e:
-        raise DataError(f"{e}; {_where(piece, cached, cached.columns['sample_key'], collated.sample_key)}") from None
+        raise DataError(
+            f"{e}; {_where(piece, cached, cached.columns['sample_key'], collated.sample_key)}"
+        ) from None
     if "view_key" in accept:
         return
     if "view_key" not in cached.columns:
         _check_raw(piece, cached, collated)
         return
     if collated.view_key is None:
-        raise DataError("the cache has view keys, the data gives none; it is not the dataset the teacher saw")
+        raise DataError(
+            "the cache has view keys, the data gives none; it is not the dataset the teacher saw"
+        )
     try:
-        check_same_key(cached.columns["view_key"], collated.view_key, piece.sample_ids, what="view_key")
+        check_same_key(
+            cached.columns["view_key"], collated.view_key, piece.sample_ids, what="view_key"
+        )
     except DataError as e:
         where = _where(piece, cached, cached.columns["view_key"], collated.view_key)
-        raise DataError(f"{e}; {where}\n  the same samples, but decoded or augmented otherwise (another library "
-                        "version?); if that is known to be harmless: --accept view_key") from None
+        raise DataError(
+            f"{e}; {where}\n  the same samples, but decoded or augmented otherwise (another "
+            "library "
+            "version?); if that is known to be harmless: --accept view_key"
+        ) from None
 
 
 def _check_raw(piece: Piece, cached: Batch, collated: Collated) -> None:
-    """DataError where a collate_fn makes other inputs of the items, whose own the teacher was given."""
+    """DataError where a collate_fn makes other inputs of the items, whose own the teacher was
+    given.
+    """
     if collated.raw_key is None or collated.view_key is None:
         return
     wrong = np.flatnonzero(collated.raw_key != collated.view_key)
     if wrong.size:
-        raise DataError(f"sample {int(piece.sample_ids[wrong[0]])}: the collate_fn of the data changes what the model "
-                        f"is given ({wrong.size} of {len(collated)} records of this batch), and the teacher was given "
-                        "the items as they are; use the dataset that it saw. If the change is known to be harmless: "
-                        "--accept view_key")
+        raise DataError(
+            f"sample {int(piece.sample_ids[wrong[0]])}: the collate_fn of the data changes what "
+            "the model "
+            f"is given ({wrong.size} of {len(collated)} records of this batch), and the teacher "
+            "was given "
+            "the items as they are; use the dataset that it saw. If the change is known to be "
+            "harmless: "
+            "--accept view_key"
+        )
 
 
 def cached_rows(spec: CacheSpec, cached: Batch, collated: Collated) -> Rows | None:
@@ -134,9 +160,20 @@ def cached_rows(spec: CacheSpec, cached: Batch, collated: Collated) -> Rows | No
     return torch.from_numpy(record_N), torch.from_numpy(position_N)
 
 
-def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: CacheSpec | None, from_data: bool,
-             convention: str, targets: bool, num_classes: int | None) -> Micro:
-    """A batch whose rows are the cache's where it has any, else the data's; its labels must be the same in both."""
+def assemble(
+    piece: Piece,
+    collated: Collated,
+    cached: Batch | None,
+    *,
+    spec: CacheSpec | None,
+    from_data: bool,
+    convention: str,
+    targets: bool,
+    num_classes: int | None,
+) -> Micro:
+    """A batch whose rows are the cache's where it has any, else the data's; its labels must be the
+    same in both.
+    """
     rows = None if cached is None or spec is None else cached_rows(spec, cached, collated)
     selection = _selection(collated, convention, num_classes)
     if selection is not None and rows is None:
@@ -155,8 +192,11 @@ def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: Ca
         labels = _cached_labels(piece, cached, labels if from_data else None, rows)
         stored = cached.columns.get("label_weight")
         if stored is None and from_data and weight is not None:
-            raise DataError("the data has label_weight and the cache has labels without weights; dump again, or leave "
-                            "label_weight out of the data")
+            raise DataError(
+                "the data has label_weight and the cache has labels without weights; dump again, "
+                "or leave "
+                "label_weight out of the data"
+            )
         weight = None if stored is None else torch.from_numpy(stored).reshape(labels.shape)
     if labels is not None and num_classes is not None:
         _check_range(piece, labels, rows, num_classes)
@@ -165,42 +205,70 @@ def assemble(piece: Piece, collated: Collated, cached: Batch | None, *, spec: Ca
         teacher = float(len(piece.sample_ids) if rows is None else len(rows[0]))
         if cached is not None and "weight" in cached.columns:
             teacher = float(cached.columns["weight"].sum(dtype=np.float64))
-    return Micro(piece, collated, cached, from_data, convention, num_classes, rows, labels, weight,
-                 (_labelled(labels), teacher))
+    return Micro(
+        piece,
+        collated,
+        cached,
+        from_data,
+        convention,
+        num_classes,
+        rows,
+        labels,
+        weight,
+        (_labelled(labels), teacher),
+    )
 
 
 def student_rows(output: Output, micro: Micro, rows: Rows | None) -> Tensor:
-    """The logits [N, V] of the rows of a batch. DataError with both numbers when the student has other rows."""
+    """The logits [N, V] of the rows of a batch. DataError with both numbers when the student has
+    other rows.
+    """
     logits = output.logits
     if logits.dim() == 2:
         if rows is not None:
-            raise DataError(f"the student gives one row for each of {len(logits)} records, the teacher gave "
-                            f"{len(rows[0])}, one per position; expected logits (records, positions, classes)")
+            raise DataError(
+                f"the student gives one row for each of {len(logits)} records, the teacher gave "
+                f"{len(rows[0])}, one per position; expected logits (records, positions, classes)"
+            )
         return logits
     if rows is None:
-        raise DataError(f"the student gives {logits.shape[0] * logits.shape[1]} rows ({logits.shape[1]} positions of "
-                        f"{logits.shape[0]} records), the teacher gave {len(logits)}, one for each record")
+        raise DataError(
+            f"the student gives {logits.shape[0] * logits.shape[1]} rows ({logits.shape[1]} "
+            "positions of "
+            f"{logits.shape[0]} records), the teacher gave {len(logits)}, one for each record"
+        )
     if micro.from_data:
         mask_BL = None if output.row_mask is None else output.row_mask.cpu()
-        selection = select_rows(micro.collated, tuple(logits.shape), micro.convention, mask_BL, micro.num_classes)
+        selection = select_rows(
+            micro.collated, tuple(logits.shape), micro.convention, mask_BL, micro.num_classes
+        )
         assert selection is not None and micro.rows is not None
         counts_B = np.bincount(micro.rows[0].numpy(), minlength=len(logits))
         wrong = np.flatnonzero(counts_B != selection.counts_B)
         if len(wrong):
             sample = int(micro.piece.sample_ids[wrong[0]])
-            raise DataError(f"sample {sample}: the student has {int(selection.counts_B[wrong[0]])} rows, the teacher's "
-                            f"answers {int(counts_B[wrong[0]])} ({len(wrong)} of {len(logits)} records differ)")
+            raise DataError(
+                f"sample {sample}: the student has {int(selection.counts_B[wrong[0]])} rows, the "
+                "teacher's "
+                f"answers {int(counts_B[wrong[0]])} ({len(wrong)} of {len(logits)} records differ)"
+            )
     record_N, position_N = rows
     if len(record_N) and int(micro.rows[1].max() if micro.rows else 0) >= logits.shape[1]:
-        raise DataError(f"the student gives {logits.shape[1]} positions, the teacher's answers reach position "
-                        f"{int(position_N.max())}")
-    # index_select, not logits[rows]: its gradient is written row by row, without the sort that CUDA's index_put needs.
+        raise DataError(
+            f"the student gives {logits.shape[1]} positions, the teacher's answers reach position "
+            f"{int(position_N.max())}"
+        )
+    # index_select, not logits[rows]: its gradient is written row by row, without the sort that
+    # CUDA's index_put needs.
     return logits.flatten(0, 1).index_select(0, record_N * logits.shape[1] + position_N)
 
 
 def _where(piece: Piece, cached: Batch, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> str:
     at = int(np.flatnonzero(a != b)[0])
-    return f"record {int(cached.records[at])} of the cache is view {int(piece.views[at])} of that sample"
+    return (
+        f"record {int(cached.records[at])} of the cache is view {int(piece.views[at])} of that "
+        "sample"
+    )
 
 
 def _selection(collated: Collated, convention: str, num_classes: int | None) -> RowSelection | None:
@@ -213,7 +281,9 @@ def _selection(collated: Collated, convention: str, num_classes: int | None) -> 
 
 
 def _check_positions(piece: Piece, collated: Collated, rows: Rows | None, convention: str) -> None:
-    """DataError for a row of the teacher's at a place where the data has no token, or none after it to predict."""
+    """DataError for a row of the teacher's at a place where the data has no token, or none after it
+    to predict.
+    """
     real_BL = collated.real_BL
     if rows is None or real_BL is None or convention != NEXT_TOKEN:
         return
@@ -224,8 +294,11 @@ def _check_positions(piece: Piece, collated: Collated, rows: Rows | None, conven
     if bool(outside_N.any()):
         row = int(outside_N.nonzero()[0])
         at = int(record_N[row])
-        raise DataError(f"sample {int(piece.sample_ids[at])}: the teacher answered at position {int(position_N[row])}, "
-                        f"the data has {int(real_BL[at].sum())} tokens")
+        raise DataError(
+            f"sample {int(piece.sample_ids[at])}: the teacher answered at position "
+            f"{int(position_N[row])}, "
+            f"the data has {int(real_BL[at].sum())} tokens"
+        )
 
 
 def _cached_labels(piece: Piece, cached: Batch, given: Tensor | None, rows: Rows | None) -> Tensor:
@@ -236,13 +309,20 @@ def _cached_labels(piece: Piece, cached: Batch, given: Tensor | None, rows: Rows
         return labels
     given = torch.where(given == IGNORED, -1, given)
     if given.shape != labels.shape:
-        raise DataError(f"the data has labels {list(given.shape)}, the cache {list(labels.shape)} for the same records")
+        raise DataError(
+            f"the data has labels {list(given.shape)}, the cache {list(labels.shape)} for the same "
+            "records"
+        )
     wrong = _in_any(given != labels).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        raise DataError(f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()} in the cache and "
-                        f"{given[row].tolist()} in the data ({len(wrong)} of {len(labels)} rows of this batch differ); "
-                        "are the classes in another order than the teacher's?")
+        raise DataError(
+            f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()} in the cache "
+            "and "
+            f"{given[row].tolist()} in the data ({len(wrong)} of {len(labels)} rows of this batch "
+            "differ); "
+            "are the classes in another order than the teacher's?"
+        )
     return labels
 
 
@@ -250,8 +330,10 @@ def _check_range(piece: Piece, labels: Tensor, rows: Rows | None, num_classes: i
     if not labels.numel() or (int(labels.max()) < num_classes and int(labels.min()) >= IGNORED):
         return
     row = int(_in_any((labels >= num_classes) | (labels < IGNORED)).nonzero()[0])
-    raise DataError(f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()}; expected 0 to "
-                    f"{num_classes - 1} (or -1 or {IGNORED}, unknown)")
+    raise DataError(
+        f"sample {_sample(piece, rows, row)}: its label is {labels[row].tolist()}; expected 0 to "
+        f"{num_classes - 1} (or -1 or {IGNORED}, unknown)"
+    )
 
 
 def _sample(piece: Piece, rows: Rows | None, row: int) -> str:

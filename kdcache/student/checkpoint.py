@@ -1,15 +1,19 @@
-"""Checkpoints: a folder with the student and everything else that decides the next step, swapped in whole.
+"""Checkpoints: a folder with the student and everything else that decides the next step, swapped in
+whole.
 
     NAME/ model.safetensors (as `Model.save` writes it; for hf: what from_pretrained opens)
-          state.safetensors   optimizer, projections, generators, and what of the student model.safetensors lacks
-          state.json          plain values, the digests of the other two (XXH3-128) and, last, that of all before it
+          state.safetensors   optimizer, projections, generators, and what of the student
+                              model.safetensors lacks
+          state.json          plain values, the digests of the other two (XXH3-128) and, last, that
+                              of all before it
 
-A new one is written as NAME.new and flushed to disk; then NAME -> NAME.old, NAME.new -> NAME, and NAME.old goes.
-Between the two renames only NAME is missing, and NAME.new is whole: `find` completes the swap. No pickle anywhere.
-Links are never followed where something is written or deleted.
+A new one is written as NAME.new and flushed to disk; then NAME -> NAME.old, NAME.new -> NAME, and
+NAME.old goes. Between the two renames only NAME is missing, and NAME.new is whole: `find` completes
+the swap. No pickle anywhere. Links are never followed where something is written or deleted.
 
-Whoever reads a checkpoint opens all its files first. From then on it is whole for them, whatever a run that saves
-meanwhile does to the names; where a swap comes between two of the openings, they begin again.
+Whoever reads a checkpoint opens all its files first. From then on it is whole for them, whatever a
+run that saves meanwhile does to the names; where a swap comes between two of the openings, they
+begin again.
 """
 
 from __future__ import annotations
@@ -44,22 +48,35 @@ from kdcache.models import Model, fit_weights, materialise, place
 T = TypeVar("T")
 
 MODEL, TENSORS, VALUES, FILES = "model.safetensors", "state.safetensors", "state.json", "files"
-TRIAL = ".trial"                                    # the checkpoint that is tried before the first step
-WEIGHTS, BUFFERS = "weights/", "buffers/"           # in state.safetensors: what model.safetensors lacks
-MAX_STATE = 2**24                                   # bytes of state.json; Python's generator takes 8 KiB
-TRIES, PAUSE = 200, 0.005                           # to read beside a run that saves: a second in all
+# the checkpoint that is tried before the first step
+TRIAL = ".trial"
+# in state.safetensors: what model.safetensors lacks
+WEIGHTS, BUFFERS = "weights/", "buffers/"
+# bytes of state.json; Python's generator takes 8 KiB
+MAX_STATE = 2**24
+# to read beside a run that saves: a second in all
+TRIES, PAUSE = 200, 0.005
 LOOKS = 3
-NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)   # of chmod: gcsfuse, CIFS
-NO_RENAMES = (*NO_MODES, errno.EXDEV, errno.EACCES)                                     # of a folder: s3fs, gcsfuse
+# of chmod: gcsfuse, CIFS
+NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# of a folder: s3fs, gcsfuse
+NO_RENAMES = (*NO_MODES, errno.EXDEV, errno.EACCES)
 OPENED = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
 
 
-def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *,
-         standing: Callable[[], str] = str) -> None:
-    """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that `find` finds.
+def save(
+    folder: Path,
+    model: Model,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    *,
+    standing: Callable[[], str] = str,
+) -> None:
+    """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that
+    `find` finds.
 
-    KDCacheError for a full disk and the like, with what `standing` says of the checkpoints that are there; UsageError
-    for a student that cannot be saved.
+    KDCacheError for a full disk and the like, with what `standing` says of the checkpoints that are
+    there; UsageError for a student that cannot be saved.
     """
     new, old = _siblings(folder)
     try:
@@ -70,26 +87,42 @@ def save(folder: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapp
             _write(new, model, tensors, values)
             _swap(folder, new, old)
     except KDCacheError:
-        clear(new)                                  # half of one, and its space is wanted
+        clear(new)  # half of one, and its space is wanted
         raise
     clear(old)
 
 
-def _write(new: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def _write(
+    new: Path, model: Model, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
     try:
         model.save(new)
-        state = {**{WEIGHTS + name: value for name, value in _unsaved(new, model.module).items()}, **tensors}
-        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(new / TENSORS))
+        state = {
+            **{WEIGHTS + name: value for name, value in _unsaved(new, model.module).items()},
+            **tensors,
+        }
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in state.items()},
+            str(new / TENSORS),
+        )
     except (KDCacheError, OSError, SafetensorError):
         raise
-    except Exception as e:                          # the student's own state_dict or save_pretrained may raise anything
+    # the student's own state_dict or save_pretrained may raise anything
+    except Exception as e:
         let_through(e)
-        raise UsageError(f"the student ({type(model.module).__name__}) cannot be saved: {describe(e)}") from e
-    files = {path.relative_to(new).as_posix(): _digest(path) for path in sorted(new.rglob("*.safetensors"))}
-    text = json.dumps({**values, FILES: files})     # a gradient norm may be infinite: Python reads that back
+        raise UsageError(
+            f"the student ({type(model.module).__name__}) cannot be saved: {describe(e)}"
+        ) from e
+    files = {
+        path.relative_to(new).as_posix(): _digest(path)
+        for path in sorted(new.rglob("*.safetensors"))
+    }
+    # a gradient norm may be infinite: Python reads that back
+    text = json.dumps({**values, FILES: files})
     sealed = json.dumps({**values, FILES: files, DIGEST_KEY: digest(text.encode())})
     (new / VALUES).write_text(sealed, encoding="utf-8")
-    mode = stat.S_IMODE((new / VALUES).stat().st_mode)      # by the umask; safetensors' own are 0600
+    # by the umask; safetensors' own are 0600
+    mode = stat.S_IMODE((new / VALUES).stat().st_mode)
     for path in (p for p in new.rglob("*") if p.is_file()):
         if path.relative_to(new).as_posix() in files and stat.S_IMODE(path.stat().st_mode) != mode:
             _set_mode(path, mode)
@@ -99,7 +132,9 @@ def _write(new: Path, model: Model, tensors: Mapping[str, Tensor], values: Mappi
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    """Where a file system has no modes nothing is lost: they are for the convenience of other users."""
+    """Where a file system has no modes nothing is lost: they are for the convenience of other
+    users.
+    """
     try:
         os.chmod(path, mode)
     except OSError as e:
@@ -115,8 +150,11 @@ def _swap(folder: Path, new: Path, old: Path) -> None:
     except OSError as e:
         if e.errno not in NO_RENAMES:
             raise
-        raise KDCacheError(f"{folder}: its file system does not rename a folder ({e.strerror}), by which a checkpoint "
-                           "takes the place of the one before; give an --out on another file system") from e
+        raise KDCacheError(
+            f"{folder}: its file system does not rename a folder ({e.strerror}), by which a "
+            "checkpoint "
+            "takes the place of the one before; give an --out on another file system"
+        ) from e
     sync_folder(folder.parent)
 
 
@@ -137,13 +175,16 @@ def _digest(path: Path | str) -> str:
 
 
 def clear(path: Path) -> None:
-    """Delete what has this name: a folder and all in it, a file, or a link but not what it leads to."""
+    """Delete what has this name: a folder and all in it, a file, or a link but not what it leads
+    to.
+    """
     try:
         if stat.S_ISDIR(path.lstat().st_mode):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-    except OSError:             # it is gone, or may not be deleted: whoever needs its name will say so
+    # it is gone, or may not be deleted: whoever needs its name will say so
+    except OSError:
         return
 
 
@@ -170,9 +211,12 @@ def find(folder: Path) -> Path | None:
 
 
 def look(folder: Path) -> Path | None:
-    """Where the checkpoint of `folder` is now, as `find` would have it; nothing is moved: a run may be training."""
+    """Where the checkpoint of `folder` is now, as `find` would have it; nothing is moved: a run may
+    be training.
+    """
     new, old = _siblings(folder)
-    for _ in range(LOOKS):      # a swap may end between the two questions: 83 of 720,680 times, twice in a row never
+    # a swap may end between the two questions: 83 of 720,680 times, twice in a row never
+    for _ in range(LOOKS):
         if os.path.lexists(folder):
             return folder
         if _is_own(old):
@@ -187,7 +231,9 @@ def _is_own(folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint whose files are open. paths: names of its files -> paths that lead to them while they are open."""
+    """A checkpoint whose files are open. paths: names of its files -> paths that lead to them while
+    they are open.
+    """
 
     folder: Path
     paths: Mapping[str, str]
@@ -195,10 +241,12 @@ class Opened:
 
 
 def beside_saves(folder: Path, use: Callable[[Path], T], *, once: bool = False) -> T:
-    """What `use` gives for the place of the checkpoint of `folder`; asked again if a run swapped it meanwhile.
+    """What `use` gives for the place of the checkpoint of `folder`; asked again if a run swapped it
+    meanwhile.
 
-    Its errors pass once the folder has stayed the same. once: what it gives stays true after a swap. CacheCorrupt if
-    there is no checkpoint, KDCacheError if another one stands there each time.
+    Its errors pass once the folder has stayed the same. once: what it gives stays true after a
+    swap. CacheCorrupt if there is no checkpoint, KDCacheError if another one stands there each
+    time.
     """
     for _ in range(TRIES):
         found = look(folder)
@@ -215,13 +263,17 @@ def beside_saves(folder: Path, use: Callable[[Path], T], *, once: bool = False) 
             if once or before == _identity(look(folder)):
                 return made
         time.sleep(PAUSE)
-    raise KDCacheError(f"{folder} was saved again each of the {TRIES} times that it was read; ask again when the run "
-                       "saves less often, or is finished")
+    raise KDCacheError(
+        f"{folder} was saved again each of the {TRIES} times that it was read; ask again when the "
+        "run "
+        "saves less often, or is finished"
+    )
 
 
 @contextmanager
 def opened(folder: Path, *, state: bool = True) -> Iterator[Opened]:
-    """The checkpoint of `folder`, proved whole; CacheCorrupt naming the file that is not what was saved.
+    """The checkpoint of `folder`, proved whole; CacheCorrupt naming the file that is not what was
+    saved.
 
     state: also state.safetensors, with the optimizer's state the largest file.
     """
@@ -267,10 +319,19 @@ def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     if missing:
         materialise(module, {**saved, **missing})
         state = {**missing, **_same(saved, module)}
-        if left := _left(module, {name for name, value in module.state_dict().items()
-                                  if name in state and state[name].shape == value.shape}):
-            raise UsageError(f"{folder} does not fit {type(module).__name__}: it has no {next(iter(left))} of shape "
-                             f"{list(next(iter(left.values())).shape)}")
+        if left := _left(
+            module,
+            {
+                name
+                for name, value in module.state_dict().items()
+                if name in state and state[name].shape == value.shape
+            },
+        ):
+            raise UsageError(
+                f"{folder} does not fit {type(module).__name__}: it has no {next(iter(left))} of "
+                "shape "
+                f"{list(next(iter(left.values())).shape)}"
+            )
         module.load_state_dict(state, strict=False)
     else:
         fit_weights(module, saved, folder / MODEL)
@@ -278,38 +339,57 @@ def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     with torch.no_grad():
         for name, value in buffers.items():
             if name not in own or own[name].shape != value.shape:
-                raise UsageError(f"{folder} does not fit {type(module).__name__}: it has no buffer {name} of shape "
-                                 f"{list(value.shape)}")
+                raise UsageError(
+                    f"{folder} does not fit {type(module).__name__}: it has no buffer {name} of "
+                    "shape "
+                    f"{list(value.shape)}"
+                )
             own[name].copy_(value)
     return tensors, one.values
 
 
 def check_same(folder: Path, module: nn.Module) -> None:
-    """UsageError naming the first tensor of `module` that the checkpoint at `folder` does not give back bit for bit."""
+    """UsageError naming the first tensor of `module` that the checkpoint at `folder` does not give
+    back bit for bit.
+    """
     own, right = module.state_dict(), set[str]()
     with opened(folder) as one:
         for file, prefix in ((MODEL, ""), (TENSORS, WEIGHTS)):
-            if file in one.paths:                   # one tensor at a time: a second copy of a large student may not fit
+            # one tensor at a time: a second copy of a large student may not fit
+            if file in one.paths:
                 with safe_open(one.paths[file], framework="pt") as tensors:
                     for name in tensors.keys():
-                        value = own.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+                        value = (
+                            own.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+                        )
                         if value is not None and _equal(tensors.get_tensor(name), value):
                             right.add(name.removeprefix(prefix))
     places = {place(own[name]) for name in right}
     for name, value in own.items():
-        if name not in right and (place(value) not in places or not value.numel()):     # nor tied to one that is there
-            raise UsageError(f"the student ({type(module).__name__}) cannot be saved: its {name} ({value.dtype}, "
-                             f"{list(value.shape)}) does not come back from its own checkpoint")
+        # nor tied to one that is there
+        if name not in right and (place(value) not in places or not value.numel()):
+            raise UsageError(
+                f"the student ({type(module).__name__}) cannot be saved: its {name} "
+                f"({value.dtype}, "
+                f"{list(value.shape)}) does not come back from its own checkpoint"
+            )
 
 
 def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of the generators of torch (CPU, every GPU), numpy and Python: tensors and plain values."""
+    """The states of the generators of torch (CPU, every GPU), numpy and Python: tensors and plain
+    values.
+    """
     tensors = {"rng/torch": torch.get_rng_state()}
-    for index, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+    for index, state in enumerate(
+        torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    ):
         tensors[f"rng/cuda{index}"] = state
     legacy: Any = np.random.get_state()
     tensors["rng/numpy"] = torch.from_numpy(legacy[1].astype(np.int64))
-    return tensors, {"numpy": [int(legacy[2]), int(legacy[3]), float(legacy[4])], "python": random.getstate()}
+    return tensors, {
+        "numpy": [int(legacy[2]), int(legacy[3]), float(legacy[4])],
+        "python": random.getstate(),
+    }
 
 
 def restore_generators(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -319,7 +399,9 @@ def restore_generators(tensors: Mapping[str, Tensor], values: Mapping[str, Any])
         if f"rng/cuda{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng/cuda{index}"], index)
     position, has_gauss, gauss = values["numpy"]
-    np.random.set_state(("MT19937", tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    np.random.set_state(
+        ("MT19937", tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
+    )
     version, words, gauss_next = values["python"]
     random.setstate((version, tuple(words), gauss_next))
 
@@ -343,11 +425,16 @@ def _identity(folder: Path | None) -> tuple[int, ...] | None:
         found = None if folder is None else os.stat(folder)
     except OSError:
         return None
-    return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return (
+        None
+        if found is None
+        else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    )
 
 
 def _held(folder: Path, held: ExitStack, wanted: Callable[[str], bool]) -> Opened:
     """The checkpoint of `folder` with the files that are `wanted` open, in `held`."""
+
     def use(found: Path) -> tuple[Opened, ExitStack]:
         with ExitStack() as mine:
             return _open(folder, found, mine, wanted), mine.pop_all()
@@ -359,7 +446,9 @@ def _held(folder: Path, held: ExitStack, wanted: Callable[[str], bool]) -> Opene
 
 
 def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bool]) -> Opened:
-    """Open the checkpoint that is `found` in place of `folder`, which errors name. Nothing outside it is opened."""
+    """Open the checkpoint that is `found` in place of `folder`, which errors name. Nothing outside
+    it is opened.
+    """
     top = os.open(found, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     held.callback(os.close, top)
     try:
@@ -373,12 +462,21 @@ def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bo
     values = load_object(data, str(folder / VALUES), _advice(folder))
     expected, files = values.pop(DIGEST_KEY, None), values.get(FILES)
     if digest(json.dumps(values).encode()) != expected:
-        raise CacheCorrupt(f"{folder / VALUES} is not what was saved: the digest at its end is of other values; "
-                           f"{_advice(folder)}")
-    if not (isinstance(files, dict) and TENSORS in files and all(map(_is_inside, files))
-            and all(type(value) is str for value in files.values())):
-        raise CacheCorrupt(f"{folder / VALUES}: its {FILES!r} are no files of this folder with their digests, among "
-                           f"them {TENSORS}; {_advice(folder)}")
+        raise CacheCorrupt(
+            f"{folder / VALUES} is not what was saved: the digest at its end is of other values; "
+            f"{_advice(folder)}"
+        )
+    if not (
+        isinstance(files, dict)
+        and TENSORS in files
+        and all(map(_is_inside, files))
+        and all(type(value) is str for value in files.values())
+    ):
+        raise CacheCorrupt(
+            f"{folder / VALUES}: its {FILES!r} are no files of this folder with their digests, "
+            "among "
+            f"them {TENSORS}; {_advice(folder)}"
+        )
     paths = {}
     for name in filter(wanted, files):
         try:
@@ -393,15 +491,22 @@ def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bo
 
 
 def _unreadable(path: Path, error: OSError) -> CacheCorrupt:
-    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
+    why = (
+        "is missing"
+        if isinstance(error, FileNotFoundError)
+        else f"cannot be opened ({error.strerror})"
+    )
     return CacheCorrupt(f"{path} {why}; {_advice(path.parent)}")
 
 
 def _prove(folder: Path, one: Opened) -> None:
     for name, path in one.paths.items():
         if _digest(path) != one.values[FILES][name]:
-            raise CacheCorrupt(f"{folder / name} is not what was saved, {VALUES} has another digest for it; the file "
-                               f"is damaged: {_advice(folder)}")
+            raise CacheCorrupt(
+                f"{folder / name} is not what was saved, {VALUES} has another digest for it; the "
+                "file "
+                f"is damaged: {_advice(folder)}"
+            )
 
 
 def _advice(folder: Path) -> str:
@@ -411,37 +516,55 @@ def _advice(folder: Path) -> str:
 def _is_inside(name: str) -> bool:
     """Whether a name of a file can only be one in its folder."""
     parts = PurePosixPath(name).parts
-    return name.endswith(".safetensors") and name == printable(name) and len(name) < 256 and bool(parts) and not (
-        {"..", "/", "//"} & {*parts})
+    return (
+        name.endswith(".safetensors")
+        and name == printable(name)
+        and len(name) < 256
+        and bool(parts)
+        and not ({"..", "/", "//"} & {*parts})
+    )
 
 
 def _load_file(folder: Path, one: Opened, name: str) -> dict[str, Tensor]:
     try:
         return dict(load_file(one.paths[name]))
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise CacheCorrupt(f"{folder / name} holds no tensors ({describe(e)}); {_advice(folder)}") from e
+        raise CacheCorrupt(
+            f"{folder / name} holds no tensors ({describe(e)}); {_advice(folder)}"
+        ) from e
 
 
 def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin so, taken out of `tensors`, without the prefix."""
-    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(prefix)
+    }
 
 
 def _same(saved: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The tensors that `module` has under the same name, in the same shape and dtype."""
     own = module.state_dict()
-    return {name: value for name, value in saved.items()
-            if name in own and value.shape == own[name].shape and value.dtype == own[name].dtype}
+    return {
+        name: value
+        for name, value in saved.items()
+        if name in own and value.shape == own[name].shape and value.dtype == own[name].dtype
+    }
 
 
 def _unsaved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
     """The weights of `module`, each once, that stand under no name of theirs in model.safetensors."""
     own, names = module.state_dict(), set[str]()
-    if (folder / MODEL).is_file():                  # a large Hugging Face model is cut into several files
+    # a large Hugging Face model is cut into several files
+    if (folder / MODEL).is_file():
         with safe_open(str(folder / MODEL), framework="pt") as file:
             for name in file.keys():
-                if name in own and file.get_tensor(name).shape == own[name].shape and (
-                        file.get_tensor(name).dtype == own[name].dtype):
+                if (
+                    name in own
+                    and file.get_tensor(name).shape == own[name].shape
+                    and (file.get_tensor(name).dtype == own[name].dtype)
+                ):
                     names.add(name)
     return _left(module, names)
 
@@ -452,7 +575,11 @@ def _left(module: nn.Module, names: Set[str]) -> dict[str, Tensor]:
     done = {place(own[name]) for name in names}
     out = {}
     for name, value in own.items():
-        if name not in names and isinstance(value, Tensor) and (place(value) not in done or not value.numel()):
+        if (
+            name not in names
+            and isinstance(value, Tensor)
+            and (place(value) not in done or not value.numel())
+        ):
             out[name] = value
             done.add(place(value))
     return out

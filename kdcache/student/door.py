@@ -1,4 +1,6 @@
-"""Types at the door of the library: one UsageError that says what was found, before anything inside meets it."""
+"""Types at the door of the library: one UsageError that says what was found, before anything inside
+meets it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], expected: s
 def check_tensor(name: str, value: Any, expected: str, *, optional: bool = False) -> None:
     """UsageError for what is no tensor: a list, an array of numpy."""
     if not (isinstance(value, Tensor) or (optional and value is None)):
-        raise UsageError(f"{name} is {_seen(value)}; expected {expected}: torch.as_tensor makes a tensor of it")
+        raise UsageError(
+            f"{name} is {_seen(value)}; expected {expected}: torch.as_tensor makes a tensor of it"
+        )
 
 
 def check_number(name: str, value: Any, *, optional: bool = False) -> None:
@@ -49,14 +53,18 @@ def check_device(device: Any) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as e:
-        raise UsageError(f"device is {_seen(device)}; expected one as \"cpu\" or \"cuda:0\" ({_line(e)})") from None
+        raise UsageError(
+            f'device is {_seen(device)}; expected one as "cpu" or "cuda:0" ({_line(e)})'
+        ) from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {str(found)!r}, and torch sees no CUDA device here; use \"cpu\"")
+        raise UsageError(f'device is {str(found)!r}, and torch sees no CUDA device here; use "cpu"')
     return found
 
 
 def plain_temperature(value: Any) -> float:
-    """A temperature; one of a narrower dtype is the decimal it was rounded from, as 1.1 of np.float32(1.1)."""
+    """A temperature; one of a narrower dtype is the decimal it was rounded from, as 1.1 of
+    np.float32(1.1).
+    """
     if not isinstance(value, np.floating):
         return float(value)
     shortest = float(str(value))

@@ -1,8 +1,10 @@
-"""A student's head taken apart from its trunk: the trunk gives hidden states, and the logits are never whole.
+"""A student's head taken apart from its trunk: the trunk gives hidden states, and the logits are
+never whole.
 
-The module's forward runs as it is written, with a stand-in where its last linear layer is, which keeps what the layer
-would be given. That is the same model only if it is known what comes after the layer: nothing, or a scale and a soft
-cap, softcap * tanh(scale * x / softcap) of the layer's x. The config says which, and the module has to prove it.
+The module's forward runs as it is written, with a stand-in where its last linear layer is, which
+keeps what the layer would be given. That is the same model only if it is known what comes after the
+layer: nothing, or a scale and a soft cap, softcap * tanh(scale * x / softcap) of the layer's x. The
+config says which, and the module has to prove it.
 """
 
 from __future__ import annotations
@@ -24,25 +26,27 @@ from kdcache.student.linear import kd_linear_loss, rows_in
 from kdcache.student.request import LossParts
 from kdcache.student.targets import SoftTargets
 
-FEW = 16                # positions of one record: what the proof makes whole logits of
-# As configs of transformers name them: Gemma, RecurrentGemma, xLSTM; Cohere, Granite, which divides by it (HyperCLOVA X
-# multiplies), Falcon-H1, Muse.
+FEW = 16  # positions of one record: what the proof makes whole logits of
+# As configs of transformers name them: Gemma, RecurrentGemma, xLSTM; Cohere, Granite, which divides
+# by it (HyperCLOVA X multiplies), Falcon-H1, Muse.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-# Units of relative rounding, eps: scale, division and product are off by half of one each, tanh by two, and so is each
-# constant that a module holds in its dtype, the cap twice: 5 together, and as many in what it is compared with.
+# Units of relative rounding, eps: scale, division and product are off by half of one each, tanh by
+# two, and so is each constant that a module holds in its dtype, the cap twice: 5 together, and as
+# many in what it is compared with.
 ROUNDINGS = 10
 
 
 class Head:
-    """The nn.Linear that `module.get_output_embeddings()` returns, as causal models of transformers do, with the memory
-    for its logits, and the scale and soft cap that the module gives them.
+    """The nn.Linear that `module.get_output_embeddings()` returns, as causal models of transformers
+    do, with the memory for its logits, and the scale and soft cap that the module gives them.
 
-    For the proof the first FEW positions of the first of `inputs` go through the module (in eval mode, under the
-    caller's autocast) as it is, and with chosen logits in place of the head's, from 2^-8 to 2^12 and of both signs.
-    These and the head's own the module leaves as they are, bit for bit, or makes of them what its config says, within
-    ROUNDINGS. UsageError if not; where there is no such layer, or no plain nn.Linear (an adapter, a quantised layer);
-    and for a memory, bytes or text, that holds no row.
+    For the proof the first FEW positions of the first of `inputs` go through the module (in eval
+    mode, under the caller's autocast) as it is, and with chosen logits in place of the head's, from
+    2^-8 to 2^12 and of both signs. These and the head's own the module leaves as they are, bit for
+    bit, or makes of them what its config says, within ROUNDINGS. UsageError if not; where there is
+    no such layer, or no plain nn.Linear (an adapter, a quantised layer); and for a memory, bytes or
+    text, that holds no row.
     """
 
     def __init__(self, module: nn.Module, memory: int | str, inputs: Inputs) -> None:
@@ -62,17 +66,33 @@ class Head:
         return self.linear.out_features
 
     def trunk(self, run: nn.Module, inputs: Inputs) -> Output:
-        """`forward(run, inputs)` with hidden states in place of logits; `run` is the module, or it compiled."""
+        """`forward(run, inputs)` with hidden states in place of logits; `run` is the module, or it
+        compiled.
+        """
         output, hidden = self._without_head(run, inputs, torch.zeros_like)
         return dataclasses.replace(output, logits=hidden)
 
-    def loss(self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, **options: Any) -> LossParts:
+    def loss(
+        self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, **options: Any
+    ) -> LossParts:
         """`kd_linear_loss` with its parts."""
-        return kd_linear_loss(hidden_NH, self.linear.weight, labels, targets, bias=self.linear.bias, memory=self.memory,
-                              softcap=self.softcap, logit_scale=self.scale, return_parts=True, **options)
+        return kd_linear_loss(
+            hidden_NH,
+            self.linear.weight,
+            labels,
+            targets,
+            bias=self.linear.bias,
+            memory=self.memory,
+            softcap=self.softcap,
+            logit_scale=self.scale,
+            return_parts=True,
+            **options,
+        )
 
     def chunks(self, hidden_NH: Tensor, classes: int | None) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of rows, and their logits (cut to so many classes), scaled and capped, in float32 (float64)."""
+        """Chunks of rows, and their logits (cut to so many classes), scaled and capped, in float32
+        (float64).
+        """
         weight = self.linear.weight[:classes]
         bias = None if self.linear.bias is None else self.linear.bias[:classes]
         step = rows_in(self.memory, len(hidden_NH), len(weight), weight.dtype)
@@ -80,8 +100,9 @@ class Head:
             x_RV = nn.functional.linear(hidden_NH[rows], weight, bias)
             yield rows, capped(x_RV.to(wide(x_RV.dtype)), self.scale, self.softcap)
 
-    def _without_head(self, run: nn.Module, inputs: Inputs,
-                      logits: Callable[[Tensor], Tensor]) -> tuple[Output, Tensor]:
+    def _without_head(
+        self, run: nn.Module, inputs: Inputs, logits: Callable[[Tensor], Tensor]
+    ) -> tuple[Output, Tensor]:
         """What the module makes of `logits` of the hidden states, and the hidden states."""
         given = self._stand_in.given = []
         self._stand_in.logits = logits
@@ -92,8 +113,11 @@ class Head:
             setattr(self._parent, self._attribute, self.linear)
             self._stand_in.given = []
         if len(given) != 1:
-            raise UsageError(f"logits_memory: {type(self.module).__name__} runs its head {self.path!r} {len(given)} "
-                             f"times in a forward pass; expected once. Leave logits_memory out for this student")
+            raise UsageError(
+                f"logits_memory: {type(self.module).__name__} runs its head {self.path!r} "
+                f"{len(given)} "
+                f"times in a forward pass; expected once. Leave logits_memory out for this student"
+            )
         return output, given[0]
 
     @torch.no_grad()
@@ -107,23 +131,37 @@ class Head:
         scales = [s for name in SCALES if name in said for s in (said[name], 1 / said[name])]
         caps: list[float | None] = [said[name] for name in CAPS if name in said]
         for scale, softcap in itertools.product(scales or [1.0], caps or [None]):
-            if _follows(made.logits, self._chosen(hidden), scale, softcap) and _follows(whole, own, scale, softcap):
+            if _follows(made.logits, self._chosen(hidden), scale, softcap) and _follows(
+                whole, own, scale, softcap
+            ):
                 return scale, softcap
         names = ", ".join(f"{name} {value:g}" for name, value in said.items())
-        after = f"with its config's {names}" if said else "(a scale or a cap, say, that its config does not name)"
-        raise UsageError(f"logits_memory: {type(self.module).__name__} makes other logits than its head {self.path!r} "
-                         f"{after}, so they cannot be taken apart from it. Leave logits_memory out for this student")
+        after = (
+            f"with its config's {names}"
+            if said
+            else "(a scale or a cap, say, that its config does not name)"
+        )
+        raise UsageError(
+            f"logits_memory: {type(self.module).__name__} makes other logits than its head "
+            f"{self.path!r} "
+            f"{after}, so they cannot be taken apart from it. Leave logits_memory out for this "
+            "student"
+        )
 
     def _chosen(self, hidden: Tensor) -> Tensor:
-        """Logits of every size at which a cap may be met; of 8 bits, for a module that takes them in another dtype."""
-        x = torch.logspace(-8, 12, hidden[..., 0].numel() * self.num_classes, base=2, device=hidden.device)
+        """Logits of every size at which a cap may be met; of 8 bits, for a module that takes them
+        in another dtype.
+        """
+        x = torch.logspace(
+            -8, 12, hidden[..., 0].numel() * self.num_classes, base=2, device=hidden.device
+        )
         x[1::2] *= -1
         return x.bfloat16().to(wide(hidden.dtype)).view(*hidden.shape[:-1], self.num_classes)
 
 
 class _StandIn(nn.Linear):
-    """In place of the head, with its parameters, which some models look at: keeps what it is given, and answers with
-    other logits."""
+    """In place of the head, with its parameters, which some models look at: keeps what it is given,
+    and answers with other logits."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -143,12 +181,19 @@ def _find(module: nn.Module) -> tuple[nn.Linear, str]:
     name = type(module).__name__
     if type(found) is not nn.Linear:
         what = "returns none" if found is None else f"returns a {type(found).__name__}"
-        raise UsageError(f"logits_memory: {name}.get_output_embeddings() is not there or {what}; the head must be an "
-                         f"nn.Linear of its own. Leave logits_memory out for this student")
-    places = [path for path, child in module.named_modules(remove_duplicate=False) if child is found]
+        raise UsageError(
+            f"logits_memory: {name}.get_output_embeddings() is not there or {what}; the head must "
+            "be an "
+            f"nn.Linear of its own. Leave logits_memory out for this student"
+        )
+    places = [
+        path for path, child in module.named_modules(remove_duplicate=False) if child is found
+    ]
     if len(places) != 1:
-        raise UsageError(f"logits_memory: the head stands {len(places)} times in {name}; expected once. Leave "
-                         f"logits_memory out for this student")
+        raise UsageError(
+            f"logits_memory: the head stands {len(places)} times in {name}; expected once. Leave "
+            f"logits_memory out for this student"
+        )
     return found, places[0]
 
 
@@ -158,8 +203,11 @@ def _said(module: nn.Module) -> dict[str, float]:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     found = {name: getattr(config, name, None) for name in (*SCALES, *CAPS)}
-    return {name: float(value) for name, value in found.items()
-            if isinstance(value, int | float) and 0 < value < math.inf}
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float) and 0 < value < math.inf
+    }
 
 
 def _follows(found: Tensor, x: Tensor, scale: float, softcap: float | None) -> bool:
@@ -171,15 +219,20 @@ def _follows(found: Tensor, x: Tensor, scale: float, softcap: float | None) -> b
         return torch.equal(found.to(dtype), x.to(dtype))
     dtypes = [torch.finfo(t.dtype) for t in (found, x)]
     eps = ROUNDINGS * max(info.eps for info in dtypes)
-    least = ROUNDINGS * max(info.eps * info.tiny for info in dtypes) * (softcap or 1)   # x / softcap may be subnormal
+    # x / softcap may be subnormal
+    least = ROUNDINGS * max(info.eps * info.tiny for info in dtypes) * (softcap or 1)
     return torch.allclose(found.double(), capped(x.double(), scale, softcap), rtol=eps, atol=least)
 
 
 def _first(inputs: Inputs) -> Inputs:
-    """The first record, and of token ids and what goes with them position by position the first few."""
+    """The first record, and of token ids and what goes with them position by position the first
+    few.
+    """
     named = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
     ids = named.get("input_ids")
     tokens = ids is not None and ids.dim() == 2 and not ids.is_floating_point()
-    cut = {name: x[:1, :FEW] if tokens and ids is not None and x.shape[:2] == ids.shape else x[:1]
-           for name, x in named.items()}
+    cut = {
+        name: x[:1, :FEW] if tokens and ids is not None and x.shape[:2] == ids.shape else x[:1]
+        for name, x in named.items()
+    }
     return cut if isinstance(inputs, dict) else cut["input_ids"]

@@ -1,4 +1,6 @@
-"""Where a batch's inputs come from: the user's dataset, by this process or by workers, or the cache's own tokens."""
+"""Where a batch's inputs come from: the user's dataset, by this process or by workers, or the
+cache's own tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from kdcache.student.prefetch import Prefetch
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch
 
-Pairs = list[tuple[int, int]]                       # (sample_id, view) of each record of a batch
+Pairs = list[tuple[int, int]]  # (sample_id, view) of each record of a batch
 
 
 class Fetch:
@@ -33,9 +35,14 @@ class Fetch:
         return read_batch(self.samples, pairs)
 
 
-def data_batches(samples: Samples, plan: Callable[[], Iterable[Pairs]], workers: int,
-                 check: Callable[[], object] | None = None) -> Generator[Collated, None, None]:
-    """The planned batches in order; the same whatever the number of workers. Close it to stop what it started.
+def data_batches(
+    samples: Samples,
+    plan: Callable[[], Iterable[Pairs]],
+    workers: int,
+    check: Callable[[], object] | None = None,
+) -> Generator[Collated, None, None]:
+    """The planned batches in order; the same whatever the number of workers. Close it to stop what
+    it started.
 
     check: called while a worker or a thread is waited for; what it raises ends the wait.
     """
@@ -52,21 +59,27 @@ def data_batches(samples: Samples, plan: Callable[[], Iterable[Pairs]], workers:
 def prefetchable(dataset: Any) -> bool:
     """Whether a thread may build items while the student trains.
 
-    An item that draws from the process's generators is built with them seeded and put back (data/views.py); a dropout
-    that draws meanwhile would disturb both. Such items are built between steps, or by worker processes.
+    An item that draws from the process's generators is built with them seeded and put back
+    (data/views.py); a dropout that draws meanwhile would disturb both. Such items are built between
+    steps, or by worker processes.
     """
     with users_code("the dataset's pure_items"):
         return hasattr(dataset, "view") or bool(getattr(dataset, "pure_items", False))
 
 
 def token_batch(batch: Batch, padding: Padding) -> Collated:
-    """Inputs from the tokens of a cache: input_ids, attention_mask where lengths differ, document_start."""
+    """Inputs from the tokens of a cache: input_ids, attention_mask where lengths differ,
+    document_start.
+    """
     offsets = batch.offsets["token"]
     tokens, starts = batch.columns["token"].astype(np.int64), batch.columns["document_start"]
     spans = [slice(a, b) for a, b in pairwise(offsets.tolist())]
     for at, span in enumerate(spans):
         if span.start == span.stop:
             raise DataError(f"record {int(batch.records[at])} of the cache has no tokens")
-    return collated_tokens([torch.from_numpy(tokens[span]) for span in spans],
-                           [torch.from_numpy(np.array(starts[span], np.uint8)) for span in spans],
-                           batch.columns["sample_key"], padding)
+    return collated_tokens(
+        [torch.from_numpy(tokens[span]) for span in spans],
+        [torch.from_numpy(np.array(starts[span], np.uint8)) for span in spans],
+        batch.columns["sample_key"],
+        padding,
+    )

@@ -1,4 +1,6 @@
-"""Batches for a student: inputs, labels, the teacher's rows and features, in order kd1. Its state is one position."""
+"""Batches for a student: inputs, labels, the teacher's rows and features, in order kd1. Its state
+is one position.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,14 @@ from kdcache.student.batches import (
     needed_columns,
     student_rows,
 )
-from kdcache.student.door import check_device, check_integer, check_number, check_temperature, check_type, check_workers
+from kdcache.student.door import (
+    check_device,
+    check_integer,
+    check_number,
+    check_temperature,
+    check_type,
+    check_workers,
+)
 from kdcache.student.inputs import Fetch, data_batches, prefetchable, token_batch
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
@@ -46,18 +55,22 @@ from kdcache.student.targets import SoftTargets, readable, soft_targets, targets
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache
 
-TOKEN_RECORDS = 64          # of a token cache, among which the shortest and the longest are looked for
-ORDER_BLOCK = 4096          # positions at a time: a call of the order costs 1.0 ms for 64 of them, 2.9 ms for 4,096
+# of a token cache, among which the shortest and the longest are looked for
+TOKEN_RECORDS = 64
+# positions at a time: a call of the order costs 1.0 ms for 64 of them, 2.9 ms for 4,096
+ORDER_BLOCK = 4096
 
 
 class LoaderBatch(TypedDict):
     """What a `Loader` yields; tensors on its device.
 
-    inputs: a tensor, or named tensors for `model(**inputs)`. labels: int64 [N] or [N, J], negative where unknown, or
-    None. label_weight: float32 [N, J] or None. targets: SoftTargets of N rows, or None. features: float32 by name.
-    rows: None where each record is one row; for logits (B, L, V) the (record, position) of each row, int64 [N]:
-    `logits[rows]` is [N, V], aligned with labels and targets. sample_ids, views: int64 [B], on the CPU. epoch: of the
-    first record. position: samples of this iteration consumed after this batch, the `start` of a Loader that continues.
+    inputs: a tensor, or named tensors for `model(**inputs)`. labels: int64 [N] or [N, J], negative
+    where unknown, or None. label_weight: float32 [N, J] or None. targets: SoftTargets of N rows, or
+    None. features: float32 by name. rows: None where each record is one row; for logits (B, L, V)
+    the (record, position) of each row, int64 [N]:
+    `logits[rows]` is [N, V], aligned with labels and targets. sample_ids, views: int64 [B], on the
+    CPU. epoch: of the first record. position: samples of this iteration consumed after this batch,
+    the `start` of a Loader that continues.
     """
 
     inputs: Inputs
@@ -74,7 +87,9 @@ class LoaderBatch(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step: its micro-batches in host memory, and the counts of labelled and of teacher rows in all."""
+    """One optimizer step: its micro-batches in host memory, and the counts of labelled and of
+    teacher rows in all.
+    """
 
     index: int
     epoch: int
@@ -87,53 +102,89 @@ class Step:
 class Loader:
     """Batches of `batch_size` records, every sample once an epoch.
 
-    The first iteration begins at `start`. Each later one goes on where the one before it ends, or would have: with the
-    next epoch's order and views. `set_epoch(e)` makes epoch e the next.
+    The first iteration begins at `start`. Each later one goes on where the one before it ends, or
+    would have: with the next epoch's order and views. `set_epoch(e)` makes epoch e the next.
 
-    cache          a Cache or its path; None for labels and inputs only (plain training on the same batches)
-    data           a dataset, `Samples` or a data SPEC with `data_args`; None takes the inputs from the cache's tokens
-    temperature, k of the targets; by default 2 (1 for token caches) and the largest tier
-    epochs         passes over the samples, or max_steps; by default one epoch. Epoch e uses view e modulo the views of
-                   the cache; without a cache, view e
+    cache          a Cache or its path; None for labels and inputs only (plain training on the same
+                   batches)
+    data           a dataset, `Samples` or a data SPEC with `data_args`; None takes the inputs from
+    the cache's tokens temperature, k of the targets; by default 2 (1 for token caches) and the
+    largest tier
+    epochs         passes over the samples, or max_steps; by default one epoch. Epoch e uses view e
+                   modulo the views of the cache; without a cache, view e
     features       names of cached features to read
     targets        False reads nothing of the teacher's rows
     live_teacher   a module that is run on each batch, its logits in place of the cache's rows
-    rows           "record", "position" or "next-token" (data/rows.py) where no cache says so; by default what the
-                   labels of the first records say: of tokens with a label each, "next-token" if these are the tokens
-    model          the module that the batches are for: what its config says of padding and of a decoder's start; by
-                   default input_ids are padded with the dataset's `pad_token_id`, else 0
+    rows           "record", "position" or "next-token" (data/rows.py) where no cache says so; by
+                   default what the labels of the first records say: of tokens with a label each,
+                   "next-token" if these are the tokens
+    model          the module that the batches are for: what its config says of padding and of a
+                   decoder's start; by default input_ids are padded with the dataset's
+                   `pad_token_id`, else 0
     accept         "view_key" overlooks that views are decoded otherwise than the teacher saw them
     num_classes    of the student, to check labels where no cache knows V
-    classes        cuts the logits of the live teacher to the first so many; labels from there on are no classes
-    labels         False leaves those of the data unread, whatever they are; those of a cache that keeps some are given,
-                   and compared with the data's
+    classes        cuts the logits of the live teacher to the first so many; labels from there on
+                   are no classes
+    labels         False leaves those of the data unread, whatever they are; those of a cache that
+                   keeps some are given, and compared with the data's
 
-    NotBuilt in one of several processes (torchrun, or a process group of torch): each would see every sample.
-    Each record's sample_key is computed again from the data: DataError naming the first that is not the cache's.
-    Cached rows are read in a background thread; `workers` processes build inputs from the data.
+    NotBuilt in one of several processes (torchrun, or a process group of torch): each would see
+    every sample. Each record's sample_key is computed again from the data: DataError naming the
+    first that is not the cache's. Cached rows are read in a background thread; `workers` processes
+    build inputs from the data.
     """
 
     @entrance
-    def __init__(self, cache: Cache | str | Path | None = None, data: Any = None, *, batch_size: int,
-                 temperature: float | str | None = None, k: int | None = None, seed: int = 0, shuffle: bool = True,
-                 epochs: float | None = None, max_steps: int | None = None, device: torch.device | str = "cpu",
-                 workers: int = 0, features: Sequence[str] = (), targets: bool = True, start: int = 0,
-                 live_teacher: nn.Module | None = None, micro_batch_size: int | None = None,
-                 data_args: Mapping[str, Any] | None = None, rows: str | None = None, accept: Sequence[str] = (),
-                 num_classes: int | None = None, model: nn.Module | None = None, classes: int | None = None,
-                 labels: bool = True) -> None:
+    def __init__(
+        self,
+        cache: Cache | str | Path | None = None,
+        data: Any = None,
+        *,
+        batch_size: int,
+        temperature: float | str | None = None,
+        k: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: float | None = None,
+        max_steps: int | None = None,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        features: Sequence[str] = (),
+        targets: bool = True,
+        start: int = 0,
+        live_teacher: nn.Module | None = None,
+        micro_batch_size: int | None = None,
+        data_args: Mapping[str, Any] | None = None,
+        rows: str | None = None,
+        accept: Sequence[str] = (),
+        num_classes: int | None = None,
+        model: nn.Module | None = None,
+        classes: int | None = None,
+        labels: bool = True,
+    ) -> None:
         refuse_ranks("a Loader")
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
         check_type("labels", labels, bool, "True or False")
-        self.samples = as_samples(data, data_args, seed=0 if self.spec is None else self.spec.seed,
-                                  labels=labels or (self.spec is not None and bool(self.spec.labels)),
-                                  prepared=partial(cached_preprocessing, cache))
+        self.samples = as_samples(
+            data,
+            data_args,
+            seed=0 if self.spec is None else self.spec.seed,
+            labels=labels or (self.spec is not None and bool(self.spec.labels)),
+            prepared=partial(cached_preprocessing, cache),
+        )
         self._check_sources()
         check_convention(rows)
         self.rows, self.why = rows, "as asked"
-        if rows is not None and self.spec is not None and self.has_rows and rows != self.spec.convention:
-            raise UsageError(f"--rows {rows}: those of the cache are by {self.spec.convention}; leave it out")
+        if (
+            rows is not None
+            and self.spec is not None
+            and self.has_rows
+            and rows != self.spec.convention
+        ):
+            raise UsageError(
+                f"--rows {rows}: those of the cache are by {self.spec.convention}; leave it out"
+            )
         check_type("model", model, (nn.Module, NoneType), "a module, or None")
         self._padding = Padding()
         if self.samples is not None:
@@ -149,23 +200,37 @@ class Loader:
         self.order = Order(self.num_samples, seed, shuffle)
         self.total = _total(epochs, max_steps, self.num_samples, self.batch_size)
         if not 0 <= start <= self.total:
-            raise UsageError(f"start is {start}; expected a position from 0 to {self.total}, the end")
+            raise UsageError(
+                f"start is {start}; expected a position from 0 to {self.total}, the end"
+            )
         self.start = start
-        self._next_pass = 0             # where the next iteration begins
-        self.check: Callable[[], object] | None = None      # called while a batch is waited for: it may raise
+        self._next_pass = 0  # where the next iteration begins
+        # called while a batch is waited for: it may raise
+        self.check: Callable[[], object] | None = None
         self.teacher = live_teacher
         if live_teacher is not None:
             move(live_teacher, self.device, "live teacher")
             live_teacher.eval()
-        self.reads_targets = targets and self.teacher is None and self.spec is not None and self.spec.kind != "none"
+        self.reads_targets = (
+            targets and self.teacher is None and self.spec is not None and self.spec.kind != "none"
+        )
         self._check_names(num_classes, temperature, k)
         self.temperature = self._temperature(temperature)
         self.k = self._k(k)
         if features and self.spec is None:
             raise UsageError("features are read from a cache; none is given")
         self.features = find_features(self.spec, features) if self.spec is not None else []
-        self.columns = [] if self.spec is None else needed_columns(
-            self.spec, targets=self.reads_targets, k=self.k, features=self.features, tokens=self.samples is None)
+        self.columns = (
+            []
+            if self.spec is None
+            else needed_columns(
+                self.spec,
+                targets=self.reads_targets,
+                k=self.k,
+                features=self.features,
+                tokens=self.samples is None,
+            )
+        )
         known = self.spec.num_classes if self.spec is not None else 0
         self.num_classes = known or num_classes or classes
 
@@ -200,8 +265,8 @@ class Loader:
         return next(steps, None)
 
     def steps(self, base: int = 0, start: int | None = None) -> Generator[Step, None, None]:
-        """One `Step` for each optimizer step from `start` on, counted from position `base`; closing the iterator stops
-        its background work."""
+        """One `Step` for each optimizer step from `start` on, counted from position `base`; closing
+        the iterator stops its background work."""
         at, micros = self.start if start is None else start, list[Micro]()
         with closing(self._micros(base, at)) as source:
             for micro in source:
@@ -209,11 +274,20 @@ class Loader:
                 stop = micro.piece.stop
                 if micro.piece.ends_step:
                     counts = sum(m.counts[0] for m in micros), sum(m.counts[1] for m in micros)
-                    yield Step(at // self.batch_size, int(micros[0].piece.epochs[0]), at, stop, micros, counts)
+                    yield Step(
+                        at // self.batch_size,
+                        int(micros[0].piece.epochs[0]),
+                        at,
+                        stop,
+                        micros,
+                        counts,
+                    )
                     at, micros = stop, []
 
     def place(self, micro: Micro) -> LoaderBatch:
-        """A micro-batch on the device, with its targets unpacked there, or made by the live teacher."""
+        """A micro-batch on the device, with its targets unpacked there, or made by the live
+        teacher.
+        """
         device = self.device
         inputs = to_device(micro.collated.inputs, device, non_blocking=True)
         rows = None if micro.rows is None else (micro.rows[0].to(device), micro.rows[1].to(device))
@@ -221,39 +295,54 @@ class Loader:
         if self.teacher is not None:
             targets = self._live(self.teacher, micro, inputs, rows)
         elif self.reads_targets and micro.cached is not None:
-            targets = soft_targets(micro.cached, spec=self.spec, temperature=self.temperature, k=self.k, device=device)
+            targets = soft_targets(
+                micro.cached, spec=self.spec, temperature=self.temperature, k=self.k, device=device
+            )
         return LoaderBatch(
-            inputs=inputs, labels=None if micro.labels is None else micro.labels.to(device), targets=targets, rows=rows,
+            inputs=inputs,
+            labels=None if micro.labels is None else micro.labels.to(device),
+            targets=targets,
+            rows=rows,
             label_weight=None if micro.label_weight is None else micro.label_weight.to(device),
             features={} if micro.cached is None else self._features(micro.cached),
-            sample_ids=torch.from_numpy(micro.piece.sample_ids), views=torch.from_numpy(micro.piece.views),
-            epoch=int(micro.piece.epochs[0]), position=micro.piece.stop)
+            sample_ids=torch.from_numpy(micro.piece.sample_ids),
+            views=torch.from_numpy(micro.piece.views),
+            epoch=int(micro.piece.epochs[0]),
+            position=micro.piece.stop,
+        )
 
     def _features(self, cached: Batch) -> dict[str, Tensor]:
-        return feature_tensors(cached, [f.name for f in self.features], spec=self.spec, device=self.device)
+        return feature_tensors(
+            cached, [f.name for f in self.features], spec=self.spec, device=self.device
+        )
 
     def pieces(self, start: int | None = None, base: int = 0) -> Iterator[Piece]:
-        """What stands where: the records of every forward pass, from position `start` on, counted from `base`. Nothing
-        is read."""
+        """What stands where: the records of every forward pass, from position `start` on, counted
+        from `base`. Nothing is read."""
         views = (0, 0) if self.spec is None else (self.spec.views[0], self.spec.num_views)
         at = known = first = self.start if start is None else start
         block = self.order.sample(np.zeros(0, np.int64))
         while at < self.total:
-            # Steps lie at multiples of the batch size, also when a run continues inside one under another size.
+            # Steps lie at multiples of the batch size, also when a run continues inside one under
+            # another size.
             end = min(at - at % self.batch_size + self.batch_size, self.total)
             if end > known:
                 first, known = at, min(max(end, at + ORDER_BLOCK), self.total)
                 block = self.order.sample(np.arange(base + first, base + known, dtype=np.int64))
-            epochs, samples = block[0][at - first:end - first], block[1][at - first:end - first]
+            epochs, samples = block[0][at - first : end - first], block[1][at - first : end - first]
             shown = epochs if not views[1] else views[0] + epochs % views[1]
             for a in range(0, end - at, self.micro):
                 b = min(a + self.micro, end - at)
-                yield Piece(epochs[a:b], samples[a:b] + self.first, shown[a:b], at + b, b == end - at)
+                yield Piece(
+                    epochs[a:b], samples[a:b] + self.first, shown[a:b], at + b, b == end - at
+                )
             at = end
 
     @property
     def padding(self) -> Padding:
-        """What batches are padded with; set it to that of the model they are for before the first batch."""
+        """What batches are padded with; set it to that of the model they are for before the first
+        batch.
+        """
         return self._padding if self.samples is None else self.samples.padding
 
     @padding.setter
@@ -269,7 +358,9 @@ class Loader:
 
     @property
     def convention(self) -> str:
-        """Which rows there are: the cache's, as asked, or as the labels of the run's first records say."""
+        """Which rows there are: the cache's, as asked, or as the labels of the run's first records
+        say.
+        """
         if self.spec is not None and self.has_rows:
             return self.spec.convention
         if self.rows is None:
@@ -281,13 +372,16 @@ class Loader:
         piece = self._first(records)
         if self.samples is not None:
             return Fetch(self.samples)(piece.pairs)
-        assert self.cache is not None               # _check_sources: there are tokens, or there is data
+        # _check_sources: there are tokens, or there is data
+        assert self.cache is not None
         collated = self._read(self.cache, piece)[1]
         assert collated is not None
         return collated
 
     def telling(self, records: int = 8) -> list[int]:
-        """Sample ids of a small batch with as much padding as is known of: the first few, the shortest, the longest."""
+        """Sample ids of a small batch with as much padding as is known of: the first few, the
+        shortest, the longest.
+        """
         first, last = self.first, self.first + self.num_samples
         if self.samples is not None:
             extreme = [i for i in extremes(self.samples) if first <= i < last]
@@ -304,44 +398,58 @@ class Loader:
         if self.samples is not None:
             return Fetch(self.samples)([(sample_id, view) for sample_id in sample_ids])
         assert self.cache is not None and self.spec is not None
-        batch = self.cache.read(np.array([self.spec.record(self.spec.views[0] + view, i) for i in sample_ids]),
-                                ["sample_key", "token", "document_start"])
+        batch = self.cache.read(
+            np.array([self.spec.record(self.spec.views[0] + view, i) for i in sample_ids]),
+            ["sample_key", "token", "document_start"],
+        )
         return token_batch(batch, self.padding)
 
     def _first(self, records: int) -> Piece:
         piece = next(self.pieces(0))
         few = slice(0, records)
-        return Piece(piece.epochs[few], piece.sample_ids[few], piece.views[few], min(records, piece.stop), True)
+        return Piece(
+            piece.epochs[few],
+            piece.sample_ids[few],
+            piece.views[few],
+            min(records, piece.stop),
+            True,
+        )
 
     def peek(self, records: int = 8) -> Micro:
         """The first few records of a run, read here and now, to check shapes with."""
         return self._here(self._first(records))
 
     def extremes(self) -> list[Micro]:
-        """The first micro-batch of a run, which is as large as any, and the smallest if it is smaller; read here and
-        now."""
-        last = self.total - 1 - (self.total - 1) % self.batch_size              # where the last step begins
+        """The first micro-batch of a run, which is as large as any, and the smallest if it is
+        smaller; read here and now."""
+        # where the last step begins
+        last = self.total - 1 - (self.total - 1) % self.batch_size
         first = next(self.pieces(0))
         ends = [next(piece for piece in self.pieces(at) if piece.ends_step) for at in {0, last}]
         smallest = min((first, *ends), key=lambda piece: len(piece.sample_ids))
-        return [self._here(piece) for piece in (first, smallest)][:1 + (smallest is not first)]
+        return [self._here(piece) for piece in (first, smallest)][: 1 + (smallest is not first)]
 
     def _here(self, piece: Piece) -> Micro:
         batch, collated = (None, None) if self.cache is None else self._read(self.cache, piece)
         if self.samples is not None:
             collated = Fetch(self.samples)(piece.pairs)
-        assert collated is not None                 # _check_sources: there are tokens, or there is data
+        # _check_sources: there are tokens, or there is data
+        assert collated is not None
         return self._finish(piece, collated, batch)
 
     def _micros(self, base: int, start: int) -> Generator[Micro, None, None]:
-        """A thread reads ahead and assembles; inputs that it may not build join their cached rows here."""
+        """A thread reads ahead and assembles; inputs that it may not build join their cached rows
+        here.
+        """
         samples, pieces = self.samples, partial(self.pieces, start, base)
         if samples is None or (not self.workers and prefetchable(samples.dataset)):
             fetch = None if samples is None else Fetch(samples)
             with Prefetch(self._assembled(pieces(), fetch), check=self.check) as ahead:
                 yield from ahead
             return
-        data = data_batches(samples, lambda: (piece.pairs for piece in pieces()), self.workers, self.check)
+        data = data_batches(
+            samples, lambda: (piece.pairs for piece in pieces()), self.workers, self.check
+        )
         with Prefetch(self._reads(pieces()), check=self.check) as reads, closing(data):
             for piece, batch, _ in reads:
                 yield self._finish(piece, next(data), batch)
@@ -349,7 +457,8 @@ class Loader:
     def _assembled(self, pieces: Iterator[Piece], fetch: Fetch | None) -> Iterator[Micro]:
         for piece, batch, collated in self._reads(pieces):
             inputs = collated if fetch is None else fetch(piece.pairs)
-            assert inputs is not None               # _check_sources: there are tokens, or there is data
+            # _check_sources: there are tokens, or there is data
+            assert inputs is not None
             yield self._finish(piece, inputs, batch)
 
     def _finish(self, piece: Piece, collated: Collated, batch: Batch | None) -> Micro:
@@ -357,20 +466,30 @@ class Loader:
             try:
                 check_keys(piece, batch, collated, self.accept)
             except DataError:
-                if self.cache is not None:          # before the data is blamed
+                if self.cache is not None:  # before the data is blamed
                     self.cache.prove(batch.records)
                 raise
-        return assemble(piece, collated, batch, spec=self.spec, from_data=self.samples is not None,
-                        convention=self.convention, targets=self.reads_targets or self.teacher is not None,
-                        num_classes=self.num_classes)
+        return assemble(
+            piece,
+            collated,
+            batch,
+            spec=self.spec,
+            from_data=self.samples is not None,
+            convention=self.convention,
+            targets=self.reads_targets or self.teacher is not None,
+            num_classes=self.num_classes,
+        )
 
-    def _reads(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
+    def _reads(
+        self, pieces: Iterator[Piece]
+    ) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
         for piece in pieces:
             yield piece, *((None, None) if self.cache is None else self._read(self.cache, piece))
 
     def prove(self, start: int, stop: int) -> None:
-        """Read again every cached byte that the records of positions [start, stop) come from: for a step whose numbers
-        cannot be. CacheCorrupt naming the file that has changed since it was proven."""
+        """Read again every cached byte that the records of positions [start, stop) come from: for a
+        step whose numbers cannot be. CacheCorrupt naming the file that has changed since it was
+        proven."""
         if self.cache is None:
             return
         for piece in self.pieces(start):
@@ -380,15 +499,20 @@ class Loader:
 
     def _records(self, spec: CacheSpec, piece: Piece) -> Array:
         """The numbers of the records of a piece in a cache."""
-        records: Array = (piece.views - spec.views[0]) * spec.num_samples + (piece.sample_ids - self.first)
+        records: Array = (piece.views - spec.views[0]) * spec.num_samples + (
+            piece.sample_ids - self.first
+        )
         return records
 
     def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
         batch = cache.read(self._records(cache.spec, piece), self.columns)
         return batch, token_batch(batch, self.padding) if self.samples is None else None
 
-    @torch.no_grad()                        # not inference mode: its tensors cannot take part in the student's backward
-    def _live(self, teacher: nn.Module, micro: Micro, inputs: Inputs, rows: Rows | None) -> SoftTargets:
+    # not inference mode: its tensors cannot take part in the student's backward
+    @torch.no_grad()
+    def _live(
+        self, teacher: nn.Module, micro: Micro, inputs: Inputs, rows: Rows | None
+    ) -> SoftTargets:
         with trying("live teacher", teacher, inputs):
             output = forward(teacher, inputs)
         logits_NV = student_rows(output, micro, rows)
@@ -396,50 +520,86 @@ class Loader:
         if self.classes is not None:
             logits_NV = cut_logits(logits_NV, self.classes)
         if taught and logits_NV.shape[1] != taught:
-            raise UsageError(f"the live teacher gives {logits_NV.shape[1]} logits, the cache is of {taught} classes; "
-                             f"where the rest is padding that nothing uses: classes={taught}")
+            raise UsageError(
+                f"the live teacher gives {logits_NV.shape[1]} logits, the cache is of {taught} "
+                "classes; "
+                f"where the rest is padding that nothing uses: classes={taught}"
+            )
         return targets_from_logits(logits_NV, temperature=self.temperature, k=self.k)
 
-    def _check_names(self, num_classes: int | None, temperature: float | str | None, k: int | None) -> None:
+    def _check_names(
+        self, num_classes: int | None, temperature: float | str | None, k: int | None
+    ) -> None:
         """UsageError for what is no such name or number, and for what would have no effect."""
         check_integer("num_classes", num_classes, optional=True)
         check_integer("classes", self.classes, optional=True)
         taught = 0 if self.spec is None else self.spec.num_classes
         if num_classes is not None and (num_classes < 1 or taught):
-            raise UsageError(f"num_classes is {num_classes}; expected at least 1, and none where a cache knows its own")
+            raise UsageError(
+                f"num_classes is {num_classes}; expected at least 1, and none where a cache knows "
+                "its own"
+            )
         if self.classes is not None and self.classes < max(1, taught):
-            raise UsageError(f"classes is {self.classes}; expected at least {max(1, taught)}"
-                             + (", the classes of the cache" if taught else ""))
+            raise UsageError(
+                f"classes is {self.classes}; expected at least {max(1, taught)}"
+                + (", the classes of the cache" if taught else "")
+            )
         if not self.reads_targets and self.teacher is None:
             for name, value in (("temperature", temperature), ("k", k)):
                 if value is not None:
-                    raise UsageError(f"{name} is {value}, but no soft targets are read here: there is neither a cache "
-                                     "with rows whose targets are wanted nor a live teacher; leave it out")
+                    raise UsageError(
+                        f"{name} is {value}, but no soft targets are read here: there is neither a "
+                        "cache "
+                        "with rows whose targets are wanted nor a live teacher; leave it out"
+                    )
         for name in self.accept:
             collates = self.samples is not None and self.samples.collates
             if name != "view_key" or self.spec is None or not (self.spec.view_keys or collates):
-                raise UsageError(f"accept is {name!r}; expected \"view_key\", of a cache that has view keys or of data "
-                                 "with a collate_fn")
+                raise UsageError(
+                    f'accept is {name!r}; expected "view_key", of a cache that has view keys or of '
+                    "data "
+                    "with a collate_fn"
+                )
 
     def _check_sources(self) -> None:
         if self.samples is None and self.spec is None:
             raise UsageError("neither a cache nor data is given; there is nothing to train on")
         if self.samples is None and self.spec is not None and not self.spec.tokens:
             given = self.cache.identity.data.get("inputs") if self.cache is not None else None
-            asked = f" (the teacher was given {', '.join(map(str, given))})" if isinstance(given, list) else ""
-            raise UsageError("the cache holds no tokens that are all the teacher was asked with, so the student's "
-                             f"inputs must come from the data{asked}: give --data")
-        if self.samples is not None and self.spec is not None and len(self.samples) < self.spec.samples[1]:
-            raise UsageError(f"dataset {self.samples.name} has {len(self.samples)} samples; the cache is about samples "
-                             f"{self.spec.samples[0]} to {self.spec.samples[1] - 1}")
+            asked = (
+                f" (the teacher was given {', '.join(map(str, given))})"
+                if isinstance(given, list)
+                else ""
+            )
+            raise UsageError(
+                "the cache holds no tokens that are all the teacher was asked with, so the "
+                "student's "
+                f"inputs must come from the data{asked}: give --data"
+            )
+        if (
+            self.samples is not None
+            and self.spec is not None
+            and len(self.samples) < self.spec.samples[1]
+        ):
+            raise UsageError(
+                f"dataset {self.samples.name} has {len(self.samples)} samples; the cache is about "
+                "samples "
+                f"{self.spec.samples[0]} to {self.spec.samples[1] - 1}"
+            )
 
     def _temperature(self, asked: float | str | None) -> float:
         ragged = self.spec is not None and self.spec.rows == "ragged"
         name = check_temperature((1.0 if ragged else 2.0) if asked is None else asked)
-        stored = self.spec.temperatures if self.spec is not None and self.spec.kind == "topk" else (name,)
+        stored = (
+            self.spec.temperatures
+            if self.spec is not None and self.spec.kind == "topk"
+            else (name,)
+        )
         if self.reads_targets and name not in stored:
-            raise UsageError(f"temperature {name} was not stored in the cache; stored: {', '.join(stored)}; "
-                             f"take one of these, or dump again with --temperature {name}")
+            raise UsageError(
+                f"temperature {name} was not stored in the cache; stored: {', '.join(stored)}; "
+                f"take one of these, or dump again with --temperature {name}"
+            )
         return float(name)
 
     def _k(self, k: int | None) -> int | None:
@@ -448,29 +608,38 @@ class Loader:
             return k
         tiers = self.spec.tiers if self.spec.kind == "topk" else (self.spec.num_classes,)
         if k not in tiers:
-            raise UsageError(f"k is {k}, which is no tier of the cache; tiers: {', '.join(map(str, tiers))}")
+            raise UsageError(
+                f"k is {k}, which is no tier of the cache; tiers: {', '.join(map(str, tiers))}"
+            )
         return k
 
 
 def _by_labels(batch: Collated) -> str:
-    """The rows that labels speak of where no model is there to ask: of tokens with a label each, their next tokens if
-    the labels are the tokens themselves or unknown; else each record is one."""
-    if batch.ids_BL is None or (batch.labels is not None and batch.labels.shape != batch.ids_BL.shape):
+    """The rows that labels speak of where no model is there to ask: of tokens with a label each,
+    their next tokens if the labels are the tokens themselves or unknown; else each record is one.
+    """
+    if batch.ids_BL is None or (
+        batch.labels is not None and batch.labels.shape != batch.ids_BL.shape
+    ):
         return RECORD
     return POSITION if label_evidence(batch) in ("next", "other") else NEXT_TOKEN
 
 
 def cut_logits(logits_NV: Tensor, classes: int) -> Tensor:
-    """A live teacher's logits of the first so many classes. UsageError where it has fewer and, on the CPU, where one
-    beyond is the largest of a row: it is no padding then."""
+    """A live teacher's logits of the first so many classes. UsageError where it has fewer and, on
+    the CPU, where one beyond is the largest of a row: it is no padding then."""
     if logits_NV.shape[1] < classes:
-        raise UsageError(f"classes is {classes}, but the live teacher gives {logits_NV.shape[1]} logits")
+        raise UsageError(
+            f"classes is {classes}, but the live teacher gives {logits_NV.shape[1]} logits"
+        )
     kept_NV, rest_NV = logits_NV[:, :classes], logits_NV[:, classes:]
     if rest_NV.numel() and readable(rest_NV):
         wrong_N = rest_NV.amax(1) > kept_NV.amax(1)
         if bool(wrong_N.any()):
-            raise UsageError(f"classes is {classes}, but the live teacher's largest logit of row "
-                             f"{int(wrong_N.nonzero()[0])} of a batch is beyond: it is no padding")
+            raise UsageError(
+                f"classes is {classes}, but the live teacher's largest logit of row "
+                f"{int(wrong_N.nonzero()[0])} of a batch is beyond: it is no padding"
+            )
     return kept_NV
 
 
@@ -478,6 +647,7 @@ def as_cache(cache: Cache | str | Path | None) -> Cache | None:
     """An open cache; a path is opened."""
     from kdcache.cache.reader import Cache
     from kdcache.cache.reader import open as open_cache
+
     check_type("cache", cache, (Cache, str, Path, NoneType), "a path, or what kdcache.open gives")
     return open_cache(cache) if isinstance(cache, str | Path) else cache
 
@@ -487,19 +657,34 @@ def cached_preprocessing(cache: Cache | None) -> str:
     return "" if cache is None else str(cache.identity.data.get("preprocessing", ""))
 
 
-def as_samples(data: Any, args: Mapping[str, Any] | None = None, *, seed: int | None = 0, labels: bool = True,
-               prepared: Callable[[], str] | None = None) -> Samples | None:
-    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views; None takes any.
-    labels: False leaves its labels unread. prepared: as `load_data` takes it."""
+def as_samples(
+    data: Any,
+    args: Mapping[str, Any] | None = None,
+    *,
+    seed: int | None = 0,
+    labels: bool = True,
+    prepared: Callable[[], str] | None = None,
+) -> Samples | None:
+    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views;
+    None takes any. labels: False leaves its labels unread. prepared: as `load_data` takes it."""
     if isinstance(data, str):
         data = load_data(data, dict(args or {}), prepared)
     elif args:
-        raise UsageError("data arguments are given, but the data is an object, or there is none; they belong to a SPEC")
+        raise UsageError(
+            "data arguments are given, but the data is an object, or there is none; they belong to "
+            "a SPEC"
+        )
     if isinstance(data, Samples):
         if seed is not None and data.seed != seed:
-            raise UsageError(f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; "
-                             f"give Samples(dataset, seed={seed}), or the dataset itself")
-        return data if labels or not data.labels else Samples(data.dataset, seed=data.seed, labels=False)
+            raise UsageError(
+                f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; "
+                f"give Samples(dataset, seed={seed}), or the dataset itself"
+            )
+        return (
+            data
+            if labels or not data.labels
+            else Samples(data.dataset, seed=data.seed, labels=False)
+        )
     return None if data is None else Samples(data, seed=seed or 0, labels=labels)
 
 
@@ -507,8 +692,11 @@ def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
     check_integer("batch_size", batch_size)
     check_integer("micro_batch_size", micro, optional=True)
     if batch_size < 1 or (micro is not None and not 1 <= micro <= batch_size):
-        raise UsageError(f"batch size {batch_size}, micro-batch size {micro}; expected at least 1, and the micro-batch "
-                         "no larger than the batch")
+        raise UsageError(
+            f"batch size {batch_size}, micro-batch size {micro}; expected at least 1, and the "
+            "micro-batch "
+            "no larger than the batch"
+        )
     return batch_size, micro or batch_size
 
 
@@ -522,9 +710,11 @@ def _total(epochs: float | None, max_steps: int | None, num_samples: int, batch_
         if max_steps < 1:
             raise UsageError(f"max_steps is {max_steps}; expected at least 1")
         return max_steps * batch_size
-    if epochs is not None and not 0 < epochs * num_samples < 2**62:         # nor NaN
-        raise UsageError(f"epochs is {epochs}; expected a number of at least 1 / {num_samples}, the part of an "
-                         "epoch that one sample is")
+    if epochs is not None and not 0 < epochs * num_samples < 2**62:  # nor NaN
+        raise UsageError(
+            f"epochs is {epochs}; expected a number of at least 1 / {num_samples}, the part of an "
+            "epoch that one sample is"
+        )
     total = round((1 if epochs is None else epochs) * num_samples)
     if total < 1:
         raise UsageError(f"epochs is {epochs}; {num_samples} samples make less than one of it")

@@ -1,4 +1,6 @@
-"""A run's metrics: one JSON object a line, always; TensorBoard and Weights & Biases where asked for."""
+"""A run's metrics: one JSON object a line, always; TensorBoard and Weights & Biases where asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from kdcache.cache.store import Directory, explain
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError, near
 from kdcache.runs import METRICS as FILE
 
-LONGEST = 2**20             # bytes of a line
+LONGEST = 2**20  # bytes of a line
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 OnMetrics = Callable[[dict[str, Any]], object]
 Report = Callable[[int, Mapping[str, float]], None]
@@ -36,11 +38,20 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 class Metrics:
-    """Where the lines of a run go. Lines of steps after `step` are dropped first: they will be written again."""
+    """Where the lines of a run go. Lines of steps after `step` are dropped first: they will be
+    written again.
+    """
 
-    def __init__(self, folder: Path, *, step: int, report_to: Sequence[str] = (),
-                 options: Mapping[str, Any] | None = None, on_metrics: OnMetrics | None = None,
-                 standing: Callable[[], str] = str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int,
+        report_to: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        on_metrics: OnMetrics | None = None,
+        standing: Callable[[], str] = str,
+    ) -> None:
         self.path, self._standing = folder / FILE, standing
         for name in report_to:
             _check_folder(folder / name)
@@ -56,10 +67,15 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> None:
         """One line: `step` and numbers. What is not finite stands as null in the file."""
-        plain = {key: None if isinstance(v, float) and not abs(v) < float("inf") else v for key, v in line.items()}
+        plain = {
+            key: None if isinstance(v, float) and not abs(v) < float("inf") else v
+            for key, v in line.items()
+        }
         with explain(self.path, "writing metrics", self._standing):
             self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        numbers = {key: v for key, v in line.items() if isinstance(v, int | float) and key != "step"}
+        numbers = {
+            key: v for key, v in line.items() if isinstance(v, int | float) and key != "step"
+        }
         for name, report, _ in self._reports:
             with self._explained(name):
                 report(int(line["step"]), numbers)
@@ -73,17 +89,23 @@ class Metrics:
             os.fsync(self._file.fileno())
             try:
                 a, b = os.fstat(self._file.fileno()), os.stat(self.path, follow_symlinks=False)
-                # Inodes of some FUSE systems change; a copy is older than the line that was just written.
+                # Inodes of some FUSE systems change; a copy is older than the line that was just
+                # written.
                 ours = samestat(a, b) or (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
             except FileNotFoundError:
                 ours = False
         if not ours:
-            raise KDCacheError(f"{self.path} was moved, deleted or replaced while the run trained: its lines go to the "
-                               "file that was there; put that back and give the same command again, or name another "
-                               f"--out{self._standing()}")
+            raise KDCacheError(
+                f"{self.path} was moved, deleted or replaced while the run trained: its lines go "
+                "to the "
+                "file that was there; put that back and give the same command again, or name "
+                "another "
+                f"--out{self._standing()}"
+            )
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):      # what a checkpoint counts on is on disk; the rest will be written again
+        # what a checkpoint counts on is on disk; the rest will be written again
+        with contextlib.suppress(OSError):
             self._file.close()
         for name, _, close in self._reports:
             with self._explained(name):
@@ -95,7 +117,8 @@ class Metrics:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what is no line: one that a crash cut short, or a torn block.
+    """Drop the lines of steps after `step`, and what is no line: one that a crash cut short, or a
+    torn block.
 
     The file is a new one afterwards, be it empty, so that what is added to it stands nowhere else.
     """
@@ -128,7 +151,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _check_folder(path: Path) -> None:
     """CacheCorrupt where a reporter would write through a link."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-        raise CacheCorrupt(f"{path} is a link or no folder: what is reported would be written elsewhere; move it away")
+        raise CacheCorrupt(
+            f"{path} is a link or no folder: what is reported would be written elsewhere; move it "
+            "away"
+        )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -144,13 +170,21 @@ def _step(line: bytes) -> float:
     return step if type(step) is int else float("inf")
 
 
-def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
+def _tensorboard(
+    folder: Path, step: int, options: Mapping[str, Any]
+) -> tuple[Report, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
+
     before = threading.excepthook
 
     def quiet(args: threading.ExceptHookArgs) -> None:
-        """A thread of the writer fails over a full disk: `report` raises what it met, its traceback says no more."""
-        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+        """A thread of the writer fails over a full disk: `report` raises what it met, its traceback
+        says no more.
+        """
+        if not (
+            isinstance(args.exc_value, OSError)
+            and type(args.thread).__module__.startswith("tensorboard")
+        ):
             before(args)
 
     def report(at: int, values: Mapping[str, float]) -> None:
@@ -163,7 +197,8 @@ def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[R
         finally:
             threading.excepthook = before
 
-    threading.excepthook = quiet                # the thread of the writer writes as soon as it is there
+    # the thread of the writer writes as soon as it is there
+    threading.excepthook = quiet
     try:
         writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
     except BaseException:
@@ -172,12 +207,17 @@ def _tensorboard(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[R
     return report, close
 
 
-def _wandb(folder: Path, step: int, options: Mapping[str, Any]) -> tuple[Report, Callable[[], None]]:
+def _wandb(
+    folder: Path, step: int, options: Mapping[str, Any]
+) -> tuple[Report, Callable[[], None]]:
     wandb = importlib.import_module("wandb")
     run = wandb.init(project="kdcache", name=folder.name, dir=str(folder), config=dict(options))
     return lambda at, values: run.log(dict(values), step=at), run.finish
 
 
-REPORTERS: dict[str, Callable[[Path, int, Mapping[str, Any]], tuple[Report, Callable[[], None]]]] = {
-    "tensorboard": _tensorboard, "wandb": _wandb,
+REPORTERS: dict[
+    str, Callable[[Path, int, Mapping[str, Any]], tuple[Report, Callable[[], None]]]
+] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
 }

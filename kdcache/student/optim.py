@@ -33,28 +33,36 @@ def trainable(*modules: tuple[str, nn.Module]) -> Named:
                 seen.add(id(parameter))
                 out.append((prefix + name, parameter))
     if not out:
-        raise UsageError("the student has no parameter that requires a gradient; there is nothing to train")
+        raise UsageError(
+            "the student has no parameter that requires a gradient; there is nothing to train"
+        )
     return out
 
 
-def make_optimizer(name: str, parameters: Named, *, lr: float, weight_decay: float | None = None) -> Optimizer:
+def make_optimizer(
+    name: str, parameters: Named, *, lr: float, weight_decay: float | None = None
+) -> Optimizer:
     """adamw, adam (decay is part of the gradient) or sgd (momentum 0.9).
 
-    Parameters of one axis or none (biases, the scales of norms) are not decayed. weight_decay None: 0.01 for adamw,
-    else 0.
+    Parameters of one axis or none (biases, the scales of norms) are not decayed. weight_decay None:
+    0.01 for adamw, else 0.
     """
     if name not in OPTIMIZERS:
         raise UsageError(f"optimizer {name!r} is unknown{near(name, OPTIMIZERS)}")
     make, default = OPTIMIZERS[name]
     decay = default if weight_decay is None else weight_decay
-    groups = [{"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": decay},
-              {"params": [p for _, p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for _, p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return make([g for g in groups if g["params"]], lr=lr)
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Linear warm-up over `warmup` steps (a part of all steps if below 1), then half a cosine down to 0 at the end."""
+    """Linear warm-up over `warmup` steps (a part of all steps if below 1), then half a cosine down
+    to 0 at the end.
+    """
 
     lr: float
     total_steps: int
@@ -62,8 +70,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps <= self.total_steps:
-            raise UsageError(f"warmup is {self.warmup}; expected 0 to {self.total_steps}, the steps of the run, "
-                             "or a part of them below 1")
+            raise UsageError(
+                f"warmup is {self.warmup}; expected 0 to {self.total_steps}, the steps of the run, "
+                "or a part of them below 1"
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -84,21 +94,34 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def optimizer_tensors(optimizer: Optimizer, parameters: Named) -> dict[str, torch.Tensor]:
     """The state of an optimizer as tensors named `key/parameter`; all three keep nothing else."""
-    return {f"{key}/{name}": value for name, parameter in parameters
-            for key, value in optimizer.state.get(parameter, {}).items() if isinstance(value, torch.Tensor)}
+    return {
+        f"{key}/{name}": value
+        for name, parameter in parameters
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
-def restore_optimizer(optimizer: Optimizer, parameters: Named, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back, each on its parameter's device; Adam's count stays on the CPU."""
+def restore_optimizer(
+    optimizer: Optimizer, parameters: Named, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put the tensors of `optimizer_tensors` back, each on its parameter's device; Adam's count
+    stays on the CPU.
+    """
     by_name: dict[str, dict[str, Any]] = {}
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         by_name.setdefault(name, {})[key] = value
     for name, parameter in parameters:
         for key, value in by_name.pop(name, {}).items():
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device, parameter.dtype)
+            optimizer.state[parameter][key] = (
+                value if key == "step" else value.to(parameter.device, parameter.dtype)
+            )
     if by_name:
-        raise UsageError(f"the checkpoint has optimizer state for {_some(by_name)}, which the student does not train")
+        raise UsageError(
+            f"the checkpoint has optimizer state for {_some(by_name)}, which the student does not "
+            "train"
+        )
 
 
 def _some(names: Iterable[str]) -> str:

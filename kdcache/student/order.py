@@ -1,7 +1,9 @@
-"""Order `kd1`: which sample stands at a position, a pure function of (number of samples, seed, position).
+"""Order `kd1`: which sample stands at a position, a pure function of (number of samples, seed,
+position).
 
-The normative text is docs/order.md. Integer arithmetic only, no state: the state of a run is one position. Nothing
-here knows of shards, ranks, workers or batch sizes, so a run continues under another number of any of them.
+The normative text is docs/order.md. Integer arithmetic only, no state: the state of a run is one
+position. Nothing here knows of shards, ranks, workers or batch sizes, so a run continues under
+another number of any of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import numpy.typing as npt
 from kdcache.errors import UsageError
 
 NAME = "kd1"
-# Below 16 samples, 8 rounds leave pairs of neighbouring places detectably uneven over 40,000 epochs; 12 do not.
+# Below 16 samples, 8 rounds leave pairs of neighbouring places detectably uneven over 40,000
+# epochs; 12 do not.
 ROUNDS = 12
 MAX_SAMPLES = 2**48
 MAX_POSITION = 2**62
@@ -22,7 +25,8 @@ MAX_POSITION = 2**62
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
-# splitmix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): the step of its counter, and its finaliser below.
+# splitmix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195): the step of its counter, and
+# its finaliser below.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -44,23 +48,34 @@ class Order:
             raise UsageError(f"seed is {self.seed}; expected 0 to 2^64 - 1")
 
     def sample(self, positions: Int64s) -> tuple[Int64s, Int64s]:
-        """(epochs, sample indices), int64 like `positions`, which count through all epochs: epoch = position // n."""
+        """(epochs, sample indices), int64 like `positions`, which count through all epochs: epoch =
+        position // n.
+        """
         positions = np.asarray(positions, np.int64)
         if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < MAX_POSITION:
-            raise UsageError(f"positions {positions.min()} to {positions.max()}; expected 0 to 2^62 - 1")
+            raise UsageError(
+                f"positions {positions.min()} to {positions.max()}; expected 0 to 2^62 - 1"
+            )
         epochs, places = np.divmod(positions, np.int64(self.num_samples))
         if not self.shuffle:
             return epochs, places
         flat = places.astype(np.uint64).ravel(), epochs.astype(np.uint64).ravel()
-        return epochs, _permute(*flat, self.num_samples, self.seed).astype(np.int64).reshape(positions.shape)
+        return epochs, _permute(*flat, self.num_samples, self.seed).astype(np.int64).reshape(
+            positions.shape
+        )
 
     def batch(self, step: int, batch_size: int, stop: int | None = None) -> tuple[Int64s, Int64s]:
-        """`sample` of the positions [step * batch_size, (step + 1) * batch_size), cut at `stop`, the end of the run.
+        """`sample` of the positions [step * batch_size, (step + 1) * batch_size), cut at `stop`,
+        the end of the run.
 
-        A batch may hold the end of one epoch and the start of the next; only the last of a run is short.
+        A batch may hold the end of one epoch and the start of the next; only the last of a run is
+        short.
         """
         if step < 0 or batch_size < 1:
-            raise UsageError(f"batch {step} of size {batch_size}; expected a step of at least 0, a size of at least 1")
+            raise UsageError(
+                f"batch {step} of size {batch_size}; expected a step of at least 0, a size of at "
+                "least 1"
+            )
         start, end = step * batch_size, (step + 1) * batch_size
         if stop is not None:
             start, end = min(start, stop), min(end, stop)
@@ -68,8 +83,9 @@ class Order:
 
 
 def _permute(places: UInt64s, epochs: UInt64s, num_samples: int, seed: int) -> UInt64s:
-    """A permutation of [0, num_samples) per epoch: a Feistel network on the next even number of bits, walked until it
-    lands inside. The domain is less than 4 times as large, so a walk takes fewer than 4 steps on average."""
+    """A permutation of [0, num_samples) per epoch: a Feistel network on the next even number of
+    bits, walked until it lands inside. The domain is less than 4 times as large, so a walk takes
+    fewer than 4 steps on average."""
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     same_epoch = bool((epochs == epochs[:1]).all())
     keys = _round_keys(seed, epochs[:1] if same_epoch else epochs)
@@ -82,7 +98,9 @@ def _permute(places: UInt64s, epochs: UInt64s, num_samples: int, seed: int) -> U
 
 
 def _round_keys(seed: int, epochs: UInt64s) -> UInt64s:
-    """[ROUNDS, *epochs.shape]: splitmix64 started from the seed and the epoch. Arrays of uint64 wrap modulo 2^64."""
+    """[ROUNDS, *epochs.shape]: splitmix64 started from the seed and the epoch. Arrays of uint64
+    wrap modulo 2^64.
+    """
     state = _mix(_mix(np.array([seed], np.uint64) + _GOLDEN) ^ epochs)
     return _mix(state + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN)
 

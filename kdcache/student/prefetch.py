@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-POLL_SECONDS = 0.5              # how soon a signal is noticed while an item is waited for
+POLL_SECONDS = 0.5  # how soon a signal is noticed while an item is waited for
 
 
 class Prefetch(Generic[T]):
     """An iterator over `source` that a thread keeps up to `depth` items ahead.
 
-    What the source raises is raised here, after the items before it. `check` is called while an item is waited for;
-    what it raises ends the wait. `close()` stops the thread and waits for it; it is also called at the end, at an
-    error, and by leaving the `with` block.
+    What the source raises is raised here, after the items before it. `check` is called while an
+    item is waited for; what it raises ends the wait. `close()` stops the thread and waits for it;
+    it is also called at the end, at an error, and by leaving the `with` block.
     """
 
-    def __init__(self, source: Iterator[T], depth: int = 2, check: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, source: Iterator[T], depth: int = 2, check: Callable[[], object] | None = None
+    ) -> None:
         self._source, self._depth, self._check = source, depth, check
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
@@ -68,7 +70,7 @@ class Prefetch(Generic[T]):
                         return
                     self._items.append(item)
                     self._changed.notify_all()
-        except BaseException as e:                  # the thread's owner raises it, whatever it is
+        except BaseException as e:  # the thread's owner raises it, whatever it is
             self._error = e
         finally:
             with self._changed:

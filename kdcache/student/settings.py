@@ -21,8 +21,9 @@ from kdcache.student.match import Match, parse_match
 from kdcache.student.request import check_loss_names
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ALPHA = 0.5             # the weight of the soft loss where there are labels beside it
-BEST_BY = {"eval_loss": -1, "eval_perplexity": -1, "eval_accuracy": 1, "eval_accuracy_top5": 1}     # sign of better
+ALPHA = 0.5  # the weight of the soft loss where there are labels beside it
+# sign of better
+BEST_BY = {"eval_loss": -1, "eval_perplexity": -1, "eval_accuracy": 1, "eval_accuracy_top5": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,7 @@ class Settings:
     temperature: float | None
     k: int | None
     classes: int | None
-    alpha: float | None             # None: as `default_weights` says
+    alpha: float | None  # None: as `default_weights` says
     ce_weight: float | None
     kd_weight: float | None
     divergence: str
@@ -64,7 +65,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for field in dataclasses.fields(self):          # numpy's scalars, which have arithmetic of their own
+        # numpy's scalars, which have arithmetic of their own
+        for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), np.generic):
                 object.__setattr__(self, field.name, value.item())
         if (self.epochs is None) == (self.max_steps is None):
@@ -75,13 +77,18 @@ class Settings:
             _named("best_by", self.best_by, BEST_BY)
         check_loss_names(self.divergence, self.tail, self.beta)
         if self.tail == "sampled":
-            raise NotBuilt("tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not built yet; "
-                           "use tail 'bucket'")
+            raise NotBuilt(
+                "tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not "
+                "built yet; "
+                "use tail 'bucket'"
+            )
         check_engine(self.engine, torch.device(self.device))
         if self.logits_memory is not None:
             memory_size(self.logits_memory)
         if self.precision == "float16" and torch.device(self.device).type == "cpu":
-            raise UsageError("precision float16 is not available on the CPU; use bfloat16 or float32")
+            raise UsageError(
+                "precision float16 is not available on the CPU; use bfloat16 or float32"
+            )
         for name in ("lr", "weight_decay", "warmup", "clip"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -93,19 +100,35 @@ class Settings:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}; expected 0 <= seed < 2^63")
         if (self.ce_weight is None) != (self.kd_weight is None):
-            raise UsageError(f"ce_weight is {self.ce_weight} and kd_weight is {self.kd_weight}; give both, or neither "
-                             "and alpha")
+            raise UsageError(
+                f"ce_weight is {self.ce_weight} and kd_weight is {self.kd_weight}; give both, or "
+                "neither "
+                "and alpha"
+            )
         weights = self.weight_ce, self.weight_kd
-        if not (self.alpha is None or 0 <= self.alpha <= 1) or not all(0 <= weight < math.inf for weight in weights):
-            raise UsageError(f"alpha is {self.alpha}, ce_weight {self.ce_weight}, kd_weight {self.kd_weight}; expected "
-                             "alpha from 0 to 1 and weights of at least 0")
+        if not (self.alpha is None or 0 <= self.alpha <= 1) or not all(
+            0 <= weight < math.inf for weight in weights
+        ):
+            raise UsageError(
+                f"alpha is {self.alpha}, ce_weight {self.ce_weight}, kd_weight {self.kd_weight}; "
+                "expected "
+                "alpha from 0 to 1 and weights of at least 0"
+            )
         if not (self.weight_ce or self.weight_kd or self.match):
             raise UsageError("every weight of the loss is 0; there is nothing to learn from")
 
     def _check_types(self) -> None:
         for name in ("lr", "warmup", "clip"):
             check_number(name, getattr(self, name))
-        for name in ("alpha", "temperature", "ce_weight", "kd_weight", "beta", "epochs", "weight_decay"):
+        for name in (
+            "alpha",
+            "temperature",
+            "ce_weight",
+            "kd_weight",
+            "beta",
+            "epochs",
+            "weight_decay",
+        ):
             check_number(name, getattr(self, name), optional=True)
         for name in ("batch_size", "seed"):
             check_integer(name, getattr(self, name))
@@ -119,11 +142,19 @@ class Settings:
 
     @property
     def weight_ce(self) -> float:
-        return 1 - (ALPHA if self.alpha is None else self.alpha) if self.ce_weight is None else self.ce_weight
+        return (
+            1 - (ALPHA if self.alpha is None else self.alpha)
+            if self.ce_weight is None
+            else self.ce_weight
+        )
 
     @property
     def weight_kd(self) -> float:
-        return (ALPHA if self.alpha is None else self.alpha) if self.kd_weight is None else self.kd_weight
+        return (
+            (ALPHA if self.alpha is None else self.alpha)
+            if self.kd_weight is None
+            else self.kd_weight
+        )
 
     @property
     def matches(self) -> list[Match]:
@@ -132,8 +163,11 @@ class Settings:
     def table(self) -> dict[str, Any]:
         """Flag name -> value, without what is left at None: the options as run.toml holds them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-                for name, value in values.items() if value is not None}
+        return {
+            name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
 
 
 def texts(values: Sequence[Any]) -> tuple[str, ...]:

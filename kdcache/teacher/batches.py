@@ -20,7 +20,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.workers import by_workers
 from kdcache.errors import DataError
 
-UNKNOWN = -1                    # the label of a row without one, in a cache
+UNKNOWN = -1  # the label of a row without one, in a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,9 @@ class Span:
 class BatchRows:
     """The rows of a batch, which the spec calls `one` per record or `ragged`.
 
-    mask_BL bool and pos int64 [N] of ragged rows, else None; offsets int64 [B + 1]; labels int64 [N, J], -1 unknown;
-    label_weight float32 [N, J]; None where there are none. pos counts from a record's first real position.
+    mask_BL bool and pos int64 [N] of ragged rows, else None; offsets int64 [B + 1]; labels int64
+    [N, J], -1 unknown; label_weight float32 [N, J]; None where there are none. pos counts from a
+    record's first real position.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -79,20 +80,37 @@ class SpanBatch:
         return read(self.samples, span.view, range(span.start, span.stop))
 
 
-def batches(samples: Samples, wanted: Sequence[Span], workers: int,
-            check: Callable[[], object] | None = None) -> Generator[tuple[Span, Collated], None, None]:
-    """(span, batch) in order. Worker processes start with the first `next()`; `check` is called while they are waited
-    for, and what it raises ends the wait."""
+def batches(
+    samples: Samples,
+    wanted: Sequence[Span],
+    workers: int,
+    check: Callable[[], object] | None = None,
+) -> Generator[tuple[Span, Collated], None, None]:
+    """(span, batch) in order. Worker processes start with the first `next()`; `check` is called
+    while they are waited for, and what it raises ends the wait."""
     make = SpanBatch(samples)
-    source: Any = by_workers(make, lambda: wanted, workers, check) if workers else (make(span) for span in wanted)
+    source: Any = (
+        by_workers(make, lambda: wanted, workers, check)
+        if workers
+        else (make(span) for span in wanted)
+    )
     with closing(source):
         yield from zip(wanted, source, strict=True)
 
 
-def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None, convention: str) -> BatchRows:
-    """The rows of a batch whose model gave logits of that shape. DataError when labels do not fit them."""
-    selection = select_rows(batch, logits_shape, convention, None if row_mask is None else row_mask.cpu(),
-                            logits_shape[-1])
+def rows_of(
+    batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None, convention: str
+) -> BatchRows:
+    """The rows of a batch whose model gave logits of that shape. DataError when labels do not fit
+    them.
+    """
+    selection = select_rows(
+        batch,
+        logits_shape,
+        convention,
+        None if row_mask is None else row_mask.cpu(),
+        logits_shape[-1],
+    )
     if selection is None:
         labels, weight = record_labels(batch.labels, batch.label_weight, logits_shape[-1])
         if labels is not None:
@@ -103,13 +121,21 @@ def rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | N
     if convention == NEXT_TOKEN or batch.labels is not None:
         labels = torch.where(selection.labels_N == IGNORED, UNKNOWN, selection.labels_N)[:, None]
     weight = selection.weights_N
-    return BatchRows(offsets, selection.mask_BL, selection.positions_N, labels,
-                     None if weight is None or labels is None else weight[:, None])
+    return BatchRows(
+        offsets,
+        selection.mask_BL,
+        selection.positions_N,
+        labels,
+        None if weight is None or labels is None else weight[:, None],
+    )
 
 
-def cached_rows_of(batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None,
-                   spec: CacheSpec) -> BatchRows:
-    """The rows of a batch that a cache keeps; of one that keeps features alone, a nameless one for each record."""
+def cached_rows_of(
+    batch: Collated, logits_shape: tuple[int, ...], row_mask: Tensor | None, spec: CacheSpec
+) -> BatchRows:
+    """The rows of a batch that a cache keeps; of one that keeps features alone, a nameless one for
+    each record.
+    """
     if spec.kind == "none" and spec.rows == "one":
         return BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, None, None)
     return rows_of(batch, logits_shape, row_mask, spec.convention)
@@ -120,9 +146,13 @@ def check_labels(labels: Tensor, num_classes: int, name_row: Callable[[int], str
     bad = (labels >= num_classes) | (labels < UNKNOWN)
     if bool(bad.any()):
         row, j = bad.nonzero()[0].tolist()
-        raise DataError(f"{name_row(row)}: its label is {int(labels[row, j])}; the teacher has {num_classes} classes: "
-                        f"expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown (are they counted "
-                        "from 1, or those of another set of classes? --no-labels leaves them out)")
+        raise DataError(
+            f"{name_row(row)}: its label is {int(labels[row, j])}; the teacher has {num_classes} "
+            "classes: "
+            f"expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown (are they "
+            "counted "
+            "from 1, or those of another set of classes? --no-labels leaves them out)"
+        )
 
 
 def row_namer(span_view: int, sample_ids: Sequence[int], rows: BatchRows) -> Callable[[int], str]:

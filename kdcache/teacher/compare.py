@@ -1,4 +1,6 @@
-"""What the cache says of a record beside what the teacher says of it now: the same numbers from both."""
+"""What the cache says of a record beside what the teacher says of it now: the same numbers from
+both.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,23 @@ from kdcache.teacher.batches import cached_rows_of, read
 from kdcache.teacher.features import Taps, requests_of
 from kdcache.topk import tail_lse
 
-HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}      # of a value's size, when rounded to nearest
-LEAST_FLOAT16 = 2.0**-25        # half the smallest float16
-LEAST_BFLOAT16 = 2.0**-134      # half the smallest bfloat16
-LEAST_UINT8 = 2.0**-141         # 254 codes of a step that float32 can only hold to half of its smallest, 2^-149
+# of a value's size, when rounded to nearest
+HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+LEAST_FLOAT16 = 2.0**-25  # half the smallest float16
+LEAST_BFLOAT16 = 2.0**-134  # half the smallest bfloat16
+# 254 codes of a step that float32 can only hold to half of its smallest, 2^-149
+LEAST_UINT8 = 2.0**-141
 
 
 @dataclass(frozen=True, slots=True)
 class Saying:
-    """What is said of one record: part -> float64 values, and for the cached one the most that rounding moved each.
+    """What is said of one record: part -> float64 values, and for the cached one the most that
+    rounding moved each.
 
-    Parts: "logits" [N, K] relative to the row's maximum, "tails" [N, T], and one for each feature. `ids` int64 [N, K]
-    or None (all). `size` is the largest |value| before it was taken relative, `eps` of the dtype of the logits, `unit`
-    the coarsest on the way to them. `bad` says what is not finite in it; nothing can be told from its numbers then.
+    Parts: "logits" [N, K] relative to the row's maximum, "tails" [N, T], and one for each feature.
+    `ids` int64 [N, K] or None (all). `size` is the largest |value| before it was taken relative,
+    `eps` of the dtype of the logits, `unit` the coarsest on the way to them. `bad` says what is not
+    finite in it; nothing can be told from its numbers then.
     """
 
     parts: dict[str, Array]
@@ -74,7 +80,9 @@ def _rounding(spec: CacheSpec, relative: Array, size: Array, columns: Mapping[st
     depth = np.where(np.isfinite(relative), np.abs(relative), 0)
     if spec.values == "uint8":
         # half a step, and what float32 rounds of code * step
-        half: Array = np.asarray(columns["step"], np.float64)[:, None] / 2 + depth * 2.0**-23 + LEAST_UINT8
+        half: Array = (
+            np.asarray(columns["step"], np.float64)[:, None] / 2 + depth * 2.0**-23 + LEAST_UINT8
+        )
         return half
     finite = np.where(np.isfinite(size), size, 0)
     moved: Array = (finite + finite.max(axis=1, keepdims=True)) * HALF_UNIT[spec.values]
@@ -96,9 +104,17 @@ def _feature_rounding(feature: FeatureSpec, value: Array, columns: Mapping[str, 
 
 
 @torch.inference_mode()
-def live_sayings(module: torch.nn.Module, samples: Samples, spec: CacheSpec, said: Mapping[int, Saying], group: int,
-                 device: torch.device) -> dict[int, Saying]:
-    """What the teacher says now of the records of `said`, in forward passes of up to `group` records of one view."""
+def live_sayings(
+    module: torch.nn.Module,
+    samples: Samples,
+    spec: CacheSpec,
+    said: Mapping[int, Saying],
+    group: int,
+    device: torch.device,
+) -> dict[int, Saying]:
+    """What the teacher says now of the records of `said`, in forward passes of up to `group`
+    records of one view.
+    """
     out = {}
     with Taps(module, requests_of(spec.features), by_row=spec.rows == "ragged") as taps:
         for view, records in _groups(spec, said, group):
@@ -110,13 +126,21 @@ def live_sayings(module: torch.nn.Module, samples: Samples, spec: CacheSpec, sai
                 output = forward(module, inputs)
             rows = cached_rows_of(batch, tuple(output.logits.shape), output.row_mask, spec)
             features = taps.take(rows.mask_BL)
-            logits = output.logits if rows.mask_BL is None else output.logits[rows.mask_BL.to(device)]
+            logits = (
+                output.logits if rows.mask_BL is None else output.logits[rows.mask_BL.to(device)]
+            )
             for b, record in enumerate(records):
                 at = slice(int(rows.offsets[b]), int(rows.offsets[b + 1]))
-                own = {f.name: features[f.name][at] if f.level == "row" else features[f.name][b : b + 1]
-                       for f in spec.features}
-                out[record] = replace(_live(spec, said[record], logits[at], own, record),
-                                      unit=unit(module, logits.dtype, device))
+                own = {
+                    f.name: features[f.name][at]
+                    if f.level == "row"
+                    else features[f.name][b : b + 1]
+                    for f in spec.features
+                }
+                out[record] = replace(
+                    _live(spec, said[record], logits[at], own, record),
+                    unit=unit(module, logits.dtype, device),
+                )
     return out
 
 
@@ -129,20 +153,34 @@ def _groups(spec: CacheSpec, records: Iterable[int], group: int) -> Iterable[tup
             yield view, members[start : start + group]
 
 
-def _live(spec: CacheSpec, said: Saying, logits_NV: torch.Tensor, features: dict[str, torch.Tensor],
-          record: int) -> Saying:
+def _live(
+    spec: CacheSpec,
+    said: Saying,
+    logits_NV: torch.Tensor,
+    features: dict[str, torch.Tensor],
+    record: int,
+) -> Saying:
     parts: dict[str, Array] = {name: x.double().cpu().numpy() for name, x in features.items()}
-    bad = [f"has a NaN or an infinity in feature {name}" for name, x in parts.items() if not np.isfinite(x).all()]
+    bad = [
+        f"has a NaN or an infinity in feature {name}"
+        for name, x in parts.items()
+        if not np.isfinite(x).all()
+    ]
     size = max((float(np.abs(x).max(initial=0)) for x in parts.values()), default=0.0)
     if spec.kind != "none":
         rows = len(said.parts["logits"])
         if len(logits_NV) != rows or logits_NV.shape[1] < spec.num_classes:
-            raise DataError(f"record {record}: the teacher gives {list(logits_NV.shape)} rows and logits; the cache "
-                            f"has {rows} rows of {spec.num_classes} classes")
+            raise DataError(
+                f"record {record}: the teacher gives {list(logits_NV.shape)} rows and logits; the "
+                "cache "
+                f"has {rows} rows of {spec.num_classes} classes"
+            )
         wide_NV = logits_NV[:, : spec.num_classes].float()
         bad += _not_finite(wide_NV)
         max_N = wide_NV.amax(-1)
-        size = max(size, float(wide_NV.abs().masked_fill(wide_NV == -torch.inf, 0).amax()) if rows else 0.0)
+        size = max(
+            size, float(wide_NV.abs().masked_fill(wide_NV == -torch.inf, 0).amax()) if rows else 0.0
+        )
         kept_NK = wide_NV
         if said.ids is not None and said.kept is not None:
             ids_NK = torch.from_numpy(said.ids).to(wide_NV.device)
@@ -153,9 +191,13 @@ def _live(spec: CacheSpec, said: Saying, logits_NV: torch.Tensor, features: dict
         parts["logits"] = (kept_NK - max_N[:, None]).double().cpu().numpy()
     for name, x in parts.items():
         if x.shape != said.parts[name].shape:
-            raise DataError(f"record {record}: the teacher's {name} are {list(x.shape)}; the cache has "
-                            f"{list(said.parts[name].shape)}")
-    return Saying(parts, {}, size=size, eps=float(torch.finfo(logits_NV.dtype).eps), bad=" and ".join(bad))
+            raise DataError(
+                f"record {record}: the teacher's {name} are {list(x.shape)}; the cache has "
+                f"{list(said.parts[name].shape)}"
+            )
+    return Saying(
+        parts, {}, size=size, eps=float(torch.finfo(logits_NV.dtype).eps), bad=" and ".join(bad)
+    )
 
 
 def _not_finite(logits_NV: torch.Tensor) -> list[str]:
@@ -163,13 +205,18 @@ def _not_finite(logits_NV: torch.Tensor) -> list[str]:
     if not len(logits_NV):
         return []
     largest_N = logits_NV.amax(-1)
-    found = {"a NaN logit": logits_NV.isnan(), "a logit of +inf": logits_NV == torch.inf,
-             "a row of nothing but -inf": largest_N == -torch.inf}
+    found = {
+        "a NaN logit": logits_NV.isnan(),
+        "a logit of +inf": logits_NV == torch.inf,
+        "a row of nothing but -inf": largest_N == -torch.inf,
+    }
     return [f"has {what}" for what, where in found.items() if bool(where.any())]
 
 
 def gaps(said: Saying, live: Saying) -> dict[str, tuple[float, float]]:
-    """Part -> (largest difference beyond the codec's rounding, size of the values); inf where one is infinite."""
+    """Part -> (largest difference beyond the codec's rounding, size of the values); inf where one
+    is infinite.
+    """
     out = {}
     for name, cached in said.parts.items():
         apart = _apart(cached, live.parts[name], said.rounding[name])
@@ -181,8 +228,8 @@ def gaps(said: Saying, live: Saying) -> dict[str, tuple[float, float]]:
 
 
 def _size(name: str, values: Array, live: Saying) -> float:
-    """How large the numbers are that a part was computed from. Tails are about log V where the logits are near 0, and
-    rounded as numbers of that size."""
+    """How large the numbers are that a part was computed from. Tails are about log V where the
+    logits are near 0, and rounded as numbers of that size."""
     own = float(np.abs(values[np.isfinite(values)]).max(initial=0)) if name == "tails" else 0.0
     return max(live.size, own)
 

@@ -1,4 +1,5 @@
-"""The torch engine of the reduction: what is kept of rows of logits, in chunks that bound memory and change no bit.
+"""The torch engine of the reduction: what is kept of rows of logits, in chunks that bound memory
+and change no bit.
 
 Every result is a function of its row alone.
 """
@@ -14,14 +15,15 @@ from torch import Tensor
 from kdcache.cache.spec import CacheSpec
 from kdcache.topk import exact_topk, row_chunk, tail_lse
 
-CHUNK_ELEMENTS = 2**24          # logits worked on at a time: 64 MiB as float32, about 256 MiB with all temporaries
+# logits worked on at a time: 64 MiB as float32, about 256 MiB with all temporaries
+CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(slots=True)
 class Reduced:
-    """What is kept of N rows. ids int64 [N, K]; logits float32 [N, K], or [N, V] in id order for kind full;
-    tail_lse float32 [N, tiers, T]; label_logit float32 [N, J]; mean, std float32 [N]; top int64 [N], the id of a
-    largest logit. None for what the spec does not store.
+    """What is kept of N rows. ids int64 [N, K]; logits float32 [N, K], or [N, V] in id order for
+    kind full; tail_lse float32 [N, tiers, T]; label_logit float32 [N, J]; mean, std float32 [N];
+    top int64 [N], the id of a largest logit. None for what the spec does not store.
     """
 
     logits: Tensor
@@ -33,9 +35,15 @@ class Reduced:
     std: Tensor | None = None
 
 
-def torch_rows(logits_MV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec, index_N: Tensor | None,
-               chunk_rows: int | None) -> Reduced:
-    """What a spec keeps of rows of logits [M, V], all on one device; index_N picks N of them, each once.
+def torch_rows(
+    logits_MV: Tensor,
+    labels_NJ: Tensor | None,
+    spec: CacheSpec,
+    index_N: Tensor | None,
+    chunk_rows: int | None,
+) -> Reduced:
+    """What a spec keeps of rows of logits [M, V], all on one device; index_N picks N of them, each
+    once.
 
     For kind topk no row has NaN. `chunk_rows` instead of what CHUNK_ELEMENTS allows.
     """
@@ -63,17 +71,26 @@ def _reduce_chunk(logits_NV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec) 
     temperatures = [float(t) for t in spec.temperatures]
     label_logit_NJ = None
     if labels_NJ is not None:
-        label_logit_NJ = logits_NV.gather(1, labels_NJ.clamp(min=0)).float().masked_fill(labels_NJ < 0, -torch.inf)
+        label_logit_NJ = (
+            logits_NV.gather(1, labels_NJ.clamp(min=0))
+            .float()
+            .masked_fill(labels_NJ < 0, -torch.inf)
+        )
     tails = []
     for k in spec.tiers:
-        excluded_NE = ids_NK[:, :k] if labels_NJ is None else torch.cat([ids_NK[:, :k], labels_NJ], 1)
+        excluded_NE = (
+            ids_NK[:, :k] if labels_NJ is None else torch.cat([ids_NK[:, :k], labels_NJ], 1)
+        )
         tails.append(tail_lse(logits_NV, excluded_NE, max_N, temperatures))
-    return Reduced(kept_NK, ids_NK[:, 0], ids_NK, torch.stack(tails, 1), label_logit_NJ, mean_N, std_N)
+    return Reduced(
+        kept_NK, ids_NK[:, 0], ids_NK, torch.stack(tails, 1), label_logit_NJ, mean_N, std_N
+    )
 
 
 def _moments(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Population mean and standard deviation of the finite logits of each row, summed in float64."""
-    # A lone row's sum is split over threads, two rows' are not: the bits of a row must not depend on its chunk.
+    # A lone row's sum is split over threads, two rows' are not: the bits of a row must not depend
+    # on its chunk.
     x_NV = logits_NV.double() if len(logits_NV) != 1 else logits_NV.double().repeat(2, 1)
     finite_NV = x_NV.isfinite()
     count_N = finite_NV.sum(-1)

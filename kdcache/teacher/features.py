@@ -26,7 +26,9 @@ FORM = "MODULE[:RECIPE[:DTYPE]]"
 
 @dataclass(frozen=True, slots=True)
 class FeatureRequest:
-    """A feature as it is asked for: module path, recipe, dtype. `name` is what its column is called after."""
+    """A feature as it is asked for: module path, recipe, dtype. `name` is what its column is called
+    after.
+    """
 
     module: str
     recipe: str = "raw"
@@ -39,32 +41,49 @@ class FeatureRequest:
 
 
 def parse_feature(text: str) -> FeatureRequest:
-    """`MODULE[:RECIPE[:DTYPE]]`, recipe raw and dtype float16 unless given. UsageError names what is unknown."""
+    """`MODULE[:RECIPE[:DTYPE]]`, recipe raw and dtype float16 unless given. UsageError names what
+    is unknown.
+    """
     module, *rest = text.split(":")
     if not module or len(rest) > 2 or not all(rest):
         raise UsageError(f"--feature {text!r}: expected {FORM}")
     request = FeatureRequest(module, *rest)
     if request.recipe == "gram":
-        raise NotBuilt(f"--feature {text}: recipe 'gram' is not built yet; this version has {', '.join(RECIPES)}")
+        raise NotBuilt(
+            f"--feature {text}: recipe 'gram' is not built yet; this version has "
+            f"{', '.join(RECIPES)}"
+        )
     if request.recipe not in RECIPES:
-        raise UsageError(f"--feature {text}: recipe {request.recipe!r} is unknown{near(request.recipe, RECIPES)}")
+        raise UsageError(
+            f"--feature {text}: recipe {request.recipe!r} is unknown{near(request.recipe, RECIPES)}"
+        )
     if request.dtype not in FEATURE_DTYPES:
-        raise UsageError(f"--feature {text}: dtype {request.dtype!r} is unknown{near(request.dtype, FEATURE_DTYPES)}")
+        raise UsageError(
+            f"--feature {text}: dtype {request.dtype!r} is "
+            f"unknown{near(request.dtype, FEATURE_DTYPES)}"
+        )
     return request
 
 
 def parse_features(texts: Sequence[str]) -> tuple[FeatureRequest, ...]:
     """All of them; UsageError when two would have one name."""
     requests = tuple(parse_feature(text) for text in texts)
-    name, count = Counter(request.name for request in requests).most_common(1)[0] if requests else ("", 0)
+    name, count = (
+        Counter(request.name for request in requests).most_common(1)[0] if requests else ("", 0)
+    )
     if count > 1:
-        raise UsageError(f"--feature: {count} features would be called {name!r}; give each module and recipe once")
+        raise UsageError(
+            f"--feature: {count} features would be called {name!r}; give each module and recipe "
+            "once"
+        )
     return requests
 
 
 def requests_of(features: Iterable[FeatureSpec]) -> tuple[FeatureRequest, ...]:
     """The requests that a spec's features came from."""
-    return tuple(FeatureRequest(feature.module, feature.recipe, feature.dtype) for feature in features)
+    return tuple(
+        FeatureRequest(feature.module, feature.recipe, feature.dtype) for feature in features
+    )
 
 
 @dataclass
@@ -89,8 +108,12 @@ class Taps:
             self._handles.append(module.register_forward_hook(self._hook(request)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         while self._handles:
             self._handles.pop().remove()
 
@@ -99,17 +122,24 @@ class Taps:
         self._real, self._taken = real, {}
 
     def take(self, rows_BL: Tensor | None = None) -> dict[str, Tensor]:
-        """Name -> float32 activation [B, *shape]; with `rows_BL` (bool, on the CPU) `raw` is kept of its positions,
-        [N, *shape]."""
+        """Name -> float32 activation [B, *shape]; with `rows_BL` (bool, on the CPU) `raw` is kept
+        of its positions, [N, *shape]."""
         out = {}
         for request in self.requests:
             if request.name not in self._taken:
-                raise UsageError(f"feature {request.name}: module {request.module!r} did not run in a forward pass")
+                raise UsageError(
+                    f"feature {request.name}: module {request.module!r} did not run in a forward "
+                    "pass"
+                )
             activation = self._taken[request.name]
             if request.recipe == "raw" and rows_BL is not None:
                 if activation.shape[:2] != rows_BL.shape:
-                    raise UsageError(f"feature {request.name}: the activation is {list(activation.shape)}; recipe "
-                                     f"'raw' keeps the rows of {list(rows_BL.shape)} positions; use another recipe")
+                    raise UsageError(
+                        f"feature {request.name}: the activation is {list(activation.shape)}; "
+                        "recipe "
+                        f"'raw' keeps the rows of {list(rows_BL.shape)} positions; use another "
+                        "recipe"
+                    )
                 # By index: by a mask of its own device, its length would be waited for.
                 record_N, position_N = send(rows_BL.nonzero().T.contiguous(), activation.device)
                 activation = activation[record_N, position_N]
@@ -120,11 +150,16 @@ class Taps:
     def _hook(self, request: FeatureRequest) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if request.name in self._taken:
-                raise UsageError(f"feature {request.name}: module {request.module!r} runs more than once in a forward "
-                                 "pass; name a module that runs once")
+                raise UsageError(
+                    f"feature {request.name}: module {request.module!r} runs more than once in a "
+                    "forward "
+                    "pass; name a module that runs once"
+                )
             try:
                 activation = _tensor(output)
-                kept = reduce_activation(request.recipe, activation, self._real, request.module, by_row=self.by_row)
+                kept = reduce_activation(
+                    request.recipe, activation, self._real, request.module, by_row=self.by_row
+                )
             except UsageError as e:
                 raise UsageError(f"feature {request.name} of module {request.module!r}: {e}") from e
             # A later in-place operation (ReLU after a norm) would write into what is only a view.
@@ -134,12 +169,23 @@ class Taps:
         return keep
 
 
-def feature_specs(requests: Sequence[FeatureRequest], probed: Mapping[str, Tensor],
-                  ragged: bool) -> tuple[FeatureSpec, ...]:
-    """The features with the shapes that a probe batch had; `raw` of ragged rows is kept at level `row`."""
-    return tuple(FeatureSpec(name=r.name, module=r.module, recipe=r.recipe, dtype=r.dtype,
-                             shape=tuple(probed[r.name].shape[1:]),
-                             level="row" if ragged and r.recipe == "raw" else ROOT) for r in requests)
+def feature_specs(
+    requests: Sequence[FeatureRequest], probed: Mapping[str, Tensor], ragged: bool
+) -> tuple[FeatureSpec, ...]:
+    """The features with the shapes that a probe batch had; `raw` of ragged rows is kept at level
+    `row`.
+    """
+    return tuple(
+        FeatureSpec(
+            name=r.name,
+            module=r.module,
+            recipe=r.recipe,
+            dtype=r.dtype,
+            shape=tuple(probed[r.name].shape[1:]),
+            level="row" if ragged and r.recipe == "raw" else ROOT,
+        )
+        for r in requests
+    )
 
 
 def check_shapes(features: Sequence[FeatureSpec], taken: Mapping[str, Tensor], where: str) -> None:
@@ -147,12 +193,18 @@ def check_shapes(features: Sequence[FeatureSpec], taken: Mapping[str, Tensor], w
     for feature in features:
         shape = tuple(taken[feature.name].shape[1:])
         if shape != feature.shape:
-            raise DataError(f"{where}: feature {feature.name} has the shape {list(shape)}, the first samples gave "
-                            f"{list(feature.shape)}; a feature has one shape: use recipe 'pool', 'last' or 'cls'")
+            raise DataError(
+                f"{where}: feature {feature.name} has the shape {list(shape)}, the first samples "
+                "gave "
+                f"{list(feature.shape)}; a feature has one shape: use recipe 'pool', 'last' or "
+                "'cls'"
+            )
 
 
 def _tensor(output: Any) -> Tensor:
-    """The activation in what a module returned: a tensor, or the first one of a tuple or of a Hugging Face output."""
+    """The activation in what a module returned: a tensor, or the first one of a tuple or of a
+    Hugging Face output.
+    """
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, tuple | list) and output:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from kdcache.streams import Forgiving
 
-SECONDS_BETWEEN = 60.0          # without a terminal
+SECONDS_BETWEEN = 60.0  # without a terminal
 REFRESHES_A_SECOND = 5.0
 
 
@@ -18,8 +18,9 @@ REFRESHES_A_SECOND = 5.0
 class Progress:
     """A moment of a dump, of this process alone.
 
-    `records` of `total` are done after `seconds`; `bytes` were encoded. covered_mass and truncation_kl are means over
-    the rows so far, by temperature, for the largest k; accuracy is the teacher's on the labels, None without any.
+    `records` of `total` are done after `seconds`; `bytes` were encoded. covered_mass and
+    truncation_kl are means over the rows so far, by temperature, for the largest k; accuracy is the
+    teacher's on the labels, None without any.
     """
 
     records: int
@@ -37,24 +38,36 @@ class Progress:
     @property
     def eta_seconds(self) -> float | None:
         """Seconds to go, None before the first record."""
-        return (self.total - self.records) / self.records_per_second if self.records_per_second else None
+        return (
+            (self.total - self.records) / self.records_per_second
+            if self.records_per_second
+            else None
+        )
 
     def __str__(self) -> str:
         percent = 100 * self.records / max(self.total, 1)
-        parts = [f"{self.records}/{self.total} records ({percent:.0f} %)", f"{self.records_per_second:.0f}/s",
-                 f"{readable_bytes(self.bytes)}"]
+        parts = [
+            f"{self.records}/{self.total} records ({percent:.0f} %)",
+            f"{self.records_per_second:.0f}/s",
+            f"{readable_bytes(self.bytes)}",
+        ]
         if self.eta_seconds is not None and self.records < self.total:
             parts.insert(2, f"{readable_seconds(self.eta_seconds)} to go")
         if self.covered_mass:
-            parts.append("covered " + ", ".join(f"{m:.4f} at T={t}" for t, m in self.covered_mass.items()))
-            parts.append("truncation KL " + ", ".join(f"{kl:.2g}" for kl in self.truncation_kl.values()))
+            parts.append(
+                "covered " + ", ".join(f"{m:.4f} at T={t}" for t, m in self.covered_mass.items())
+            )
+            parts.append(
+                "truncation KL " + ", ".join(f"{kl:.2g}" for kl in self.truncation_kl.values())
+            )
         if self.accuracy is not None:
             parts.append(f"accuracy {self.accuracy:.4f}")
         return " · ".join(parts)
 
 
 class StderrProgress:
-    """A callback for `progress=`: a line that is rewritten on a terminal, a line a minute elsewhere.
+    """A callback for `progress=`: a line that is rewritten on a terminal, a line a minute
+    elsewhere.
 
     Where there is no standard error, or it goes away, nothing is said any more.
     """
@@ -72,7 +85,9 @@ class StderrProgress:
         done = now.records >= now.total
         if self.stream is None or self.quiet or (time.monotonic() < self._due and not done):
             return
-        self._due = time.monotonic() + (1 / REFRESHES_A_SECOND if self.terminal else SECONDS_BETWEEN)
+        self._due = time.monotonic() + (
+            1 / REFRESHES_A_SECOND if self.terminal else SECONDS_BETWEEN
+        )
         line = str(now)
         if self.terminal:
             self.stream.write("\r" + line.ljust(self._width) + ("\n" if done else ""))
@@ -95,4 +110,6 @@ def readable_seconds(seconds: float) -> str:
     """3725 -> "1h02m"."""
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{left:02d}s" if minutes else f"{left}s"
+    return (
+        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{left:02d}s" if minutes else f"{left}s"
+    )

@@ -1,4 +1,6 @@
-"""Reduced batches -> columns -> shards, on a thread of its own, so that the teacher never waits for a disk."""
+"""Reduced batches -> columns -> shards, on a thread of its own, so that the teacher never waits for
+a disk.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ from kdcache.errors import DataError
 from kdcache.teacher.batches import BatchRows, Span
 from kdcache.teacher.engine import Reduced
 
-WAITING_BATCHES = 4             # encoded behind the teacher; more only holds memory
-POLL_SECONDS = 0.1              # how soon a full queue notices a signal or an error on the other side
+WAITING_BATCHES = 4  # encoded behind the teacher; more only holds memory
+# how soon a full queue notices a signal or an error on the other side
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """One batch on the CPU: where it belongs, its keys and tokens, its rows, and what was kept of them."""
+    """One batch on the CPU: where it belongs, its keys and tokens, its rows, and what was kept of
+    them.
+    """
 
     span: Span
     batch: Collated
@@ -37,8 +42,8 @@ class HostBatch:
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over what was encoded; `measured` as the codec gives it, with the rows that have a label and those of them
-    whose label is the teacher's first class."""
+    """Sums over what was encoded; `measured` as the codec gives it, with the rows that have a label
+    and those of them whose label is the teacher's first class."""
 
     records: int = 0
     rows: int = 0
@@ -65,10 +70,14 @@ class Totals:
 
 
 class Sink:
-    """Encodes batches, writes and commits each shard with its last batch. Batches of a shard come in order."""
+    """Encodes batches, writes and commits each shard with its last batch. Batches of a shard come
+    in order.
+    """
 
     def __init__(self, writer: Writer, keep_waiting: Callable[[], None]) -> None:
-        """`keep_waiting()` is called while a full queue is waited for; what it raises ends the wait."""
+        """`keep_waiting()` is called while a full queue is waited for; what it raises ends the
+        wait.
+        """
         self.totals = Totals()
         self._writer, self._keep_waiting = writer, keep_waiting
         self._queue: queue.Queue[HostBatch | None] = queue.Queue(WAITING_BATCHES)
@@ -100,7 +109,9 @@ class Sink:
         self.check()
 
     def stop(self) -> None:
-        """End the thread once it has written what it was given: whole shards stay, a begun one is dropped."""
+        """End the thread once it has written what it was given: whole shards stay, a begun one is
+        dropped.
+        """
         while self._thread.is_alive():
             try:
                 self._queue.put(None, timeout=POLL_SECONDS)
@@ -122,7 +133,7 @@ class Sink:
                     self._writer.write(batch.span.shard, join(self._writer.spec, parts), measured)
                     self.totals.shards += 1
                     parts, measured = [], {}
-        except BaseException as e:      # handed to the thread that waits, whatever it is
+        except BaseException as e:  # handed to the thread that waits, whatever it is
             self._error = e
 
     def _count(self, batch: HostBatch, columns: Columns, measured: dict[str, float]) -> None:
@@ -134,13 +145,15 @@ class Sink:
 
 
 def agreement(spec: CacheSpec, batch: HostBatch) -> dict[str, float]:
-    """Rows of a batch with a label, and those where one of them is the teacher's first class; {} if the cache keeps
-    no labels: nobody vouches for what the data has then."""
+    """Rows of a batch with a label, and those where one of them is the teacher's first class; {} if
+    the cache keeps no labels: nobody vouches for what the data has then."""
     if batch.reduced is None or batch.rows.labels is None or not spec.labels:
         return {}
     label_NJ = batch.rows.labels.numpy()
-    return {"labelled": float((label_NJ >= 0).any(1).sum()),
-            "correct": float((label_NJ == batch.reduced.top.numpy()[:, None]).any(1).sum())}
+    return {
+        "labelled": float((label_NJ >= 0).any(1).sum()),
+        "correct": float((label_NJ == batch.reduced.top.numpy()[:, None]).any(1).sum()),
+    }
 
 
 def add(sums: dict[str, float], more: dict[str, float]) -> None:
@@ -166,8 +179,12 @@ def encode(spec: CacheSpec, batch: HostBatch) -> tuple[Columns, dict[str, float]
     if "token" in levels:
         columns |= _tokens(spec, batch.batch, first)
     for feature in spec.features:
-        columns |= encode_feature(feature, batch.features[feature.name], first_record=first,
-                                  offsets=offsets if feature.level == "row" else None)
+        columns |= encode_feature(
+            feature,
+            batch.features[feature.name],
+            first_record=first,
+            offsets=offsets if feature.level == "row" else None,
+        )
     return columns, measured
 
 
@@ -176,24 +193,41 @@ def _rows(spec: CacheSpec, batch: HostBatch) -> Rows:
     kept = batch.reduced
     if kept is None:
         return Rows(pos=pos)
-    ids, tail, label_logit, mean, std = (None if x is None else x.numpy() for x in (
-        kept.ids, kept.tail_lse, kept.label_logit, kept.mean, kept.std))
-    label, weight = (None if x is None or not spec.labels else x.numpy() for x in (
-        batch.rows.labels, batch.rows.label_weight))
-    return Rows(logits=kept.logits.numpy(), ids=ids, tail_lse=tail, label=label, label_weight=weight,
-                label_logit=label_logit, mean=mean, std=std, pos=pos)
+    ids, tail, label_logit, mean, std = (
+        None if x is None else x.numpy()
+        for x in (kept.ids, kept.tail_lse, kept.label_logit, kept.mean, kept.std)
+    )
+    label, weight = (
+        None if x is None or not spec.labels else x.numpy()
+        for x in (batch.rows.labels, batch.rows.label_weight)
+    )
+    return Rows(
+        logits=kept.logits.numpy(),
+        ids=ids,
+        tail_lse=tail,
+        label=label,
+        label_weight=weight,
+        label_logit=label_logit,
+        mean=mean,
+        std=std,
+        pos=pos,
+    )
 
 
 def _tokens(spec: CacheSpec, batch: Collated, first_record: int) -> Columns:
     dtype = next(STORAGE[c.dtype] for c in spec.columns() if c.name == "token")
     tokens, starts = batch.tokens, batch.document_starts
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(t) for t in tokens], dtype=np.int64)])
+    offsets = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum([len(t) for t in tokens], dtype=np.int64)]
+    )
     flat = np.concatenate(tokens).astype(np.int64)
     bad = (flat < 0) | (flat > np.iinfo(dtype).max)
     if bad.any():
         at = int(bad.argmax())
-        raise DataError(f"record {first_record + int(np.searchsorted(offsets, at, side='right')) - 1}: token "
-                        f"{int(flat[at])} does not fit {dtype}; expected 0 to {np.iinfo(dtype).max}")
+        raise DataError(
+            f"record {first_record + int(np.searchsorted(offsets, at, side='right')) - 1}: token "
+            f"{int(flat[at])} does not fit {dtype}; expected 0 to {np.iinfo(dtype).max}"
+        )
     start = np.concatenate(starts).astype(np.uint8) if starts else np.zeros(len(flat), np.uint8)
     return {"token": flat.astype(dtype), "document_start": start, "token.offsets": offsets}
 
@@ -207,5 +241,7 @@ def join(spec: CacheSpec, parts: list[Columns]) -> Columns:
             out[name] = np.concatenate(arrays)
             continue
         ends = np.cumsum([0, *(int(array[-1]) for array in arrays)])
-        out[name] = np.concatenate([arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends[:-1], strict=True))])
+        out[name] = np.concatenate(
+            [arrays[0][:1], *(a[1:] + end for a, end in zip(arrays, ends[:-1], strict=True))]
+        )
     return out

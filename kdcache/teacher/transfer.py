@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` of the CPU on `device`. A plain copy to a GPU would first wait for all that was asked of it."""
+    """`x` of the CPU on `device`. A plain copy to a GPU would first wait for all that was asked of
+    it.
+    """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -17,6 +19,8 @@ def fetch(x: Tensor) -> Tensor:
 
 
 def wait(device: torch.device) -> None:
-    """Until all that was asked of `device` is done; other devices than GPUs have never put anything off."""
+    """Until all that was asked of `device` is done; other devices than GPUs have never put anything
+    off.
+    """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

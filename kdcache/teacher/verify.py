@@ -23,16 +23,16 @@ from kdcache.teacher.agreement import agreement
 from kdcache.teacher.run import evaluating
 from kdcache.teacher.sources import pick_samples, pick_teacher
 
-SAMPLES = 32                    # records that the teacher sees again
+SAMPLES = 32  # records that the teacher sees again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
     """What a check found. `problems` is empty exactly if `ok`; `notes` are no damage.
 
-    advice: what mends it, None where nothing is damaged. With a teacher: `records` it saw again, the record that is
-    worst, by how much its logits (or features) differ beyond what the codec rounds, the most that was allowed, and what
-    two live runs differ by.
+    advice: what mends it, None where nothing is damaged. With a teacher: `records` it saw again,
+    the record that is worst, by how much its logits (or features) differ beyond what the codec
+    rounds, the most that was allowed, and what two live runs differ by.
     """
 
     cache: str
@@ -55,38 +55,79 @@ class VerifyReport:
 
 
 @entrance
-def verify(cache: str | Path, *, quick: bool = False, teacher: Any = None, data: Any = None, samples: int | None = None,
-           teacher_args: Mapping[str, Any] | None = None, teacher_weights: str | Path | None = None,
-           data_args: Mapping[str, Any] | None = None, dtype: str | None = None, device: str | None = None,
-           progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Check every digest of the cache at `cache` and that no file is foreign; `quick` stays with names, sizes, proofs.
+def verify(
+    cache: str | Path,
+    *,
+    quick: bool = False,
+    teacher: Any = None,
+    data: Any = None,
+    samples: int | None = None,
+    teacher_args: Mapping[str, Any] | None = None,
+    teacher_weights: str | Path | None = None,
+    data_args: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check every digest of the cache at `cache` and that no file is foreign; `quick` stays with
+    names, sizes, proofs.
 
-    With `teacher` and `data` (SPECs or objects): compare their identity, and run the teacher again on up to `samples`
-    (32) evenly spaced records, in the dtype of the cache's teacher unless `dtype` is given. What is cached is looked up
-    in its logits by plain torch, whichever engine wrote it. A difference is a problem when it exceeds the codec's own
-    rounding by more than 4 times what two live runs in other batches differ by. These may differ by rounding alone:
+    With `teacher` and `data` (SPECs or objects): compare their identity, and run the teacher again
+    on up to `samples` (32) evenly spaced records, in the dtype of the cache's teacher unless
+    `dtype` is given. What is cached is looked up in its logits by plain torch, whichever engine
+    wrote it. A difference is a problem when it exceeds the codec's own rounding by more than 4
+    times what two live runs in other batches differ by. These may differ by rounding alone:
     more is a problem of its own.
-    UsageError for a teacher without data, CacheIncomplete if the dump has not ended; damage is listed, not raised.
+    UsageError for a teacher without data, CacheIncomplete if the dump has not ended; damage is
+    listed, not raised.
     """
     if (teacher is None) != (data is None):
-        raise UsageError("verify runs the teacher on the data: give --teacher and --data, or neither")
+        raise UsageError(
+            "verify runs the teacher on the data: give --teacher and --data, or neither"
+        )
     if samples is not None and samples < 1:
         raise UsageError(f"--samples is {samples}; expected at least 1")
     if teacher is None:
-        _refuse_idle({"--samples": samples, "--dtype": dtype, "--device": device, "--teacher-arg": teacher_args,
-                      "--teacher-weights": teacher_weights, "--data-arg": data_args})
+        _refuse_idle(
+            {
+                "--samples": samples,
+                "--dtype": dtype,
+                "--device": device,
+                "--teacher-arg": teacher_args,
+                "--teacher-weights": teacher_weights,
+                "--data-arg": data_args,
+            }
+        )
     try:
         with open_cache(cache) as opened:
             problems = opened.check_all(callback("progress", progress), quick=quick)
-            report = VerifyReport(cache=str(cache), ok=not problems, quick=quick, problems=tuple(problems),
-                                  notes=tuple(opened.notes()), content_id=opened.content_id,
-                                  shards=opened.spec.num_shards, advice=_advice(problems))
+            report = VerifyReport(
+                cache=str(cache),
+                ok=not problems,
+                quick=quick,
+                problems=tuple(problems),
+                notes=tuple(opened.notes()),
+                content_id=opened.content_id,
+                shards=opened.spec.num_shards,
+                advice=_advice(problems),
+            )
             if teacher is None or problems:
                 return report
-            return _ask_teacher(opened, report, teacher, data, samples or SAMPLES, dtype, device or "auto",
-                                dict(args=teacher_args, weights=teacher_weights), data_args)
+            return _ask_teacher(
+                opened,
+                report,
+                teacher,
+                data,
+                samples or SAMPLES,
+                dtype,
+                device or "auto",
+                dict(args=teacher_args, weights=teacher_weights),
+                data_args,
+            )
     except CacheCorrupt as e:
-        return VerifyReport(cache=str(cache), ok=False, quick=quick, problems=(str(e),), content_id=None, shards=0)
+        return VerifyReport(
+            cache=str(cache), ok=False, quick=quick, problems=(str(e),), content_id=None, shards=0
+        )
 
 
 def _advice(problems: Sequence[str]) -> str | None:
@@ -98,42 +139,77 @@ def _refuse_idle(options: Mapping[str, Any]) -> None:
     """UsageError for an option that nothing reads when no teacher is asked."""
     for flag, value in options.items():
         if value is not None:
-            raise UsageError(f"{flag} is about asking the teacher again: give --teacher and --data, or leave it out")
+            raise UsageError(
+                f"{flag} is about asking the teacher again: give --teacher and --data, or leave it "
+                "out"
+            )
 
 
-def _ask_teacher(cache: Cache, report: VerifyReport, teacher: Any, data: Any, count: int, dtype: str | None,
-                 device: str, teacher_from: dict[str, Any], data_args: Mapping[str, Any] | None) -> VerifyReport:
+def _ask_teacher(
+    cache: Cache,
+    report: VerifyReport,
+    teacher: Any,
+    data: Any,
+    count: int,
+    dtype: str | None,
+    device: str,
+    teacher_from: dict[str, Any],
+    data_args: Mapping[str, Any] | None,
+) -> VerifyReport:
     found = pick_device(device, this_rank().local)
     recorded = cache.identity.teacher.get("dtype")
     if dtype is None and recorded in DTYPES:
         dtype = recorded
     model = pick_teacher(teacher, seed=cache.spec.seed, dtype=dtype, **teacher_from)
-    samples = pick_samples(data, data_args, cache.spec.seed, labels=bool(cache.spec.labels),
-                           prepared=lambda: str(cache.identity.data.get("preprocessing", "")))
+    samples = pick_samples(
+        data,
+        data_args,
+        cache.spec.seed,
+        labels=bool(cache.spec.labels),
+        prepared=lambda: str(cache.identity.data.get("preprocessing", "")),
+    )
     samples.padding = padding_of(model.module, samples.dataset)
     move(model.module, found, "teacher")
     given = _identity(cache, model, samples)
     problems = [f"identity: {line}" for line in first_lines(difference(cache.identity, given))]
-    notes = [f"identity: {field} is not compared: the cache was made before it was kept"
-             for field in untold(cache.identity, given)]
+    notes = [
+        f"identity: {field} is not compared: the cache was made before it was kept"
+        for field in untold(cache.identity, given)
+    ]
     records = evenly_spaced(cache.num_records, count)
     try:
         with evaluating(model.module):
             found_again = agreement(cache, model.module, samples, records, found)
     except DataError as e:
         return _with(report, [*problems, str(e)], records=len(records))
-    return _with(report, [*problems, *found_again.problems], records=len(records), worst_record=found_again.worst,
-                 worst_difference=found_again.beyond, tolerance=found_again.tolerance,
-                 live_difference=found_again.live, notes=(*report.notes, *notes))
+    return _with(
+        report,
+        [*problems, *found_again.problems],
+        records=len(records),
+        worst_record=found_again.worst,
+        worst_difference=found_again.beyond,
+        tolerance=found_again.tolerance,
+        live_difference=found_again.live,
+        notes=(*report.notes, *notes),
+    )
 
 
 def _with(report: VerifyReport, problems: Sequence[str], **found: Any) -> VerifyReport:
-    return VerifyReport(**{**asdict(report), "problems": tuple(problems), "ok": not problems, **found})
+    return VerifyReport(
+        **{**asdict(report), "problems": tuple(problems), "ok": not problems, **found}
+    )
 
 
 def _identity(cache: Cache, model: Model, samples: Samples) -> Identity:
     """Of the teacher and the data that are given, to be compared with the cache's."""
     document, tokenizer = identify(samples)
     known = cache.identity.teacher
-    return Identity(data=document, tokenizer=tokenizer, activation=cache.identity.activation, teacher={
-        **model.identity, **{name: known[name] for name in ("num_classes", "cut_from") if name in known}})
+    return Identity(
+        data=document,
+        tokenizer=tokenizer,
+        activation=cache.identity.activation,
+        teacher={
+            **model.identity,
+            **{name: known[name] for name in ("num_classes", "cut_from") if name in known},
+        },
+    )
