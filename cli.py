@@ -20,12 +20,12 @@ import click
 from kdcache import __version__
 from kdcache.bench.races import RACES, Race
 from kdcache.commands import dump_teacher, evaluate, train_student, verify
-from kdcache.early import at_once, put_back
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.guard import interrupted
 from kdcache.options import PATH, Once, answer, at_work, config_and_json, given, lines, shown, tell
-from kdcache.ranks import this_rank
-from kdcache.streams import hold, lost
+from kdcache.process.early import at_once, put_back
+from kdcache.process.ranks import this_rank
+from kdcache.process.streams import hold, lost
+from kdcache.user.guard import interrupted
 
 CACHE = click.argument("cache", type=PATH)
 

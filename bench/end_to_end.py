@@ -26,8 +26,8 @@ from torch import nn
 from kdcache.bench.race import command, finish, machine, median_ratio, race, spread, table
 from kdcache.cache.reader import Cache
 from kdcache.cache.reader import open as open_cache
+from kdcache.loss.kd_loss import kd_loss
 from kdcache.student.loader import Loader
-from kdcache.student.loss import kd_loss
 from kdcache.teacher.dump import dump_teacher
 
 TEMPERATURE, ALPHA = 2.0, 0.5

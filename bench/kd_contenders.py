@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kdcache.bench.track import Entrant
-from kdcache.student import definitions
-from kdcache.student import loss as public
-from kdcache.student.targets import SoftTargets
+from kdcache.loss import definitions
+from kdcache.loss import kd_loss as public
+from kdcache.loss.targets import SoftTargets
 
 ALPHA = 0.5
 CHECKED_ROWS = 4

@@ -36,7 +36,7 @@ from kdcache.bench.track import Entrant, Track, choose_device
 from kdcache.kernels.kd_chunks import RowFunction, chunk_rows, memory_bytes
 from kdcache.kernels.kd_linear import kd_linear_loss
 from kdcache.kernels.kd_loss import kd_loss_rows
-from kdcache.student.linear import torch_rows
+from kdcache.loss.kd_linear_loss import torch_rows
 
 SAY_CPU = "the kernels were not timed: they need a CUDA device, and this run is on the CPU"
 BARE = "three bare products"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.env import env
-from kdcache.paths import local_path
+from kdcache.user.paths import local_path
 
 Contender = Callable[[], object]
 

@@ -36,7 +36,7 @@ from kdcache.cache.reader import open as open_cache
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.writer import create
-from kdcache.paths import local_path
+from kdcache.user.paths import local_path
 
 CONTAINERS = ("arrow", "hdf5")
 IDENTITY = Identity(data={"name": "bench"}, teacher={"weights": "none"})

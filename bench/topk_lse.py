@@ -9,7 +9,7 @@ those least bytes over the time, whatever a contender moves.
 
     topk + logsumexp    torch.topk and one torch.logsumexp for each temperature: no tail, no label,
                         no order of ties
-    exact torch         kdcache.topk, which the torch path of dump-teacher calls: the same answer as
+    exact torch         kdcache.loss.topk, which the torch path of dump-teacher calls: the same answer as
                         the kernel's
 
 A kernel's share above 100 % of the copy would not be wrong: it reads, and a copy reads and writes.
@@ -37,7 +37,7 @@ from torch import Tensor
 from kdcache.bench.race import command, finish, machine, table
 from kdcache.bench.track import Entrant, Track, choose_device, each_case
 from kdcache.kernels.topk_lse import topk_lse as fused
-from kdcache.topk import exact_topk, row_logsumexp, tail_lse
+from kdcache.loss.topk import exact_topk, row_logsumexp, tail_lse
 
 SAY_CPU = "the kernels were not timed: they need a CUDA device, and this run is on the CPU"
 TEMPERATURES = (1.0, 2.0)

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import FeatureSpec as FeatureSpec
     from kdcache.cache.writer import create as create
     from kdcache.errors import KDCacheError as KDCacheError
-    from kdcache.student.linear import kd_linear_loss as kd_linear_loss
+    from kdcache.loss.kd_linear_loss import kd_linear_loss as kd_linear_loss
+    from kdcache.loss.kd_loss import kd_loss as kd_loss
+    from kdcache.loss.request import row_counts as row_counts
+    from kdcache.loss.targets import soft_targets as soft_targets
+    from kdcache.loss.targets import targets_from_logits as targets_from_logits
     from kdcache.student.loader import Loader as Loader
-    from kdcache.student.loss import kd_loss as kd_loss
-    from kdcache.student.request import row_counts as row_counts
-    from kdcache.student.targets import soft_targets as soft_targets
-    from kdcache.student.targets import targets_from_logits as targets_from_logits
     from kdcache.student.train import train_student as train_student
     from kdcache.teacher.dump import dump_teacher as dump_teacher
 
@@ -51,11 +51,11 @@ _WHERE = {
     "Identity": "cache.identity",
     "open": "cache.reader",
     "create": "cache.writer",
-    "soft_targets": "student.targets",
-    "targets_from_logits": "student.targets",
-    "kd_loss": "student.loss",
-    "kd_linear_loss": "student.linear",
-    "row_counts": "student.request",
+    "soft_targets": "loss.targets",
+    "targets_from_logits": "loss.targets",
+    "kd_loss": "loss.kd_loss",
+    "kd_linear_loss": "loss.kd_linear_loss",
+    "row_counts": "loss.request",
     "Loader": "student.loader",
     "dump_teacher": "teacher.dump",
     "train_student": "student.train",

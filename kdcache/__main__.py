@@ -1,6 +1,6 @@
 """The program: `kdcache` and `python -m kdcache`."""
 
-from kdcache.early import at_once
+from kdcache.process.early import at_once
 
 at_once()  # before the imports that take time
 

@@ -23,7 +23,7 @@ from kdcache.options import (
     size,
     tell,
 )
-from kdcache.ranks import this_rank
+from kdcache.process.ranks import this_rank
 
 F = TypeVar("F", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)

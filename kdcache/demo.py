@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import CacheCorrupt, UsageError
-from kdcache.paths import local_path
-from kdcache.signals import Interrupted, Signals
+from kdcache.process.signals import Interrupted, Signals
+from kdcache.user.paths import local_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -218,7 +218,7 @@ def epoch_seconds(folder: Path) -> dict[str, float]:
     In turns in one run; set-up is not counted; evaluation and checkpoints are outside the epoch
     that is timed.
     """
-    from kdcache.models import load_model
+    from kdcache.models.model import load_model
 
     live = load_model(
         str(TEACHER["student"]),

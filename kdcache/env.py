@@ -37,7 +37,7 @@ def env() -> dict[str, Any]:
     """
     import torch
 
-    from kdcache.engines import check_engine
+    from kdcache.loss.engines import check_engine
 
     cuda = torch.cuda.is_available()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []

@@ -18,8 +18,8 @@ from kdcache.cache.measure import FULL_TEMPERATURES, log_sum_exp
 from kdcache.cache.repair import FOLDERS
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError
-from kdcache.guard import entrance, users_code
 from kdcache.inspect_text import render as render
+from kdcache.user.guard import entrance, users_code
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache

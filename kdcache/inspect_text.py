@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdcache.guard import printable
+from kdcache.user.guard import printable
 
 
 def render(found: Mapping[str, Any]) -> str:

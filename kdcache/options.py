@@ -16,13 +16,13 @@ from typing import Any, TypeVar, cast
 import click
 from click.core import ParameterSource
 
-from kdcache.arguments import is_unicode
 from kdcache.config import read_config
 from kdcache.errors import UsageError
-from kdcache.guard import printable
-from kdcache.paths import local_path
-from kdcache.ranks import this_rank
-from kdcache.signals import Signals
+from kdcache.process.ranks import this_rank
+from kdcache.process.signals import Signals
+from kdcache.user.arguments import is_unicode
+from kdcache.user.guard import printable
+from kdcache.user.paths import local_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "kdcache.config"  # where a context keeps the file that it was given
@@ -55,7 +55,7 @@ def size(value: str | int) -> int:
 
 
 class LocalPath(click.Path):
-    """A path of this machine's file systems; see kdcache/paths.py."""
+    """A path of this machine's file systems; see kdcache/user/paths.py."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click's; UsageError naming the option for what is no such path."""
@@ -190,7 +190,7 @@ def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
     `--x-arg key=value` becomes the mapping `x_args`; repeatable options become lists. `renamed`:
     option -> parameter.
     """
-    from kdcache.loading import parse_args
+    from kdcache.data.user_code import parse_args
 
     ctx = click.get_current_context()
     out: dict[str, Any] = {}

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
-from kdcache.guard import printable
-from kdcache.paths import local_path
 from kdcache.runs import (
     BEST,
     LAST,
@@ -26,6 +24,8 @@ from kdcache.runs import (
     read_options,
     read_summary,
 )
+from kdcache.user.guard import printable
+from kdcache.user.paths import local_path
 
 # they do not tell two settings apart
 NOT_A_SETTING = ("seed", "out", "device", "workers", "report-to", "dry-run")

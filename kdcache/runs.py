@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.arguments import is_unicode
+from kdcache.cache.canonical import load_object
 from kdcache.cache.store import explain, read_plain
-from kdcache.canonical import load_object
+from kdcache.data.user_code import parse_args
 from kdcache.errors import CacheCorrupt, UsageError, short
-from kdcache.guard import printable
-from kdcache.loading import parse_args
+from kdcache.user.arguments import is_unicode
+from kdcache.user.guard import printable
 
 OPTIONS, SUMMARY, METRICS, LOCK = "run.toml", "summary.json", "metrics.jsonl", ".lock"
 LAST, BEST = "last", "best"

@@ -37,7 +37,7 @@ class Tiles:
         in steps of 8. Those have rows * warps * 512 bytes each in flight; 4.8 TB/s, 132
         multiprocessors and a microsecond's latency ask for about 40 KB of them. Their rows should
         stay in an L2 of 50 MB until the second read: near 34 MB on all. So, by registers as
-        compiled (tests/test_kernel_aot.py holds programs, bytes in flight and rows to it):
+        compiled (tests/kernels/test_aot.py holds programs, bytes in flight and rows to it):
 
             row, bytes      rows, warps     programs    KB in flight    MB of rows
             to 1,024        2, 1            25          25              to 3

@@ -36,7 +36,7 @@ sweep 1 + sweep 2:
     V = 32000,  R = 4,  8 warps,  80 registers                        T = 2: 7.5 + 6.9
 
 128-bit loads and stores alone, no spills, 22 barriers a row (30 uniform, 37 stats);
-tests/test_kernel_aot.py holds the budgets. No time has been measured.
+tests/kernels/test_aot.py holds the budgets. No time has been measured.
 """
 
 from __future__ import annotations

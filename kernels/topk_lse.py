@@ -39,7 +39,7 @@ per element of the sweep, and of the second look, which k in L elements take:
     V = 50257,  k = 64     T = 1, 2, 4    16 warps, L = 512    53 registers    10.8, 16.9
     V = 32000,  k = 64     T = 1, 2, 4     8 warps, L = 256    72 registers    10.8, 16.8
 
-128-bit loads alone, no barrier in either loop, no spill and no stack: tests/test_kernel_topk_aot.py
+128-bit loads alone, no barrier in either loop, no spill and no stack: tests/kernels/test_topk_aot.py
 holds it for three architectures. The code at T = 1, 2 has 87 barriers, all outside them, those of
 rare branches counted; a step of a bisection over the lanes takes 3. No time has been measured.
 

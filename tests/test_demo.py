@@ -11,8 +11,8 @@ import pytest
 from kdcache import demo
 from kdcache.cache.reader import open as open_cache
 from kdcache.errors import UsageError
-from kdcache.signals import Interrupted
-from kdcache.student.run import read_summary
+from kdcache.process.signals import Interrupted
+from kdcache.student.run_folder import read_summary
 
 
 @pytest.mark.slow

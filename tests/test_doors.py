@@ -21,7 +21,7 @@ from kdcache.data.collate import beyond_tokens, collate, read_batch
 from kdcache.data.padding import Padding
 from kdcache.data.samples import Samples, extremes
 from kdcache.errors import DataError, KDCacheError, UsageError
-from kdcache.model_checks import Question, padding_of, steadiness, telling_records
+from kdcache.models.checks import Question, padding_of, steadiness, telling_records
 from kdcache.student.train import train_student
 from kdcache.teacher.dump import dump_teacher
 from kdcache.teacher.verify import verify

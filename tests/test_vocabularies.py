@@ -15,7 +15,7 @@ from torch import nn
 
 import kdcache
 from kdcache.errors import SpecMismatch, UsageError
-from kdcache.models import load_model
+from kdcache.models.model import load_model
 from kdcache.student.evaluate import evaluate
 
 PADDED = VOCABULARY + 7

@@ -13,7 +13,7 @@ from kdcache.cache.rawmap import Facts, layout
 from kdcache.cache.shard import Shard
 from kdcache.cache.store import DENIED, QUARANTINE, TEMPORARY, Directory, is_plain
 from kdcache.errors import KDCacheError
-from kdcache.guard import printable
+from kdcache.user.guard import printable
 
 UNREAD = "may not be read by this user: whether it is whole is not known; check its permissions"
 

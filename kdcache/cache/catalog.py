@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from kdcache.cache.canonical import MAX_CONTAINERS, MAX_VALUES, digest, dumps, seal, unseal
 from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
 from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
 from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, VALUES, CacheSpec
 from kdcache.cache.store import MAX_JSON
-from kdcache.canonical import MAX_CONTAINERS, MAX_VALUES, digest, dumps, seal, unseal
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
-from kdcache.guard import printable
+from kdcache.user.guard import printable
 
 FORMAT = 1
 HEADER = "header.json"

@@ -8,7 +8,7 @@ from kdcache.cache import reader
 from kdcache.cache.catalog import SUFFIXES
 from kdcache.cache.writer import create
 from kdcache.errors import CacheCorrupt, CacheExists, UsageError, near
-from kdcache.paths import local_path
+from kdcache.user.paths import local_path
 
 
 def convert(

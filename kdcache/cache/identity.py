@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdcache.canonical import dumps
+from kdcache.cache.canonical import dumps
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError, near
 
 

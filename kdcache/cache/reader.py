@@ -16,7 +16,6 @@ from types import TracebackType
 
 import numpy as np
 
-from kdcache.arguments import checked
 from kdcache.cache import audit, catalog, mapping, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest
 from kdcache.cache.columns import ROOT, Array, Columns
@@ -27,6 +26,7 @@ from kdcache.cache.shard import Proof, Shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Directory, explain
 from kdcache.errors import CacheCorrupt, CacheIncomplete, UsageError, near
+from kdcache.user.arguments import checked
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kdcache.errors import CacheCorrupt, KDCacheError
-from kdcache.paths import local_path
+from kdcache.user.paths import local_path
 
 TEMPORARY = ".tmp-"
 QUARANTINE = "quarantine"

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from kdcache.arguments import checked
 from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header
 from kdcache.cache.check import judged_with, prepare, problem
@@ -33,6 +32,7 @@ from kdcache.errors import (
     SpecMismatch,
     UsageError,
 )
+from kdcache.user.arguments import checked
 
 # at a name whose file is bad, with others repairing it at the same time
 ATTEMPTS = 5

@@ -12,8 +12,8 @@ import torch
 
 from kdcache.data.keys import UNSIGNED, array_header, byte_parts, elements
 from kdcache.errors import DataError, UsageError, near
-from kdcache.guard import describe, let_through
-from kdcache.paths import local_path
+from kdcache.user.guard import describe, let_through
+from kdcache.user.paths import local_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 # four fifths, one fifth

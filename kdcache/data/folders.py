@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdcache.arguments import is_unicode
 from kdcache.errors import DataError
+from kdcache.user.arguments import is_unicode
 
 # What systems and archivers leave behind, besides all names that begin with a dot (.DS_Store,
 # .ipynb_checkpoints, and the ._name that macOS puts beside every name): Synology, QNAP, macOS'

@@ -18,8 +18,8 @@ import xxhash
 from kdcache.data.folders import ClassFolders, class_folders
 from kdcache.data.preprocessing import Preprocessing, channels, read_preprocessing, size_of
 from kdcache.errors import DataError, UsageError
-from kdcache.guard import describe, let_through
-from kdcache.paths import local_path
+from kdcache.user.guard import describe, let_through
+from kdcache.user.paths import local_path
 
 log = logging.getLogger("kdcache")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data.user_code import no_foreign_code
 from kdcache.errors import UsageError, near
-from kdcache.guard import describe, let_through
-from kdcache.loading import no_foreign_code
+from kdcache.user.guard import describe, let_through
 
 # what a Hugging Face folder says it in
 FILES = ("preprocessor_config.json", "processor_config.json")

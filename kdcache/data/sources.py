@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from kdcache.data.arrays import digits, npz
+from kdcache.data.generators import seeded_generators
 from kdcache.data.images import image_folder
 from kdcache.data.text import text_windows
+from kdcache.data.user_code import call, resolve_spec
 from kdcache.errors import NotBuilt, UsageError
-from kdcache.generators import seeded_generators
-from kdcache.loading import call, resolve_spec
 
 # SPEC prefix -> what stands after its colon ("" nothing), and the function that gets that and the
 # --data-arg's.

@@ -17,10 +17,10 @@ import torch
 import xxhash
 
 from kdcache.data.folders import check_name
+from kdcache.data.user_code import no_foreign_code
 from kdcache.errors import DataError, UsageError, near
-from kdcache.guard import users_code
-from kdcache.loading import no_foreign_code
-from kdcache.paths import local_path
+from kdcache.user.guard import users_code
+from kdcache.user.paths import local_path
 
 SPLITS = ("all", "train", "eval")
 # the tokenizer works on a batch in parallel; its text is all that is held at once

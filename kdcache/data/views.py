@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.generators import seeded_generators
+from kdcache.data.generators import seeded_generators
 
 
 def view_rng(seed: int, view: int, sample_id: int) -> np.random.Generator:

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdcache.data.collate import Collated
 from kdcache.errors import KDCacheError
-from kdcache.guard import describe, let_through, message, translated, users_code
-from kdcache.signals import CAUGHT
+from kdcache.process.signals import CAUGHT
+from kdcache.user.guard import describe, let_through, message, translated, users_code
 
 POLL_SECONDS = 0.5  # how soon a signal or a dead worker is noticed
 # that a process whose socket is closed already may still seem to live

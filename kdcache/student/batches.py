@@ -28,7 +28,7 @@ from kdcache.data.rows import (
     select_rows,
 )
 from kdcache.errors import DataError, UsageError, near
-from kdcache.models import Output
+from kdcache.models.model import Output
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch

@@ -39,11 +39,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcache.cache import mapping, rawmap
+from kdcache.cache.canonical import DIGEST_KEY, digest, load_object
 from kdcache.cache.store import explain, read_plain, sync_folder
-from kdcache.canonical import DIGEST_KEY, digest, load_object
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
-from kdcache.guard import describe, let_through, printable
-from kdcache.models import Model, fit_weights, materialise, place
+from kdcache.models.model import Model, fit_weights, materialise, place
+from kdcache.user.guard import describe, let_through, printable
 
 T = TypeVar("T")
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from kdcache.data.classes import check as check_names
 from kdcache.data.classes import check_number, model_names
 from kdcache.data.collate import Collated, to_device
+from kdcache.data.reading import Pairs, data_batches
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
+from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
-from kdcache.guard import entrance, printable, users_code
-from kdcache.loading import is_code
-from kdcache.model_checks import find_rows, padding_of
-from kdcache.model_specs import MODELS, names_in
-from kdcache.models import (
+from kdcache.loss.arguments import check_integer, check_workers
+from kdcache.models.checks import find_rows, padding_of
+from kdcache.models.model import (
     Model,
     Output,
     forward,
@@ -35,16 +35,16 @@ from kdcache.models import (
     require_tokenizer,
     trying,
 )
-from kdcache.paths import local_path
+from kdcache.models.specs import MODELS, names_in
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
 from kdcache.student import checkpoint
-from kdcache.student.door import check_integer, check_workers
 from kdcache.student.head import Head
-from kdcache.student.inputs import Pairs, data_batches
 from kdcache.student.loader import as_samples
 from kdcache.student.loop import autocast
-from kdcache.student.run import weights_folder
+from kdcache.student.run_folder import weights_folder
 from kdcache.student.settings import PRECISIONS
+from kdcache.user.guard import entrance, printable, users_code
+from kdcache.user.paths import local_path
 
 TOP = 5
 # code SPECs of this package: a run may name them by itself

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from kdcache.data.padding import Inputs
 from kdcache.errors import UsageError
-from kdcache.models import Output, forward
-from kdcache.student.engine import capped, wide
-from kdcache.student.linear import kd_linear_loss, rows_in
-from kdcache.student.request import LossParts
-from kdcache.student.targets import SoftTargets
+from kdcache.loss.kd_linear_loss import kd_linear_loss, rows_in
+from kdcache.loss.request import LossParts
+from kdcache.loss.targets import SoftTargets
+from kdcache.loss.torch_engine import capped, wide
+from kdcache.models.model import Output, forward
 
 FEW = 16  # positions of one record: what the proof makes whole logits of
 # As configs of transformers name them: Gemma, RecurrentGemma, xLSTM; Cohere, Granite, which divides

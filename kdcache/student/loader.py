@@ -20,14 +20,23 @@ from kdcache.cache.columns import Array
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, to_device
 from kdcache.data.padding import Inputs, Padding
+from kdcache.data.reading import Fetch, Prefetch, data_batches, prefetchable, token_batch
 from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.sources import load_data
 from kdcache.errors import DataError, UsageError
-from kdcache.guard import entrance, in_one_line
-from kdcache.model_checks import check_convention, padding_of, telling_records
-from kdcache.models import forward, move, trying
-from kdcache.ranks import refuse_ranks
+from kdcache.loss.arguments import (
+    check_device,
+    check_integer,
+    check_number,
+    check_temperature,
+    check_type,
+    check_workers,
+)
+from kdcache.loss.targets import SoftTargets, readable, soft_targets, targets_from_logits
+from kdcache.models.checks import check_convention, padding_of, telling_records
+from kdcache.models.model import forward, move, trying
+from kdcache.process.ranks import refuse_ranks
 from kdcache.student.batches import (
     Micro,
     Piece,
@@ -38,19 +47,9 @@ from kdcache.student.batches import (
     needed_columns,
     student_rows,
 )
-from kdcache.student.door import (
-    check_device,
-    check_integer,
-    check_number,
-    check_temperature,
-    check_type,
-    check_workers,
-)
-from kdcache.student.inputs import Fetch, data_batches, prefetchable, token_batch
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
-from kdcache.student.prefetch import Prefetch
-from kdcache.student.targets import SoftTargets, readable, soft_targets, targets_from_logits
+from kdcache.user.guard import entrance, in_one_line
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.guard import describe, let_through
-from kdcache.models import Output, forward
+from kdcache.loss.kd_loss import kd_loss
+from kdcache.models.model import Output, forward
 from kdcache.student import checkpoint
 from kdcache.student.batches import Micro, student_rows
 from kdcache.student.head import Head
 from kdcache.student.loader import Loader, LoaderBatch, Step
-from kdcache.student.loss import kd_loss
 from kdcache.student.match import Matches
 from kdcache.student.optim import Named, Schedule, set_lr
 from kdcache.student.settings import PRECISIONS, Settings
+from kdcache.user.guard import describe, let_through
 
 log = logging.getLogger("kdcache")
 # of an nn.Module: they are not plain attributes
@@ -57,7 +57,7 @@ class Loop:
 
     CE is averaged over the labelled rows and KD over the teacher's rows of the whole global batch,
     whatever the micro-batches; hint losses are averaged over its records (its rows, for features of
-    level row). A loss of the student's own (`kdcache.own_losses`) is of each micro-batch, and
+    level row). A loss of the student's own (`kdcache.models.own_losses`) is of each micro-batch, and
     averaged by records. With a `head` the student's logits are never whole.
     """
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.recipes import reduce_activation
-from kdcache.student.engine import wide
-from kdcache.student.targets import column_tensor
+from kdcache.loss.targets import column_tensor
+from kdcache.loss.torch_engine import wide
+from kdcache.models.recipes import reduce_activation
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch

@@ -24,10 +24,11 @@ from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import in_words
 from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples, probe_ids
-from kdcache.engines import meant
 from kdcache.errors import DataError, NotBuilt, UsageError
-from kdcache.guard import attribute
-from kdcache.model_checks import (
+from kdcache.loss.engines import meant
+from kdcache.loss.request import check_reverse_kl
+from kdcache.loss.targets import SoftTargets
+from kdcache.models.checks import (
     UNSTEADY,
     Question,
     Run,
@@ -36,8 +37,7 @@ from kdcache.model_checks import (
     padding_of,
     steadiness,
 )
-from kdcache.model_specs import own_preprocessing, spec_folder
-from kdcache.models import (
+from kdcache.models.model import (
     Model,
     Output,
     beyond_positions,
@@ -47,7 +47,8 @@ from kdcache.models import (
     require_tokenizer,
     trying,
 )
-from kdcache.own_losses import left_out
+from kdcache.models.own_losses import left_out
+from kdcache.models.specs import own_preprocessing, spec_folder
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import cut_width, metric_names
 from kdcache.student.head import Head
@@ -55,10 +56,9 @@ from kdcache.student.loader import Loader, as_cache, as_samples, cached_preproce
 from kdcache.student.loop import autocast, row_mask
 from kdcache.student.match import Matches
 from kdcache.student.optim import OPTIMIZERS
-from kdcache.student.request import check_reverse_kl
-from kdcache.student.run import check_accept
+from kdcache.student.run_folder import check_accept
 from kdcache.student.settings import ALPHA, BEST_BY, Settings
-from kdcache.student.targets import SoftTargets
+from kdcache.user.guard import attribute
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.engines import check_engine
 from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.model_checks import check_convention
-from kdcache.student.door import check_integer, check_number, check_type
-from kdcache.student.linear import memory_size
+from kdcache.loss.arguments import check_integer, check_number, check_type
+from kdcache.loss.engines import check_engine
+from kdcache.loss.kd_linear_loss import memory_size
+from kdcache.loss.request import check_loss_names
+from kdcache.models.checks import check_convention
 from kdcache.student.match import Match, parse_match
-from kdcache.student.request import check_loss_names
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALPHA = 0.5  # the weight of the soft loss where there are labels beside it

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from kdcache.errors import CacheCorrupt
-from kdcache.guard import callback, entrance
-from kdcache.models import move, pick_device
-from kdcache.ranks import refuse_ranks
+from kdcache.loss.arguments import check_workers
+from kdcache.models.model import move, pick_device
+from kdcache.process.ranks import refuse_ranks
+from kdcache.process.signals import Signals
 from kdcache.runs import SUMMARY, is_number, is_texts, plain_arguments
-from kdcache.signals import Signals
 from kdcache.student import checkpoint
-from kdcache.student.door import check_workers
 from kdcache.student.loop import StepInfo
 from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import check_reporters
@@ -38,9 +37,10 @@ from kdcache.student.prepare import (
     open_sources,
     resolved,
 )
-from kdcache.student.run import RunFolder
+from kdcache.student.run_folder import RunFolder
 from kdcache.student.settings import Settings, texts
 from kdcache.student.training import NOTHING_YET, Training, TrainReport
+from kdcache.user.guard import callback, entrance
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache

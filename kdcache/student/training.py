@@ -18,12 +18,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kdcache.data.workers import WorkerDied
-from kdcache.engines import check_engine
 from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch
-from kdcache.guard import describe, passes
-from kdcache.models import Model
+from kdcache.loss.engines import check_engine
+from kdcache.models.model import Model
+from kdcache.process.signals import Interrupted, Signals
 from kdcache.runs import BEST, LAST, is_number
-from kdcache.signals import Interrupted, Signals
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import Loader, Step
@@ -37,8 +36,9 @@ from kdcache.student.optim import (
     trainable,
 )
 from kdcache.student.prepare import VIEW_KEY, Sources, check_student, versions
-from kdcache.student.run import RunFolder
+from kdcache.student.run_folder import RunFolder
 from kdcache.student.settings import BEST_BY, Settings
+from kdcache.user.guard import describe, passes
 
 SAY_EVERY = 60.0  # seconds between lines of progress
 CHECKED = 8  # records that are evaluated before a run begins

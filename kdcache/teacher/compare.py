@@ -19,11 +19,11 @@ from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import to_device
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError
-from kdcache.model_checks import explained, unit
-from kdcache.models import forward, trying
+from kdcache.loss.topk import tail_lse
+from kdcache.models.checks import explained, unit
+from kdcache.models.model import forward, trying
 from kdcache.teacher.batches import cached_rows_of, read
 from kdcache.teacher.features import Taps, requests_of
-from kdcache.topk import tail_lse
 
 # of a value's size, when rounded to nearest
 HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -22,7 +22,6 @@ from kdcache.data import classes
 from kdcache.data.preprocessing import in_words
 from kdcache.data.samples import Samples, extremes
 from kdcache.data.workers import WorkerDied
-from kdcache.engines import check_engine
 from kdcache.errors import (
     DataError,
     FieldDifference,
@@ -31,8 +30,8 @@ from kdcache.errors import (
     UsageError,
     near,
 )
-from kdcache.guard import callback, entrance
-from kdcache.model_checks import (
+from kdcache.loss.engines import check_engine
+from kdcache.models.checks import (
     UNSTEADY,
     Question,
     check_convention,
@@ -40,10 +39,9 @@ from kdcache.model_checks import (
     steadiness,
     telling_records,
 )
-from kdcache.models import Model, move, pick_device, require_tokenizer
-from kdcache.paths import local_path
-from kdcache.ranks import Rank, this_rank
-from kdcache.signals import Signals
+from kdcache.models.model import Model, move, pick_device, require_tokenizer
+from kdcache.process.ranks import Rank, this_rank
+from kdcache.process.signals import Signals
 from kdcache.teacher.agreement import ANSWERS, agreement, committed_records
 from kdcache.teacher.batches import read, spans
 from kdcache.teacher.features import parse_features
@@ -53,6 +51,8 @@ from kdcache.teacher.progress import Progress, readable_bytes, readable_seconds
 from kdcache.teacher.run import Compute, evaluating, run_teacher, running
 from kdcache.teacher.sink import Totals
 from kdcache.teacher.sources import pick_samples, pick_teacher
+from kdcache.user.guard import callback, entrance
+from kdcache.user.paths import local_path
 
 log = logging.getLogger("kdcache")
 CONTAINERS = ("arrow", "hdf5")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.spec import CacheSpec
-from kdcache.topk import exact_topk, row_chunk, tail_lse
+from kdcache.loss.topk import exact_topk, row_chunk, tail_lse
 
 # logits worked on at a time: 64 MiB as float32, about 256 MiB with all temporaries
 CHUNK_ELEMENTS = 2**24

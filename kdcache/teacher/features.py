@@ -17,8 +17,8 @@ from kdcache.cache.columns import ROOT
 from kdcache.cache.spec import FEATURE_DTYPES, RECIPES, FeatureSpec
 from kdcache.data.padding import Real
 from kdcache.errors import DataError, NotBuilt, UsageError, near
-from kdcache.models import find_module
-from kdcache.recipes import reduce_activation
+from kdcache.models.model import find_module
+from kdcache.models.recipes import reduce_activation
 from kdcache.teacher.transfer import send
 
 FORM = "MODULE[:RECIPE[:DTYPE]]"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.spec import CacheSpec
-from kdcache.engines import check_device, refuse
+from kdcache.loss.engines import check_device, refuse
 from kdcache.teacher.engine import Reduced
 from kdcache.teacher.transfer import send
 

@@ -25,11 +25,11 @@ from kdcache.data.collate import Collated, beyond_tokens, to_device
 from kdcache.data.identify import identify
 from kdcache.data.rows import NEXT_TOKEN, POSITION, next_token_rows, position_rows
 from kdcache.data.samples import Samples, evenly_spaced, extremes, probe_ids
+from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError
-from kdcache.loading import is_code
-from kdcache.model_checks import find_rows
-from kdcache.model_specs import RANDOM
-from kdcache.models import Model, beyond_positions, forward, require_softmax, trying
+from kdcache.models.checks import find_rows
+from kdcache.models.model import Model, beyond_positions, forward, require_softmax, trying
+from kdcache.models.specs import RANDOM
 from kdcache.teacher.batches import BatchRows, check_labels, read, row_namer, rows_of
 from kdcache.teacher.features import FeatureRequest, Taps, feature_specs
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from kdcache.streams import Forgiving
+from kdcache.process.streams import Forgiving
 
 SECONDS_BETWEEN = 60.0  # without a terminal
 REFRESHES_A_SECOND = 5.0

@@ -19,15 +19,15 @@ from kdcache.data.collate import Collated, beyond_tokens, to_device
 from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.guard import users_code
-from kdcache.models import forward, trying
-from kdcache.signals import Signals
+from kdcache.models.model import forward, trying
+from kdcache.process.signals import Signals
 from kdcache.teacher.batches import BatchRows, Span, batches, cached_rows_of, row_namer, spans
 from kdcache.teacher.features import Taps, check_shapes, requests_of
 from kdcache.teacher.progress import Progress
 from kdcache.teacher.reduce import reduce_rows
 from kdcache.teacher.sink import HostBatch, Sink, Totals
 from kdcache.teacher.transfer import fetch, wait
+from kdcache.user.guard import users_code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,8 @@ from torch import nn
 from kdcache.data.samples import Samples
 from kdcache.data.sources import load_data
 from kdcache.errors import UsageError, near
-from kdcache.guard import attribute, users_code
-from kdcache.models import DTYPES, Model, load_model
+from kdcache.models.model import DTYPES, Model, load_model
+from kdcache.user.guard import attribute, users_code
 
 
 def pick_teacher(

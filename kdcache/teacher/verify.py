@@ -15,13 +15,13 @@ from kdcache.cache.repair import MEND
 from kdcache.data.identify import identify
 from kdcache.data.samples import Samples, evenly_spaced
 from kdcache.errors import CacheCorrupt, DataError, UsageError
-from kdcache.guard import callback, entrance
-from kdcache.model_checks import padding_of
-from kdcache.models import DTYPES, Model, move, pick_device
-from kdcache.ranks import this_rank
+from kdcache.models.checks import padding_of
+from kdcache.models.model import DTYPES, Model, move, pick_device
+from kdcache.process.ranks import this_rank
 from kdcache.teacher.agreement import agreement
 from kdcache.teacher.run import evaluating
 from kdcache.teacher.sources import pick_samples, pick_teacher
+from kdcache.user.guard import callback, entrance
 
 SAMPLES = 32  # records that the teacher sees again
 

@@ -1,0 +1,1 @@
+"""What the loss is, and what computes it; nothing of training."""

@@ -1,0 +1,270 @@
+"""The distillation loss behind an LM head: the student's hidden states and its head in, logits
+never whole.
+
+    L = w_ce * CE(z, y) + w_kd * T^2 * D(q || p)          of logits z = hidden @ weight.T + bias
+
+On request z is scaled and capped before all else, as models do that cap what their head gives.
+`kernels/kd_linear.py` has the chunks and the products; the rows of a chunk go through an engine of
+`kd_loss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import UsageError
+from kdcache.kernels import kd_linear
+from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
+from kdcache.loss.arguments import check_number, check_tensor
+from kdcache.loss.engines import meant
+from kdcache.loss.fused import check_fits, in_kernel_words
+from kdcache.loss.request import Count, LossParts, Options, ask, check_ruled_out
+from kdcache.loss.targets import SoftTargets
+from kdcache.loss.torch_engine import RowLoss, torch_engine
+
+
+@overload
+def kd_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = ...,
+    targets: SoftTargets | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    alpha: float = ...,
+    ce_weight: float | None = ...,
+    kd_weight: float | None = ...,
+    label_weight: Tensor | None = ...,
+    temperature: float | None = ...,
+    divergence: str = ...,
+    beta: float | None = ...,
+    tail: str = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    normalizer: tuple[Count, Count] | None = ...,
+    engine: str = ...,
+    classes: int | None = ...,
+    memory: int | str = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def kd_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = ...,
+    targets: SoftTargets | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    alpha: float = ...,
+    ce_weight: float | None = ...,
+    kd_weight: float | None = ...,
+    label_weight: Tensor | None = ...,
+    temperature: float | None = ...,
+    divergence: str = ...,
+    beta: float | None = ...,
+    tail: str = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    normalizer: tuple[Count, Count] | None = ...,
+    engine: str = ...,
+    classes: int | None = ...,
+    memory: int | str = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_parts: Literal[True],
+) -> LossParts: ...
+
+
+def kd_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = None,
+    targets: SoftTargets | None = None,
+    *,
+    bias: Tensor | None = None,
+    alpha: float = 0.5,
+    ce_weight: float | None = None,
+    kd_weight: float | None = None,
+    label_weight: Tensor | None = None,
+    temperature: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    tail: str = "bucket",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: tuple[Count, Count] | None = None,
+    engine: str = "auto",
+    classes: int | None = None,
+    memory: int | str = "512 MB",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_parts: bool = False,
+) -> Tensor | LossParts:
+    """`kd_loss(hidden @ weight.T + bias, ...)`, whose logits are made, used and overwritten a chunk
+    of rows at a time.
+
+    hidden [N, H], weight [V', H], bias [V'], of one floating dtype; under autocast all are taken in
+    its dtype. Their gradients are complete when this returns; that of the head is summed over the
+    chunks in float32. A frozen head or trunk gets no gradient, and its products are not made.
+
+    labels to classes as of `kd_loss`; reduction is mean or sum, as the gradient of the head is a
+                      sum over the rows. With `normalizer`, DistributedDataParallel averages here
+                      too: times the world size
+    memory            bytes, or text as "512 MB" or "0.5 GiB", for the logits of a chunk. What holds
+                      fewer than about 1000 rows is slow: the gradient of the head is then read and
+                      written for little work
+    softcap           and logit_scale, above 0: all is of softcap * tanh(logit_scale * z / softcap),
+                      or logit_scale * z, in float32 (float64) from the logits z. A logit of -inf
+                      stays -inf: its class stays out
+
+    Nothing waits for the device; a row without label and teacher is computed for nothing, and its
+    hidden states must be finite: leave such rows out. torch.compile captures engine "triton" alone.
+    First derivatives only, by autograd: no create_graph, no torch.func.grad. UsageError (a
+    ValueError) for what does not fit.
+    """
+    _check(hidden, weight, bias, reduction)
+    check_number("logit_scale", logit_scale)
+    check_number("softcap", softcap, optional=True)
+    if not 0 < logit_scale < math.inf or not (softcap is None or 0 < softcap < math.inf):
+        raise UsageError(
+            f"logit_scale is {logit_scale}, softcap {softcap}; expected finite numbers above 0"
+        )
+    options = Options(
+        alpha=alpha,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        label_weight=label_weight,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        tail=tail,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        engine=engine,
+        classes=classes,
+    )
+    asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
+    check_ruled_out(asked.rows, None if bias is None else bias.detach()[None])
+    rows = dataclasses.replace(asked.rows, logit_scale=logit_scale, softcap=softcap)
+    fused = meant(engine) == "triton"
+    if fused:
+        check_fits(hidden, rows.num_classes, rows.targets)
+    elif torch.compiler.is_compiling():  # with fullgraph=True an error, else a graph break
+        raise UsageError(
+            "engine 'torch' behind a head is nothing that torch.compile captures: call it outside "
+            "of the "
+            "compiled function, or use engine 'triton', which is one operator"
+        )
+    try:
+        loss, ce_N, kd_N = kd_linear.kd_linear_loss(
+            hidden,
+            weight,
+            bias,
+            memory=memory_size(memory),
+            rows=None if fused else torch_rows,
+            **in_kernel_words(rows),
+        )
+    # of memory, or of shapes: it says what it found and what it expected
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    return asked.parts(loss, ce_N, kd_N) if return_parts else loss
+
+
+def memory_size(memory: int | str) -> int:
+    """Bytes of "512 MB"; UsageError for what is no size."""
+    try:
+        size: int = memory_bytes(str(memory))
+        return size
+    except OverflowError:  # a number beyond those of a float
+        raise UsageError(f"memory is {str(memory)[:20]}..., more bytes than there are") from None
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def rows_in(memory: int | str, rows: int, classes: int, dtype: torch.dtype) -> int:
+    """How many of these rows of logits go into one chunk; UsageError where not even one does."""
+    try:
+        return chunk_rows(rows, classes, dtype.itemsize, memory_size(memory))
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def torch_rows(
+    logits: Tensor,
+    *,
+    labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    log_probs: Tensor | None = None,
+    log_tail: Tensor | None = None,
+    temperature: float = 1.0,
+    ce_scale: Tensor | None = None,
+    kd_scale: Tensor | None = None,
+    num_classes: int | None = None,
+    label_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    beta: float = 0.5,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_classes: int | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The torch engine as a row function of `kernels/kd_linear.py`; ids must be valid."""
+    classes = logits.shape[1] if num_classes is None else num_classes
+    taught = classes if teacher_classes is None else teacher_classes
+    targets = (
+        None
+        if log_probs is None
+        else SoftTargets(
+            temperature, taught, ids, log_probs, log_tail, row_weight, ids_checked=True
+        )
+    )
+    labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
+    return torch_engine(
+        logits,
+        RowLoss(
+            classes,
+            labels_NJ,
+            label_weight,
+            targets,
+            divergence,
+            tail,
+            ce_scale,
+            kd_scale,
+            inplace,
+            beta,
+            logit_scale,
+            softcap,
+        ),
+    )
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        check_tensor(name, tensor, "a floating tensor", optional=name == "bias")
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise UsageError(
+            f"hidden is {list(hidden.shape)} of {hidden.dtype}; expected floating [N, H]: select "
+            "the rows "
+            f"of a sequence first (the loss never shifts labels)"
+        )
+    if weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise UsageError(
+            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, H] and "
+            "[V, H]"
+        )
+    if reduction == "none":
+        raise UsageError(
+            "reduction 'none' is not there behind a head, whose gradient is a sum over the rows; "
+            "use "
+            "'mean' or 'sum', and return_parts for what is reported"
+        )

@@ -1,0 +1,1 @@
+"""Teachers and students: what a SPEC builds, their weights, and what is asked of them first."""

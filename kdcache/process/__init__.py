@@ -1,0 +1,1 @@
+"""This process: its signals, standard streams and rank."""

@@ -1,0 +1,1 @@
+"""What users give: arguments, paths and code of theirs."""
