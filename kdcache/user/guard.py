@@ -33,7 +33,8 @@ R = TypeVar("R")
 SHOWN = 300  # characters of a message
 # Control characters, what turns the direction of text or begins a line, and halves of surrogates.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+# the folder of the package, two above this file
+OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 LIBRARIES = tuple(
     sorted(
         {
