@@ -1,4 +1,6 @@
-"""What the commands share: option types, `--config` and `--json`, and how a result is printed."""
+"""What the commands share: how an error ends one, option types, `--config FILE` and `--json`, and how a
+result is printed.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +8,39 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
-from kdcache.config import read_config
-from kdcache.errors import UsageError
+from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.process.early import at_once, put_back
 from kdcache.process.ranks import this_rank
 from kdcache.process.signals import Signals
+from kdcache.process.streams import hold, lost
 from kdcache.user.arguments import is_unicode
-from kdcache.user.guard import printable
+from kdcache.user.guard import interrupted, printable
 from kdcache.user.paths import local_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "kdcache.config"  # where a context keeps the file that it was given
+# RUN/run.toml keeps versions and content ids there; as a config it is passed over
+RECORDED = "recorded"
+TYPE_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+}
 MOST = 2**64  # of a number: more is no number of anything here
 UNITS = {
     "": 1,
@@ -128,6 +143,64 @@ def unusable(value: Any) -> str | None:
     return None
 
 
+class StderrLog(logging.Handler):
+    """What the package logs, on the standard error of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(shown(self.format(record)), err=True)
+
+
+class Door(click.Group):
+    """A group whose commands end in one line and an exit code when they meet an error that is not a
+    bug.
+    """
+
+    command_class = Once
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's, of a program whose streams may go away."""
+        if not kwargs.get("standalone_mode", True):
+            return super().main(*args, **kwargs)
+        handlers = at_once()
+        hold()
+        try:
+            super().main(*args, **kwargs)
+        except SystemExit as e:
+            sys.stdout.flush()
+            error = lost(sys.stdout)
+            if e.code not in (0, None) or error is None or isinstance(error, BrokenPipeError):
+                raise  # a broken pipe: `| head` has seen enough
+            click.echo(
+                f"Error: the command did its work, but standard output took not all of it: {error}",
+                err=True,
+            )
+            sys.exit(1)
+        finally:
+            put_back(handlers)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            # whether or not the command asks for it: who else would answer?
+            this_rank()
+            return super().invoke(ctx)
+        except KDCacheError as e:
+            refuse(ctx, str(e), e.exit_code)
+        # a full disk, a folder that may not be read: no bug of ours
+        except OSError as e:
+            refuse(ctx, str(e), 1)
+        except KeyboardInterrupt:
+            refuse(ctx, "interrupted", 130)
+        except BaseException as e:
+            if (signal := interrupted(e)) is None:
+                raise
+            refuse(ctx, str(signal), signal.exit_code)  # which a library wrapped
+
+
+def refuse(ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+    click.echo(f"Error: {shown(message)}", err=True)
+    ctx.exit(exit_code)
+
+
 def config_and_json(function: F) -> F:
     """Give a command `--config FILE` and `--json`, and its errors the file that an option they name
     is from.
@@ -181,6 +254,107 @@ def _use_config(ctx: click.Context, _param: click.Parameter, path: Path | None) 
             else ()
         )
         ctx.default_map = {**(ctx.default_map or {}), **read_config(path, ctx.command, commands)}
+
+
+def read_config(path: Path, command: click.Command, commands: Iterable[str]) -> dict[str, Any]:
+    """Parameter name -> value, from the table of `command` in the TOML file `path`, ready to be a
+    click default map.
+
+    Keys are flag names without the dashes in front. UsageError for a file that is no TOML, a table
+    that is no command, a key that is no flag of this command (with near names), and a value of
+    another type or out of range.
+    """
+    document = _load(path)
+    for name, table in document.items():
+        if not isinstance(table, dict):
+            raise UsageError(
+                f"{path}: {name!r} stands outside a table; put it under [{command.name}]"
+            )
+        if name not in {*commands, RECORDED}:
+            raise UsageError(f"{path}: table [{name}] is no command{near(name, commands)}")
+    if command.name not in document:
+        raise UsageError(
+            f"{path}: there is no table [{command.name}]; it has "
+            f"{', '.join(sorted(document)) or 'none'}"
+        )
+    options = flags(command)
+    values = {}
+    for key, value in document[command.name].items():
+        where = f"{path} [{command.name}] {key}"
+        if key not in options:
+            raise UsageError(f"{where}: unknown key{near(key, options)}")
+        values[str(options[key].name)] = _checked(options[key], value, where)
+    return values
+
+
+def flags(command: click.Command) -> dict[str, click.Option]:
+    """Flag name without its dashes -> option, of the options a file may set."""
+    options = (p for p in command.params if isinstance(p, click.Option))
+    return {
+        o.opts[0].removeprefix("--"): o
+        for o in options
+        if o.name not in ("config", "as_json", "help")
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UsageError(f"--config {path}: {e.strerror}") from e
+    # TOMLDecodeError, UnicodeDecodeError, numbers of thousands of digits
+    except ValueError as e:
+        raise UsageError(f"--config {path}: not a TOML file: {e}") from e
+    except RecursionError:
+        raise UsageError(f"--config {path}: nested too deep to be read") from None
+
+
+def _checked(option: click.Option, value: Any, where: str) -> Any:
+    """`value` converted as the command line would convert it, after its TOML type was checked."""
+    if option.multiple:
+        if isinstance(value, Mapping) and str(option.name).endswith("_arg"):
+            value = [f"{key}={_json(item, f'{where}.{key}')}" for key, item in value.items()]
+        items = value if isinstance(value, list) else [value]
+        return tuple(_one(option, item, where) for item in items)
+    return _one(option, value, where)
+
+
+def _one(option: click.Option, value: Any, where: str) -> Any:
+    types = _toml_types(option)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        expected = " or ".join(TYPE_NAMES[t] for t in types)
+        raise UsageError(
+            f"{where}: found {TYPE_NAMES.get(type(value), type(value).__name__)} {value!r:.60}, "
+            f"expected {expected}"
+        )
+    try:
+        return option.type.convert(value, option, None)
+    except click.BadParameter as e:
+        raise UsageError(f"{where}: {e.message}") from e
+    except OverflowError as e:
+        raise UsageError(f"{where}: the number is too large") from e
+
+
+def _json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as e:  # of the types of TOML, dates and times
+        raise UsageError(
+            f"{where}: found {value!r:.60}, a date or a time; expected what JSON can hold: give it "
+            "as text"
+        ) from e
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deep") from None
+
+
+def _toml_types(option: click.Option) -> tuple[type, ...]:
+    if option.is_flag:
+        return (bool,)
+    if isinstance(option.type, click.types.IntParamType):  # IntRange too
+        return (int,)
+    if isinstance(option.type, click.types.FloatParamType):
+        return (float, int)
+    return (str,)
 
 
 def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:

@@ -29,20 +29,11 @@ LAYER = {
     "env": 3,
     "demo": 4,
     "bench": 4,
-    "config": 5,
     "options": 5,
-    "commands": 5,
     "cli": 5,
     "__main__": 6,
 }
 STDLIB_AND_NUMPY = {"numpy", "xxhash", *sys.stdlib_module_names}
-TOGETHER = {  # one part in several files
-    "model_specs": "models",
-    "weights_files": "models",
-    "model_identity": "models",
-    "own_losses": "models",
-    "inspect_text": "inspect",
-}
 MAY_IMPORT = {  # part -> the only other distributions its files may import
     "kernels": {"torch", "triton", *sys.stdlib_module_names},
     "errors": set(sys.stdlib_module_names),
@@ -71,8 +62,7 @@ def files() -> list[Path]:
 
 def part(path: Path) -> str:
     """The part of the house a file belongs to: the first name below the package."""
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return TOGETHER.get(name, name)
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(source: str) -> Iterator[str]:
@@ -91,7 +81,7 @@ def imported(source: str) -> Iterator[str]:
 def parts_imported(source: str) -> set[str]:
     """Parts of the package a source imports; `kdcache.__version__` and the like are no part."""
     names = (name.split(".")[1] for name in imported(source) if name.startswith("kdcache."))
-    return {TOGETHER.get(name, name) for name in names if not name.startswith("__")}
+    return {name for name in names if not name.startswith("__")}
 
 
 def test_every_part_has_a_layer() -> None:

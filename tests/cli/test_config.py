@@ -137,7 +137,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_config_options_have_a_type_that_toml_has() -> None:
-    from kdcache.config import TYPE_NAMES, _toml_types, flags
+    from kdcache.options import TYPE_NAMES, _toml_types, flags
 
     for command in main.commands.values():
         if not isinstance(command, click.Group):
