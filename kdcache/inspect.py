@@ -114,7 +114,7 @@ def facts(cache: Cache) -> dict[str, Any]:
 
 def num_rows(cache: Cache) -> int:
     """Rows of the whole cache: one per record, or what the shards' commits say; 0 for kind none."""
-    if cache.spec.kind == "none":
+    if not cache.spec.has_rows:
         return 0
     return (
         cache.num_records
@@ -128,7 +128,7 @@ def quantisation(measured: Mapping[str, float], spec: CacheSpec) -> dict[str, fl
     None without them.
     """
     rows = measured.get("rows", 0)
-    names = spec.temperatures if spec.kind == "topk" else FULL_TEMPERATURES
+    names = spec.temperatures if spec.is_sparse else FULL_TEMPERATURES
     found = {t: measured[f"kl:{t}"] / rows for t in names if rows and f"kl:{t}" in measured}
     return found or None
 
@@ -145,7 +145,7 @@ def coverage(cache: Cache, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any] | N
     records. None for caches that leave nothing out (kind full) or have no rows (kind none).
     """
     spec = cache.spec
-    if spec.kind != "topk":
+    if not spec.is_sparse:
         return None
     sums = np.zeros((2, len(spec.tiers), len(spec.temperatures)))
     rows = 0
@@ -251,7 +251,7 @@ def show_record(
         out["tokens"] = [
             name(int(token)) for token in batch.columns["token"][: SHOWN_ENTRIES * SHOWN_ROWS]
         ]
-    if spec.kind != "none":
+    if spec.has_rows:
         decoded = decode_rows(spec, row_columns(batch))
         out["num_rows"] = len(decoded.max)
         out["rows"] = [

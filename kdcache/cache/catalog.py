@@ -15,8 +15,9 @@ from kdcache.cache.canonical import MAX_CONTAINERS, MAX_VALUES, digest, dumps, s
 from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
 from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
-from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, VALUES, CacheSpec
+from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, CacheSpec
 from kdcache.cache.store import MAX_JSON
+from kdcache.cache.values import CODECS
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
 from kdcache.user.guard import printable
 
@@ -29,10 +30,10 @@ HEX32 = re.compile(r"[0-9a-f]{32}")
 HEX64 = re.compile(r"[0-9a-f]{64}")
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf|nan")
 # What this version reads, by the names that stand in `requires`: all that a spec may have, and
-# nothing else.
-KNOWN = {
+# nothing else. The tables themselves, so that an entry in one of them is known here too.
+KNOWN: dict[str, Iterable[str]] = {
     "kind": KINDS,
-    "values": VALUES,
+    "values": CODECS,
     "level": LEVELS,
     "recipe": RECIPES,
     "feature": FEATURE_DTYPES,
@@ -61,7 +62,7 @@ def sealed_digest(data: bytes) -> str:
 def requires(spec: CacheSpec) -> list[str]:
     """What a reader must know to read this cache, by name: how the format grows without a format 2."""
     names = {f"kind:{spec.kind}", *(f"level:{level.name}" for level in spec.levels())}
-    if spec.kind != "none":
+    if spec.has_rows:
         names.add(f"values:{spec.values}")
     if spec.predicts:
         names.add(f"predicts:{spec.predicts}")

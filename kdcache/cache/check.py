@@ -15,7 +15,6 @@ import numpy as np
 from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns, check_offsets
 from kdcache.cache.rawmap import layout, level_rows
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.values import from_bfloat16, is_relative
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
 
 CHUNK_ELEMENTS = 2**19  # ids looked at together: a few MiB of temporaries
@@ -23,14 +22,10 @@ Get = Callable[[str], Array]  # a column of the shard by name, its bytes already
 # Bits of +inf: a pattern at or above, as a signed integer, is +inf or NaN; above the same with the
 # sign bit, as an unsigned integer, is a negative NaN (at it: -inf).
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
-# as stored
-MINUS_INFINITY = {"uint8": 0xFF, "float16": 0xFC00, "bfloat16": 0xFF80, "float32": 0xFF800000}
 FINITE = ("max", "step", "mean", "std", "weight", "label_weight")
 NOT_NEGATIVE = ("step", "std", "weight", "label_weight")
 MOST_WEIGHT = 2.0**64  # the sum over a shard, of at most 2^31, is then finite in float32
 WEIGHTS = ("weight", "label_weight")
-# by how much of its size a bfloat16 may lie below what it was rounded from
-ROUNDED = 2.0**-7
 # of int8: the largest code times it is finite
 MOST_SCALE = float(np.finfo(np.float32).max) / 127
 
@@ -149,8 +144,8 @@ def _rising(spec: CacheSpec, column: Column, get: Get) -> str | None:
     step = max(1, CHUNK_ELEMENTS // values.shape[1])
     for start in range(0, len(values), step):
         stop = start + step
-        part = _ascending(
-            column.dtype, np.concatenate([before[start:stop], values[start:stop]], axis=1)
+        part = spec.codec.ascending(
+            np.concatenate([before[start:stop], values[start:stop]], axis=1)
         )
         rises = part[:, 1:] > part[:, :-1]
         if bool(rises.any()):
@@ -161,32 +156,15 @@ def _rising(spec: CacheSpec, column: Column, get: Get) -> str | None:
     return None
 
 
-def _ascending(dtype: str, stored: Array) -> Array:
-    """Stored values as numbers in the order of what they mean: of uint8, whose codes count down
-    from the maximum, the negative code; of floats, their bits with the sign taken as that of an
-    integer, which numpy compares faster."""
-    if dtype == "uint8":
-        return -stored.astype(np.int16)
-    bits: Array = stored.view(f"<i{stored.itemsize}")
-    sign = bits >> np.array(8 * stored.itemsize - 1, bits.dtype)  # 0 or -1
-    out: Array = ((bits & np.iinfo(bits.dtype).max) ^ sign) - sign
-    return out
-
-
 def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
     """A label's logit above the largest of its row: beside it the head would be nothing, or not a
     number.
     """
     logits = get("label_logit")
-    if is_relative(spec.values):
+    if spec.codec.relative:
         most = get("max")
     else:
-        most = get(f"values_{spec.tiers[0]}")[:, 0]
-        most = from_bfloat16(most) if spec.values == "bfloat16" else most
-        if spec.values == "bfloat16":
-            with np.errstate(over="ignore", invalid="ignore"):
-                above = most + np.abs(most) * np.float32(ROUNDED) + np.float32(2.0**-133)
-            most = np.where(np.isinf(most), most, above)
+        most = spec.codec.most(get(f"values_{spec.tiers[0]}")[:, 0])
     # of -inf the values' own check speaks
     wrong = (logits > most[:, None]) & (most > -np.inf)[:, None]
     if bool(wrong.any()):
@@ -207,9 +185,10 @@ def _bad_values(
         step = max(1, CHUNK_ELEMENTS // bits.shape[1])
         for start in range(0, len(bits), step):
             part = bits[start : start + step]
-            if bool((part == MINUS_INFINITY[column.dtype]).all(axis=1).any()):
+            if bool((part == spec.codec.minus_infinity).all(axis=1).any()):
                 return f"column {name} has a row without a maximum: it is -inf"
-            if is_relative(spec.values) and not bool(_has_its_maximum(column.dtype, part).all()):
+            begins = spec.codec.begins_at_zero
+            if begins is not None and not bool(begins(part).all()):
                 return f"column {name} has a row whose values do not begin at 0, its maximum"
     if column.dtype in INFINITY:
         finite = name in FINITE or name.startswith("feature_")
@@ -230,18 +209,6 @@ def _bad_values(
     elif name == "pos" and int(values.min()) < 0:
         return f"column {name} has a negative position"
     return None
-
-
-def _has_its_maximum(dtype: str, bits: Array) -> Array:
-    """For each row of stored values [N, K] of a relative codec, whether the largest is 0: what the
-    maximum is from itself."""
-    if dtype == "uint8":
-        out: Array = bits.min(axis=1) == 0
-        return out
-    zero = ((bits << 1) & 0xFFFF == 0).any(axis=1)  # of either sign
-    # as an integer, a positive number is positive
-    out = zero & (bits.view("<i2").max(axis=1) <= 0)
-    return out
 
 
 def _floats_good(values: Array, dtype: str, *, allow_minus_infinity: bool) -> bool:

@@ -15,7 +15,6 @@ from kdcache.cache.columns import STORAGE, Array, Columns
 from kdcache.cache.measure import log_sum_exp, measure
 from kdcache.cache.rows import RowNames, Rows, check_rows, labels_outside, tail_with_labels
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.values import decode_values, encode_values, is_relative
 from kdcache.cache.values import pack_high as pack_high
 from kdcache.cache.values import unpack_high as unpack_high
 from kdcache.errors import UsageError
@@ -70,7 +69,6 @@ def encode_rows(
     measured: dict[str, float] = {}
     if rows.logits is not None:
         columns |= _encode_values(spec, rows, names)
-        columns |= _encode_ids(spec, rows)
     if rows.label is not None and rows.label_logit is not None:
         columns["label_logit"] = np.where(rows.label >= 0, rows.label_logit, np.float32(-np.inf))
     for field in ("label", "label_weight", "mean", "std", "weight", "pos"):
@@ -87,39 +85,30 @@ def encode_rows(
     return Encoded(stored, measured)
 
 
-def _encode_ids(spec: CacheSpec, rows: Rows) -> Columns:
-    columns: Columns = {}
-    for k in spec.tiers:
-        assert rows.ids is not None
-        ids = rows.ids[:, slice(*spec.tier_range(k))].astype(np.int64)
-        columns[f"ids_{k}"] = ids & 0xFFFF
-        if spec.high_bits:
-            columns[f"ids_{k}_high"] = pack_high(ids, spec.high_bits)
-    return columns
-
-
 def _encode_values(spec: CacheSpec, rows: Rows, names: RowNames) -> Columns:
     assert rows.logits is not None
     logits = rows.logits
     max_N = logits.max(axis=1)
-    stored = encode_values(spec.values, logits, max_N)
-    decoded = decode_values(spec.values, stored.values, stored.max, stored.step)
-    if spec.values == "bfloat16":
-        names.require(decoded != np.inf, "a logit is too large for bfloat16; use float32 values")
+    codec = spec.codec
+    stored = codec.encode(logits, max_N)
+    decoded = codec.decode(stored.values, stored.step)
+    if codec.overflows:
         names.require(
-            decoded.max(axis=1, initial=-np.inf) != -np.inf, "every logit is -inf in bfloat16"
+            decoded != np.inf, f"a logit is too large for {spec.values}; use float32 values"
+        )
+        names.require(
+            decoded.max(axis=1, initial=-np.inf) != -np.inf, f"every logit is -inf in {spec.values}"
         )
     columns: Columns = {}
     if stored.max is not None:
         columns["max"] = stored.max
     if stored.step is not None:
         columns["step"] = stored.step
-    if spec.kind == "full":
-        return columns | {"values": stored.values}
-    for k in spec.tiers:
-        columns[f"values_{k}"] = stored.values[:, slice(*spec.tier_range(k))]
-    base_N = max_N if is_relative(spec.values) else decoded[:, 0]
-    return columns | {"tail_lse": _encode_tail(spec, rows, decoded, base_N)}
+    columns |= ENTRIES[spec.kind].encode(spec, rows, stored.values)
+    if spec.is_sparse:
+        base_N = max_N if codec.relative else decoded[:, 0]
+        columns["tail_lse"] = _encode_tail(spec, rows, decoded, base_N)
+    return columns
 
 
 def _encode_tail(spec: CacheSpec, rows: Rows, decoded: Array, base_N: Array) -> Array:
@@ -157,20 +146,15 @@ def decode_rows(spec: CacheSpec, columns: Mapping[str, Array], k: int | None = N
         return np.asarray(columns[name])
 
     tiers = [t for t in spec.tiers if t <= k]
-    names = [f"values_{t}" for t in tiers] or ["values"]
-    stored = (
-        need(names[0])
-        if len(names) == 1
-        else np.concatenate([need(name) for name in names], axis=1)
-    )
-    step_N = need("step") if spec.values == "uint8" else None
-    if is_relative(spec.values):
+    stored = ENTRIES[spec.kind].stored(spec, need, k)
+    step_N = need("step") if spec.codec.stepped else None
+    if spec.codec.relative:
         max_N = need("max").astype(np.float32, copy=False)
-        relative = decode_values(spec.values, stored, max_N, step_N)
+        relative = spec.codec.decode(stored, step_N)
         with np.errstate(over="ignore"):
             logits = max_N[:, None] + relative
     else:
-        logits = decode_values(spec.values, stored, None, None)
+        logits = spec.codec.decode(stored, step_N)
         max_N = logits[:, 0] if tiers else logits.max(axis=1)
         with np.errstate(over="ignore"):
             relative = logits - max_N[:, None]
@@ -200,6 +184,44 @@ def decode_rows(spec: CacheSpec, columns: Mapping[str, Array], k: int | None = N
     return DecodedRows(ids=ids, logits=logits, relative=relative, max=max_N, tail_lse=tail, **extra)
 
 
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """How the entries of a row of one kind lie in its columns (`CacheSpec` says which these are).
+
+    encode: stored values [N, K] and the rows they are of -> columns. stored: columns, by a function
+    that gives one by its name -> stored values [N, k] of tier k.
+    """
+
+    encode: Callable[[CacheSpec, Rows, Array], Columns]
+    stored: Callable[[CacheSpec, Callable[[str], Array], int], Array]
+
+
+def _encode_tiers(spec: CacheSpec, rows: Rows, values: Array) -> Columns:
+    columns: Columns = {}
+    assert rows.ids is not None
+    for k in spec.tiers:
+        tier = slice(*spec.tier_range(k))
+        ids = rows.ids[:, tier].astype(np.int64)
+        columns[f"ids_{k}"] = ids & 0xFFFF
+        if spec.high_bits:
+            columns[f"ids_{k}_high"] = pack_high(ids, spec.high_bits)
+        columns[f"values_{k}"] = values[:, tier]
+    return columns
+
+
+def _stored_tiers(spec: CacheSpec, need: Callable[[str], Array], k: int) -> Array:
+    parts = [need(f"values_{tier}") for tier in spec.tiers if tier <= k]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+ENTRIES = {
+    "full": Entries(
+        lambda spec, rows, values: {"values": values}, lambda spec, need, k: need("values")
+    ),
+    "topk": Entries(_encode_tiers, _stored_tiers),
+}
+
+
 def _decode_ids(spec: CacheSpec, need: Callable[[str], Array], tiers: list[int]) -> Array:
     parts = []
     for k in tiers:
@@ -213,7 +235,7 @@ def _decode_ids(spec: CacheSpec, need: Callable[[str], Array], tiers: list[int])
 
 def check_tier(spec: CacheSpec, k: int | None) -> int:
     """`k`, or the largest tier (V of a full cache) if None; UsageError if it is none of the tiers."""
-    if spec.kind == "none":
+    if not spec.has_rows:
         raise UsageError("this cache keeps no rows, only features")
     if k is not None and k not in (spec.tiers or (spec.num_classes,)):
         held = (

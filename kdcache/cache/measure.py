@@ -29,7 +29,7 @@ def measure(spec: CacheSpec, rows: Rows, relative: Array, tail: Array | None) ->
     between CPUs: equal work gives equal commit records.
     """
     assert rows.logits is not None
-    temperatures = spec.temperatures if spec.kind == "topk" else FULL_TEMPERATURES
+    temperatures = spec.temperatures if spec.is_sparse else FULL_TEMPERATURES
     parts: dict[str, list[Array]] = {f"kl:{t}": [] for t in temperatures}
     for k in spec.tiers:
         parts |= {f"mass:{k}:{t}": [] for t in temperatures} | {
@@ -58,8 +58,8 @@ def _measure_chunk(
     logits = rows.logits[at].astype(np.float64)
     relative = logits - logits.max(axis=1, keepdims=True)
     kept = decoded > MINUS_INFINITY
-    lossless = np.zeros(len(logits)) if spec.values == "float32" else None
-    if spec.kind == "full":
+    lossless = np.zeros(len(logits)) if spec.codec.lossless else None
+    if not spec.is_sparse:
         # no tail takes what was dropped: it is left out
         relative = np.where(kept, relative, MINUS_INFINITY)
         for t in FULL_TEMPERATURES:

@@ -66,16 +66,16 @@ class RowNames:
 def row_shapes(spec: CacheSpec) -> dict[str, tuple[tuple[int, ...], str]]:
     """Field of `Rows` -> (inner shape, 'int' or 'float') for the fields that `spec` keeps."""
     out: dict[str, tuple[tuple[int, ...], str]] = {}
-    if spec.kind != "none":
+    if spec.has_rows:
         out["logits"] = ((spec.k,), "float")
-    if spec.kind == "topk":
+    if spec.is_sparse:
         out["ids"] = ((spec.k,), "int")
         out["tail_lse"] = ((len(spec.tiers), len(spec.temperatures)), "float")
     if spec.labels:
         out["label"] = ((spec.labels,), "int")
         if spec.label_weights:
             out["label_weight"] = ((spec.labels,), "float")
-        if spec.kind == "topk":
+        if spec.is_sparse:
             out["label_logit"] = ((spec.labels,), "float")
     names = {c.name for c in spec.columns() if c.level == "row"}
     out |= {name: ((), "float") for name in ("mean", "std", "weight") if name in names}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,13 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcache.cache.columns import MAX_ELEMENTS, NAME, ROOT, Array, Column, Level
+from kdcache.cache.values import CODECS, ValueCodec, value_codec
 from kdcache.errors import FieldDifference, NotBuilt, UsageError, near
 
-KINDS = ("full", "topk", "none")
 KINDS_LATER = ("topp", "sampled", "hybrid", "given")
-VALUES = ("float32", "bfloat16", "float16", "uint8")
-RELATIVE_VALUES = ("float16", "uint8")  # stored relative to the row's maximum
-RECIPES = ("raw", "map", "pool", "cls", "last", "energy")
+RECIPES = ["raw", "map", "pool", "cls", "last", "energy"]
 FEATURE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 ROWS = ("one", "ragged")
 LEVELS = ("row", "token")  # below the root
@@ -161,15 +160,15 @@ class CacheSpec(_WithLayout):
     features: tuple[FeatureSpec, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS, later=KINDS_LATER)
-        _one_of("values", self.values, VALUES)
+        _one_of("kind", self.kind, tuple(KINDS), later=KINDS_LATER)
+        _one_of("values", self.values, tuple(CODECS))
         _one_of("rows", self.rows, ROWS)
         _range("samples", self.samples, MAX_SAMPLES)
         _range("views", self.views, 2**31)
         _between("records_per_shard", self.records_per_shard, 1, MAX_ELEMENTS - 1)
         _between("seed", self.seed, 0, 2**53 - 1)
         _between("labels", self.labels, 0, MAX_LABELS)
-        {"full": self._check_full, "topk": self._check_topk, "none": self._check_none}[self.kind]()
+        KINDS[self.kind].check(self)
         if self.label_weights and not self.labels:
             raise UsageError("label_weights needs labels of at least 1")
         if self.tokens and self.rows != "ragged":
@@ -201,65 +200,28 @@ class CacheSpec(_WithLayout):
                 f"{sorted(c for c in columns if columns.count(c) > 1)[0]}"
             )
 
-    def _check_full(self) -> None:
-        _between("num_classes", self.num_classes, 1, MAX_ELEMENTS - 1)
-        if self.tiers or self.temperatures:
-            raise UsageError(
-                "kind full keeps every logit: it has no tiers and no stored temperatures"
-            )
-
-    def _check_topk(self) -> None:
-        _between("num_classes", self.num_classes, 1, MAX_CLASSES)
-        if (
-            not 1 <= len(self.tiers) <= MAX_TIERS
-            or list(self.tiers) != sorted(set(self.tiers))
-            or self.tiers[0] < 1
-        ):
-            raise UsageError(
-                f"tiers are {list(self.tiers)}; expected 1 to {MAX_TIERS} ascending k's of at "
-                "least 1"
-            )
-        if self.tiers[-1] > self.num_classes:
-            raise UsageError(
-                f"k is {self.tiers[-1]}; expected at most the number of classes, {self.num_classes}"
-            )
-        if self.tiers[-1] > 2**20:
-            raise UsageError(f"k is {self.tiers[-1]}; expected at most 2^20")
-        if not 1 <= len(self.temperatures) <= MAX_TEMPERATURES:
-            raise UsageError(
-                f"{len(self.temperatures)} temperatures; expected 1 to {MAX_TEMPERATURES}"
-            )
-        for t in self.temperatures:
-            if temperature_name(t) != t:
-                raise UsageError(f"temperature {t!r} must be spelled {temperature_name(t)!r}")
-        if list(self.temperatures) != sorted(set(self.temperatures), key=Fraction):
-            raise UsageError(f"temperatures {list(self.temperatures)} must ascend")
-
-    def _check_none(self) -> None:
-        if (
-            self.num_classes
-            or self.tiers
-            or self.temperatures
-            or self.labels
-            or self.moments
-            or self.row_weights
-        ):
-            raise UsageError(
-                "kind none keeps no rows: no classes, tiers, temperatures, labels, moments or "
-                "weights"
-            )
-        if not self.features:
-            raise UsageError(
-                "kind none without a feature is an empty cache: name a feature or another kind"
-            )
-
     # ---- columns
     # ----------------------------------------------------------------------------------------------
 
     @property
     def k(self) -> int:
         """Entries kept of a row: V for full, the largest tier for topk, 0 for none."""
-        return self.tiers[-1] if self.kind == "topk" else self.num_classes
+        return self.tiers[-1] if self.is_sparse else self.num_classes
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows, and not features alone."""
+        return KINDS[self.kind].rows
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a row keeps some of its classes by id, and a tail for the others."""
+        return KINDS[self.kind].sparse
+
+    @property
+    def codec(self) -> ValueCodec:
+        """How the values of a row are stored."""
+        return value_codec(self.values)
 
     @property
     def id_dtype(self) -> str:
@@ -297,18 +259,7 @@ class CacheSpec(_WithLayout):
         out = [Column("sample_key", ROOT, "uint64")]
         if self.view_keys:
             out.append(Column("view_key", ROOT, "uint64"))
-        if self.kind == "full":
-            out.append(Column("values", "row", self.values, (self.num_classes,)))
-        for k in self.tiers:
-            start, stop = self.tier_range(k)
-            out.append(Column(f"ids_{k}", "row", self.id_dtype, (stop - start,)))
-            if self.high_bits:
-                out.append(
-                    Column(
-                        f"ids_{k}_high", "row", "uint8", (-(-(stop - start) * self.high_bits // 8),)
-                    )
-                )
-            out.append(Column(f"values_{k}", "row", self.values, (stop - start,)))
+        out += KINDS[self.kind].entries(self)
         out += self._row_columns()
         if self.tokens:
             out.append(
@@ -321,11 +272,11 @@ class CacheSpec(_WithLayout):
 
     def _row_columns(self) -> list[Column]:
         out = []
-        if self.kind != "none" and self.values in RELATIVE_VALUES:
+        if self.has_rows and self.codec.relative:
             out.append(Column("max", "row", "float32"))
-            if self.values == "uint8":
+            if self.codec.stepped:
                 out.append(Column("step", "row", "float32"))
-        if self.kind == "topk":
+        if self.is_sparse:
             out.append(
                 Column("tail_lse", "row", "float32", (len(self.tiers), len(self.temperatures)))
             )
@@ -340,14 +291,14 @@ class CacheSpec(_WithLayout):
             )
             if self.label_weights:
                 out.append(Column("label_weight", "row", "float32", (self.labels,)))
-            if self.kind == "topk":
+            if self.is_sparse:
                 out.append(Column("label_logit", "row", "float32", (self.labels,)))
         if self.moments:
             out += [Column("mean", "row", "float32"), Column("std", "row", "float32")]
         if self.row_weights:
             out.append(Column("weight", "row", "float32"))
         if self.rows == "ragged" and (
-            self.kind != "none" or any(f.level == "row" for f in self.features)
+            self.has_rows or any(f.level == "row" for f in self.features)
         ):
             out.append(Column("pos", "row", "int32"))
         return out
@@ -430,6 +381,93 @@ class CacheSpec(_WithLayout):
         return cls(**fields)
 
 
+def _check_full(spec: CacheSpec) -> None:
+    _between("num_classes", spec.num_classes, 1, MAX_ELEMENTS - 1)
+    if spec.tiers or spec.temperatures:
+        raise UsageError("kind full keeps every logit: it has no tiers and no stored temperatures")
+
+
+def _check_topk(spec: CacheSpec) -> None:
+    _between("num_classes", spec.num_classes, 1, MAX_CLASSES)
+    if (
+        not 1 <= len(spec.tiers) <= MAX_TIERS
+        or list(spec.tiers) != sorted(set(spec.tiers))
+        or spec.tiers[0] < 1
+    ):
+        raise UsageError(
+            f"tiers are {list(spec.tiers)}; expected 1 to {MAX_TIERS} ascending k's of at least 1"
+        )
+    if spec.tiers[-1] > spec.num_classes:
+        raise UsageError(
+            f"k is {spec.tiers[-1]}; expected at most the number of classes, {spec.num_classes}"
+        )
+    if spec.tiers[-1] > 2**20:
+        raise UsageError(f"k is {spec.tiers[-1]}; expected at most 2^20")
+    if not 1 <= len(spec.temperatures) <= MAX_TEMPERATURES:
+        raise UsageError(f"{len(spec.temperatures)} temperatures; expected 1 to {MAX_TEMPERATURES}")
+    for t in spec.temperatures:
+        if temperature_name(t) != t:
+            raise UsageError(f"temperature {t!r} must be spelled {temperature_name(t)!r}")
+    if list(spec.temperatures) != sorted(set(spec.temperatures), key=Fraction):
+        raise UsageError(f"temperatures {list(spec.temperatures)} must ascend")
+
+
+def _check_none(spec: CacheSpec) -> None:
+    if (
+        spec.num_classes
+        or spec.tiers
+        or spec.temperatures
+        or spec.labels
+        or spec.moments
+        or spec.row_weights
+    ):
+        raise UsageError(
+            "kind none keeps no rows: no classes, tiers, temperatures, labels, moments or weights"
+        )
+    if not spec.features:
+        raise UsageError(
+            "kind none without a feature is an empty cache: name a feature or another kind"
+        )
+
+
+def _full_entries(spec: CacheSpec) -> list[Column]:
+    return [Column("values", "row", spec.codec.dtype, (spec.num_classes,))]
+
+
+def _topk_entries(spec: CacheSpec) -> list[Column]:
+    out = []
+    for k in spec.tiers:
+        start, stop = spec.tier_range(k)
+        out.append(Column(f"ids_{k}", "row", spec.id_dtype, (stop - start,)))
+        if spec.high_bits:
+            width = -(-(stop - start) * spec.high_bits // 8)
+            out.append(Column(f"ids_{k}_high", "row", "uint8", (width,)))
+        out.append(Column(f"values_{k}", "row", spec.codec.dtype, (stop - start,)))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a row is made of. `check` raises UsageError for a spec that cannot be of this kind,
+    `entries` are the columns of what is kept of a row's logits, in the order of the file.
+
+    rows: whether there are rows at all. sparse: whether a row keeps some classes by id; it has a
+    tail then, and the logits of its labels.
+    """
+
+    check: Callable[[CacheSpec], None]
+    entries: Callable[[CacheSpec], list[Column]]
+    rows: bool = True
+    sparse: bool = False
+
+
+KINDS = {
+    "full": Kind(_check_full, _full_entries),
+    "topk": Kind(_check_topk, _topk_entries, sparse=True),
+    "none": Kind(_check_none, lambda spec: [], rows=False),
+}
+
+
 def spec_difference(cached: CacheSpec, given: CacheSpec) -> list[FieldDifference]:
     """The fields in which two specs differ."""
     a, b = cached.to_json(), given.to_json()
@@ -477,7 +515,7 @@ def _typed(cls: type, doc: Any, where: str) -> dict[str, Any]:
     return out
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...], later: tuple[str, ...] = ()) -> None:
+def _one_of(what: str, value: str, known: Sequence[str], later: tuple[str, ...] = ()) -> None:
     if value in later:
         built = ", ".join(k for k in known if k not in later)
         raise NotBuilt(f"{what} {value!r} is not built yet; this version has {built}")

@@ -2,17 +2,18 @@
 
 Raw codecs (float32, bfloat16) hold logits; relative ones (float16, uint8) hold logit - max. -inf is
 a legal value of each of them. Rounding is monotone everywhere, so a row that does not rise before
-encoding does not rise after it.
+encoding does not rise after it. `CODECS` has all that the rest of the package knows of a codec.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from kdcache.cache.columns import Array
-from kdcache.cache.spec import RELATIVE_VALUES, VALUES
 
 # uint8 keeps [max - 120, max]: exp(-120) is 1e-52, below float32's least exp
 FLOOR = np.float32(-120)
@@ -79,31 +80,83 @@ class StoredValues(NamedTuple):
     step: Array | None = None
 
 
-def encode_values(codec: str, logits: Array, max_N: Array) -> StoredValues:
-    """Logits float32 [N, K] without NaN or +inf, and their finite row maxima float32 [N], as stored
-    values.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueCodec:
+    """How the logits of a row are stored, and what is known of the stored values.
+
+    dtype: of the column, a key of `columns.STORAGE`. relative: values are logit - max, and the
+    maximum is a column of its own. stepped: so is the size of a step. lossless: decoding gives the
+    very logits. overflows: a finite logit may become an infinity.
     """
-    if codec == "float32":
-        return StoredValues(np.ascontiguousarray(logits, "<f4"))
-    if codec == "bfloat16":
-        return StoredValues(to_bfloat16(logits))
+
+    dtype: str
+    # logits float32 [N, K] without NaN or +inf, and their finite row maxima float32 [N]
+    encode: Callable[[Array, Array], StoredValues]
+    # stored [N, K], steps float32 [N] or None -> float32 [N, K]: logits, or logit - max if relative
+    decode: Callable[[Array, Array | None], Array]
+    # the bits of -inf
+    minus_infinity: int
+    # stored values as integers in the order of what they mean
+    ascending: Callable[[Array], Array]
+    # of bits [N, K]: whether the largest of a row is 0, its maximum from itself; relative codecs
+    begins_at_zero: Callable[[Array], Array] | None = None
+    stepped: bool = False
+    lossless: bool = False
+    overflows: bool = False
+    # rounding to nearest moves a value by at most this part of its size, and this much in any case
+    half_unit: float = 0.0
+    least: float = 0.0
+
+    @property
+    def relative(self) -> bool:
+        """Whether values are relative to the row's maximum, which is then a column."""
+        return self.begins_at_zero is not None
+
+    def rounding(self, relative: Array, size: Array, step_N: Array | None) -> Array:
+        """The most that storing moved each value: float64 [N, K].
+
+        relative: the decoded logits less their row's maximum; size: |logit|, both float64 [N, K],
+        infinities allowed; step_N: of a stepped codec.
+        """
+        depth = np.where(np.isfinite(relative), np.abs(relative), 0)
+        if step_N is not None:  # half a step, and what float32 rounds of code * step
+            half = np.asarray(step_N, np.float64)[:, None] / 2
+            moved: Array = half + depth * 2.0**-23 + self.least
+        elif self.relative:
+            moved = depth * self.half_unit + self.least
+        else:  # of the logit and of the maximum that it is compared with
+            finite = np.where(np.isfinite(size), size, 0)
+            moved = (finite + finite.max(axis=1, keepdims=True)) * self.half_unit + 2 * self.least
+        return moved
+
+    def most(self, stored_N: Array) -> Array:
+        """The largest logits float32 [N] from which these values of a raw codec may be rounded."""
+        logits_N = self.decode(stored_N, None)
+        if self.lossless:
+            return logits_N
+        with np.errstate(over="ignore", invalid="ignore"):
+            above = logits_N + np.abs(logits_N) * np.float32(2 * self.half_unit)
+            above = above + np.float32(2 * self.least)
+        return np.where(np.isinf(logits_N), logits_N, above)
+
+
+def value_codec(name: str) -> ValueCodec:
+    """The codec of that name; ValueError for one that is not there: it is never read as another."""
+    if name not in CODECS:
+        raise ValueError(
+            f"value codec {name!r} has no encoding here; expected one of {', '.join(CODECS)}"
+        )
+    return CODECS[name]
+
+
+def _to_float16(logits: Array, max_N: Array) -> StoredValues:
     with np.errstate(over="ignore"):  # too far below the maximum is -inf
+        return StoredValues((logits - max_N[:, None]).astype("<f2"), max_N)
+
+
+def _to_uint8(logits: Array, max_N: Array) -> StoredValues:
+    with np.errstate(over="ignore"):
         relative = logits - max_N[:, None]
-        if codec == "float16":
-            return StoredValues(relative.astype("<f2"), max_N)
-    if codec == "uint8":
-        return StoredValues(*_to_uint8(relative, max_N))
-    raise _unknown(codec)
-
-
-def _unknown(codec: str) -> ValueError:
-    """A codec that the spec knows and these functions do not: never to be read as another one."""
-    return ValueError(
-        f"value codec {codec!r} has no encoding here; expected one of {', '.join(VALUES)}"
-    )
-
-
-def _to_uint8(relative: Array, max_N: Array) -> tuple[Array, Array, Array]:
     kept = relative >= FLOOR
     depth = np.where(kept, -relative, np.float32(0))
     step_N = (depth.max(axis=1) / np.float32(CODES)).astype(np.float32)
@@ -111,19 +164,10 @@ def _to_uint8(relative: Array, max_N: Array) -> tuple[Array, Array, Array]:
     # that rounded down among the subnormals would give codes above 254.
     quotient = depth / np.where(step_N > 0, step_N, 1)[:, None].astype(np.float64)
     code = np.where(step_N[:, None] > 0, np.minimum(np.rint(quotient), CODES), 0)
-    return np.where(kept, code, MINUS_INFINITY).astype(np.uint8), max_N, step_N
+    return StoredValues(np.where(kept, code, MINUS_INFINITY).astype(np.uint8), max_N, step_N)
 
 
-def decode_values(codec: str, stored: Array, max_N: Array | None, step_N: Array | None) -> Array:
-    """float32 [N, K]: logits of a raw codec, logit - max of a relative one."""
-    if codec == "float32":
-        return np.asarray(stored, np.float32)
-    if codec == "bfloat16":
-        return from_bfloat16(stored)
-    if codec == "float16":
-        return np.asarray(stored).astype(np.float32)
-    if codec != "uint8":
-        raise _unknown(codec)
+def _from_uint8(stored: Array, step_N: Array | None) -> Array:
     if step_N is None:
         raise ValueError("uint8 values need their steps")
     with np.errstate(over="ignore"):
@@ -133,6 +177,65 @@ def decode_values(codec: str, stored: Array, max_N: Array | None, step_N: Array 
     return out
 
 
-def is_relative(codec: str) -> bool:
-    """Whether a codec's values are relative to the row's maximum, which is then a column."""
-    return codec in RELATIVE_VALUES
+def _float_order(stored: Array) -> Array:
+    """The bits of floats with the sign taken as that of an integer, which numpy compares faster."""
+    bits: Array = stored.view(f"<i{stored.itemsize}")
+    sign = bits >> np.array(8 * stored.itemsize - 1, bits.dtype)  # 0 or -1
+    out: Array = ((bits & np.iinfo(bits.dtype).max) ^ sign) - sign
+    return out
+
+
+def _float16_begins_at_zero(bits: Array) -> Array:
+    zero = ((bits << 1) & 0xFFFF == 0).any(axis=1)  # of either sign
+    # as an integer, a positive number is positive
+    out: Array = zero & (bits.view("<i2").max(axis=1) <= 0)
+    return out
+
+
+def _uint8_begins_at_zero(codes: Array) -> Array:
+    out: Array = codes.min(axis=1) == 0
+    return out
+
+
+CODECS = {
+    "float32": ValueCodec(
+        dtype="float32",
+        encode=lambda logits, max_N: StoredValues(np.ascontiguousarray(logits, "<f4")),
+        decode=lambda stored, step_N: np.asarray(stored, np.float32),
+        minus_infinity=0xFF800000,
+        ascending=_float_order,
+        lossless=True,
+    ),
+    "bfloat16": ValueCodec(
+        dtype="bfloat16",
+        encode=lambda logits, max_N: StoredValues(to_bfloat16(logits)),
+        decode=lambda stored, step_N: from_bfloat16(stored),
+        minus_infinity=0xFF80,
+        ascending=_float_order,
+        overflows=True,
+        half_unit=2.0**-8,
+        least=2.0**-134,  # half the smallest bfloat16
+    ),
+    "float16": ValueCodec(
+        dtype="float16",
+        encode=_to_float16,
+        decode=lambda stored, step_N: np.asarray(stored).astype(np.float32),
+        minus_infinity=0xFC00,
+        ascending=_float_order,
+        begins_at_zero=_float16_begins_at_zero,
+        half_unit=2.0**-11,
+        least=2.0**-25,  # half the smallest float16
+    ),
+    "uint8": ValueCodec(
+        dtype="uint8",
+        encode=_to_uint8,
+        decode=_from_uint8,
+        minus_infinity=MINUS_INFINITY,
+        # codes count down from the maximum
+        ascending=lambda stored: -stored.astype(np.int16),
+        begins_at_zero=_uint8_begins_at_zero,
+        stepped=True,
+        # 254 codes of a step that float32 can only hold to half of its smallest, 2^-149
+        least=2.0**-141,
+    ),
+}

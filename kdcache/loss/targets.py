@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.columns import Array
-from kdcache.cache.spec import RELATIVE_VALUES, CacheSpec
+from kdcache.cache.spec import CacheSpec
 from kdcache.errors import UsageError
 from kdcache.loss.arguments import (
     check_device,
@@ -218,7 +218,7 @@ def soft_targets(
             torch.empty_like(values_NK).scatter_(1, ids_NK, values_NK), float(name), weight_N
         )
     tail_N = unpack.column("tail_lse")[:, spec.tiers.index(kept), spec.temperatures.index(name)]
-    relative = spec.values in RELATIVE_VALUES
+    relative = spec.codec.relative
     max_N = unpack.column("max") if relative else values_NK[:, 0]
     if spec.labels:
         tail_N = _with_labels(

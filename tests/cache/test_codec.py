@@ -23,13 +23,12 @@ from row_definitions import (
     total_log_mass,
 )
 
-from kdcache.cache import spec
 from kdcache.cache.catalog import KNOWN
 from kdcache.cache.codec import decode_rows, encode_rows, pack_high, unpack_high
 from kdcache.cache.features import decode_feature, encode_feature
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, RECIPES, CacheSpec, FeatureSpec
-from kdcache.cache.values import decode_values, encode_values, from_bfloat16, to_bfloat16
+from kdcache.cache.values import CODECS, from_bfloat16, to_bfloat16, value_codec
 
 # One V below, at and above every change of id width and of high plane.
 CLASSES = (
@@ -133,8 +132,8 @@ def test_bfloat16_is_the_nearest_even(values):
 @FAST
 @given(dense_logits())
 def test_uint8_is_within_half_a_step(z):
-    stored = encode_values("uint8", z, z.max(1))
-    decoded = decode_values("uint8", stored.values, stored.max, stored.step)
+    stored = CODECS["uint8"].encode(z, z.max(1))
+    decoded = CODECS["uint8"].decode(stored.values, stored.step)
     # the format takes the difference in float32
     relative = z - z.max(1)[:, None]
     kept = relative >= -120
@@ -155,8 +154,8 @@ def test_uint8_is_within_half_a_step(z):
 @given(z=dense_logits())
 def test_rounding_keeps_the_order(values, z):
     z = -np.sort(-z, axis=1)
-    stored = encode_values(values, z, z.max(1))
-    decoded = decode_values(values, stored.values, stored.max, stored.step)
+    stored = CODECS[values].encode(z, z.max(1))
+    decoded = CODECS[values].decode(stored.values, stored.step)
     assert not np.isnan(decoded).any() and (decoded[:, :-1] >= decoded[:, 1:]).all()
     assert (
         decoded[:, 0]
@@ -172,18 +171,18 @@ def test_rounding_keeps_the_order(values, z):
 
 def test_float16_limits():
     z = np.array([[1.0, 1.0 - 65504, 1.0 - 65519, 1.0 - 65520, -np.inf]], np.float32)
-    stored = encode_values("float16", z, z.max(1))
+    stored = CODECS["float16"].encode(z, z.max(1))
     assert stored.values.tolist() == [[0, -65504, -65504, -np.inf, -np.inf]]
 
 
 def test_uint8_step_may_be_zero():
     z = np.array([[5, 5, 5, -np.inf], [1, 1, 1 - 121, 1 - 1e9]], np.float32)
-    stored = encode_values("uint8", z, z.max(1))
+    stored = CODECS["uint8"].encode(z, z.max(1))
     assert stored.step.tolist() == [0, 0] and stored.values.tolist() == [
         [0, 0, 0, 255],
         [0, 0, 255, 255],
     ]
-    assert decode_values("uint8", stored.values, stored.max, stored.step)[0].tolist() == [
+    assert CODECS["uint8"].decode(stored.values, stored.step)[0].tolist() == [
         0,
         0,
         0,
@@ -369,21 +368,20 @@ def test_every_name_of_the_spec_is_read_as_itself_and_no_other_name_is() -> None
         KNOWN.items()
         >= {
             "kind": KINDS,
-            "values": spec.VALUES,
+            "values": CODECS,
             "level": LEVELS,
             "recipe": RECIPES,
             "feature": FEATURE_DTYPES,
         }.items()
     )
     logits, top = np.array([[3.0, 1.0]], np.float32), np.array([3.0], np.float32)
-    for codec in spec.VALUES:
-        stored = encode_values(codec, logits, top)
-        assert decode_values(codec, stored.values, stored.max, stored.step).dtype == np.float32
+    for codec in CODECS.values():
+        stored = codec.encode(logits, top)
+        assert codec.decode(stored.values, stored.step).dtype == np.float32
     feature = FeatureSpec(name="f", module="m", recipe="raw", dtype="float16", shape=(2,))
     object.__setattr__(feature, "dtype", "float8")
     for use in (
-        lambda: encode_values("float8", logits, top),
-        lambda: decode_values("float8", logits, top, top),
+        lambda: value_codec("float8"),
         lambda: encode_feature(feature, logits),
         lambda: decode_feature(feature, {"feature_f": logits}),
     ):

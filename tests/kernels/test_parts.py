@@ -25,7 +25,7 @@ import pytest
 import torch
 import triton
 from kernel_world import Case, usual
-from test_kernel_aot import BUILDS, request
+from test_aot import BUILDS, request
 from torch import Tensor
 
 from kdcache.kernels import kd_launch, kd_loss

@@ -506,8 +506,9 @@ def test_logits_and_sums_that_do_not_fit_are_refused() -> None:
 
 RANK = """
 import sys
+sys.path[:0] = ["..", "../tools", "../tools/ptx"]
 import conftest, pytest, torch
-from test_kernel_shards import run_rank
+from test_shards import run_rank
 conftest.as_on_a_device(pytest.MonkeyPatch())
 torch.use_deterministic_algorithms(True)
 torch.save(run_rank(1, sys.argv[1]), f"{sys.argv[1]}/1.pt")
@@ -535,7 +536,7 @@ def test_two_processes_exchange_their_sums(tmp_path: Path, device: str) -> None:
     if world.compiled():
         pytest.skip("gloo gathers on the CPU; one device has no second rank")
     with subprocess.Popen(
-        [sys.executable, "-c", RANK, str(tmp_path)], cwd=Path(__file__).parents[1] / "tools"
+        [sys.executable, "-c", RANK, str(tmp_path)], cwd=Path(__file__).parent
     ) as other:
         own = run_rank(0, str(tmp_path))
     assert other.returncode == 0

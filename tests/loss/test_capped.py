@@ -12,7 +12,7 @@ import torch
 from kernel_world import allowed
 from linear_world import Allocations
 from loss_world import DIVERGENCES, PAIRS, problem, single
-from test_student_linear import (
+from test_linear import (
     CLASSES,
     KEPT,
     ROWS,
@@ -23,7 +23,7 @@ from test_student_linear import (
     error,
     linear,
 )
-from test_student_linear import given as leaves_of
+from test_linear import given as leaves_of
 from torch import Tensor
 
 import kdcache

@@ -14,7 +14,7 @@ import torch
 from cli_world import refused, run
 from kernel_world import allowed
 from teacher_world import Broken, Points, Sentences, Speaker, files, mlp
-from test_teacher_reduce import Looks, normal, oracle_order, oracle_tail, spec_of
+from test_reduce import Looks, normal, oracle_order, oracle_tail, spec_of
 
 import kdcache
 from kdcache.errors import DataError, KDCacheError, UsageError

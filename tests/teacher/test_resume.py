@@ -25,7 +25,7 @@ from kdcache.process.ranks import Rank
 from kdcache.process.signals import Interrupted, Signals
 from kdcache.teacher.dump import DumpReport, dump_teacher
 
-TESTS = Path(__file__).parents[1] / "tools"
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
 
 
 def dump(out: Path, **changes: Any) -> DumpReport:
@@ -142,15 +142,15 @@ def test_ranks_share_the_shards_in_any_order(
 def test_ranks_at_the_same_time_give_the_same_cache(tmp_path: Path) -> None:
     dump(tmp_path / "whole", records_per_shard=2)
     script = (
-        "import sys, json; sys.path.insert(0, sys.argv[2])\n"
+        "import sys, json; sys.path[:0] = sys.argv[2:]\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from test_teacher_resume import dump\n"
+        "from test_resume import dump\n"
         "print(json.dumps(dump(Path(sys.argv[1]), records_per_shard=2).to_json()))\n"
     )
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "c"), str(TESTS)],
+            [sys.executable, "-c", script, str(tmp_path / "c"), *PATHS],
             stdout=subprocess.PIPE,
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
         )
@@ -249,10 +249,10 @@ def test_a_full_disk_while_writing_is_one_line_and_can_be_continued(
 # --------------------------------------------------------------------------------------------------
 
 SLOW = """
-import sys; sys.path.insert(0, sys.argv[2])
+import sys; sys.path[:0] = sys.argv[2:]
 import time, torch
 from pathlib import Path
-from test_teacher_resume import dump
+from test_resume import dump
 from kdcache.errors import KDCacheError
 torch.set_num_threads(1)
 def slowly(progress):
@@ -270,7 +270,7 @@ except KDCacheError as e:
 def test_a_signal_drops_the_open_shard_and_says_how_to_go_on(
     tmp_path: Path, signum: int, code: int
 ) -> None:
-    command = [sys.executable, "-c", SLOW, str(tmp_path / "c"), str(TESTS)]
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "c"), *PATHS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while int(process.stdout.readline()) < 22:
