@@ -9,7 +9,7 @@ STEPS ?=
 COMPILED := $(addprefix tests/kernels/test_,kd_loss.py terms.py ptx.py shards.py topk_lse.py)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint docs bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/kdcache demo --out demo-out
@@ -25,6 +25,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/, and a reference made of the docstrings. A warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 bench: $(STAMP)
 	$(BIN)/kdcache bench shard-io
@@ -43,4 +48,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf .venv build docs/api dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
