@@ -20,7 +20,9 @@ __all__ = [
     "create",
     "dump_teacher",
     "kd_linear_loss",
+    "kd_linear_loss_parts",
     "kd_loss",
+    "kd_loss_parts",
     "open",
     "row_counts",
     "soft_targets",
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from kdcache.cache.writer import create as create
     from kdcache.errors import KDCacheError as KDCacheError
     from kdcache.loss.kd_linear_loss import kd_linear_loss as kd_linear_loss
+    from kdcache.loss.kd_linear_loss import kd_linear_loss_parts as kd_linear_loss_parts
     from kdcache.loss.kd_loss import kd_loss as kd_loss
-    from kdcache.loss.request import row_counts as row_counts
+    from kdcache.loss.kd_loss import kd_loss_parts as kd_loss_parts
+    from kdcache.loss.kd_loss import row_counts as row_counts
     from kdcache.loss.targets import soft_targets as soft_targets
     from kdcache.loss.targets import targets_from_logits as targets_from_logits
     from kdcache.student.loader import Loader as Loader
@@ -54,8 +58,10 @@ _WHERE = {
     "soft_targets": "loss.targets",
     "targets_from_logits": "loss.targets",
     "kd_loss": "loss.kd_loss",
+    "kd_loss_parts": "loss.kd_loss",
     "kd_linear_loss": "loss.kd_linear_loss",
-    "row_counts": "loss.request",
+    "kd_linear_loss_parts": "loss.kd_linear_loss",
+    "row_counts": "loss.kd_loss",
     "Loader": "student.loader",
     "dump_teacher": "teacher.dump",
     "train_student": "student.train",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only
+from kdcache.loss.divergences import Divergence
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.torch_engine import RowLoss, gradient_like, loss_rows, scale_rows, wide
 
@@ -22,7 +23,7 @@ ROWS = (
     "(Tensor logits, Tensor? labels, Tensor? label_weight, Tensor? ids, Tensor? log_probs, Tensor? "
     "log_tail, "
     "Tensor? row_weight, Tensor? ce_scale, Tensor? kd_scale, int num_classes, int teacher_classes, "
-    "float temperature, str divergence, str tail, float beta, bool wants_gradient) "
+    "float temperature, str divergence, str tail, float? beta, bool wants_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -43,7 +44,7 @@ def loss_rows_op(
     temperature: float,
     divergence: str,
     tail: str,
-    beta: float,
+    beta: float | None,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss_N, CE_N, D_N, gradient [N, V'], or [0] where none is wanted)."""
@@ -59,12 +60,10 @@ def loss_rows_op(
         labels,
         label_weight,
         targets,
-        divergence,
-        tail,
+        Divergence(divergence, beta, tail),
         ce_scale,
         kd_scale,
         False,
-        beta,
     )
     gradient = gradient_like(logits) if wants_gradient else None
     return *loss_rows(logits, rows, gradient), logits.new_empty(0) if gradient is None else gradient
@@ -119,9 +118,9 @@ def compiled_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tens
         rows.num_classes,
         rows.num_classes if t is None else t.num_classes,
         1.0 if t is None else t.temperature,
-        rows.divergence,
-        rows.tail,
-        rows.beta,
+        rows.divergence.name,
+        rows.divergence.tail,
+        rows.divergence.beta,
         torch.is_grad_enabled() and logits.requires_grad,
     )
     return loss_N, ce_N.detach(), kd_N.detach()

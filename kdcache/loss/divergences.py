@@ -1,4 +1,4 @@
-"""Divergences over outcomes with their gradients: what the torch engine runs, one small function
+"""The divergences of a student from its teacher: the value that names one, and one small function
 each.
 
 An outcome is a kept class, or all others together, or each of V classes. Each function is given log
@@ -13,16 +13,84 @@ A row's bits depend on that row alone, so `torch.logaddexp` and plain sums of on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-# (log q, log p, beta, gradient wanted), logs [R, M] -> (D_R, gradient [R, M] or None)
-Divergence = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+from kdcache.errors import UsageError, near
+from kdcache.loss.arguments import check_number, check_type
+from kdcache.loss.targets import SoftTargets, readable
+
+if TYPE_CHECKING:
+    from kdcache.loss.torch_engine import RowLoss
+
+TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
+FORWARD_ONLY = {
+    "uniform": "the others are not built for an even tail; use tail 'bucket'",
+    "sampled": "weights of any sum estimate what is linear in the teacher, and are no distribution",
+}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """D(q || p) of the teacher's q and the student's p, checked when it is made.
+
+    name           forward_kl, reverse_kl, jsd or tv
+    beta           of jsd alone, between 0 and 1; None is 1/2
+    tail           what the classes are that the teacher's targets leave out: bucket, renormalise,
+                   conditional, uniform or sampled (see `kd_loss`)
+
+    UsageError for unknown names, for a pair that is infinite or not built, and for a beta that is
+    out of range or of another divergence.
+    """
+
+    name: str = "forward_kl"
+    beta: float | None = None
+    tail: str = "bucket"
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, optional=True)
+        for what, value, known in (
+            ("divergence", self.name, tuple(DIVERGENCES)),
+            ("tail", self.tail, TAILS),
+        ):
+            check_type(what, value, str, "a name")
+            if value not in known:
+                raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+        if self.tail in FORWARD_ONLY and self.name != "forward_kl":
+            raise UsageError(
+                f"tail {self.tail!r} goes with divergence 'forward_kl' alone, found "
+                f"{self.name!r}: {FORWARD_ONLY[self.tail]}"
+            )
+        if (self.name, self.tail) == ("reverse_kl", "renormalise"):
+            raise UsageError(
+                "divergence 'reverse_kl' with tail 'renormalise' is infinite: the teacher gives "
+                "the tail nothing, the student something; use tail 'bucket' or 'conditional'"
+            )
+        if self.beta is not None and self.name != "jsd":
+            raise UsageError(
+                f"beta is {self.beta}, but divergence {self.name!r} has none; it belongs to 'jsd'"
+            )
+        if self.beta is not None and not 0 < self.beta < 1:
+            raise UsageError(
+                f"beta is {self.beta}; expected between 0 and 1, where jsd is not 0 for every "
+                "student"
+            )
+
+    @property
+    def teacher_share(self) -> float:
+        """The teacher's part of the mixture that jsd compares with: beta, or 1/2."""
+        return 0.5 if self.beta is None else self.beta
+
+
+# (log q, log p, divergence, gradient wanted), logs [R, M] -> (D_R, gradient [R, M] or None)
+DivergenceFunction = Callable[[Tensor, Tensor, Divergence, bool], tuple[Tensor, Tensor | None]]
 
 
 def forward_kl(
-    log_q: Tensor, log_p: Tensor, beta: float, wants: bool
+    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """sum q (log q - log p), where 0 log 0 = 0."""
     q = log_q.exp()
@@ -31,7 +99,7 @@ def forward_kl(
 
 
 def reverse_kl(
-    log_q: Tensor, log_p: Tensor, beta: float, wants: bool
+    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """sum p (log p - log q); infinite where the teacher rules out what the student does not."""
     p = log_p.exp()
@@ -39,8 +107,11 @@ def reverse_kl(
     return value_R, slope if wants else None
 
 
-def jsd(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, Tensor | None]:
+def jsd(
+    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+) -> tuple[Tensor, Tensor | None]:
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
+    beta = divergence.teacher_share
     # of -inf makes log m NaN, where neither term looks at it
     top = torch.maximum(log_q, log_p)
     log_m = (
@@ -52,7 +123,9 @@ def jsd(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor,
     return beta * from_q_R + from_p_R, slope if wants else None
 
 
-def tv(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, Tensor | None]:
+def tv(
+    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+) -> tuple[Tensor, Tensor | None]:
     """1/2 sum |p - q|; where p = q the gradient is taken to be 0."""
     p = log_p.exp()
     more = p - log_q.exp()
@@ -62,7 +135,7 @@ def tv(log_q: Tensor, log_p: Tensor, beta: float, wants: bool) -> tuple[Tensor, 
 
 
 def sampled_kl(
-    log_w: Tensor, log_p: Tensor, beta: float, wants: bool
+    log_w: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Forward KL of weights w of any sum s, not renormalised: sum w (log w - log p), gradient s p -
     w.
@@ -72,7 +145,7 @@ def sampled_kl(
     return value_R, log_p.exp().mul_(row_sum(w)[:, None]).sub_(w) if wants else None
 
 
-DIVERGENCES: dict[str, Divergence] = {
+DIVERGENCES: dict[str, DivergenceFunction] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
@@ -91,3 +164,73 @@ def row_sum(x_RM: Tensor) -> Tensor:
     its bits.
     """
     return x_RM.expand(2, -1).sum(-1)[:1] if len(x_RM) == 1 else x_RM.sum(-1)
+
+
+def check_reverse_kl(num_classes: int, taught: int, divergence: Divergence) -> None:
+    """UsageError for reverse KL of a teacher that keeps all of its `taught` classes and a student
+    that has more.
+    """
+    if (divergence.name, divergence.tail) == ("reverse_kl", "bucket") and num_classes > taught:
+        raise UsageError(
+            f"divergence 'reverse_kl' is infinite: the student has {num_classes} classes, and the "
+            "teacher "
+            f"gives those from its {taught} on nothing; cut them (classes {taught}), or use tail "
+            "'conditional' or another divergence"
+        )
+
+
+def check_tails(targets: SoftTargets) -> None:
+    """UsageError for a row whose teacher gives its tail nothing, where the student gives every
+    class something.
+    """
+    tail_N = targets.log_tail_N
+    if (
+        tail_N is None
+        or targets.log_probs_NK.shape[1] == targets.num_classes
+        or not readable(tail_N)
+    ):
+        return
+    empty_N = tail_N == -torch.inf
+    if targets.weight_N is not None:
+        empty_N &= targets.weight_N != 0
+    if bool(empty_N.any()):
+        raise UsageError(
+            f"divergence 'reverse_kl' is infinite for row {int(empty_N.nonzero()[0])}: the teacher "
+            "gives "
+            "its tail nothing; use tail 'conditional', or another divergence"
+        )
+
+
+def check_ruled_out(rows: RowLoss, logits_NV: Tensor | None) -> None:
+    """UsageError for reverse KL of a row whose teacher rules out a kept class (-inf) that the
+    student does not.
+
+    logits_NV: the student's, or [1, V] where those of all rows are -inf; None where none is.
+    """
+    targets = rows.targets
+    if (
+        targets is None
+        or rows.divergence.name != "reverse_kl"
+        or not readable(targets.log_probs_NK)
+    ):
+        return
+    out_NK = targets.log_probs_NK == -torch.inf
+    if targets.weight_N is not None:
+        out_NK &= targets.weight_N[:, None] != 0
+    if not bool(out_NK.any()):
+        return
+    if logits_NV is not None:
+        too_NV = (logits_NV == -torch.inf).expand(len(out_NK), -1)
+        out_NK &= ~(
+            too_NV[:, : out_NK.shape[1]]
+            if targets.ids_NK is None
+            else too_NV.gather(1, targets.ids_NK)
+        )
+    if bool(out_NK.any()):
+        row, place = out_NK.nonzero()[0].tolist()
+        which = place if targets.ids_NK is None else int(targets.ids_NK[row, place])
+        raise UsageError(
+            f"divergence 'reverse_kl' is infinite for row {row}: the teacher gives class {which} "
+            "nothing, "
+            "and the student something; use another divergence"
+        )

@@ -58,8 +58,8 @@ def in_kernel_words(rows: RowLoss) -> dict[str, Any]:
             "log_tail": t.log_tail_N,
             "row_weight": t.weight_N,
             "temperature": t.temperature,
-            "divergence": rows.divergence,
-            "tail": rows.tail,
-            "beta": rows.beta,
+            "divergence": rows.divergence.name,
+            "tail": rows.divergence.tail,
+            "beta": rows.divergence.teacher_share,
         }
     return given

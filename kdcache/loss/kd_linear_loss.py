@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, overload
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -21,65 +21,11 @@ from kdcache.errors import UsageError
 from kdcache.kernels import kd_linear
 from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
 from kdcache.loss.arguments import check_number, check_tensor
-from kdcache.loss.engines import meant
+from kdcache.loss.divergences import Divergence, check_ruled_out
 from kdcache.loss.fused import check_fits, in_kernel_words
-from kdcache.loss.request import Count, LossParts, Options, ask, check_ruled_out
+from kdcache.loss.kd_loss import Asked, LossOptions, LossParts, build_row_loss
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.torch_engine import RowLoss, torch_engine
-
-
-@overload
-def kd_linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor | None = ...,
-    targets: SoftTargets | None = ...,
-    *,
-    bias: Tensor | None = ...,
-    alpha: float = ...,
-    ce_weight: float | None = ...,
-    kd_weight: float | None = ...,
-    label_weight: Tensor | None = ...,
-    temperature: float | None = ...,
-    divergence: str = ...,
-    beta: float | None = ...,
-    tail: str = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    normalizer: tuple[Count, Count] | None = ...,
-    engine: str = ...,
-    classes: int | None = ...,
-    memory: int | str = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    return_parts: Literal[False] = ...,
-) -> Tensor: ...
-@overload
-def kd_linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor | None = ...,
-    targets: SoftTargets | None = ...,
-    *,
-    bias: Tensor | None = ...,
-    alpha: float = ...,
-    ce_weight: float | None = ...,
-    kd_weight: float | None = ...,
-    label_weight: Tensor | None = ...,
-    temperature: float | None = ...,
-    divergence: str = ...,
-    beta: float | None = ...,
-    tail: str = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    normalizer: tuple[Count, Count] | None = ...,
-    engine: str = ...,
-    classes: int | None = ...,
-    memory: int | str = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    return_parts: Literal[True],
-) -> LossParts: ...
 
 
 def kd_linear_loss(
@@ -89,24 +35,11 @@ def kd_linear_loss(
     targets: SoftTargets | None = None,
     *,
     bias: Tensor | None = None,
-    alpha: float = 0.5,
-    ce_weight: float | None = None,
-    kd_weight: float | None = None,
-    label_weight: Tensor | None = None,
-    temperature: float | None = None,
-    divergence: str = "forward_kl",
-    beta: float | None = None,
-    tail: str = "bucket",
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    normalizer: tuple[Count, Count] | None = None,
-    engine: str = "auto",
-    classes: int | None = None,
     memory: int | str = "512 MB",
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    return_parts: bool = False,
-) -> Tensor | LossParts:
+    **options: Unpack[LossOptions],
+) -> Tensor:
     """`kd_loss(hidden @ weight.T + bias, ...)`, whose logits are made, used and overwritten a chunk
     of rows at a time.
 
@@ -129,32 +62,59 @@ def kd_linear_loss(
     First derivatives only, by autograd: no create_graph, no torch.func.grad. UsageError (a
     ValueError) for what does not fit.
     """
-    _check(hidden, weight, bias, reduction)
+    head = (hidden, weight, bias)
+    return _run(*head, labels, targets, memory, softcap, logit_scale, options, report=False)[1]
+
+
+def kd_linear_loss_parts(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = None,
+    targets: SoftTargets | None = None,
+    *,
+    bias: Tensor | None = None,
+    memory: int | str = "512 MB",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    **options: Unpack[LossOptions],
+) -> LossParts:
+    """`kd_linear_loss` with its parts: the loss, which carries the gradients, and CE and D, which do
+    not.
+
+    Arguments and errors are those of `kd_linear_loss`. A part of weight 0 is computed too.
+    """
+    head = (hidden, weight, bias)
+    asked, *values = _run(
+        *head, labels, targets, memory, softcap, logit_scale, options, report=True
+    )
+    return asked.parts(*values)
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    targets: SoftTargets | None,
+    memory: int | str,
+    softcap: float | None,
+    logit_scale: float,
+    options: LossOptions,
+    *,
+    report: bool,
+) -> tuple[Asked, Tensor, Tensor, Tensor]:
+    """What was asked, and (loss, CE_N, D_N) of it."""
+    _check(hidden, weight, bias, options.get("reduction", "mean"))
     check_number("logit_scale", logit_scale)
     check_number("softcap", softcap, optional=True)
     if not 0 < logit_scale < math.inf or not (softcap is None or 0 < softcap < math.inf):
         raise UsageError(
             f"logit_scale is {logit_scale}, softcap {softcap}; expected finite numbers above 0"
         )
-    options = Options(
-        alpha=alpha,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        label_weight=label_weight,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        tail=tail,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        engine=engine,
-        classes=classes,
-    )
-    asked = ask(hidden, len(weight), labels, targets, options, report=return_parts)
+    asked = build_row_loss(hidden, len(weight), labels, targets, report=report, **options)
     check_ruled_out(asked.rows, None if bias is None else bias.detach()[None])
     rows = dataclasses.replace(asked.rows, logit_scale=logit_scale, softcap=softcap)
-    fused = meant(engine) == "triton"
+    fused = asked.engine == "triton"
     if fused:
         check_fits(hidden, rows.num_classes, rows.targets)
     elif torch.compiler.is_compiling():  # with fullgraph=True an error, else a graph break
@@ -164,7 +124,7 @@ def kd_linear_loss(
             "compiled function, or use engine 'triton', which is one operator"
         )
     try:
-        loss, ce_N, kd_N = kd_linear.kd_linear_loss(
+        return asked, *kd_linear.kd_linear_loss(
             hidden,
             weight,
             bias,
@@ -175,7 +135,6 @@ def kd_linear_loss(
     # of memory, or of shapes: it says what it found and what it expected
     except ValueError as e:
         raise UsageError(str(e)) from e
-    return asked.parts(loss, ce_N, kd_N) if return_parts else loss
 
 
 def memory_size(memory: int | str) -> int:
@@ -236,12 +195,10 @@ def torch_rows(
             labels_NJ,
             label_weight,
             targets,
-            divergence,
-            tail,
+            Divergence(divergence, beta if divergence == "jsd" else None, tail),
             ce_scale,
             kd_scale,
             inplace,
-            beta,
             logit_scale,
             softcap,
         ),
@@ -266,5 +223,5 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) 
         raise UsageError(
             "reduction 'none' is not there behind a head, whose gradient is a sum over the rows; "
             "use "
-            "'mean' or 'sum', and return_parts for what is reported"
+            "'mean' or 'sum', and kd_linear_loss_parts for what is reported"
         )

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
-from kdcache.loss.divergences import DIVERGENCES, row_sum, sampled_kl
+from kdcache.loss.divergences import DIVERGENCES, Divergence, row_sum, sampled_kl
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.topk import row_chunk
 
@@ -57,12 +57,10 @@ class RowLoss:
     labels_NJ: Tensor | None
     label_weight_NJ: Tensor | None
     targets: SoftTargets | None
-    divergence: str
-    tail: str
+    divergence: Divergence
     ce_scale: Tensor | None
     kd_scale: Tensor | None
     inplace: bool
-    beta: float = 0.5  # of jsd
     logit_scale: float = 1.0
     softcap: float | None = None
 
@@ -324,17 +322,17 @@ def _over_all(
 ) -> tuple[Tensor, _Slope | None]:
     """The divergence over all classes; for tail "conditional" over those of the teacher."""
     log_q_RV, beyond = targets.log_probs_NK.to(x_RV.dtype), x_RV.shape[1] - targets.num_classes
-    if beyond and rows.tail == "conditional":
+    if beyond and rows.divergence.tail == "conditional":
         x_RV = x_RV[:, : targets.num_classes].contiguous()
     elif beyond:
         log_q_RV = torch.nn.functional.pad(log_q_RV, (0, beyond), value=-torch.inf)
     score_RV = x_RV if targets.temperature == 1 else x_RV / targets.temperature
-    value_R, slope_RV = DIVERGENCES[rows.divergence](
-        log_q_RV, torch.log_softmax(score_RV, -1), rows.beta, wants
+    value_R, slope_RV = DIVERGENCES[rows.divergence.name](
+        log_q_RV, torch.log_softmax(score_RV, -1), rows.divergence, wants
     )
     if slope_RV is None:
         return value_R, None
-    if beyond and rows.tail == "conditional":
+    if beyond and rows.divergence.tail == "conditional":
         slope_RV = torch.nn.functional.pad(slope_RV, (0, beyond))
     return value_R, _Slope(slope_RV)
 
@@ -348,30 +346,30 @@ def _over_support(
     for cross-entropy.
     """
     assert targets.ids_NK is not None
-    ids_RK, divergence = (
+    ids_RK, compare = (
         targets.ids_NK,
-        sampled_kl if rows.tail == "sampled" else DIVERGENCES[rows.divergence],
+        sampled_kl if rows.divergence.tail == "sampled" else DIVERGENCES[rows.divergence.name],
     )
-    log_q = _teacher(targets, rows.tail, x_RV.dtype)
+    log_q = _teacher(targets, rows.divergence.tail, x_RV.dtype)
     # Relative to the maximum of what is compared before the division: a large common offset costs
     # no digits.
     score_RK = x_RV.gather(1, ids_RK)
-    max_R1 = (score_RK if rows.tail == "conditional" else x_RV).amax(-1, keepdim=True)
+    max_R1 = (score_RK if rows.divergence.tail == "conditional" else x_RV).amax(-1, keepdim=True)
     score_RK = score_RK.sub_(max_R1).div_(targets.temperature)
-    if rows.tail == "conditional":
-        value_R, slope_RK = divergence(log_q, torch.log_softmax(score_RK, -1), rows.beta, wants)
+    if rows.divergence.tail == "conditional":
+        value_R, slope_RK = compare(log_q, torch.log_softmax(score_RK, -1), rows.divergence, wants)
         return value_R, None if slope_RK is None else _Slope(None, None, ids_RK, slope_RK), None
     rest_RV = x_RV - max_R1
     if targets.temperature != 1:
         rest_RV.div_(targets.temperature)
-    others = targets.num_classes - ids_RK.shape[1] if rows.tail == "uniform" else 0
+    others = targets.num_classes - ids_RK.shape[1] if rows.divergence.tail == "uniform" else 0
     sum_R = row_sum(rest_RV.scatter_(1, ids_RK, 0)[:, : targets.num_classes]) if others else None
     tail_RV, tail_max_R1, log_sum_R1 = _softmax(rest_RV.scatter_(1, ids_RK, -torch.inf))
     # a tail without a finite score takes no part: its softmax is 0, not NaN
     empty_R1 = tail_max_R1 == -torch.inf
     outcome = torch.cat([score_RK, torch.where(empty_R1, -torch.inf, tail_max_R1 + log_sum_R1)], 1)
     log_p = torch.log_softmax(outcome, -1)
-    value_R, slope = divergence(log_q, log_p, rows.beta, wants)
+    value_R, slope = compare(log_q, log_p, rows.divergence, wants)
     if sum_R is not None:
         value_R += _within_tail(log_q[:, -1].exp(), outcome[:, -1], sum_R, others)
     if slope is None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from kdcache.data.padding import Inputs
 from kdcache.errors import UsageError
-from kdcache.loss.kd_linear_loss import kd_linear_loss, rows_in
-from kdcache.loss.request import LossParts
+from kdcache.loss.kd_linear_loss import kd_linear_loss_parts, rows_in
+from kdcache.loss.kd_loss import LossParts
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.torch_engine import capped, wide
 from kdcache.models.model import Output, forward
@@ -75,8 +75,8 @@ class Head:
     def loss(
         self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, **options: Any
     ) -> LossParts:
-        """`kd_linear_loss` with its parts."""
-        return kd_linear_loss(
+        """`kd_linear_loss_parts` with this head."""
+        return kd_linear_loss_parts(
             hidden_NH,
             self.linear.weight,
             labels,
@@ -85,7 +85,6 @@ class Head:
             memory=self.memory,
             softcap=self.softcap,
             logit_scale=self.scale,
-            return_parts=True,
             **options,
         )
 

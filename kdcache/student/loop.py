@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.loss.kd_loss import kd_loss
+from kdcache.loss.kd_loss import kd_loss_parts
 from kdcache.models.model import Output, forward
 from kdcache.student import checkpoint
 from kdcache.student.batches import Micro, student_rows
@@ -302,9 +302,7 @@ class Loop:
         if self.head is None:
             # a selection of rows is a copy that nobody else reads
             ours = batch["rows"] is not None
-            parts = kd_loss(
-                rows_N, batch["labels"], batch["targets"], inplace=ours, return_parts=True, **asked
-            )
+            parts = kd_loss_parts(rows_N, batch["labels"], batch["targets"], inplace=ours, **asked)
         else:
             with autocast(self.loader.device, self.settings.precision):
                 parts = self.head.loss(rows_N, batch["labels"], batch["targets"], **asked)

@@ -25,8 +25,8 @@ from kdcache.data.preprocessing import in_words
 from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples, probe_ids
 from kdcache.errors import DataError, NotBuilt, UsageError
+from kdcache.loss.divergences import Divergence, check_reverse_kl
 from kdcache.loss.engines import meant
-from kdcache.loss.request import check_reverse_kl
 from kdcache.loss.targets import SoftTargets
 from kdcache.models.checks import (
     UNSTEADY,
@@ -630,7 +630,9 @@ def _check_logits(
     said = [f"student: {logits} logits, cut to {width} classes"] if width < logits else []
     if taught is not None and width > taught:
         if targets is not None and targets.log_probs_NK.shape[1] == taught:
-            check_reverse_kl(width, taught, settings.divergence, settings.tail)
+            check_reverse_kl(
+                width, taught, Divergence(settings.divergence, settings.beta, settings.tail)
+            )
         said.append(
             f"student: {width} classes, the teacher has {taught}: the others have teacher "
             "probability 0"

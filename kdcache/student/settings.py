@@ -14,9 +14,9 @@ import torch
 
 from kdcache.errors import NotBuilt, UsageError, near
 from kdcache.loss.arguments import check_integer, check_number, check_type
+from kdcache.loss.divergences import Divergence
 from kdcache.loss.engines import check_engine
 from kdcache.loss.kd_linear_loss import memory_size
-from kdcache.loss.request import check_loss_names
 from kdcache.models.checks import check_convention
 from kdcache.student.match import Match, parse_match
 
@@ -75,7 +75,7 @@ class Settings:
         _named("precision", self.precision, PRECISIONS)
         if self.best_by is not None:
             _named("best_by", self.best_by, BEST_BY)
-        check_loss_names(self.divergence, self.tail, self.beta)
+        Divergence(self.divergence, self.beta, self.tail)
         if self.tail == "sampled":
             raise NotBuilt(
                 "tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not "

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.kernels.kd_launch import powers
+from kdcache.loss.divergences import Divergence
 from kdcache.loss.engines import check_engine
 from kdcache.loss.fused import fused_engine
 from kdcache.loss.kd_linear_loss import kd_linear_loss
-from kdcache.loss.kd_loss import kd_loss
+from kdcache.loss.kd_loss import kd_loss, kd_loss_parts
 from kdcache.loss.targets import SoftTargets, targets_from_logits
 from kdcache.loss.torch_engine import RowLoss, torch_engine
 
@@ -43,43 +44,45 @@ def asked() -> Iterator[tuple[str, int, RowLoss]]:
     labels = torch.tensor([[0], [256], [-1], [-1], [17]])
     two, weight = torch.randint(classes, (rows, 2)), torch.rand(rows, 2)
     ce, kd = torch.tensor(0.25), torch.tensor(1.0)
+
+    def of(name: str, tail: str = "bucket") -> Divergence:
+        return Divergence(name, 0.3 if name == "jsd" else None, tail)
+
     draws = replace(weighted, log_probs_NK=sparse.log_probs_NK + 0.2, log_tail_N=None)
     for divergence, tail in PAIRS:
         teacher = draws if tail == "sampled" else weighted
         yield (
             f"{divergence}-{tail}",
             257,
-            RowLoss(classes, labels, None, teacher, divergence, tail, ce, kd, False, 0.3),
+            RowLoss(classes, labels, None, teacher, of(divergence, tail), ce, kd, False),
         )
     for divergence in ("reverse_kl", "jsd", "tv"):
         yield (
             f"full-{divergence}",
             260,
-            RowLoss(classes, labels, None, full, divergence, "bucket", ce, kd, True, 0.3),
+            RowLoss(classes, labels, None, full, of(divergence), ce, kd, True),
         )
     yield (
         "mixup-padded",
         264,
-        RowLoss(classes, two, weight, sparse, "forward_kl", "bucket", ce, kd, True),
+        RowLoss(classes, two, weight, sparse, Divergence(), ce, kd, True),
     )
-    yield "full", 260, RowLoss(classes, labels, None, full, "forward_kl", "bucket", ce, kd, True)
+    yield "full", 260, RowLoss(classes, labels, None, full, Divergence(), ce, kd, True)
     for name, teacher, width in (("capped", weighted, 257), ("capped full", full, 260)):
         yield (
             name,
             width,
-            RowLoss(
-                classes, labels, None, teacher, "forward_kl", "bucket", ce, kd, True, 0.5, 0.6, 4.0
-            ),
+            RowLoss(classes, labels, None, teacher, Divergence(), ce, kd, True, 0.6, 4.0),
         )
     yield (
         "labels only",
         257,
-        RowLoss(classes, labels, None, None, "forward_kl", "bucket", ce, None, False),
+        RowLoss(classes, labels, None, None, Divergence(), ce, None, False),
     )
     yield (
         "reported only",
         257,
-        RowLoss(classes, labels, None, sparse, "forward_kl", "bucket", None, kd, False),
+        RowLoss(classes, labels, None, sparse, Divergence(), None, kd, False),
     )
 
 
@@ -89,7 +92,9 @@ def asked() -> Iterator[tuple[str, int, RowLoss]]:
         pytest.param(w, r, dtype, id=f"{name}-{dtype}")
         for name, w, r in asked()
         for dtype in (
-            (torch.float32,) if r.divergence != "forward_kl" else (torch.float32, torch.bfloat16)
+            (torch.float32,)
+            if r.divergence.name != "forward_kl"
+            else (torch.float32, torch.bfloat16)
         )
     ],
 )
@@ -159,9 +164,7 @@ def test_kd_loss_is_the_same_on_both_engines(
     answers = []
     for engine in ("torch", "triton"):
         leaf = x.clone().requires_grad_()
-        parts = kd_loss(
-            leaf, labels, targets, alpha=0.7, reduction=reduction, engine=engine, return_parts=True
-        )
+        parts = kd_loss_parts(leaf, labels, targets, alpha=0.7, reduction=reduction, engine=engine)
         parts.loss.sum().backward()
         answers.append(
             [parts.loss.detach(), parts.ce, parts.kd, parts.ce_count, parts.kd_count, leaf.grad]

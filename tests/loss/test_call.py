@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.loss import torch_engine as engine
-from kdcache.loss.kd_loss import kd_loss
-from kdcache.loss.request import LossParts, row_counts
+from kdcache.loss.divergences import Divergence
+from kdcache.loss.kd_loss import LossParts, kd_loss, kd_loss_parts, row_counts
 from kdcache.loss.targets import SoftTargets, targets_from_logits
 
 KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
@@ -136,13 +136,13 @@ def test_reductions_normalizer_and_parts() -> None:
     logits, labels, targets = problem(20, 4, 6, 2.0, 3)
     labels[0] = -1
     targets = replace(targets, weight_N=torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=torch.float64))
-    parts = kd_loss(logits, labels, targets, alpha=0.25, return_parts=True)
+    parts = kd_loss_parts(logits, labels, targets, alpha=0.25)
     assert isinstance(parts, LossParts)
     assert (parts.ce_count.item(), parts.kd_count.item()) == (3, 4)
     assert parts.loss.item() == pytest.approx(
         0.75 * parts.ce.item() + 0.25 * 4 * parts.kd.item(), rel=1e-13
     )
-    rows = kd_loss(logits, labels, targets, alpha=0.25, return_parts=True, reduction="none")
+    rows = kd_loss_parts(logits, labels, targets, alpha=0.25, reduction="none")
     assert (
         rows.loss.shape == rows.ce.shape == rows.kd.shape == (4,)
         and rows.ce[0] == 0
@@ -166,9 +166,7 @@ def test_reductions_normalizer_and_parts() -> None:
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.3, 2.5), (0.0, 0.0)])
 def test_free_weights(weights: tuple[float, float]) -> None:
     logits, labels, targets = problem(21, 4, 6, 2.0, 3)
-    parts = kd_loss(
-        logits, labels, targets, ce_weight=weights[0], kd_weight=weights[1], return_parts=True
-    )
+    parts = kd_loss_parts(logits, labels, targets, ce_weight=weights[0], kd_weight=weights[1])
     assert parts.ce > 0 and parts.kd > 0, "a part of weight 0 is still reported"
     want = weights[0] * parts.ce.item() + weights[1] * 4 * parts.kd.item()
     assert parts.loss.item() == pytest.approx(want, rel=1e-13)
@@ -178,7 +176,7 @@ def test_free_weights(weights: tuple[float, float]) -> None:
 
 def test_missing_parts_are_zero() -> None:
     logits, labels, targets = problem(22, 4, 6, 2.0, 3)
-    both = kd_loss(logits, labels, targets, alpha=0.5, return_parts=True)
+    both = kd_loss_parts(logits, labels, targets, alpha=0.5)
     assert kd_loss(logits, labels).item() == pytest.approx(0.5 * both.ce.item(), rel=1e-13)
     assert kd_loss(logits, None, targets).item() == pytest.approx(
         0.5 * 4 * both.kd.item(), rel=1e-13
@@ -356,7 +354,8 @@ def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
             "the teacher of the targets has one logit",
         ),
         ({"inplace": "no"}, r"inplace is 'no' \(str\); expected True or False"),
-        ({"return_parts": 1}, "return_parts is 1"),
+        ({"divergence": Divergence("jsd", 0.3), "beta": 0.5}, "beta is 0.5 and tail None beside D"),
+        ({"divergence": Divergence(), "tail": "bucket"}, "beta is None and tail 'bucket' beside D"),
         *(
             (
                 {"divergence": "reverse_kl", "targets": t},

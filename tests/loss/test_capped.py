@@ -11,8 +11,7 @@ import pytest
 import torch
 from kernel_world import allowed
 from linear_world import Allocations
-from loss_world import DIVERGENCES, PAIRS, problem, single
-from test_linear import (
+from lm_head_world import (
     CLASSES,
     KEPT,
     ROWS,
@@ -23,7 +22,8 @@ from test_linear import (
     error,
     linear,
 )
-from test_linear import given as leaves_of
+from lm_head_world import given as leaves_of
+from loss_world import DIVERGENCES, PAIRS, problem, single
 from torch import Tensor
 
 import kdcache

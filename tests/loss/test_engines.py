@@ -14,9 +14,8 @@ import torch
 from loss_world import PAIRS, problem, single, value_and_gradient
 from torch import Tensor
 
-from kdcache.loss.divergences import DIVERGENCES
+from kdcache.loss.divergences import DIVERGENCES, TAILS
 from kdcache.loss.kd_loss import kd_loss
-from kdcache.loss.request import TAILS
 from kdcache.loss.targets import SoftTargets
 
 ENGINES = ("torch", "triton")

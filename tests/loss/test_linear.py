@@ -11,66 +11,25 @@ import numpy as np
 import pytest
 import torch
 from kernel_world import allowed
-from loss_world import PAIRS, problem, rows_by_definition, single
+from lm_head_world import (
+    CLASSES,
+    ROWS,
+    THREE_ROWS,
+    WIDTH,
+    differentiated,
+    error,
+    given,
+    linear,
+    whole,
+)
+from loss_world import PAIRS, rows_by_definition, single
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kdcache
 from kdcache.errors import UsageError
 from kdcache.loss.kd_linear_loss import torch_rows
-from kdcache.loss.request import LossParts
-from kdcache.loss.targets import SoftTargets
-
-ROWS, WIDTH, CLASSES, KEPT = 9, 16, 61, 5
-Leaves = tuple[Tensor, ...]
-# bytes of three rows of float64 logits, each a multiple of 64 elements
-THREE_ROWS = 3 * 64 * 8
-
-
-def given(tail: str = "bucket") -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, SoftTargets]:
-    """(hidden, weight, bias) in float64, labels, targets."""
-    _, labels, targets = problem(3, ROWS, CLASSES, 2.0, KEPT, tail=tail)
-    g = torch.Generator().manual_seed(1)
-    return (
-        (
-            torch.randn(ROWS, WIDTH, generator=g, dtype=torch.float64),
-            torch.randn(CLASSES, WIDTH, generator=g, dtype=torch.float64) * 0.7,
-            torch.randn(CLASSES, generator=g, dtype=torch.float64),
-        ),
-        labels,
-        targets,
-    )
-
-
-def differentiated(loss_of: Any, leaves: Leaves) -> list[Tensor]:
-    """The loss and its gradients over hidden, weight and bias."""
-    leaves = tuple(t.detach().clone().requires_grad_() for t in leaves)
-    loss = loss_of(*leaves)
-    loss.backward()
-    return [loss.detach(), *(t.grad for t in leaves if t.grad is not None)]
-
-
-def linear(
-    leaves: Leaves, labels: Tensor | None, targets: SoftTargets | None, **options: Any
-) -> list[Tensor]:
-    return differentiated(
-        lambda h, w, b: kdcache.kd_linear_loss(h, w, labels, targets, bias=b, **options), leaves
-    )
-
-
-def whole(
-    leaves: Leaves, labels: Tensor | None, targets: SoftTargets | None, **options: Any
-) -> list[Tensor]:
-    return differentiated(
-        lambda h, w, b: kdcache.kd_loss(h @ w.t() + b, labels, targets, **options), leaves
-    )
-
-
-def error(found: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [
-        float((a.double() - b).abs().max() / b.abs().max())
-        for a, b in zip(found, truth, strict=True)
-    ]
+from kdcache.loss.kd_loss import LossParts
 
 
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
@@ -153,10 +112,10 @@ def test_options_mean_what_they_mean_to_kd_loss(options: dict[str, Any]) -> None
     found = linear(leaves, labels, targets, memory=THREE_ROWS, **options)
     assert max(error(found, whole(leaves, labels, targets, **options))) <= 1e-13
     h, w, b = leaves
-    parts = kdcache.kd_linear_loss(
-        h, w, labels, targets, bias=b, memory=THREE_ROWS, return_parts=True, **options
+    parts = kdcache.kd_linear_loss_parts(
+        h, w, labels, targets, bias=b, memory=THREE_ROWS, **options
     )
-    expected = kdcache.kd_loss(h @ w.t() + b, labels, targets, return_parts=True, **options)
+    expected = kdcache.kd_loss_parts(h @ w.t() + b, labels, targets, **options)
     assert isinstance(parts, LossParts)
     for name in ("loss", "ce", "kd", "ce_count", "kd_count"):
         assert float(getattr(parts, name)) == pytest.approx(

@@ -25,6 +25,7 @@ from loss_world import (
 from torch import Tensor
 
 from kdcache.loss.definitions import cross_entropy, kd_loss_reference
+from kdcache.loss.divergences import Divergence
 from kdcache.loss.fused import fused_engine
 from kdcache.loss.kd_loss import kd_loss
 from kdcache.loss.targets import SoftTargets, targets_from_logits
@@ -406,8 +407,7 @@ def test_reverse_kl_from_a_teacher_without_a_tail_is_infinite_in_that_row_alone(
         None,
         None,
         single(targets).to(device),
-        "reverse_kl",
-        "bucket",
+        Divergence("reverse_kl"),
         None,
         torch.ones((), device=device),
         False,

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.loss import kd_loss as public
-from kdcache.loss.kd_loss import kd_loss
 from kdcache.loss.torch_engine import RowLoss
 
 FREE = {"detach", "unsqueeze", "select", "unbind", "expand", "alias", "view", "slice", "t"}
@@ -67,7 +66,8 @@ def counted(
     }
     x_NV = logits.to("meta", dtype)  # it stands for a device: no value is looked at
     with operations:
-        out = kd_loss(x_NV, engine="triton" if engine == "fused" else engine, **given)
+        run = public.kd_loss_parts if given.pop("parts", False) else public.kd_loss
+        out = run(x_NV, engine="triton" if engine == "fused" else engine, **given)
         torch.autograd.grad(out if isinstance(out, Tensor) else out.loss, seen)
     return operations.names
 
@@ -94,7 +94,7 @@ REPORT = ["full", "sum", "sum", "div", "le", "masked_fill_", "div", "le", "maske
             {"ignore_index": 3},
             ["eq", "masked_fill", *COUNT, *SCALE, *HOST, *LOSS],
         ),
-        ("fused", torch.bfloat16, {"return_parts": True}, COUNT + SCALE + HOST + LOSS + REPORT),
+        ("fused", torch.bfloat16, {"parts": True}, COUNT + SCALE + HOST + LOSS + REPORT),
         ("fused", torch.float16, {}, COUNT + SCALE + HOST + FACTOR + LOSS + ["mul", "mul"]),
         ("torch", torch.float32, {}, COUNT + SCALE + HOST + FACTOR + LOSS + ["mul", "mul"]),
     ],
@@ -111,7 +111,7 @@ def test_a_call_issues_few_operations(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_quotient_of_the_host_has_the_bits_of_one_of_the_device(dtype: torch.dtype) -> None:
-    from kdcache.loss.request import _scale
+    from kdcache.loss.kd_loss import _scale
 
     g = torch.Generator().manual_seed(0)
     like = torch.zeros(1, dtype=dtype)

@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.loss.kd_loss import kd_loss
-from kdcache.loss.request import row_counts
+from kdcache.loss.kd_loss import kd_loss, kd_loss_parts, row_counts
 from kdcache.loss.targets import SoftTargets
 
 ENGINES = ("torch", "triton")
@@ -132,10 +131,10 @@ def test_nothing_waits_for_the_device(
         {},
         {"normalizer": (5, 7.5)},
         {"normalizer": (count, count.long())},
-        {"reduction": "sum", "return_parts": True},
+        {"reduction": "sum", "parts": True},
         {"reduction": "none", "alpha": 1.0},
         {"alpha": 0.0, "inplace": True},
-        {"targets": some, "return_parts": True},
+        {"targets": some, "parts": True},
         {
             "labels": labels.int()[:, None].expand(6, 2),
             "label_weight": torch.zeros(6, 2, device="meta"),
@@ -149,9 +148,9 @@ def test_nothing_waits_for_the_device(
     ]:
         leaf = logits.to(dtype).clone().requires_grad_()
         with nothing_waits():
-            out = kd_loss(
-                leaf * 1, **{"labels": labels, "targets": targets, **options, **call}, engine=engine
-            )
+            asked = {"labels": labels, "targets": targets, **options, **call}
+            run = kd_loss_parts if asked.pop("parts", False) else kd_loss
+            out = run(leaf * 1, **asked, engine=engine)
             loss = out if isinstance(out, Tensor) else out.loss
             loss.sum().backward()
         assert loss.device.type == "meta" and leaf.grad is not None
@@ -267,13 +266,12 @@ def test_one_graph_under_torch_compile(
     options |= {"beta": 0.3} if kind[0] == "jsd" else {}
 
     def loss(logits: Tensor, labels: Tensor, targets: SoftTargets) -> Any:
-        parts = kd_loss(
+        parts = kd_loss_parts(
             logits * 1,
             labels,
             targets,
             alpha=0.7,
             engine=engine,
-            return_parts=True,
             inplace=True,
             **options,
         )
