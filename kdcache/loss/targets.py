@@ -195,11 +195,11 @@ def soft_targets(
     spec = batch.spec if spec is None else spec
     name = check_temperature(temperature)
     device = check_device(device)
-    if spec.kind == "none":
+    if not spec.has_rows:
         raise UsageError(
             "the cache is of kind 'none': it has features and no rows, so no soft targets"
         )
-    if spec.kind == "topk" and name not in spec.temperatures:
+    if spec.is_sparse and name not in spec.temperatures:
         raise UsageError(
             f"temperature {name} was not stored in the cache; stored: "
             f"{', '.join(spec.temperatures)}; "
@@ -209,7 +209,7 @@ def soft_targets(
     unpack = _Unpack(spec, batch, device)
     weight_N = unpack.column("weight") if spec.row_weights else None
     values_NK = unpack.values(kept)
-    if spec.kind == "full":
+    if not spec.is_sparse:
         return _full(values_NK, float(name), weight_N)
     ids_NK = unpack.ids(kept)
     # nothing is left out: the same numbers and the same code as kind full
@@ -329,7 +329,7 @@ def _with_labels(
 
 def _tier(spec: CacheSpec, k: int | None) -> int:
     """`k` if the cache has it, its largest if None."""
-    tiers = spec.tiers if spec.kind == "topk" else (spec.num_classes,)
+    tiers = spec.tiers if spec.is_sparse else (spec.num_classes,)
     check_integer("k", k, optional=True)
     if k is not None and k not in tiers:
         raise UsageError(
@@ -353,27 +353,14 @@ class _Unpack:
         return self.column("label").to(torch.int64)
 
     def values(self, k: int) -> Tensor:
-        """float32 [N, k]: logits for float32 and bfloat16, logits minus the row's maximum for
-        float16 and uint8.
-        """
-        if self.spec.kind == "full":
-            raw = self.column("values")
-        else:
-            raw = torch.cat(
-                [self.column(f"values_{tier}") for tier in self.spec.tiers if tier <= k], 1
-            )
-        if self.spec.values == "bfloat16":
-            raw = raw.view(torch.bfloat16)
-        if self.spec.values == "uint8":
-            return torch.where(
-                raw == 255, -torch.inf, 0 - raw.float() * self.column("step")[:, None]
-            )
-        if self.spec.values not in ("float16", "float32", "bfloat16"):
+        """float32 [N, k]: logits, or logits minus the row's maximum where the codec is relative."""
+        if self.spec.values not in UNPACKED:
             raise ValueError(
                 f"value codec {self.spec.values!r} has no unpacking here; it must not be read as "
                 "another"
             )
-        return raw.float()
+        step_N = self.column("step") if self.spec.codec.stepped else None
+        return UNPACKED[self.spec.values](STORED[self.spec.kind](self, k), step_N)
 
     def ids(self, k: int) -> Tensor:
         """int64 [N, k]."""
@@ -388,6 +375,28 @@ class _Unpack:
                 )
             parts.append(ids)
         return torch.cat(parts, 1)
+
+
+def _from_uint8(codes: Tensor, step_N: Tensor | None) -> Tensor:
+    assert step_N is not None
+    return torch.where(codes == 255, -torch.inf, 0 - codes.float() * step_N[:, None])
+
+
+# value codec -> stored values [N, k] as `column_tensor` gives them, and steps [N] where the codec
+# has them -> float32 [N, k]: what `decode` of cache/values.py gives, to the bit
+UNPACKED: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "float32": lambda raw, step_N: raw.float(),
+    "bfloat16": lambda raw, step_N: raw.view(torch.bfloat16).float(),
+    "float16": lambda raw, step_N: raw.float(),
+    "uint8": _from_uint8,
+}
+# kind -> stored values [N, k] of tier k: what `stored` of cache/codec.py gives
+STORED: dict[str, Callable[[_Unpack, int], Tensor]] = {
+    "full": lambda unpack, k: unpack.column("values"),
+    "topk": lambda unpack, k: torch.cat(
+        [unpack.column(f"values_{tier}") for tier in unpack.spec.tiers if tier <= k], 1
+    ),
+}
 
 
 def _plane(packed: Tensor, bits: int, count: int) -> Tensor:
