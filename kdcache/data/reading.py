@@ -43,16 +43,19 @@ def data_batches(
     plan: Callable[[], Iterable[Pairs]],
     workers: int,
     check: Callable[[], object] | None = None,
+    *,
+    by_thread: bool = True,
 ) -> Generator[Collated, None, None]:
     """The planned batches in order; the same whatever the number of workers. Close it to stop what
     it started.
 
-    check: called while a worker or a thread is waited for; what it raises ends the wait.
+    check: called while a worker or a thread is waited for; what it raises ends the wait. by_thread:
+    without workers a thread may make the next batches, where the dataset lets it.
     """
     fetch = Fetch(samples)
     if workers:
         yield from by_workers(fetch, plan, workers, check)
-    elif prefetchable(samples.dataset):
+    elif by_thread and prefetchable(samples.dataset):
         with Prefetch(map(fetch, plan()), check=check) as ahead:
             yield from ahead
     else:

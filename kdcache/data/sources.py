@@ -1,5 +1,7 @@
-"""Data SPECs: a name on the command line -> a dataset object. A new one is a function and an entry
-in SOURCES.
+"""Data SPECs: a name on the command line -> a dataset object, and what was given as the samples of
+both stages.
+
+A new SPEC is a function and an entry in SOURCES.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 from kdcache.data.arrays import digits, npz
 from kdcache.data.generators import seeded_generators
 from kdcache.data.images import image_folder
+from kdcache.data.samples import Samples
 from kdcache.data.text import text_windows
 from kdcache.data.user_code import call, resolve_spec
 from kdcache.errors import NotBuilt, UsageError
@@ -74,3 +77,35 @@ def load_data(
             f"data {spec} gave a {type(found).__name__}; expected a dataset (__len__, __getitem__)"
         )
     return found
+
+
+def as_samples(
+    data: Any,
+    args: Mapping[str, Any] | None = None,
+    *,
+    seed: int | None = 0,
+    labels: bool = True,
+    prepared: Callable[[], str] | None = None,
+) -> Samples:
+    """The samples of a SPEC with its `args`, of a dataset, or `Samples` as they are.
+
+    seed: decides the views; None takes any. labels: False leaves the labels unread. prepared: as
+    `load_data` takes it. UsageError for `args` without a SPEC, and for `Samples` of another seed.
+    """
+    if isinstance(data, str):
+        data = load_data(data, args, prepared)
+    elif args:
+        raise UsageError(
+            "data arguments are given, but the data is an object, or there is none; they belong to "
+            "a SPEC"
+        )
+    if not isinstance(data, Samples):
+        return Samples(data, seed=seed or 0, labels=labels)
+    if seed is not None and data.seed != seed:
+        raise UsageError(
+            f"the Samples make their views with seed {data.seed}; the seed here is {seed}: give "
+            f"Samples(dataset, seed={seed}), or the dataset itself"
+        )
+    return (
+        data if labels or not data.labels else Samples(data.dataset, seed=data.seed, labels=False)
+    )

@@ -4,6 +4,8 @@ with a module.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kdcache.data.classes import model_names
+from kdcache.data.collate import to_device
 from kdcache.data.generators import seeded_generators
 from kdcache.data.keys import array_header
 from kdcache.data.padding import Inputs
@@ -213,6 +216,62 @@ def load_model(
     )
 
 
+def as_model(
+    given: Any,
+    *,
+    role: str,
+    args: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    num_classes: int | None = None,
+) -> Model:
+    """The model of a SPEC, around a module, or a `Model` as it is; `role` is what errors call it.
+
+    dtype: to cast the weights to, of a copy where a module was given. The rest is about a SPEC: see
+    `load_model`. UsageError for what is none of these, and for arguments or weights without a SPEC.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is unknown{near(dtype, DTYPES)}")
+    if isinstance(given, str | Path):
+        return load_model(
+            str(given), args=args, weights=weights, seed=seed, dtype=dtype, num_classes=num_classes
+        )
+    if args or weights is not None:
+        raise UsageError(
+            f"{role} arguments or weights are given, but the {role} is an object; they belong to a "
+            "SPEC"
+        )
+    if isinstance(given, Model):
+        return dataclasses.replace(given, module=_cast(given.module, dtype, role))
+    if not isinstance(given, nn.Module):
+        raise UsageError(
+            f"the {role} is a {type(given).__name__}; expected a model SPEC or a torch.nn.Module"
+        )
+    name = type(given).__name__
+    classes = attribute(given, "num_classes", f"the {role} ({name})")
+    # of Hugging Face models: a folder that from_pretrained opens
+    save = attribute(given, "save_pretrained", f"the {role} ({name})")
+    return Model(
+        _cast(given, dtype, role),
+        name,
+        f"{name} as given",
+        classes if type(classes) is int else None,
+        "",
+        save,
+    )
+
+
+def _cast(module: nn.Module, dtype: str | None, role: str) -> nn.Module:
+    """`module`, or where its weights have another dtype, a copy of it in that one."""
+    if dtype is None or all(
+        p.dtype == DTYPES[dtype] for p in module.parameters() if p.is_floating_point()
+    ):
+        return module
+    with users_code(f"the {role} ({type(module).__name__}) cannot be copied and cast to {dtype}"):
+        return copy.deepcopy(module).to(DTYPES[dtype])
+
+
 def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -> torch.device:
     """The device asked for; None and "auto" are this rank's GPU if there is one, else the CPU.
 
@@ -345,6 +404,17 @@ def trying(role: str, module: nn.Module, inputs: Inputs, where: str = "") -> Ite
         lambda: f"{where}the {role} ({type(module).__name__}) cannot be run on {_shapes(inputs)}"
     ):
         yield
+
+
+def run(
+    module: nn.Module, inputs: Inputs, device: torch.device, *, role: str, where: str = ""
+) -> Output:
+    """`forward` of inputs that are brought to `device`; what the user's model raises is a DataError
+    in one line (see `trying`).
+    """
+    inputs = to_device(inputs, device, non_blocking=True)
+    with trying(role, module, inputs, where):
+        return forward(module, inputs)
 
 
 def _shapes(inputs: Inputs) -> str:

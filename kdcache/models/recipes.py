@@ -111,19 +111,16 @@ def apply_recipe(recipe: str, activation: Tensor, mask: Tensor | None = None) ->
     return RECIPES[recipe](activation, mask)
 
 
-def reduce_activation(
-    recipe: str, activation: Tensor, real: Real, module: str, *, by_row: bool = False
-) -> Tensor:
+def reduce_activation(recipe: str, activation: Tensor, real: Real, module: str) -> Tensor:
     """`apply_recipe` where padding is known: the activation of `module`, in a batch whose real
     positions are `real`.
 
     A record's value never depends on how far its batch was padded. UsageError for a recipe that
     would keep padding: of an activation (B, L, ...) of padded records where nothing says which of
-    its L positions are real, and `raw`, `map` and `energy`, which keep every position. by_row:
-    `raw` is cut to the rows afterwards, which are no padding.
+    its L positions are real, and `raw`, `map` and `energy`, which keep every position.
     """
     mask_BL = real.of(activation.shape[1], module) if activation.dim() == 3 else None
-    if real.padded and activation.dim() == 3 and not (recipe == "raw" and by_row):
+    if real.padded and activation.dim() == 3:
         if mask_BL is None:
             raise UsageError(
                 f"recipe {recipe!r} of an activation {list(activation.shape)}: the records of the "

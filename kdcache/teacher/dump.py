@@ -7,8 +7,8 @@ import importlib.metadata
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,6 +21,7 @@ from kdcache.cache.writer import Writer, create, standing
 from kdcache.data import classes
 from kdcache.data.preprocessing import in_words
 from kdcache.data.samples import Samples, extremes
+from kdcache.data.sources import as_samples
 from kdcache.data.workers import WorkerDied
 from kdcache.errors import (
     DataError,
@@ -39,18 +40,17 @@ from kdcache.models.checks import (
     steadiness,
     telling_records,
 )
-from kdcache.models.model import Model, move, pick_device, require_tokenizer
+from kdcache.models.model import Model, as_model, move, pick_device, require_tokenizer
 from kdcache.process.ranks import Rank, this_rank
 from kdcache.process.signals import Signals
 from kdcache.teacher.agreement import ANSWERS, agreement, committed_records
-from kdcache.teacher.batches import read, spans
-from kdcache.teacher.features import parse_features
-from kdcache.teacher.fused import check_fits
+from kdcache.teacher.answer import evaluating, read
+from kdcache.teacher.hooks import parse_features
+from kdcache.teacher.observe import Compute, run_teacher, spans
 from kdcache.teacher.plan import Plan, Wanted, make_plan, temperature_names
-from kdcache.teacher.progress import Progress, readable_bytes, readable_seconds
-from kdcache.teacher.run import Compute, evaluating, run_teacher, running
+from kdcache.teacher.progress import DumpReport, Progress, readable_bytes, readable_seconds
+from kdcache.teacher.reduce import check_fits
 from kdcache.teacher.sink import Totals
-from kdcache.teacher.sources import pick_samples, pick_teacher
 from kdcache.user.guard import callback, entrance
 from kdcache.user.paths import local_path
 
@@ -62,65 +62,6 @@ SAID_AT_THE_END = (LABELS_DISAGREE,)  # the others were known when it began
 FILE_BYTES = 8192
 LONG_SHARD = 900.0  # seconds of teacher time above which a user should know
 GO_ON = "the open shard was dropped, the written ones stay; give the same command again to go on"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DumpReport:
-    """What a dump did; None or {} where there is nothing to say.
-
-    complete: the cache is sealed, content_id is its id. already_complete: it was before this call,
-    which did nothing. bytes (of the columns, before the container), means and accuracy are of the
-    whole cache once it is complete, until then of what this call wrote; shards, records, rows and
-    seconds are this call's. predicted_bytes: of the whole, from the columns. engine: what reduces
-    rows. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what was not
-    given; warnings: (code, text). cut_from: the teacher's logits, where num_classes of them are its
-    classes.
-    """
-
-    out: str
-    container: str
-    teacher: str
-    data: str
-    device: str
-    engine: str
-    kind: str
-    num_classes: int
-    tiers: tuple[int, ...]
-    temperatures: tuple[str, ...]
-    values: str
-    features: tuple[str, ...]
-    num_records: int
-    num_shards: int
-    records_per_shard: int
-    predicted_bytes: int
-    defaults: tuple[str, ...]
-    dry_run: bool = False
-    complete: bool = False
-    already_complete: bool = False
-    content_id: str | None = None
-    shards_written: int = 0
-    shards_left: int = 0
-    records_written: int = 0
-    rows_written: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    covered_mass: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    truncation_kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    quantisation_kl: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    accuracy: float | None = None
-    warnings: tuple[tuple[str, str], ...] = ()
-    cut_from: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
-        return {
-            key: list(map(list, value))
-            if key == "warnings"
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for key, value in dataclasses.asdict(self).items()
-        }
 
 
 @entrance
@@ -191,9 +132,8 @@ def dump_teacher(
     rank = this_rank()
     tell, progress = _teller(rank, callback("say", say)), callback("progress", progress)
     out = local_path(out, "--out")
-    _check_options(
-        container, batch_size, workers, views, shard_size, records_per_shard, limit_samples
-    )
+    if container not in CONTAINERS:
+        raise UsageError(f"--format {container!r} is unknown{near(container, CONTAINERS)}")
     wanted = Wanted(
         kind=kind,
         k=k,
@@ -218,13 +158,18 @@ def dump_teacher(
         batch_size=batch_size, device=found, workers=workers, engine=check_engine(engine, found)
     )
     with Signals(GO_ON) as signals:
-        model = pick_teacher(
-            teacher, args=teacher_args, weights=teacher_weights, seed=seed, dtype=dtype
+        model = as_model(
+            teacher,
+            role="teacher",
+            args=teacher_args,
+            weights=teacher_weights,
+            seed=seed,
+            dtype=dtype,
         )
-        samples = pick_samples(
+        samples = as_samples(
             data,
             data_args,
-            seed,
+            seed=seed,
             labels=labels is not False and kind != "none",
             prepared=lambda: model.preprocessing,
         )
@@ -233,115 +178,416 @@ def dump_teacher(
             model, samples.tokenizer_identity, role="teacher", accept=accept
         )
         move(model.module, compute.device, "teacher")
-        with evaluating(model.module):
-            there = standing(out)
+        with evaluating(model.module), ExitStack() as stack:
+            begun = standing(out)
             plan = make_plan(
                 model,
                 samples,
                 wanted,
                 compute.device,
                 world=rank.world,
-                standing=None if there is None else there.spec.records_per_shard,
+                standing=None if begun is None else begun.spec.records_per_shard,
             )
-            # refuses what names no field
-            require_same(plan.identity, plan.identity, accept=_of_identity(accept))
-            compute = dataclasses.replace(
-                _fitting(compute, plan), logits=plan.identity.teacher.get("cut_from")
-            )
-            report = _planned(plan, model, samples.name, Path(out), container, compute, dry_run)
-            _introduce(report, plan, engine, tell)
-            report, overlooked = _same_classes(report, model, samples, accept, overlooked, tell)
-            report = _same_pictures(report, model, samples, tell)
+            dump = _Dump(out, container, model, samples, plan, compute, accept, overlooked, tell)
+            dump.introduce(engine)
+            dump.check_classes()
+            dump.check_preprocessing()
             if dry_run:
-                return report
-            identity = _accepted(there, Path(out), plan.identity, accept, tell)
-            steady = partial(
-                _steady,
-                model=model,
-                samples=samples,
-                plan=plan,
-                compute=compute,
-                accept=accept,
-                tell=tell,
-            )
-            begun = there is not None
-            # before anything stands there of a teacher that is refused
-            if not begun:
-                report = steady(report, rank.share(range(plan.spec.num_shards)))
+                return dump.report(dry_run=True)
+            identity = dump.identity(begun)
             if "tokenizer" in overlooked:
                 tell("accepted: the teacher's own tokenizer is not the data's")
-            with create(
-                out,
-                plan.spec,
-                identity,
-                container=container,
-                recorded=_recorded(compute, model, overlooked),
-                share=(rank.rank, rank.world),
-            ) as writer:
-                missing = writer.missing()
-                if not missing:
-                    tell(f"{out} is complete; there is nothing to do")
-                    return dataclasses.replace(_sealed(report, writer), already_complete=True)
-                if begun:
-                    report = steady(report, rank.share(missing))
-                    report = _same_answers(
-                        report, writer, missing, model, samples, compute, accept, tell
+
+            def opened() -> Writer:
+                return stack.enter_context(
+                    create(
+                        out,
+                        plan.spec,
+                        identity,
+                        container=container,
+                        recorded=dump.recorded(),
+                        share=(rank.rank, rank.world),
                     )
-                _check_disk(writer, plan, missing)
-                _say_start(plan, missing, rank, tell)
-                _say_compute(writer, compute, model, missing, tell)
-                signals.defer()
-                start = monotonic()
-                try:
-                    totals = run_teacher(
-                        model.module,
-                        samples,
-                        writer,
-                        rank.share(missing),
-                        compute,
-                        signals,
-                        progress,
-                    )
-                except WorkerDied as e:
-                    raise WorkerDied(f"{e}; {GO_ON}") from e
-                report = dataclasses.replace(
-                    _measured(report, totals),
-                    shards_written=totals.shards,
-                    records_written=totals.records,
-                    rows_written=totals.rows,
-                    seconds=monotonic() - start,
                 )
-                return _finish(report, writer, rank, tell)
+
+            # A cache that stands there is opened first: what is complete needs no teacher. A new
+            # one is begun last, so that nothing stands there of a teacher that is refused.
+            writer = None if begun is None else opened()
+            missing = range(plan.spec.num_shards) if writer is None else writer.missing()
+            dump.check_steady(rank.share(missing))
+            if writer is None:
+                writer = opened()
+                missing = writer.missing()
+            if not missing:
+                tell(f"{out} is complete; there is nothing to do")
+                return dump.seal(writer, already_complete=True)
+            if begun is not None:
+                dump.check_answers(writer, missing)
+            dump.check_disk(writer, missing)
+            dump.say_start(writer, missing, rank)
+            signals.defer()
+            start = monotonic()
+            try:
+                totals = run_teacher(
+                    model.module,
+                    samples,
+                    writer,
+                    rank.share(missing),
+                    dump.compute,
+                    signals,
+                    progress,
+                )
+            except WorkerDied as e:
+                raise WorkerDied(f"{e}; {GO_ON}") from e
+            return dump.finish(writer, totals, monotonic() - start)
 
 
-def _check_options(
-    container: str,
-    batch_size: int,
-    workers: int,
-    views: int,
-    shard_size: int | None,
-    records_per_shard: int | None,
-    limit_samples: int | None,
-) -> None:
-    if shard_size is not None and records_per_shard is not None:
-        raise UsageError(
-            f"--shard-size {shard_size} and --records-per-shard {records_per_shard} both say how "
-            "large a "
-            "shard is; give one of them"
+@dataclass(slots=True)
+class _Dump:
+    """A dump under way: what it was given, what was decided, and the warnings so far."""
+
+    out: Path
+    container: str
+    model: Model
+    samples: Samples
+    plan: Plan
+    compute: Compute
+    accept: Sequence[str]
+    overlooked: list[str]  # differences that `accept` names
+    tell: Callable[[str], None]
+    warnings: list[tuple[str, str]] = field(default_factory=list)  # (code, text)
+
+    def __post_init__(self) -> None:
+        """UsageError where `accept` names no field of an identity, and where the fused kernel
+        cannot take the rows.
+        """
+        spec, identity = self.plan.spec, self.plan.identity
+        require_same(identity, identity, accept=self._fields)
+        engine = self.compute.engine if spec.kind == "topk" else "torch"
+        if engine == "triton":
+            check_fits(spec, self.plan.logits_dtype, self.compute.device)
+        # only rows of kind topk are reduced
+        self.compute = dataclasses.replace(self.compute, engine=engine, logits=self._cut_from)
+        self.warnings += self.plan.warnings
+
+    @property
+    def _fields(self) -> list[str]:
+        """What `accept` names of the identity."""
+        return [name for name in self.accept if name not in (UNSTEADY, ANSWERS)]
+
+    @property
+    def _cut_from(self) -> int | None:
+        found: int | None = self.plan.identity.teacher.get("cut_from")
+        return found
+
+    def warn(self, code: str, text: str, accepted: str = "") -> None:
+        self.tell(f"warning: {text}{accepted}")
+        self.warnings.append((code, text))
+
+    def introduce(self, engine: str) -> None:
+        """Say what is about to be done; `engine` is the one that was asked for."""
+        spec, plan, tell = self.plan.spec, self.plan, self.tell
+        kept = {
+            "full": f"all {spec.num_classes} logits",
+            "none": "features only",
+            "topk": f"top {', '.join(map(str, spec.tiers))} of {spec.num_classes}, tails at "
+            f"temperature {', '.join(spec.temperatures)}",
+        }[spec.kind]
+        tell(
+            f"teacher {self.model.spec}: {self.model.loaded}, in {plan.identity.teacher['dtype']} "
+            f"on {self.compute.device}, engine {self.compute.engine}"
         )
-    if container not in CONTAINERS:
-        raise UsageError(f"--format {container!r} is unknown{near(container, CONTAINERS)}")
-    least = {
-        "--batch-size": (batch_size, 1),
-        "--workers": (workers, 0),
-        "--views": (views, 1),
-        "--shard-size": (shard_size, 1),
-        "--records-per-shard": (records_per_shard, 1),
-        "limit_samples": (limit_samples, 1),
-    }
-    for flag, (value, low) in least.items():
-        if value is not None and value < low:
-            raise UsageError(f"{flag} is {value}; expected at least {low}")
+        shards = "1 shard" if spec.num_shards == 1 else f"{spec.num_shards} shards"
+        tell(
+            f"data {self.samples.name}: {spec.num_records} records in {shards}, about "
+            f"{readable_bytes(plan.predicted_bytes)}"
+        )
+        if self._cut_from:
+            tell(
+                f"classes: the first {spec.num_classes} of the teacher's {self._cut_from} logits; "
+                "the rest is padding"
+            )
+        values = f" as {spec.values}" if spec.kind != "none" else ""
+        features = ", ".join(feature.name for feature in spec.features)
+        tell(f"keeping {kept}{values}" + (f"; features {features}" if features else ""))
+        if spec.kind != "none":
+            tell(f"rows by {plan.rows}" + ("; tokens are kept" if spec.tokens else ""))
+        if engine == "triton" != self.compute.engine:
+            tell(f"kind {spec.kind} leaves nothing to reduce: engine 'triton' has no part in it")
+        if plan.defaults:
+            tell(f"not given, so: {'; '.join(plan.defaults)}")
+        for _, text in plan.warnings:
+            tell(f"warning: {text}")
+
+    def check_classes(self) -> None:
+        """Compare the class names of teacher and data, and their number with V: a warning where
+        they cannot be compared or the difference is accepted.
+        """
+        if self.plan.spec.kind == "none":  # features of any order
+            return
+        # names beyond --classes are padding
+        width, names = self.plan.spec.num_classes, self.samples.class_names
+        theirs = self.model.class_names[:width]
+        of = ("the teacher", "the data")
+        found, warnings = classes.check(theirs, names, of=of, accept=self.accept)
+        if not found and not warnings:
+            found = classes.check_number(names, width, of=of, accept=self.accept)
+            if found:
+                warnings = [
+                    f"the data names {len(names)} classes, the teacher gives {width} logits. "
+                    "Accepted."
+                ]
+        for text in warnings:
+            self.warn(classes.CLASS_NAMES, text)
+        self.overlooked = [*self.overlooked, *found]
+
+    def check_preprocessing(self) -> None:
+        """Say how pictures are prepared, as far as it is known, and warn where the teacher wants
+        them otherwise.
+        """
+        theirs, ours = self.model.known_preprocessing, self.samples.preprocessing
+        if ours:
+            same = ", as the teacher wants them" if ours == theirs else ""
+            self.tell(f"pictures: {in_words(ours)}{same}")
+        elif theirs:
+            self.tell(
+                f"the teacher wants pictures {in_words(theirs)}; whether the data makes them so is "
+                "not known here"
+            )
+        if ours and theirs and ours != theirs:
+            self.warn(
+                PREPARED_OTHERWISE,
+                f"the teacher wants pictures otherwise: {in_words(theirs)}; leave out --data-arg "
+                "size, mean, std and preprocessing to have them so",
+            )
+
+    def identity(self, begun: Header | None) -> Identity:
+        """The identity to go on with: that of the cache which was `begun`, where `accept` names all
+        that differs from it.
+        """
+        own, accept = self.plan.identity, self._fields
+        if begun is None:
+            return own
+        if fields := untold(begun.identity, own):
+            self.tell(
+                f"not compared, as the cache was made before it was kept: {', '.join(fields)}"
+            )
+        if not accept:
+            return own
+        found = require_same(begun.identity, own, accept=accept, where=str(self.out))
+        self.tell(f"accepted differences: {', '.join(found) or 'none were found'}")
+        return begun.identity
+
+    def check_steady(self, shards: Sequence[int]) -> None:
+        """Ask the teacher about the first batch of `shards` again. DataError where chance or the
+        batch decide its answer, a warning where that is accepted.
+        """
+        if not shards:
+            return
+        start = monotonic()
+        first = spans(self.plan.spec, shards[:1], self.compute.batch_size)[0]
+        asked = Question(
+            self.model.module,
+            self.compute.device,
+            lambda ids: read(self.samples, first.view, ids),
+            self.plan.convention,
+            collate_fn=self.samples.name if self.samples.collates else None,
+            pad_id=self.samples.padding.pad_id,
+        )
+        found = steadiness(asked, telling_records(first.ids, extremes(self.samples)))
+        if found is None:
+            return
+        seconds = monotonic() - start
+        _say_long_shard(self.plan, seconds / (2 * len(first.ids) + 1), self.tell)
+        if found.problem is None:
+            self.tell(
+                f"the first batch asked twice and one of its records alone, in {seconds:.1f} s: "
+                f"logits differ by at most {max(found.again, found.alone or 0):.2g}; rounding may "
+                f"make it {found.rounding:.2g}"
+            )
+        elif UNSTEADY in self.accept:
+            self.warn(UNSTEADY, found.problem, " Accepted.")
+        else:
+            raise DataError(
+                found.problem
+                + (
+                    " A cache keeps one answer for good; to keep it all the same: --accept "
+                    f"{UNSTEADY}"
+                    if found.harmless
+                    else ""
+                )
+            )
+
+    def check_answers(self, writer: Writer, missing: Sequence[int]) -> None:
+        """Ask the teacher of a dump that goes on about a few committed records. IdentityMismatch
+        for another answer: equal weights and equal fields of the identity do not make one teacher;
+        a warning where that is accepted.
+        """
+        if UNSTEADY in self.accept:
+            return  # no answer of it is to be had twice
+        with open_cache(writer.path, allow_partial=True) as cache:
+            records = committed_records(cache, missing)
+            if not records:
+                return
+            start = monotonic()
+            found = agreement(cache, self.model.module, self.samples, records, self.compute.device)
+        if not found.problems:
+            self.tell(
+                f"asked again about {len(records)} of the committed records, in "
+                f"{monotonic() - start:.1f} s: the same answers"
+            )
+            return
+        problem = found.problems[0]
+        if ANSWERS not in self.accept:
+            raise IdentityMismatch(
+                f"{writer.path}: the teacher does not say again what is committed there: "
+                f"{problem}. It is another model with equal weights (its configuration, its code, "
+                "what it is given), or it computes otherwise (dtype, device, versions); give what "
+                "the cache was begun with, choose another place, or keep both answers: --accept "
+                f"{ANSWERS}",
+                [FieldDifference(ANSWERS, "those of its records", problem)],
+            )
+        self.warn(ANSWERS, problem, ". Accepted.")
+
+    def recorded(self) -> dict[str, str]:
+        """What it is computed with, and what was overlooked by name: said in the cache, compared by
+        nobody.
+        """
+        names = ["torch", "numpy", "pyarrow", "h5py"]
+        names += ["triton"] if self.compute.engine == "triton" else []
+        return {
+            "kdcache": __version__,
+            **{name: importlib.metadata.version(name) for name in names},
+            "batch_size": str(self.compute.batch_size),
+            "device": self.compute.device.type,
+            "engine": self.compute.engine,
+            "compute_dtype": self.model.dtype,
+            "autocast": "off",
+            **({"accepted": ", ".join(self.overlooked)} if self.overlooked else {}),
+        }
+
+    def check_disk(self, writer: Writer, missing: Sequence[int]) -> None:
+        """KDCacheError where the disk has no room for the shards that are missing."""
+        shards = self.plan.spec.num_shards
+        needed = self.plan.predicted_bytes * len(missing) // shards + FILE_BYTES * len(missing)
+        try:
+            free = shutil.disk_usage(writer.path).free
+        # some FUSE file systems cannot say: a full disk will
+        except OSError as e:
+            log.info(
+                "how much space is free is not known there (%s); needed is about %s",
+                e.strerror or e,
+                readable_bytes(needed),
+            )
+            return
+        if needed > free:
+            raise KDCacheError(
+                f"{writer.path}: {len(missing)} of {shards} shards are still to write and need "
+                f"about {readable_bytes(needed)}, the disk has {readable_bytes(free)} free; free "
+                "some space, or keep less: a smaller --k, --values uint8, fewer features"
+            )
+
+    def say_start(self, writer: Writer, missing: Sequence[int], rank: Rank) -> None:
+        """Say what is there already, how it is shared, and what it was computed with, where that
+        was something else.
+        """
+        shards = self.plan.spec.num_shards
+        done = shards - len(missing)
+        if done:
+            self.tell(f"{done} of {shards} shards are there; going on with the others")
+        if rank.world > 1:
+            idle = max(0, rank.world - shards)
+            nothing = f"; {idle} of them have nothing to do, as there are {shards}" if idle else ""
+            self.tell(f"{rank.world} processes share the shards{nothing}")
+        if not done:
+            return
+        with open_cache(writer.path, allow_partial=True) as cache:
+            before = cache.recorded
+        other = [
+            f"{name} {before.get(name, '?')}, now {value}"
+            for name, value in self.recorded().items()
+            if name != "accepted" and before.get(name) != value
+        ]
+        if other:
+            self.tell(
+                f"begun with other compute: {'; '.join(other)}; allowed, but the bytes may differ "
+                "from those of one run"
+            )
+
+    def finish(self, writer: Writer, totals: Totals, seconds: float) -> DumpReport:
+        """Seal if nothing is missing any more: whichever rank ends last does. `totals` are what
+        this call has written in `seconds`.
+        """
+        left = writer.missing()
+        written = {
+            "shards_written": totals.shards,
+            "records_written": totals.records,
+            "rows_written": totals.rows,
+            "seconds": seconds,
+        }
+        if left:
+            report = self.report(totals, shards_left=len(left), **written)
+        else:
+            _require_rows(writer)
+            report = self.seal(writer, **written)
+        for code, text in report.warnings:
+            if code in SAID_AT_THE_END:
+                log.warning("warning: %s", text)
+        self.tell(
+            f"this process has written its {totals.shards} shards; {len(left)} of other ranks are "
+            "still missing, and the last rank to end seals the cache"
+            if left
+            else f"{self.out} is complete: {report.num_records} records, content id "
+            f"{report.content_id}"
+        )
+        return report
+
+    def seal(self, writer: Writer, **found: Any) -> DumpReport:
+        """Seal the cache, and report on all of it: on what other calls and ranks wrote too."""
+        content_id = writer.seal()
+        with open_cache(writer.path) as cache:
+            totals = Totals(bytes=sum(cache.column_bytes().values()), measured=cache.measured)
+        return self.report(totals, complete=True, shards_left=0, content_id=content_id, **found)
+
+    def report(self, totals: Totals | None = None, **found: Any) -> DumpReport:
+        """The report, with the means over what was counted and the warnings that follow from them.
+        `found`: further fields of it.
+        """
+        spec, warnings = self.plan.spec, list(self.warnings)
+        if totals is not None:
+            warnings += _labels_disagree(totals, spec.num_classes)
+            found |= {
+                "bytes": totals.bytes,
+                "covered_mass": totals.by_temperature("mass"),
+                "truncation_kl": totals.by_temperature("truncation"),
+                "quantisation_kl": totals.by_temperature("kl"),
+                "accuracy": totals.accuracy,
+            }
+        return DumpReport(
+            **{
+                "out": str(self.out),
+                "container": self.container,
+                "teacher": f"{self.model.spec}: {self.model.loaded}",
+                "data": self.samples.name,
+                "device": str(self.compute.device),
+                "engine": self.compute.engine,
+                "kind": spec.kind,
+                "num_classes": spec.num_classes,
+                "tiers": spec.tiers,
+                "temperatures": spec.temperatures,
+                "values": spec.values,
+                "features": tuple(feature.name for feature in spec.features),
+                "num_records": spec.num_records,
+                "num_shards": spec.num_shards,
+                "records_per_shard": spec.records_per_shard,
+                "predicted_bytes": self.plan.predicted_bytes,
+                "defaults": self.plan.defaults,
+                "shards_left": spec.num_shards,
+                "warnings": tuple(warnings),
+                "cut_from": self._cut_from,
+                **found,
+            }
+        )
 
 
 def _teller(rank: Rank, say: Callable[[str], None] | None) -> Callable[[str], None]:
@@ -350,256 +596,6 @@ def _teller(rank: Rank, say: Callable[[str], None] | None) -> Callable[[str], No
             (say or (log.warning if text.startswith("warning: ") else log.info))(text)
 
     return tell
-
-
-def _fitting(compute: Compute, plan: Plan) -> Compute:
-    """`compute` with the engine that runs: only rows of kind topk are reduced. UsageError if the
-    kernel cannot.
-    """
-    if plan.spec.kind != "topk":
-        return dataclasses.replace(compute, engine="torch")
-    if compute.engine == "triton":
-        check_fits(plan.spec, plan.logits_dtype, compute.device)
-    return compute
-
-
-def _planned(
-    plan: Plan, model: Model, data: str, out: Path, container: str, compute: Compute, dry_run: bool
-) -> DumpReport:
-    spec = plan.spec
-    return DumpReport(
-        out=str(out),
-        container=container,
-        teacher=f"{model.spec}: {model.loaded}",
-        data=data,
-        device=str(compute.device),
-        engine=compute.engine,
-        kind=spec.kind,
-        num_classes=spec.num_classes,
-        tiers=spec.tiers,
-        temperatures=spec.temperatures,
-        values=spec.values,
-        features=tuple(f.name for f in spec.features),
-        num_records=spec.num_records,
-        num_shards=spec.num_shards,
-        records_per_shard=spec.records_per_shard,
-        predicted_bytes=plan.predicted_bytes,
-        defaults=plan.defaults,
-        dry_run=dry_run,
-        shards_left=spec.num_shards,
-        warnings=plan.warnings,
-        cut_from=plan.identity.teacher.get("cut_from"),
-    )
-
-
-def _introduce(report: DumpReport, plan: Plan, asked: str, tell: Callable[[str], None]) -> None:
-    kept = {
-        "full": f"all {report.num_classes} logits",
-        "none": "features only",
-        "topk": f"top {', '.join(map(str, report.tiers))} of {report.num_classes}, tails at temperature "
-        f"{', '.join(report.temperatures)}",
-    }[report.kind]
-    tell(
-        f"teacher {report.teacher}, in {plan.identity.teacher['dtype']} on {report.device}, engine "
-        f"{report.engine}"
-    )
-    tell(
-        f"data {report.data}: {report.num_records} records in {report.num_shards} "
-        f"{'shard' if report.num_shards == 1 else 'shards'}, about "
-        f"{readable_bytes(report.predicted_bytes)}"
-    )
-    if report.cut_from:
-        tell(
-            f"classes: the first {report.num_classes} of the teacher's {report.cut_from} logits; "
-            "the rest is padding"
-        )
-    tell(
-        f"keeping {kept}"
-        + (f" as {report.values}" if report.kind != "none" else "")
-        + (f"; features {', '.join(report.features)}" if report.features else "")
-    )
-    if plan.spec.kind != "none":
-        tell(f"rows by {plan.rows}" + ("; tokens are kept" if plan.spec.tokens else ""))
-    if asked == "triton" != report.engine:
-        tell(f"kind {report.kind} leaves nothing to reduce: engine 'triton' has no part in it")
-    if report.defaults:
-        tell(f"not given, so: {'; '.join(report.defaults)}")
-    for _, text in report.warnings:
-        tell(f"warning: {text}")
-
-
-def _same_pictures(
-    report: DumpReport, model: Model, samples: Samples, tell: Callable[[str], None]
-) -> DumpReport:
-    """Say how pictures are prepared, as far as it is known, and warn where the teacher wants them
-    otherwise.
-    """
-    theirs, ours = model.known_preprocessing, samples.preprocessing
-    if ours:
-        tell(f"pictures: {in_words(ours)}{', as the teacher wants them' if ours == theirs else ''}")
-    elif theirs:
-        tell(
-            f"the teacher wants pictures {in_words(theirs)}; whether the data makes them so is not "
-            "known here"
-        )
-    if not (ours and theirs) or ours == theirs:
-        return report
-    warning = (
-        f"the teacher wants pictures otherwise: {in_words(theirs)}; leave out --data-arg size, "
-        "mean, std and "
-        "preprocessing to have them so"
-    )
-    tell(f"warning: {warning}")
-    return dataclasses.replace(report, warnings=(*report.warnings, (PREPARED_OTHERWISE, warning)))
-
-
-def _same_classes(
-    report: DumpReport,
-    model: Model,
-    samples: Samples,
-    accept: Sequence[str],
-    overlooked: list[str],
-    tell: Callable[[str], None],
-) -> tuple[DumpReport, list[str]]:
-    """Compare the class names of teacher and data, and their number with V: the report with a
-    warning where they cannot be compared or the difference is accepted, and what was overlooked."""
-    if report.kind == "none":  # features of any order
-        return report, overlooked
-    of = ("the teacher", "the data")
-    found, warnings = classes.check(
-        model.class_names[: report.num_classes], samples.class_names, of=of, accept=accept
-    )  # those beyond --classes are padding
-    if not found and not warnings:
-        found = classes.check_number(samples.class_names, report.num_classes, of=of, accept=accept)
-        warnings = (
-            [
-                f"the data names {len(samples.class_names)} classes, the teacher gives "
-                f"{report.num_classes} "
-                "logits. Accepted."
-            ]
-            if found
-            else []
-        )
-    for text in warnings:
-        tell(f"warning: {text}")
-    added = tuple((classes.CLASS_NAMES, text) for text in warnings)
-    return dataclasses.replace(report, warnings=(*report.warnings, *added)), [*overlooked, *found]
-
-
-def _accepted(
-    there: Header | None,
-    out: Path,
-    identity: Identity,
-    accept: Sequence[str],
-    tell: Callable[[str], None],
-) -> Identity:
-    """The identity to continue with: the cache's own where `accept` names all that differs from it."""
-    accept = _of_identity(accept)
-    if there is not None and (fields := untold(there.identity, identity)):
-        tell(f"not compared, as the cache was made before it was kept: {', '.join(fields)}")
-    if not accept or there is None:
-        return identity
-    found = require_same(there.identity, identity, accept=accept, where=str(out))
-    tell(f"accepted differences: {', '.join(found) or 'none were found'}")
-    return there.identity
-
-
-def _of_identity(accept: Sequence[str]) -> list[str]:
-    return [name for name in accept if name not in (UNSTEADY, ANSWERS)]
-
-
-def _steady(
-    report: DumpReport,
-    shards: Sequence[int],
-    *,
-    model: Model,
-    samples: Samples,
-    plan: Plan,
-    compute: Compute,
-    accept: Sequence[str],
-    tell: Callable[[str], None],
-) -> DumpReport:
-    """Ask the teacher about the first batch of `shards` again. DataError where chance or the batch
-    decide its answer, a warning in the report where that is accepted."""
-    if not shards:
-        return report
-    start, first = monotonic(), spans(plan.spec, shards[:1], compute.batch_size)[0]
-    ids = telling_records(range(first.start, first.stop), extremes(samples))
-    asked = Question(
-        model.module,
-        compute.device,
-        lambda ids: read(samples, first.view, ids),
-        plan.convention,
-        collate_fn=samples.name if samples.collates else None,
-        pad_id=samples.padding.pad_id,
-    )
-    found = steadiness(asked, ids)
-    if found is None:
-        return report
-    _say_long_shard(plan, (monotonic() - start) / (2 * (first.stop - first.start) + 1), tell)
-    if found.problem is None:
-        tell(
-            "the first batch asked twice and one of its records alone, in "
-            f"{monotonic() - start:.1f} s: logits differ "
-            f"by at most {max(found.again, found.alone or 0):.2g}; rounding may make it "
-            f"{found.rounding:.2g}"
-        )
-        return report
-    if UNSTEADY not in accept:
-        raise DataError(
-            found.problem
-            + (
-                f" A cache keeps one answer for good; to keep it all the same: --accept {UNSTEADY}"
-                if found.harmless
-                else ""
-            )
-        )
-    tell(f"warning: {found.problem} Accepted.")
-    return dataclasses.replace(report, warnings=(*report.warnings, (UNSTEADY, found.problem)))
-
-
-def _same_answers(
-    report: DumpReport,
-    writer: Writer,
-    missing: Sequence[int],
-    model: Model,
-    samples: Samples,
-    compute: Compute,
-    accept: Sequence[str],
-    tell: Callable[[str], None],
-) -> DumpReport:
-    """Ask the teacher of a dump that goes on about a few committed records. IdentityMismatch for
-    another answer: equal weights and equal fields of the identity do not make one teacher; a
-    warning where that is accepted."""
-    if UNSTEADY in accept:
-        return report  # no answer of it is to be had twice
-    with open_cache(writer.path, allow_partial=True) as cache:
-        records = committed_records(cache, missing)
-        if not records:
-            return report
-        start = monotonic()
-        found = agreement(cache, model.module, samples, records, compute.device)
-    if not found.problems:
-        tell(
-            f"asked again about {len(records)} of the committed records, in "
-            f"{monotonic() - start:.1f} s: the same "
-            "answers"
-        )
-        return report
-    problem = found.problems[0]
-    if ANSWERS not in accept:
-        raise IdentityMismatch(
-            f"{writer.path}: the teacher does not say again what is committed there: {problem}. It "
-            "is another model "
-            "with equal weights (its configuration, its code, what it is given), or it computes "
-            "otherwise (dtype, "
-            "device, versions); give what the cache was begun with, choose another place, or keep "
-            "both answers: "
-            f"--accept {ANSWERS}",
-            [FieldDifference(ANSWERS, "those of its records", problem)],
-        )
-    tell(f"warning: {problem}. Accepted.")
-    return dataclasses.replace(report, warnings=(*report.warnings, (ANSWERS, problem)))
 
 
 def _say_long_shard(plan: Plan, seconds: float, tell: Callable[[str], None]) -> None:
@@ -617,118 +613,18 @@ def _say_long_shard(plan: Plan, seconds: float, tell: Callable[[str], None]) -> 
         )
 
 
-def _recorded(compute: Compute, model: Model, overlooked: Sequence[str] = ()) -> dict[str, str]:
-    """What it is computed with, and what was overlooked by name: said in the cache, compared by
-    nobody.
-    """
-    names = ["torch", "numpy", "pyarrow", "h5py"] + (
-        ["triton"] if compute.engine == "triton" else []
-    )
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {
-        "kdcache": __version__,
-        **versions,
-        "batch_size": str(compute.batch_size),
-        "device": compute.device.type,
-        "engine": compute.engine,
-        "compute_dtype": model.dtype,
-        "autocast": "off",
-        **({"accepted": ", ".join(overlooked)} if overlooked else {}),
-    }
-
-
-def _check_disk(writer: Writer, plan: Plan, missing: list[int]) -> None:
-    needed = plan.predicted_bytes * len(missing) // plan.spec.num_shards + FILE_BYTES * len(missing)
-    try:
-        free = shutil.disk_usage(writer.path).free
-    # some FUSE file systems cannot say: a full disk will
-    except OSError as e:
-        log.info(
-            "how much space is free is not known there (%s); needed is about %s",
-            e.strerror or e,
-            readable_bytes(needed),
-        )
-        return
-    if needed > free:
-        raise KDCacheError(
-            f"{writer.path}: {len(missing)} of {plan.spec.num_shards} shards are still to write "
-            "and "
-            f"need about {readable_bytes(needed)}, the disk has {readable_bytes(free)} free; free "
-            "some "
-            "space, or keep less: a smaller --k, --values uint8, fewer features"
-        )
-
-
-def _say_start(plan: Plan, missing: list[int], rank: Rank, tell: Callable[[str], None]) -> None:
-    done = plan.spec.num_shards - len(missing)
-    if done:
-        tell(f"{done} of {plan.spec.num_shards} shards are there; going on with the others")
-    if rank.world > 1:
-        idle = max(0, rank.world - plan.spec.num_shards)
-        tell(
-            f"{rank.world} processes share the shards"
-            + (
-                f"; {idle} of them have nothing to do, as there are {plan.spec.num_shards}"
-                if idle
-                else ""
-            )
-        )
-
-
-def _say_compute(
-    writer: Writer, compute: Compute, model: Model, missing: list[int], tell: Callable[[str], None]
-) -> None:
-    """Say what the shards that are there were computed with, where it was something else."""
-    if len(missing) == writer.spec.num_shards:
-        return
-    with open_cache(writer.path, allow_partial=True) as cache:
-        before, now = cache.recorded, _recorded(compute, model)
-    other = [
-        f"{name} {before.get(name, '?')}, now {value}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if other:
-        tell(
-            f"begun with other compute: {'; '.join(other)}; allowed, but the bytes may differ from "
-            "those of one run"
-        )
-
-
-def _measured(report: DumpReport, totals: Totals) -> DumpReport:
-    """The report with the means over what was counted, and with the warnings that follow from them."""
-    warnings = [warning for warning in report.warnings if warning[0] != LABELS_DISAGREE]
-    chance = totals.labelled / max(report.num_classes, 1)
+def _labels_disagree(totals: Totals, num_classes: int) -> list[tuple[str, str]]:
+    """The warning that follows where the teacher agrees with fewer labels than chance would."""
+    chance = totals.labelled / max(num_classes, 1)
     # Two standard deviations of a Poisson count: few labels of many classes are often all missed by
     # chance alone.
-    if totals.accuracy is not None and totals.correct + 2 * (totals.correct + 1) ** 0.5 < chance:
-        warnings.append(
-            (
-                LABELS_DISAGREE,
-                f"labels and teacher disagree: it agrees with {totals.correct} of "
-                f"{totals.labelled} labels, chance would be {chance:.0f}; are the classes in the "
-                "same order?",
-            )
-        )
-    return dataclasses.replace(
-        report,
-        bytes=totals.bytes,
-        covered_mass=running(totals, "mass"),
-        truncation_kl=running(totals, "truncation"),
-        quantisation_kl=running(totals, "kl"),
-        accuracy=totals.accuracy,
-        warnings=tuple(warnings),
+    if totals.accuracy is None or totals.correct + 2 * (totals.correct + 1) ** 0.5 >= chance:
+        return []
+    text = (
+        f"labels and teacher disagree: it agrees with {totals.correct} of {totals.labelled} "
+        f"labels, chance would be {chance:.0f}; are the classes in the same order?"
     )
-
-
-def _sealed(report: DumpReport, writer: Writer) -> DumpReport:
-    """Seal the cache, and report on all of it: on what other calls and ranks wrote too."""
-    content_id = writer.seal()
-    with open_cache(writer.path) as cache:
-        totals = Totals(bytes=sum(cache.column_bytes().values()), measured=cache.measured)
-    return dataclasses.replace(
-        _measured(report, totals), complete=True, shards_left=0, content_id=content_id
-    )
+    return [(LABELS_DISAGREE, text)]
 
 
 def _require_rows(writer: Writer) -> None:
@@ -739,33 +635,6 @@ def _require_rows(writer: Writer) -> None:
         if not any(facts.rows["row"] for facts in cache.shards):
             raise DataError(
                 f"{writer.path}: none of its {writer.spec.num_records} records has a row (every "
-                "label is "
-                "-100, or no record has a token to predict); it is not sealed: look at the labels "
-                "and at "
-                "the row_mask of the teacher, and dump to another --out"
+                "label is -100, or no record has a token to predict); it is not sealed: look at "
+                "the labels and at the row_mask of the teacher, and dump to another --out"
             )
-
-
-def _finish(
-    report: DumpReport, writer: Writer, rank: Rank, tell: Callable[[str], None]
-) -> DumpReport:
-    """Seal if nothing is missing any more: whichever rank ends last does."""
-    left = writer.missing()
-    if not left:
-        _require_rows(writer)
-    report = dataclasses.replace(report, shards_left=len(left)) if left else _sealed(report, writer)
-    for code, text in report.warnings:
-        if code in SAID_AT_THE_END:
-            log.warning("warning: %s", text)
-    if left:
-        tell(
-            f"this process has written its {report.shards_written} shards; {len(left)} of other "
-            "ranks are still "
-            "missing, and the last rank to end seals the cache"
-        )
-    else:
-        tell(
-            f"{report.out} is complete: {report.num_records} records, content id "
-            f"{report.content_id}"
-        )
-    return report

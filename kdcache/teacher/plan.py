@@ -21,17 +21,19 @@ from kdcache.cache.catalog import check_shards
 from kdcache.cache.columns import MAX_ELEMENTS, ROOT
 from kdcache.cache.identity import Identity
 from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
-from kdcache.data.collate import Collated, beyond_tokens, to_device
+from kdcache.data.collate import Collated, beyond_tokens
 from kdcache.data.identify import identify
 from kdcache.data.rows import NEXT_TOKEN, POSITION, next_token_rows, position_rows
 from kdcache.data.samples import Samples, evenly_spaced, extremes, probe_ids
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError
 from kdcache.models.checks import find_rows
-from kdcache.models.model import Model, beyond_positions, forward, require_softmax, trying
+from kdcache.models.model import Model, beyond_positions, require_softmax
 from kdcache.models.specs import RANDOM
-from kdcache.teacher.batches import BatchRows, check_labels, read, row_namer, rows_of
-from kdcache.teacher.features import FeatureRequest, Taps, feature_specs
+from kdcache.teacher.answer import BatchRows, ask, read, row_namer, rows_of
+from kdcache.teacher.hooks import FeatureHooks, FeatureRequest, feature_specs
+from kdcache.teacher.reduce import check_labels
+from kdcache.user.arguments import at_least
 
 # classes: 2 KiB a row in float16, about what k = 64 with two tails saves little of
 FULL_UP_TO = 1024
@@ -76,6 +78,18 @@ class Wanted:
     rows: str | None = None
     tokens: bool | None = None
     classes: int | None = None
+
+    def __post_init__(self) -> None:
+        """UsageError for sizes that cannot be."""
+        if self.shard_size is not None and self.records_per_shard is not None:
+            raise UsageError(
+                f"--shard-size {self.shard_size} and --records-per-shard {self.records_per_shard} "
+                "both say how large a shard is; give one of them"
+            )
+        at_least("--views", self.views, 1)
+        at_least("--shard-size", self.shard_size, 1)
+        at_least("--records-per-shard", self.records_per_shard, 1)
+        at_least("limit_samples", self.limit_samples, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,9 +273,8 @@ def _probe(
     longest, warning = _longest(samples, batch, count), None
     if longest:
         warning = beyond_positions(model, longest, role="teacher")
-    inputs = to_device(batch.inputs, device)
-    with torch.inference_mode(), trying("teacher", model.module, inputs):
-        output = forward(model.module, inputs)
+    with FeatureHooks(model.module, wanted.features) as hooks:
+        output = ask(model.module, hooks, batch, device)
     convention, why = None, "features alone"
     raw = any(f.recipe == "raw" for f in wanted.features)
     if wanted.kind != "none" or (raw and output.logits.ndim == 3):
@@ -274,17 +287,8 @@ def _probe(
             device=device,
             role="teacher",
         )
-    by_row = raw and convention in (POSITION, NEXT_TOKEN)
-    rows = BatchRows(np.arange(len(batch) + 1, dtype=np.int64), None, None, None, None)
-    if convention is not None:
-        rows = rows_of(batch, tuple(output.logits.shape), output.row_mask, convention)
-    features: dict[str, Tensor] = {}
-    if wanted.features:
-        with Taps(model.module, wanted.features, by_row=by_row) as taps, torch.inference_mode():
-            taps.start(batch.real)
-            with trying("teacher", model.module, inputs):
-                forward(model.module, inputs)
-            features = taps.take(rows.mask_BL)
+    rows = rows_of(batch, output, convention)
+    features = hooks.take(rows.mask_BL)
     width = output.logits.shape[-1]
     classes = _classes(model, wanted, width)
     return Probe(

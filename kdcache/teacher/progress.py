@@ -1,12 +1,12 @@
-"""How far a dump has come: a snapshot for any caller, and one line of it on standard error."""
+"""How far a dump has come, and what it did: values for any caller, and one line on standard error."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TextIO
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
 
 from kdcache.process.streams import Forgiving
 
@@ -63,6 +63,65 @@ class Progress:
         if self.accuracy is not None:
             parts.append(f"accuracy {self.accuracy:.4f}")
         return " · ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DumpReport:
+    """What a dump did; None or {} where there is nothing to say.
+
+    complete: the cache is sealed, content_id is its id. already_complete: it was before this call,
+    which did nothing. bytes (of the columns, before the container), means and accuracy are of the
+    whole cache once it is complete, until then of what this call wrote; shards, records, rows and
+    seconds are this call's. predicted_bytes: of the whole, from the columns. engine: what reduces
+    rows. quantisation_kl: mean KL(teacher || decoded); defaults: sentences about what was not
+    given; warnings: (code, text). cut_from: the teacher's logits, where num_classes of them are its
+    classes.
+    """
+
+    out: str
+    container: str
+    teacher: str
+    data: str
+    device: str
+    engine: str
+    kind: str
+    num_classes: int
+    tiers: tuple[int, ...]
+    temperatures: tuple[str, ...]
+    values: str
+    features: tuple[str, ...]
+    num_records: int
+    num_shards: int
+    records_per_shard: int
+    predicted_bytes: int
+    defaults: tuple[str, ...]
+    dry_run: bool = False
+    complete: bool = False
+    already_complete: bool = False
+    content_id: str | None = None
+    shards_written: int = 0
+    shards_left: int = 0
+    records_written: int = 0
+    rows_written: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    covered_mass: Mapping[str, float] = field(default_factory=dict)
+    truncation_kl: Mapping[str, float] = field(default_factory=dict)
+    quantisation_kl: Mapping[str, float] = field(default_factory=dict)
+    accuracy: float | None = None
+    warnings: tuple[tuple[str, str], ...] = ()
+    cut_from: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {
+            key: list(map(list, value))
+            if key == "warnings"
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for key, value in asdict(self).items()
+        }
 
 
 class StderrProgress:

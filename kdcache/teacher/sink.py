@@ -19,12 +19,31 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.cache.writer import Writer
 from kdcache.data.collate import Collated
 from kdcache.errors import DataError
-from kdcache.teacher.batches import BatchRows, Span
-from kdcache.teacher.engine import Reduced
+from kdcache.teacher.answer import BatchRows
+from kdcache.teacher.progress import Progress
+from kdcache.teacher.reduce import Reduced
 
 WAITING_BATCHES = 4  # encoded behind the teacher; more only holds memory
 # how soon a full queue notices a signal or an error on the other side
 POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Samples [start, stop) of one view, all of one shard; `last` if they end it."""
+
+    shard: int
+    view: int
+    start: int
+    stop: int
+    last: bool
+
+    @property
+    def ids(self) -> range:
+        return range(self.start, self.stop)
+
+    def __str__(self) -> str:
+        return f"samples {self.start} to {self.stop - 1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,29 @@ class Totals:
     @property
     def accuracy(self) -> float | None:
         return self.correct / self.labelled if self.labelled else None
+
+    def by_temperature(self, what: str) -> dict[str, float]:
+        """Temperature -> the mean of a measured sum, for the largest tier: "mass", "truncation", or
+        "kl" of the codec.
+        """
+        names = [name for name in list(self.measured) if name.startswith(f"{what}:")]
+        if what != "kl":
+            largest = max((int(name.split(":")[1]) for name in names), default=0)
+            names = [name for name in names if name.split(":")[1] == str(largest)]
+        means = {name.rsplit(":", 1)[1]: self.mean(name) for name in names}
+        return {temperature: mean for temperature, mean in means.items() if mean is not None}
+
+    def progress(self, total: int, seconds: float) -> Progress:
+        """These sums as a moment of a run over `total` records."""
+        return Progress(
+            self.records,
+            total,
+            seconds,
+            self.bytes,
+            self.by_temperature("mass"),
+            self.by_temperature("truncation"),
+            self.accuracy,
+        )
 
 
 class Sink:
@@ -138,7 +180,7 @@ class Sink:
 
     def _count(self, batch: HostBatch, columns: Columns, measured: dict[str, float]) -> None:
         totals = self.totals
-        totals.records += batch.span.stop - batch.span.start
+        totals.records += len(batch.span.ids)
         totals.rows += batch.rows.count
         totals.bytes += sum(array.nbytes for array in columns.values())
         add(totals.measured, measured)

@@ -14,13 +14,13 @@ from kdcache.cache.reader import open as open_cache
 from kdcache.cache.repair import MEND
 from kdcache.data.identify import identify
 from kdcache.data.samples import Samples, evenly_spaced
+from kdcache.data.sources import as_samples
 from kdcache.errors import CacheCorrupt, DataError, UsageError
 from kdcache.models.checks import padding_of
-from kdcache.models.model import DTYPES, Model, move, pick_device
+from kdcache.models.model import DTYPES, Model, as_model, move, pick_device
 from kdcache.process.ranks import this_rank
 from kdcache.teacher.agreement import agreement
-from kdcache.teacher.run import evaluating
-from kdcache.teacher.sources import pick_samples, pick_teacher
+from kdcache.teacher.answer import evaluating
 from kdcache.user.guard import callback, entrance
 
 SAMPLES = 32  # records that the teacher sees again
@@ -160,11 +160,11 @@ def _ask_teacher(
     recorded = cache.identity.teacher.get("dtype")
     if dtype is None and recorded in DTYPES:
         dtype = recorded
-    model = pick_teacher(teacher, seed=cache.spec.seed, dtype=dtype, **teacher_from)
-    samples = pick_samples(
+    model = as_model(teacher, role="teacher", seed=cache.spec.seed, dtype=dtype, **teacher_from)
+    samples = as_samples(
         data,
         data_args,
-        cache.spec.seed,
+        seed=cache.spec.seed,
         labels=bool(cache.spec.labels),
         prepared=lambda: str(cache.identity.data.get("preprocessing", "")),
     )

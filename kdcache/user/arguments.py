@@ -78,6 +78,12 @@ def _expected(annotation: str) -> str:
     return ", or ".join(dict.fromkeys(words))
 
 
+def at_least(name: str, value: int | None, least: int) -> None:
+    """UsageError for a number that is given and too small."""
+    if value is not None and value < least:
+        raise UsageError(f"{name} is {value}; expected at least {least}")
+
+
 def seen(value: Any) -> str:
     """A value as an error shows it."""
     kind = type(value).__name__

@@ -20,9 +20,7 @@ import kdcache
 from kdcache.errors import DataError, KDCacheError, UsageError
 from kdcache.teacher import reduce as module
 from kdcache.teacher.dump import DumpReport, dump_teacher
-from kdcache.teacher.engine import Reduced
-from kdcache.teacher.reduce import reduce_rows
-from kdcache.teacher.transfer import wait
+from kdcache.teacher.reduce import Reduced, reduce_rows, wait
 from kdcache.teacher.verify import verify
 
 EPS = torch.finfo(torch.float32).eps

@@ -15,7 +15,7 @@ import kdcache
 from kdcache.cache.features import decode_feature
 from kdcache.errors import DataError, NotBuilt, UsageError
 from kdcache.teacher.dump import dump_teacher
-from kdcache.teacher.features import FeatureRequest, Taps, parse_feature, parse_features
+from kdcache.teacher.hooks import FeatureHooks, FeatureRequest, parse_feature, parse_features
 
 
 class Pixels:
@@ -213,6 +213,6 @@ def test_an_activation_that_its_dtype_cannot_hold_names_record_and_feature(tmp_p
 
 def test_hooks_are_gone_afterwards() -> None:
     net = mlp()
-    with Taps(net, (FeatureRequest("0"),)):
+    with FeatureHooks(net, (FeatureRequest("0"),)):
         assert len(net[0]._forward_hooks) == 1
     assert not net[0]._forward_hooks

@@ -57,8 +57,11 @@ def dump(tmp_path: Path) -> Dump:
             "--shard-size 1000000000 and --records-per-shard 3 both say",
         ),
         ({"teacher": 3}, "teacher is a int"),
-        ({"teacher_args": {"a": 1}}, "teacher_args and teacher_weights go with a teacher SPEC"),
-        ({"data_args": {"a": 1}}, "data_args go with a data SPEC"),
+        (
+            {"teacher_args": {"a": 1}},
+            "teacher arguments or weights are given, but the teacher is an object",
+        ),
+        ({"data_args": {"a": 1}}, "data arguments are given, but the data is an object"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(

@@ -18,7 +18,7 @@ import kdcache
 from kdcache.data.sources import load_data
 from kdcache.data.text import fingerprint, load_tokenizer
 from kdcache.errors import DataError, IdentityMismatch, UsageError
-from kdcache.models.model import Model, load_model, require_tokenizer
+from kdcache.models.model import Model, as_model, load_model, require_tokenizer
 from kdcache.models.specs import own_tokenizer, position_limit
 
 transformers = pytest.importorskip("transformers")
@@ -196,9 +196,7 @@ def test_a_dataset_that_does_not_know_its_lengths_is_asked_for_as_many_as_an_ide
 
 
 def test_a_model_keeps_its_folder_where_it_is_given_again(tmp_path: Path) -> None:
-    from kdcache.teacher.sources import pick_teacher
-
     model = load_model(f"hf:{gpt2(tmp_path / 'teach')}")
     assert model.folder == tmp_path / "teach"
-    assert pick_teacher(model, args=None, weights=None, seed=0, dtype=None).folder == model.folder
+    assert as_model(model, role="teacher").folder == model.folder
     assert Model(Speaker(), "", "", None, "", None).folder is None

@@ -15,7 +15,7 @@ from torch import nn
 
 import kdcache
 from kdcache.errors import UsageError
-from kdcache.teacher import compare
+from kdcache.teacher.agreement import cached_answer
 from kdcache.teacher.dump import dump_teacher
 from kdcache.teacher.verify import VerifyReport, verify
 
@@ -237,7 +237,7 @@ def test_what_rounding_may_do_is_an_upper_bound_and_not_a_loose_one(tmp_path: Pa
             batch_size=400,
         )
         with kdcache.open(tmp_path / values) as cache:
-            said = compare.cached_saying(cache.spec, cache.read(np.arange(400)))
+            said = cached_answer(cache.spec, cache.read(np.arange(400)))
         apart = np.abs(said.parts["logits"] - (logits - logits.max(1, keepdims=True)))
         share = apart / np.maximum(said.rounding["logits"], 1e-30)
         assert share.max() <= 1.001 and share.max() > 1 / 3, values

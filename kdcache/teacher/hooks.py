@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from kdcache.data.padding import Real
 from kdcache.errors import DataError, NotBuilt, UsageError, near
 from kdcache.models.model import find_module
 from kdcache.models.recipes import reduce_activation
-from kdcache.teacher.transfer import send
+from kdcache.teacher.reduce import send
 
 FORM = "MODULE[:RECIPE[:DTYPE]]"
 
@@ -87,22 +88,19 @@ def requests_of(features: Iterable[FeatureSpec]) -> tuple[FeatureRequest, ...]:
 
 
 @dataclass
-class Taps:
+class FeatureHooks:
     """Hooks on a teacher, as a context manager: `start(real)`, a forward pass, then `take(rows)`.
-
-    by_row: `raw` activations are cut to the rows of the cache, a row per position.
 
     UsageError with near names for a module that the teacher has not.
     """
 
     teacher: nn.Module
     requests: tuple[FeatureRequest, ...]
-    by_row: bool = False
     _real: Real = field(default_factory=Real)
     _taken: dict[str, Tensor] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
-    def __enter__(self) -> Taps:
+    def __enter__(self) -> FeatureHooks:
         modules = [find_module(self.teacher, request.module) for request in self.requests]
         for request, module in zip(self.requests, modules, strict=True):
             self._handles.append(module.register_forward_hook(self._hook(request)))
@@ -123,7 +121,7 @@ class Taps:
 
     def take(self, rows_BL: Tensor | None = None) -> dict[str, Tensor]:
         """Name -> float32 activation [B, *shape]; with `rows_BL` (bool, on the CPU) `raw` is kept
-        of its positions, [N, *shape]."""
+        of its positions, [N, *shape], and else must have no padding."""
         out = {}
         for request in self.requests:
             if request.name not in self._taken:
@@ -132,7 +130,9 @@ class Taps:
                     "pass"
                 )
             activation = self._taken[request.name]
-            if request.recipe == "raw" and rows_BL is not None:
+            if rows_BL is None and request.recipe == "raw":
+                activation = self._reduced(request, activation)
+            elif rows_BL is not None and request.recipe == "raw":
                 if activation.shape[:2] != rows_BL.shape:
                     raise UsageError(
                         f"feature {request.name}: the activation is {list(activation.shape)}; "
@@ -147,6 +147,10 @@ class Taps:
         self._taken = {}
         return out
 
+    def _reduced(self, request: FeatureRequest, activation: Tensor) -> Tensor:
+        with _named(request):
+            return reduce_activation(request.recipe, activation, self._real, request.module)
+
     def _hook(self, request: FeatureRequest) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if request.name in self._taken:
@@ -155,13 +159,10 @@ class Taps:
                     "forward "
                     "pass; name a module that runs once"
                 )
-            try:
+            with _named(request):
                 activation = _tensor(output)
-                kept = reduce_activation(
-                    request.recipe, activation, self._real, request.module, by_row=self.by_row
-                )
-            except UsageError as e:
-                raise UsageError(f"feature {request.name} of module {request.module!r}: {e}") from e
+            # Whether `raw` keeps padding is only known with the rows: see `take`.
+            kept = activation if request.recipe == "raw" else self._reduced(request, activation)
             # A later in-place operation (ReLU after a norm) would write into what is only a view.
             shared = kept.untyped_storage().data_ptr() == activation.untyped_storage().data_ptr()
             self._taken[request.name] = kept.clone() if shared else kept
@@ -199,6 +200,15 @@ def check_shapes(features: Sequence[FeatureSpec], taken: Mapping[str, Tensor], w
                 f"{list(feature.shape)}; a feature has one shape: use recipe 'pool', 'last' or "
                 "'cls'"
             )
+
+
+@contextmanager
+def _named(request: FeatureRequest) -> Iterator[None]:
+    """What cannot be kept of an activation, by the name of its feature."""
+    try:
+        yield
+    except UsageError as e:
+        raise UsageError(f"feature {request.name} of module {request.module!r}: {e}") from e
 
 
 def _tensor(output: Any) -> Tensor:
