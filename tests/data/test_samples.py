@@ -76,7 +76,7 @@ def test_the_global_generators_are_put_back_even_after_an_error():
     Samples(Noisy(range(5))).item(2, 1)
     with pytest.raises(
         DataError,
-        match=r"dataset listed, sample 1 cannot be read: IndexError: .*\(test_data_samples",
+        match=r"dataset listed, sample 1 cannot be read: IndexError: .*\(test_samples",
     ):
         broken = Listed([pair(0)])
         broken.__class__ = type("Longer", (Listed,), {"__len__": lambda self: 2})
