@@ -215,8 +215,11 @@ def test_a_header_without_a_shard_blocks_nobody_but_those_at_work(tmp_path: Path
         # of the same cache: they agree
         with create(path, SPEC, IDENTITY, recorded={"a": "1"}) as second:
             assert second._header.digest == alive._header.digest
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        begun = context.Event()
+        worker = context.Process(target=lambda: (begun.set(), time.sleep(60)))
         worker.start()  # it outlives its parent's writer
+        assert begun.wait(60)  # and has closed, as any child does first, what it inherited
     assert standing(path) is None
     with create(path, other, IDENTITY, container="hdf5", recorded={"a": "2"}) as writer:
         worker.kill()
