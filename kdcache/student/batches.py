@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdcache.cache.codec import row_columns
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import Collated
 from kdcache.data.identify import check_same_key
@@ -78,9 +79,7 @@ def needed_columns(
     """
     wanted = {"sample_key", "view_key", "label", "label_weight", "pos"}
     if targets:
-        wanted |= {"values", "max", "step", "weight", "tail_lse", "label_logit"}
-        for tier in (t for t in spec.tiers if k is None or t <= k):
-            wanted |= {f"ids_{tier}", f"ids_{tier}_high", f"values_{tier}"}
+        wanted |= {*row_columns(spec, k)} - {"mean", "std"}
     for feature in features:
         wanted |= {column.name for column in feature.columns()}
     if tokens:

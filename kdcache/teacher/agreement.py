@@ -23,6 +23,7 @@ from kdcache.cache.columns import Array
 from kdcache.cache.features import decode_feature
 from kdcache.cache.reader import Batch, Cache
 from kdcache.cache.spec import CacheSpec, FeatureSpec
+from kdcache.cache.values import value_codec
 from kdcache.data.identify import check_same_key
 from kdcache.data.samples import Samples, evenly_spaced
 from kdcache.errors import DataError
@@ -40,12 +41,8 @@ GROUPS = (32, 1)
 # the unit among subnormal numbers, where a unit of their size is too little
 LEAST_FLOAT32 = 2.0**-149
 BATCH_SIZE = re.compile(r"[1-9][0-9]{0,3}")
-# of a value's size, when rounded to nearest
-HALF_UNIT = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-LEAST_FLOAT16 = 2.0**-25  # half the smallest float16
-LEAST_BFLOAT16 = 2.0**-134  # half the smallest bfloat16
-# 254 codes of a step that float32 can only hold to half of its smallest, 2^-149
-LEAST_UINT8 = 2.0**-141
+# half a step of int8 codes, whose scale float32 can only hold to half of its smallest, 2^-149
+LEAST_INT8 = 2.0**-141
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,17 +229,19 @@ class RecordAnswer:
 def cached_answer(spec: CacheSpec, batch: Batch) -> RecordAnswer:
     """What a cache says of the one record of `batch`."""
     parts, rounding, ids, kept = {}, {}, None, None
-    if spec.kind != "none":
+    if spec.has_rows:
         rows = decode_rows(spec, batch.columns)
         ids, kept = rows.ids, rows.relative > -np.inf
         parts["logits"] = rows.relative.astype(np.float64)
         size = np.abs(rows.logits.astype(np.float64))
-        rounding["logits"] = _rounding(spec, parts["logits"], size, batch.columns)
+        codec = spec.codec
+        step_N = batch.columns["step"] if codec.stepped else None
+        rounding["logits"] = codec.rounding(parts["logits"], size, step_N)
         if rows.tail_lse is not None:
             parts["tails"] = rows.tail_lse.astype(np.float64)
             moved = np.zeros((len(size), 1))
-            if spec.values == "bfloat16":
-                moved = size[:, :1] * HALF_UNIT["bfloat16"] + LEAST_BFLOAT16
+            if not codec.relative:
+                moved = size[:, :1] * codec.half_unit + codec.least
             rounding["tails"] = np.broadcast_to(moved, parts["tails"].shape)
     for feature in spec.features:
         value = decode_feature(feature, batch.columns).astype(np.float64)
@@ -251,30 +250,13 @@ def cached_answer(spec: CacheSpec, batch: Batch) -> RecordAnswer:
     return RecordAnswer(parts, rounding, ids, kept)
 
 
-def _rounding(spec: CacheSpec, relative: Array, size: Array, columns: Mapping[str, Array]) -> Array:
-    depth = np.where(np.isfinite(relative), np.abs(relative), 0)
-    if spec.values == "uint8":
-        # half a step, and what float32 rounds of code * step
-        half: Array = (
-            np.asarray(columns["step"], np.float64)[:, None] / 2 + depth * 2.0**-23 + LEAST_UINT8
-        )
-        return half
-    finite = np.where(np.isfinite(size), size, 0)
-    moved: Array = (finite + finite.max(axis=1, keepdims=True)) * HALF_UNIT[spec.values]
-    if spec.values == "bfloat16":
-        moved = moved + 2 * LEAST_BFLOAT16
-    if spec.values == "float16":
-        moved = depth * HALF_UNIT["float16"] + LEAST_FLOAT16
-    return moved
-
-
 def _feature_rounding(feature: FeatureSpec, value: Array, columns: Mapping[str, Array]) -> Array:
     if feature.dtype == "int8":
         scale = np.asarray(columns[f"{feature.column}_scale"], np.float64)[..., None]
-        half: Array = np.broadcast_to(scale / 2 * (1 + 2.0**-20) + LEAST_UINT8, value.shape)
+        half: Array = np.broadcast_to(scale / 2 * (1 + 2.0**-20) + LEAST_INT8, value.shape)
         return half
-    least = {"float16": LEAST_FLOAT16, "bfloat16": LEAST_BFLOAT16}.get(feature.dtype, 0.0)
-    moved: Array = np.abs(value) * HALF_UNIT[feature.dtype] + least
+    codec = value_codec(feature.dtype)
+    moved: Array = np.abs(value) * codec.half_unit + codec.least
     return moved
 
 
@@ -333,7 +315,7 @@ def _live(
         if not np.isfinite(x).all()
     ]
     size = max((float(np.abs(x).max(initial=0)) for x in parts.values()), default=0.0)
-    if spec.kind != "none":
+    if spec.has_rows:
         rows = len(said.parts["logits"])
         if len(logits_NV) != rows or logits_NV.shape[1] < spec.num_classes:
             raise DataError(

@@ -122,7 +122,7 @@ def ask(
 
 def convention_of(spec: CacheSpec) -> str | None:
     """Which rows count of the batches of a cache; None where it keeps features alone, by record."""
-    return None if spec.kind == "none" and spec.rows == "one" else spec.convention
+    return None if not spec.has_rows and spec.rows == "one" else spec.convention
 
 
 def rows_of(batch: Collated, output: Output, convention: str | None) -> BatchRows:

@@ -263,7 +263,7 @@ class _Dump:
         """
         spec, identity = self.plan.spec, self.plan.identity
         require_same(identity, identity, accept=self._fields)
-        engine = self.compute.engine if spec.kind == "topk" else "torch"
+        engine = self.compute.engine if spec.is_sparse else "torch"
         if engine == "triton":
             check_fits(spec, self.plan.logits_dtype, self.compute.device)
         # only rows of kind topk are reduced
@@ -287,12 +287,12 @@ class _Dump:
     def introduce(self, engine: str) -> None:
         """Say what is about to be done; `engine` is the one that was asked for."""
         spec, plan, tell = self.plan.spec, self.plan, self.tell
-        kept = {
-            "full": f"all {spec.num_classes} logits",
-            "none": "features only",
-            "topk": f"top {', '.join(map(str, spec.tiers))} of {spec.num_classes}, tails at "
-            f"temperature {', '.join(spec.temperatures)}",
-        }[spec.kind]
+        kept = f"all {spec.num_classes} logits" if spec.has_rows else "features only"
+        if spec.is_sparse:
+            kept = (
+                f"top {', '.join(map(str, spec.tiers))} of {spec.num_classes}, tails at "
+                f"temperature {', '.join(spec.temperatures)}"
+            )
         tell(
             f"teacher {self.model.spec}: {self.model.loaded}, in {plan.identity.teacher['dtype']} "
             f"on {self.compute.device}, engine {self.compute.engine}"
@@ -307,10 +307,10 @@ class _Dump:
                 f"classes: the first {spec.num_classes} of the teacher's {self._cut_from} logits; "
                 "the rest is padding"
             )
-        values = f" as {spec.values}" if spec.kind != "none" else ""
+        values = f" as {spec.values}" if spec.has_rows else ""
         features = ", ".join(feature.name for feature in spec.features)
         tell(f"keeping {kept}{values}" + (f"; features {features}" if features else ""))
-        if spec.kind != "none":
+        if spec.has_rows:
             tell(f"rows by {plan.rows}" + ("; tokens are kept" if spec.tokens else ""))
         if engine == "triton" != self.compute.engine:
             tell(f"kind {spec.kind} leaves nothing to reduce: engine 'triton' has no part in it")
@@ -323,7 +323,7 @@ class _Dump:
         """Compare the class names of teacher and data, and their number with V: a warning where
         they cannot be compared or the difference is accepted.
         """
-        if self.plan.spec.kind == "none":  # features of any order
+        if not self.plan.spec.has_rows:  # features of any order
             return
         # names beyond --classes are padding
         width, names = self.plan.spec.num_classes, self.samples.class_names
@@ -629,7 +629,7 @@ def _labels_disagree(totals: Totals, num_classes: int) -> list[tuple[str, str]]:
 
 def _require_rows(writer: Writer) -> None:
     """DataError for a cache without a single row, from which every student would learn nothing."""
-    if writer.spec.kind == "none" or writer.spec.rows == "one":
+    if not writer.spec.has_rows or writer.spec.rows == "one":
         return
     with open_cache(writer.path, allow_partial=True) as cache:
         if not any(facts.rows["row"] for facts in cache.shards):

@@ -118,7 +118,7 @@ def observe(
     check_shapes(spec.features, said.features, str(span))
     features = {name: fetch(x) for name, x in said.features.items()}
     reduced = None
-    if spec.kind != "none":
+    if spec.has_rows:
         name_row = row_namer(span.view, span.ids, said.rows)
         labels = _labels(said.rows, spec, name_row)
         logits_MV = said.logits.flatten(0, -2)

@@ -416,7 +416,7 @@ def _kept(model: Model, wanted: Wanted, probed: Probe) -> tuple[dict[str, Any], 
     if kind == "none":
         return kept | {"num_classes": 0}, tuple(defaults)
     kept |= {"num_classes": classes, "moments": wanted.moments}
-    if kind == "topk":
+    if kind in KINDS and KINDS[kind].sparse:
         kept["tiers"] = _tiers(wanted, classes, defaults)
         kept["temperatures"] = wanted.temperatures or DEFAULT_TEMPERATURES[rows]
         if not wanted.temperatures:
@@ -457,7 +457,7 @@ def _kind(wanted: Wanted, classes: int) -> tuple[str, list[str]]:
 
 
 def _refuse_foreign(wanted: Wanted, kind: str, classes: int) -> None:
-    if kind not in KINDS or kind == "topk":
+    if kind not in KINDS or KINDS[kind].sparse:
         return  # an unknown kind is refused by the spec
     given = {"--k": wanted.k, "--tier": wanted.tiers, "--temperature": wanted.temperatures}
     why = (

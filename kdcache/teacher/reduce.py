@@ -78,12 +78,12 @@ def reduce_rows(
     )
     if labels_NJ is not None:
         check_labels(labels_NJ, spec.num_classes, name_row)
-    if engine == "triton" and spec.kind == "topk":
+    if engine == "triton" and spec.is_sparse:
         kept, flag_N = fused_rows(logits_MV, labels_NJ, spec, index_N)
     else:
         labels_NJ, index_N = (None if x is None else send(x, device) for x in (labels_NJ, index_N))
         flag_N = _flags(logits_MV, index_N)
-        if spec.kind == "topk":
+        if spec.is_sparse:
             flag_N = flag_N.cpu()
             _refuse_bad(flag_N, logits_MV.dtype, name_row)
         kept = torch_rows(logits_MV, labels_NJ, spec, index_N, chunk_rows)
@@ -96,9 +96,7 @@ def reduce_rows(
     _refuse_bad(flag_N, logits_MV.dtype, name_row)
     if beyond_N is not None and bool(beyond_N.any()):
         where = (
-            f"among the teacher's {spec.k} largest"
-            if spec.kind == "topk"
-            else "the teacher's largest"
+            f"among the teacher's {spec.k} largest" if spec.is_sparse else "the teacher's largest"
         )
         raise DataError(
             f"{name_row(int(beyond_N.nonzero()[0]))}: a logit beyond the {spec.num_classes} of "
@@ -198,7 +196,7 @@ def torch_rows(
 
 def _reduce_chunk(logits_NV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec) -> Reduced:
     mean_N, std_N = _moments(logits_NV) if spec.moments else (None, None)
-    if spec.kind == "full":
+    if not spec.is_sparse:
         kept_NV = logits_NV.float()
         return Reduced(kept_NV, kept_NV.argmax(-1), mean=mean_N, std=std_N)
     ids_NK, kept_NK = exact_topk(logits_NV, spec.k)
