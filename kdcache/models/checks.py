@@ -1,5 +1,5 @@
-"""What a model is asked before work begins: which rows it gives, and whether it gives one answer to
-one question.
+"""What a model is asked before work begins: whether it is for these tokens and this loss, which rows
+it gives, and whether it gives one answer to one question.
 
 Teachers are asked before their first shard, students before their first step. It costs a few
 forward passes of one small batch, in eval mode, and no gradient.
@@ -8,7 +8,7 @@ forward passes of one small batch, in eval mode, and no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.data.collate import Collated, to_device
-from kdcache.data.padding import Padding, decoder_inputs
+from kdcache.data.collate import Collated
+from kdcache.data.padding import Inputs, Padding, decoder_inputs
 from kdcache.data.rows import (
     CONVENTIONS,
     NEXT_TOKEN,
@@ -29,8 +29,10 @@ from kdcache.data.rows import (
     select_rows,
 )
 from kdcache.data.samples import evenly_spaced, pad_id_of
-from kdcache.errors import DataError, UsageError, near
-from kdcache.models.model import Output, forward, trying, weights_dtype
+from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, near
+from kdcache.models.model import Model, Output, forward, forward_on
+from kdcache.models.specs import own_tokenizer, position_limit
+from kdcache.models.weights import weights_dtype
 from kdcache.user.guard import users_code
 
 UNSTEADY = "unsteady"  # --accept it: no field of an identity; and the code of the warning
@@ -73,9 +75,92 @@ NAME_THEM = (
     "next-token (for "
     "p + 1)"
 )
+OTHER_HEADS = {  # problem_type of a Hugging Face config -> what its logits are
+    "regression": "numbers",
+    "multi_label_classification": "one sigmoid for each class",
+}
 
 
-Run = Callable[[nn.Module, Any], Output]
+Run = Callable[[nn.Module, Inputs], Output]
+
+
+# ---- what it is for
+# -----------------------------------------------------------------------------------------------
+
+
+def require_tokenizer(
+    model: Model,
+    tokenizer: Mapping[str, Any] | None,
+    *,
+    role: str,
+    accept: Sequence[str] | None = None,
+    whose: str = "data",
+) -> list[str]:
+    """IdentityMismatch if the folder of `model` names another tokenizer than that of the data or
+    teacher, as `whose` says (an identity's `tokenizer`, with its fingerprint); ["tokenizer"] if
+    `accept` names it, [] where both agree or one is unknown. accept None: of a command that takes
+    none."""
+    wanted = (tokenizer or {}).get("fingerprint")
+    found = None if model.home is None or wanted is None else own_tokenizer(model.home)
+    if found is None or found[0] == wanted:
+        return []
+    if "tokenizer" in (accept or ()):
+        return ["tokenizer"]
+    harmless = "" if accept is None else "; a difference known to be harmless: --accept tokenizer"
+    raise IdentityMismatch(
+        f"the {role} {model.spec} is for another tokenizer than the {whose}'s: an id is another "
+        "token to it:\n"
+        f"  tokenizer.fingerprint: the {whose} has {wanted}\n  {found[1]} has {found[0]}\n  give "
+        "the tokenizer of the "
+        f"{role} to the {whose}{harmless}",
+        [FieldDifference("tokenizer.fingerprint", wanted, found[0])],
+    )
+
+
+def require_softmax(module: nn.Module, num_classes: int, *, role: str) -> None:
+    """UsageError for a model whose logits are no softmax over classes: one logit, or a config whose
+    problem_type says so. To softmax one logit is always 1, and several sigmoids are one
+    distribution, without a word."""
+    name, problem = (
+        type(module).__name__,
+        getattr(getattr(module, "config", None), "problem_type", None),
+    )
+    if isinstance(problem, str) and problem in OTHER_HEADS:
+        raise UsageError(
+            f"the {role} ({name}) is for {problem}: its logits are {OTHER_HEADS[problem]}, and "
+            "here they "
+            "are one softmax over all classes; expected a head for single-label classification (if "
+            "it is "
+            "one, take problem_type out of its config)"
+        )
+    if num_classes == 1:
+        raise UsageError(
+            f"the {role} ({name}) gives one logit, whose softmax is always 1 and says nothing; "
+            "expected "
+            "at least two (of a sigmoid's logit z give [0, z], the same two probabilities; "
+            "regression is "
+            "out of scope)"
+        )
+
+
+def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:
+    """A warning where sequences of up to `longest` tokens pass the positions that the model was
+    made for, None where they do not; UsageError where it has a learned table of them and cannot run
+    beyond its end."""
+    limit = position_limit(model.module)
+    if limit is None or longest <= limit[0]:
+        return None
+    said = (
+        f"the {role} {model.spec} is made for {limit[0]} positions (max_position_embeddings), the "
+        "data has "
+        f"sequences of up to {longest} tokens"
+    )
+    if limit[1]:
+        raise UsageError(
+            f"{said}: take windows of at most {limit[0]} (text: --data-arg window={limit[0]})"
+        )
+    return f"{said}; what it says beyond them is extrapolated"
+
 
 # ---- padding
 # --------------------------------------------------------------------------------------------------
@@ -238,9 +323,9 @@ def is_causal(
         others = torch.where(ids_BL[record, second] > 0, ids_BL[record, second] - 1, 1)
     changed_BL = ids_BL.clone()
     changed_BL[record, second] = others.to(ids_BL.dtype)
-    inputs = to_device({**batch.inputs, "input_ids": changed_BL}, device)
-    with torch.inference_mode(), trying(role, module, inputs):
-        again = (run or forward)(module, inputs)
+    inputs = {**batch.inputs, "input_ids": changed_BL}
+    with torch.inference_mode():
+        again = forward_on(module, inputs, device, role=role, run=run or forward)
     before, after = (x.logits[record, first.to(device)].float() for x in (output, again))
     eps = unit(module, output.logits.dtype, device)
     # A causal model repeats itself to the bit, but for sums over other groups of tokens (experts):
@@ -449,19 +534,18 @@ def _rows(asked: Question, batch: Collated) -> tuple[Tensor, Any]:
     """The logits [N, V] of the rows of a batch that count, and the offsets [B + 1] of each
     record's.
     """
-    inputs = to_device(batch.inputs, asked.device)
-    with trying(asked.role, asked.module, inputs), asked.context():
-        output = asked.run(asked.module, inputs)
+    with asked.context():
+        output = forward_on(
+            asked.module, batch.inputs, asked.device, role=asked.role, run=asked.run
+        )
     logits = output.logits
     if asked.convention is None:
         mask_BL = batch.real.of(logits.shape[1]) if logits.ndim == 3 else None
         if logits.ndim == 3 and mask_BL is None:
             mask_BL = torch.ones(logits.shape[:2], dtype=torch.bool)
     else:
-        row_mask = None if output.row_mask is None else output.row_mask.cpu()
-        selection = select_rows(
-            batch, tuple(logits.shape), asked.convention, row_mask, logits.shape[-1]
-        )
+        shape = tuple(logits.shape)
+        selection = select_rows(batch, shape, asked.convention, output.row_mask, shape[-1])
         mask_BL = None if selection is None else selection.mask_BL
     if mask_BL is None:
         return logits, np.arange(len(batch) + 1)

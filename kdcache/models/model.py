@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,30 +15,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from kdcache.data.classes import model_names
 from kdcache.data.collate import to_device
-from kdcache.data.generators import seeded_generators
-from kdcache.data.keys import array_header
 from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import Preprocessing
 from kdcache.data.user_code import accepts
-from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, near
-from kdcache.models.identity import architecture
-from kdcache.models.own_losses import OwnLoss, own_loss
+from kdcache.errors import DataError, UsageError, near
+from kdcache.models.fingerprint import architecture, weights_digest
 from kdcache.models.specs import (
     Wanted,
     build,
-    first_few,
     names_in,
     no_progress_bars,
     own_preprocessing,
     own_tokenizer,
-    position_limit,
     recorded_by,
 )
-from kdcache.models.weights import STEPS, read_weights, renamed
+from kdcache.models.weights import load_weights, plain_state, weights_dtype
 from kdcache.user.guard import attribute, let_through, message, printable, users_code
 from kdcache.user.paths import local_path
 
@@ -161,6 +154,16 @@ class Model:
                     self.save_files(path)
             else:
                 save_file(plain_state(self.module), str(path / "model.safetensors"))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLoss:
+    """`weight` times `value`, a scalar with its graph, is what the model adds; None where nobody
+    says its weight.
+    """
+
+    value: torch.Tensor
+    weight: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,15 +409,21 @@ def trying(role: str, module: nn.Module, inputs: Inputs, where: str = "") -> Ite
         yield
 
 
-def run(
-    module: nn.Module, inputs: Inputs, device: torch.device, *, role: str, where: str = ""
+def forward_on(
+    module: nn.Module,
+    inputs: Inputs,
+    device: torch.device,
+    *,
+    role: str,
+    where: str = "",
+    run: Callable[[nn.Module, Inputs], Output] = forward,
 ) -> Output:
     """`forward` of inputs that are brought to `device`; what the user's model raises is a DataError
-    in one line (see `trying`).
+    in one line (see `trying`). run: another way to run it, for hidden states in place of logits.
     """
     inputs = to_device(inputs, device, non_blocking=True)
     with trying(role, module, inputs, where):
-        return forward(module, inputs)
+        return run(module, inputs)
 
 
 def _shapes(inputs: Inputs) -> str:
@@ -423,116 +432,6 @@ def _shapes(inputs: Inputs) -> str:
         f"{name} {list(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
         for name, x in named.items()
     )
-
-
-def require_tokenizer(
-    model: Model,
-    tokenizer: Mapping[str, Any] | None,
-    *,
-    role: str,
-    accept: Sequence[str] | None = None,
-    whose: str = "data",
-) -> list[str]:
-    """IdentityMismatch if the folder of `model` names another tokenizer than that of the data or
-    teacher, as `whose` says (an identity's `tokenizer`, with its fingerprint); ["tokenizer"] if
-    `accept` names it, [] where both agree or one is unknown. accept None: of a command that takes
-    none."""
-    wanted = (tokenizer or {}).get("fingerprint")
-    found = None if model.home is None or wanted is None else own_tokenizer(model.home)
-    if found is None or found[0] == wanted:
-        return []
-    if "tokenizer" in (accept or ()):
-        return ["tokenizer"]
-    harmless = "" if accept is None else "; a difference known to be harmless: --accept tokenizer"
-    raise IdentityMismatch(
-        f"the {role} {model.spec} is for another tokenizer than the {whose}'s: an id is another "
-        "token to it:\n"
-        f"  tokenizer.fingerprint: the {whose} has {wanted}\n  {found[1]} has {found[0]}\n  give "
-        "the tokenizer of the "
-        f"{role} to the {whose}{harmless}",
-        [FieldDifference("tokenizer.fingerprint", wanted, found[0])],
-    )
-
-
-OTHER_HEADS = {  # problem_type of a Hugging Face config -> what its logits are
-    "regression": "numbers",
-    "multi_label_classification": "one sigmoid for each class",
-}
-
-
-def require_softmax(module: nn.Module, num_classes: int, *, role: str) -> None:
-    """UsageError for a model whose logits are no softmax over classes: one logit, or a config whose
-    problem_type says so. To softmax one logit is always 1, and several sigmoids are one
-    distribution, without a word."""
-    name, problem = (
-        type(module).__name__,
-        getattr(getattr(module, "config", None), "problem_type", None),
-    )
-    if isinstance(problem, str) and problem in OTHER_HEADS:
-        raise UsageError(
-            f"the {role} ({name}) is for {problem}: its logits are {OTHER_HEADS[problem]}, and "
-            "here they "
-            "are one softmax over all classes; expected a head for single-label classification (if "
-            "it is "
-            "one, take problem_type out of its config)"
-        )
-    if num_classes == 1:
-        raise UsageError(
-            f"the {role} ({name}) gives one logit, whose softmax is always 1 and says nothing; "
-            "expected "
-            "at least two (of a sigmoid's logit z give [0, z], the same two probabilities; "
-            "regression is "
-            "out of scope)"
-        )
-
-
-def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:
-    """A warning where sequences of up to `longest` tokens pass the positions that the model was
-    made for, None where they do not; UsageError where it has a learned table of them and cannot run
-    beyond its end."""
-    limit = position_limit(model.module)
-    if limit is None or longest <= limit[0]:
-        return None
-    said = (
-        f"the {role} {model.spec} is made for {limit[0]} positions (max_position_embeddings), the "
-        "data has "
-        f"sequences of up to {longest} tokens"
-    )
-    if limit[1]:
-        raise UsageError(
-            f"{said}: take windows of at most {limit[0]} (text: --data-arg window={limit[0]})"
-        )
-    return f"{said}; what it says beyond them is extrapolated"
-
-
-def weights_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype of the first floating-point parameter; None if there is none."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-
-
-def weights_digest(module: nn.Module) -> str:
-    """`sha256-state-dict:` and 64 hexadecimal digits.
-
-    SHA-256 over the tensors of `module.state_dict()` in ascending order of their names: for each
-    the header of data/keys.py (name, dtype, shape; here no integer is widened), then its elements
-    in C order, little-endian.
-    """
-    hasher = hashlib.sha256()
-    with users_code(f"the weights of {type(module).__name__} cannot be read", UsageError):
-        _add_weights(hasher, module)
-    return f"sha256-state-dict:{hasher.hexdigest()}"
-
-
-def _add_weights(hasher: Any, module: nn.Module) -> None:
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            raise UsageError(
-                f"{type(module).__name__} keeps {name!r} in its state_dict, a "
-                f"{type(tensor).__name__}; "
-                "expected tensors only, its weights cannot be told from others"
-            )
-        hasher.update(array_header(name, str(tensor.dtype).removeprefix("torch."), tensor.shape))
-        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def find_module(module: nn.Module, name: str) -> nn.Module:
@@ -545,172 +444,12 @@ def find_module(module: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of `module.state_dict()` for a file: on the CPU, each in a storage of its own,
-    tied ones once.
-
-    UsageError naming what a safetensors file cannot hold.
-    """
-    kept, storages, out = set[tuple[Any, ...]](), set[int](), {}
-    for name, value in module.state_dict().items():
-        why = (
-            None
-            if isinstance(value, torch.Tensor)
-            else (
-                f"a {type(value).__name__}; a checkpoint holds tensors: let get_extra_state give "
-                "one"
-            )
-        )
-        if why is None and (
-            value.layout != torch.strided or value.is_quantized or value.is_meta or is_lazy(value)
-        ):
-            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
-            why = f"a {kind} tensor; a checkpoint holds plain ones with their values"
-        if why is not None:
-            raise UsageError(
-                f"the {type(module).__name__} cannot be saved: its state_dict has {name!r}, {why}"
-            )
-        if value.numel() and place(value) in kept:
-            continue
-        kept.add(place(value))
-        storage = value.untyped_storage()
-        plain = value.detach().cpu().contiguous()
-        # Parts of one storage: each is written alone, as a copy.
-        shared = (
-            storage.data_ptr() in storages
-            or storage.nbytes() != value.numel() * value.element_size()
-        )
-        storages.add(storage.data_ptr())
-        out[name] = plain.clone() if shared and plain.data_ptr() == value.data_ptr() else plain
-    return out
-
-
-def materialise(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Give the parameters and buffers of lazy modules, which have no shape before a first forward
-    pass, those of
-    `state`."""
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(value) and name in state:
-            lazy: Any = value
-            lazy.materialize(state[name].shape)
-
-
-def load_weights(module: nn.Module, weights: str | Path) -> str:
-    """Load a weights file (or the model.safetensors or pytorch_model.bin of a folder) into
-    `module`, and say what was loaded, and what was taken off, in a sentence; UsageError unless
-    every tensor has its place."""
-    path = local_path(weights, "weights")
-    if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin")
-        path = path / next((name for name in names if (path / name).exists()), names[0])
-    state, wrapped = read_weights(path)
-    said = [*wrapped, *fit_weights(module, state, path)]
-    return f"weights from {path}" + "".join(f", {one}" for one in said)
-
-
-def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> list[str]:
-    """Put the tensors of the file `path` into `module`, and give what was done for that in words:
-    prefixes that were taken off their names, counters of batch norms that were missing. UsageError
-    unless every tensor has its place."""
-    forms = list(renamed(dict(state)))
-    for form, said in forms:
-        materialise(module, form)
-        if not any(_misfits(module, form)):
-            module.load_state_dict(form, strict=False)
-            return [*said, *_without_counters(module, form)]
-    found = _misfits(module, forms[0][0])
-    for form, said in forms if hasattr(module, "from_pretrained") else ():
-        # transformers saves some models under other names than their modules have; it alone knows
-        # the way back.
-        with seeded_generators(0, 0, 0):
-            kind: Any = type(module)
-            other, info = kind.from_pretrained(
-                None,
-                config=module.config,
-                state_dict=form,
-                dtype=weights_dtype(module),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        of_hub = (
-            sorted(info["missing_keys"]),
-            sorted(info["unexpected_keys"]),
-            sorted(
-                f"{name} {tuple(old)}, expected {tuple(new)}"
-                for name, old, new in info["mismatched_keys"]
-            ),
-        )
-        if not any(of_hub):
-            module.load_state_dict(dict(other.state_dict()), strict=False)
-            return said
-        found = of_hub if form is forms[0][0] else found
-    also = f" (and no better {forms[-1][1][0]})" if len(forms) > 1 else ""
-    raise UsageError(f"{path} does not fit {type(module).__name__}: {_listed(*found)}{also}")
-
-
-def _misfits(
-    module: nn.Module, state: Mapping[str, torch.Tensor]
-) -> tuple[list[str], list[str], list[str]]:
-    """How the names and shapes of `state` differ from those of `module`: (missing, unexpected, of
-    another shape).
-    """
-    own = module.state_dict()
-    # A tied weight is one tensor with two names, and a file may hold it under either.
-    present = {place(own[name]) for name in state if name in own}
-    return (
-        [
-            name
-            for name, value in own.items()
-            if name not in state
-            and (is_lazy(value) or place(value) not in present)
-            and not _is_counter(name, own, state)
-        ],
-        [name for name in state if name not in own],
-        [
-            f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}"
-            for name, value in state.items()
-            if name in own and value.shape != own[name].shape
-        ],
-    )
-
-
-def _is_counter(
-    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
-) -> bool:
-    """Whether a name is the counter of a batch norm whose statistics are there."""
-    layer, _, last = name.rpartition(STEPS)
-    return (
-        not last
-        and bool(layer or name == STEPS)
-        and f"{layer}running_mean" in state
-        and name in own
-    )
-
-
-def _without_counters(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
-    own = module.state_dict()
-    gone = [name for name in own if name not in state and _is_counter(name, own, state)]
-    return (
-        [f"without the {STEPS} of {len(gone)} batch norms, which stay as they are"] if gone else []
-    )
-
-
-def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
-    kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
-    return "; ".join(f"{len(names)} {what}: {first_few(names)}" for names, what in kinds if names)
-
-
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise UsageError(f"dtype is {dtype!r}{near(dtype, DTYPES)}")
         return DTYPES[dtype]
     return dtype
-
-
-def place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two names of one tensor, and not for two parts of one storage."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _as_weights(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -732,3 +471,85 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 # a signature costs 20 us, and this is asked at every step
 _accepts = lru_cache(maxsize=64)(accepts)
+
+
+# ---- losses of a model's own
+#
+# What a model adds to its loss when it trains, beside what its logits say: a router's load
+# balancing, known by name. Mixtures of experts of transformers return `aux_loss` beside the logits
+# where their config says `output_router_logits`, and add it to the loss of their labels, which
+# nothing here gives them, times `router_aux_loss_coef` (JetMoE: `aux_loss_coef`; DBRX:
+# `ffn_config.moe_loss_weight`). The same is added here, whatever else is trained on.
+
+# attributes of a module, or of its config
+WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+# Losses that models compute inside their own forward, only where it is given labels: they cannot be
+# added.
+INSIDE = ("router_z_loss_coef", "z_loss_coefficient")
+
+
+def own_loss(module: Any, answer: Any) -> OwnLoss | None:
+    """The `aux_loss` of what a model returned, with its weight; None where there is none, or its
+    weight is 0.
+    """
+    value = (
+        answer.get("aux_loss") if isinstance(answer, Mapping) else getattr(answer, "aux_loss", None)
+    )
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.numel() != 1
+        or (weight := own_weight(module)) == 0
+    ):
+        return None
+    return OwnLoss(value.reshape(()), weight)
+
+
+def own_weight(module: Any) -> float | None:
+    """The weight of a module's `aux_loss`, as it or its config names it."""
+    for where in (module, *_configs(module)):
+        for name in WEIGHTS:
+            found = getattr(where, name, None)
+            if isinstance(found, int | float) and not isinstance(found, bool):
+                return float(found)
+    return None
+
+
+def left_out(module: Any, given: OwnLoss | None) -> list[str]:
+    """A sentence for each loss that a model's config names, or that it returned (`given`), and that
+    is not added.
+    """
+    said = []
+    if given is not None and given.weight is None:
+        said.append(
+            "the aux_loss that it returns is not trained: neither it nor its config has "
+            + " or ".join(WEIGHTS)
+        )
+    for config in _configs(module):
+        weight = own_weight(module)
+        if given is None and weight:
+            off = getattr(config, "output_router_logits", None) is False
+            said.append(
+                f"the balance loss of its router (router_aux_loss_coef {weight:g}) is not trained: "
+                + ("its config has output_router_logits false" if off else "it returns no aux_loss")
+            )
+        for name in INSIDE:
+            if isinstance(found := getattr(config, name, None), int | float) and found > 0:
+                said.append(
+                    f"the loss of its config's {name} {found:g} is not trained: it is computed "
+                    "inside of its "
+                    "forward, from labels"
+                )
+    return list(dict.fromkeys(said))
+
+
+def _configs(module: Any) -> list[Any]:
+    """The config of a model of transformers, and that of its text part."""
+    config = getattr(module, "config", None)
+    if config is None:
+        return []
+    text = (
+        config.get_text_config(decoder=True)
+        if callable(getattr(config, "get_text_config", None))
+        else config
+    )
+    return [config] if text is config else [config, text]

@@ -1,7 +1,7 @@
-"""Weights files as training scripts leave them: what the tensors are wrapped in, and what stands
-before their names.
+"""Weights: from a file as training scripts leave it into a module, and out of a module for a file.
 
-Nothing in a file is run: safetensors, or torch's unpickler for weights alone, which besides tensors
+What the tensors of a file are wrapped in, and what stands before their names, is taken off and
+said. Nothing in a file is run: safetensors, or torch's unpickler for weights alone, which besides tensors
 and plain values is let build an argparse.Namespace, the options that timm and many others save
 beside the weights.
 """
@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
+from kdcache.data.generators import seeded_generators
 from kdcache.errors import UsageError
+from kdcache.models.specs import first_few
 from kdcache.user.guard import describe, let_through
+from kdcache.user.paths import local_path
 
 State = dict[str, torch.Tensor]
 # .tar: of .pth.tar, which is no archive
@@ -131,3 +136,168 @@ def _is_state(value: Any) -> bool:
             isinstance(name, str) and isinstance(one, torch.Tensor) for name, one in value.items()
         )
     )
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first floating-point parameter; None if there is none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of `module.state_dict()` for a file: on the CPU, each in a storage of its own,
+    tied ones once.
+
+    UsageError naming what a safetensors file cannot hold.
+    """
+    kept, storages, out = set[tuple[Any, ...]](), set[int](), {}
+    for name, value in module.state_dict().items():
+        why = (
+            None
+            if isinstance(value, torch.Tensor)
+            else (
+                f"a {type(value).__name__}; a checkpoint holds tensors: let get_extra_state give "
+                "one"
+            )
+        )
+        if why is None and (
+            value.layout != torch.strided or value.is_quantized or value.is_meta or is_lazy(value)
+        ):
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
+            why = f"a {kind} tensor; a checkpoint holds plain ones with their values"
+        if why is not None:
+            raise UsageError(
+                f"the {type(module).__name__} cannot be saved: its state_dict has {name!r}, {why}"
+            )
+        if value.numel() and place(value) in kept:
+            continue
+        kept.add(place(value))
+        storage = value.untyped_storage()
+        plain = value.detach().cpu().contiguous()
+        # Parts of one storage: each is written alone, as a copy.
+        shared = (
+            storage.data_ptr() in storages
+            or storage.nbytes() != value.numel() * value.element_size()
+        )
+        storages.add(storage.data_ptr())
+        out[name] = plain.clone() if shared and plain.data_ptr() == value.data_ptr() else plain
+    return out
+
+
+def materialise(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give the parameters and buffers of lazy modules, which have no shape before a first forward
+    pass, those of
+    `state`."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(value) and name in state:
+            lazy: Any = value
+            lazy.materialize(state[name].shape)
+
+
+def load_weights(module: nn.Module, weights: str | Path) -> str:
+    """Load a weights file (or the model.safetensors or pytorch_model.bin of a folder) into
+    `module`, and say what was loaded, and what was taken off, in a sentence; UsageError unless
+    every tensor has its place."""
+    path = local_path(weights, "weights")
+    if path.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        path = path / next((name for name in names if (path / name).exists()), names[0])
+    state, wrapped = read_weights(path)
+    said = [*wrapped, *fit_weights(module, state, path)]
+    return f"weights from {path}" + "".join(f", {one}" for one in said)
+
+
+def fit_weights(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> list[str]:
+    """Put the tensors of the file `path` into `module`, and give what was done for that in words:
+    prefixes that were taken off their names, counters of batch norms that were missing. UsageError
+    unless every tensor has its place."""
+    forms = list(renamed(dict(state)))
+    for form, said in forms:
+        materialise(module, form)
+        if not any(_misfits(module, form)):
+            module.load_state_dict(form, strict=False)
+            return [*said, *_without_counters(module, form)]
+    found = _misfits(module, forms[0][0])
+    for form, said in forms if hasattr(module, "from_pretrained") else ():
+        # transformers saves some models under other names than their modules have; it alone knows
+        # the way back.
+        with seeded_generators(0, 0, 0):
+            kind: Any = type(module)
+            other, info = kind.from_pretrained(
+                None,
+                config=module.config,
+                state_dict=form,
+                dtype=weights_dtype(module),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        of_hub = (
+            sorted(info["missing_keys"]),
+            sorted(info["unexpected_keys"]),
+            sorted(
+                f"{name} {tuple(old)}, expected {tuple(new)}"
+                for name, old, new in info["mismatched_keys"]
+            ),
+        )
+        if not any(of_hub):
+            module.load_state_dict(dict(other.state_dict()), strict=False)
+            return said
+        found = of_hub if form is forms[0][0] else found
+    also = f" (and no better {forms[-1][1][0]})" if len(forms) > 1 else ""
+    raise UsageError(f"{path} does not fit {type(module).__name__}: {_listed(*found)}{also}")
+
+
+def _misfits(
+    module: nn.Module, state: Mapping[str, torch.Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """How the names and shapes of `state` differ from those of `module`: (missing, unexpected, of
+    another shape).
+    """
+    own = module.state_dict()
+    # A tied weight is one tensor with two names, and a file may hold it under either.
+    present = {place(own[name]) for name in state if name in own}
+    return (
+        [
+            name
+            for name, value in own.items()
+            if name not in state
+            and (is_lazy(value) or place(value) not in present)
+            and not _is_counter(name, own, state)
+        ],
+        [name for name in state if name not in own],
+        [
+            f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            for name, value in state.items()
+            if name in own and value.shape != own[name].shape
+        ],
+    )
+
+
+def _is_counter(
+    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether a name is the counter of a batch norm whose statistics are there."""
+    layer, _, last = name.rpartition(STEPS)
+    return (
+        not last
+        and bool(layer or name == STEPS)
+        and f"{layer}running_mean" in state
+        and name in own
+    )
+
+
+def _without_counters(module: nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    own = module.state_dict()
+    gone = [name for name in own if name not in state and _is_counter(name, own, state)]
+    return (
+        [f"without the {STEPS} of {len(gone)} batch norms, which stay as they are"] if gone else []
+    )
+
+
+def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+    kinds = ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape"))
+    return "; ".join(f"{len(names)} {what}: {first_few(names)}" for names, what in kinds if names)
+
+
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two names of one tensor, and not for two parts of one storage."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

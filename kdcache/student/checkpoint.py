@@ -42,7 +42,8 @@ from kdcache.cache import mapping, rawmap
 from kdcache.cache.canonical import DIGEST_KEY, digest, load_object
 from kdcache.cache.store import explain, read_plain, sync_folder
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
-from kdcache.models.model import Model, fit_weights, materialise, place
+from kdcache.models.model import Model
+from kdcache.models.weights import fit_weights, materialise, place
 from kdcache.user.guard import describe, let_through, printable
 
 T = TypeVar("T")

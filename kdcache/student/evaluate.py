@@ -23,18 +23,8 @@ from kdcache.data.samples import Samples
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loss.arguments import check_integer, check_workers
-from kdcache.models.checks import find_rows, padding_of
-from kdcache.models.model import (
-    Model,
-    Output,
-    forward,
-    load_model,
-    move,
-    pick_device,
-    require_softmax,
-    require_tokenizer,
-    trying,
-)
+from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
+from kdcache.models.model import Model, Output, forward, load_model, move, pick_device, trying
 from kdcache.models.specs import MODELS, names_in
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
 from kdcache.student import checkpoint

@@ -57,7 +57,7 @@ class Loop:
 
     CE is averaged over the labelled rows and KD over the teacher's rows of the whole global batch,
     whatever the micro-batches; hint losses are averaged over its records (its rows, for features of
-    level row). A loss of the student's own (`kdcache.models.own_losses`) is of each micro-batch, and
+    level row). A loss of the student's own (`kdcache.models.model.OwnLoss`) is of each micro-batch, and
     averaged by records. With a `head` the student's logits are never whole.
     """
 

@@ -32,22 +32,15 @@ from kdcache.models.checks import (
     UNSTEADY,
     Question,
     Run,
+    beyond_positions,
     find_rows,
     is_causal,
     padding_of,
-    steadiness,
-)
-from kdcache.models.model import (
-    Model,
-    Output,
-    beyond_positions,
-    forward,
-    load_model,
     require_softmax,
     require_tokenizer,
-    trying,
+    steadiness,
 )
-from kdcache.models.own_losses import left_out
+from kdcache.models.model import Model, Output, forward, left_out, load_model, trying
 from kdcache.models.specs import own_preprocessing, spec_folder
 from kdcache.student.batches import student_rows
 from kdcache.student.evaluate import cut_width, metric_names

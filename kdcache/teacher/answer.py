@@ -21,7 +21,7 @@ from kdcache.data.padding import IGNORED
 from kdcache.data.rows import NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
-from kdcache.models.model import Output, run
+from kdcache.models.model import Output, forward_on
 from kdcache.teacher.hooks import FeatureHooks
 from kdcache.teacher.reduce import UNKNOWN
 from kdcache.user.guard import users_code
@@ -117,7 +117,7 @@ def ask(
 ) -> Output:
     """The forward pass of one batch alone: what `hooks` keeps of it waits there to be taken."""
     hooks.start(batch.real)
-    return run(module, batch.inputs, device, role="teacher", where=where)
+    return forward_on(module, batch.inputs, device, role="teacher", where=where)
 
 
 def convention_of(spec: CacheSpec) -> str | None:

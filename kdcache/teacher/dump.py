@@ -37,10 +37,11 @@ from kdcache.models.checks import (
     Question,
     check_convention,
     padding_of,
+    require_tokenizer,
     steadiness,
     telling_records,
 )
-from kdcache.models.model import Model, as_model, move, pick_device, require_tokenizer
+from kdcache.models.model import Model, as_model, move, pick_device
 from kdcache.process.ranks import Rank, this_rank
 from kdcache.process.signals import Signals
 from kdcache.teacher.agreement import ANSWERS, agreement, committed_records

@@ -27,8 +27,8 @@ from kdcache.data.rows import NEXT_TOKEN, POSITION, next_token_rows, position_ro
 from kdcache.data.samples import Samples, evenly_spaced, extremes, probe_ids
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError
-from kdcache.models.checks import find_rows
-from kdcache.models.model import Model, beyond_positions, require_softmax
+from kdcache.models.checks import beyond_positions, find_rows, require_softmax
+from kdcache.models.model import Model
 from kdcache.models.specs import RANDOM
 from kdcache.teacher.answer import BatchRows, ask, read, row_namer, rows_of
 from kdcache.teacher.hooks import FeatureHooks, FeatureRequest, feature_specs

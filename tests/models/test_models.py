@@ -20,7 +20,9 @@ from student_world import equal_weights
 from torch import nn
 
 from kdcache.errors import DataError, UsageError
-from kdcache.models.model import find_module, forward, load_model, load_weights, weights_digest
+from kdcache.models.fingerprint import weights_digest
+from kdcache.models.model import find_module, forward, load_model
+from kdcache.models.weights import load_weights
 from kdcache.process.signals import Interrupted
 
 MINE = """

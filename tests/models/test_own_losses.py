@@ -12,7 +12,7 @@ import torch
 from student_world import TinyLM, Windows
 from torch import nn
 
-from kdcache.models.own_losses import left_out
+from kdcache.models.model import left_out
 from kdcache.student.train import train_student
 
 transformers = pytest.importorskip("transformers")

@@ -24,6 +24,7 @@ from torch import nn
 import kdcache.models.model
 from kdcache.cache.spec import FeatureSpec
 from kdcache.errors import CacheCorrupt, CacheExists, DataError, KDCacheError, SpecMismatch
+from kdcache.models.weights import load_weights
 from kdcache.process.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
@@ -467,7 +468,7 @@ def test_best_is_the_best_and_last_the_last(tmp_path: Path, by: str) -> None:
     assert len({line[by] for line in evaluations}) > 2
     for name, expected in (("best", best[by]), ("last", summary[by])):
         loaded = here.make()
-        kdcache.models.model.load_weights(loaded, tmp_path / "run" / name)
+        load_weights(loaded, tmp_path / "run" / name)
         found = evaluate(loaded, here.options["eval_data"])[by.removeprefix("eval_")]
         assert found == pytest.approx(expected, rel=1e-6)
     assert equal_weights(loaded, student)

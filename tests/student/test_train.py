@@ -17,7 +17,7 @@ from student_world import BODY, Net, Points, TinyLM, Windows, equal_weights, run
 from kdcache.errors import NotBuilt, UsageError
 from kdcache.loss.definitions import divergence_rows
 from kdcache.loss.targets import targets_from_logits
-from kdcache.models.model import load_weights
+from kdcache.models.weights import load_weights
 from kdcache.student import metrics
 from kdcache.student.optim import Schedule
 from kdcache.student.train import train_student

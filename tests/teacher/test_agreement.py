@@ -20,7 +20,7 @@ from torch import nn
 import kdcache
 from kdcache.cache.canonical import seal
 from kdcache.errors import IdentityMismatch, KDCacheError
-from kdcache.models.identity import architecture
+from kdcache.models.fingerprint import architecture
 from kdcache.teacher.agreement import committed_records
 from kdcache.teacher.verify import verify
 

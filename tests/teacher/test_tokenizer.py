@@ -18,7 +18,8 @@ import kdcache
 from kdcache.data.sources import load_data
 from kdcache.data.text import fingerprint, load_tokenizer
 from kdcache.errors import DataError, IdentityMismatch, UsageError
-from kdcache.models.model import Model, as_model, load_model, require_tokenizer
+from kdcache.models.checks import require_tokenizer
+from kdcache.models.model import Model, as_model, load_model
 from kdcache.models.specs import own_tokenizer, position_limit
 
 transformers = pytest.importorskip("transformers")

@@ -23,7 +23,8 @@ from kdcache.data.sources import load_data
 from kdcache.data.text import load_tokenizer, matching_files
 from kdcache.errors import NotBuilt, UsageError
 from kdcache.inspect import inspect
-from kdcache.models.model import load_model, load_weights
+from kdcache.models.model import load_model
+from kdcache.models.weights import load_weights
 from kdcache.report import report
 from kdcache.student.evaluate import evaluate
 from kdcache.teacher.verify import verify

@@ -1,19 +1,22 @@
-"""What turns equal weights into other answers: a model's configuration, and the tree of its
-modules.
+"""Which model it is: the digest of its weights, and what turns equal weights into other answers, its
+configuration and the tree of its modules.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdcache.cache.canonical import MAX_INT
-from kdcache.errors import KDCacheError
-from kdcache.user.guard import let_through
+from kdcache.data.keys import array_header
+from kdcache.errors import KDCacheError, UsageError
+from kdcache.user.guard import let_through, users_code
 
 # Fields of a configuration that no answer in eval mode depends on: where it came from and by which
 # version it was written, names of classes (which the data's identity has), what is returned beside
@@ -113,3 +116,28 @@ def _extra(part: nn.Module) -> str:
         let_through(e)
         return "?"
     return ADDRESS.sub("", str(text))[:MOST_TEXT]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """`sha256-state-dict:` and 64 hexadecimal digits.
+
+    SHA-256 over the tensors of `module.state_dict()` in ascending order of their names: for each
+    the header of data/keys.py (name, dtype, shape; here no integer is widened), then its elements
+    in C order, little-endian.
+    """
+    hasher = hashlib.sha256()
+    with users_code(f"the weights of {type(module).__name__} cannot be read", UsageError):
+        _add_weights(hasher, module)
+    return f"sha256-state-dict:{hasher.hexdigest()}"
+
+
+def _add_weights(hasher: Any, module: nn.Module) -> None:
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(
+                f"{type(module).__name__} keeps {name!r} in its state_dict, a "
+                f"{type(tensor).__name__}; "
+                "expected tensors only, its weights cannot be told from others"
+            )
+        hasher.update(array_header(name, str(tensor.dtype).removeprefix("torch."), tensor.shape))
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
