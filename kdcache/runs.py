@@ -169,8 +169,7 @@ def _plain(value: Any, what: str) -> Any:
     raise UsageError(
         f"{what} is {_short(value)}, a {type(value).__name__}, which run.toml cannot keep: the run "
         "could not be made again; give null, true, numbers, text, and lists or tables of these, or "
-        "the "
-        "object that the SPEC would make"
+        "the object that the SPEC would make"
     )
 
 

@@ -141,8 +141,7 @@ def npz(path: str, /) -> ArrayData:
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
             raise DataError(
                 f"{path}: the array {name!r} is of dtype {array.dtype}; expected numbers of at "
-                "most 64 "
-                "bits (of labels the class indices, their names as class_names)"
+                "most 64 bits (of labels the class indices, their names as class_names)"
             )
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:

@@ -90,8 +90,7 @@ def _text(dataset: Any, name: str, where: str) -> str:
     if len(text) > LONGEST_NAME or printable(text) != text:
         raise DataError(
             f"{where}: its {name} is {printable(text[:40])!r}{'...' * (len(text) > 40)}, "
-            f"{len(text)} "
-            f"characters; expected printable text of at most {LONGEST_NAME}"
+            f"{len(text)} characters; expected printable text of at most {LONGEST_NAME}"
         )
     return text
 
@@ -112,8 +111,7 @@ def _tokenizer(dataset: Any, where: str) -> dict[str, Any] | None:
     if not plain or _has_float(found):
         raise DataError(
             f"{where}: its tokenizer_identity is {_seen(found)}; expected a dict of text and "
-            "integers, "
-            "such as fingerprint, template and packing"
+            "integers, such as fingerprint, template and packing"
         )
     return dict(found)
 
@@ -150,8 +148,7 @@ def _token_lengths(dataset: Any, where: str, length: int) -> npt.NDArray[np.int6
     if array.shape != (length,) or array.dtype.kind not in "iu" or int(array.min()) < 0:
         raise DataError(
             f"{where}: its token_lengths are {array.dtype} {list(array.shape)}; expected the "
-            "tokens of "
-            f"each of its {length} samples, as integers"
+            f"tokens of each of its {length} samples, as integers"
         )
     return array.astype(np.int64)
 

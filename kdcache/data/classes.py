@@ -44,8 +44,7 @@ def dataset_names(dataset: Any, where: str) -> list[str]:
         if found is None:
             raise UsageError(
                 f"dataset {where}: class_names is a {type(given).__name__} ({given!r:.60}); "
-                "expected a "
-                "list of names, the first that of class 0"
+                "expected a list of names, the first that of class 0"
             )
         return found
     features = getattr(dataset, "features", None)
@@ -104,8 +103,7 @@ def compare(
     return Difference(
         f"the class names of {of[0]} ({_few(first)}) and {of[1]} ({_few(second)}) have not one in "
         f"common, so that nobody can tell whether they are in one order; class 0 is {first[0]!r} "
-        "and "
-        f"{second[0]!r}, is that one class?",
+        f"and {second[0]!r}, is that one class?",
         False,
     )
 

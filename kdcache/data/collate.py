@@ -241,8 +241,8 @@ def _stacked(items: Sequence[Item], samples: Samples | None) -> Parts:
         if len(xs) < len(items) or any(x.shape != xs[0].shape for x in xs):
             shapes = sorted({tuple(x.shape) for x in xs})
             raise DataError(
-                f"the inputs of a batch have the shapes {shapes[:4]}; expected one shape "
-                "(give the dataset a collate_fn, or items that are dicts: those are padded)"
+                f"the inputs of a batch have the shapes {shapes[:4]}; expected one shape (give the "
+                "dataset a collate_fn, or items that are dicts: those are padded)"
             )
         inputs = torch.stack(xs)
     return (
@@ -295,8 +295,8 @@ def _by_collate_fn(items: Sequence[Item], samples: Samples) -> Parts:
     }.items():
         if value.ndim == 0 or len(value) != len(items):
             raise DataError(
-                f"{where}: {name!r} has the shape {tuple(value.shape)} "
-                f"for {len(items)} items; expected the first axis to count them"
+                f"{where}: {name!r} has the shape {tuple(value.shape)} for {len(items)} items; "
+                "expected the first axis to count them"
             )
     real = real_of(inputs)
     if isinstance(inputs, dict) and not real.masks:

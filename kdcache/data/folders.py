@@ -79,8 +79,7 @@ def class_folders(root: Path, endings: Sequence[str], where: str) -> ClassFolder
                 if not file.is_file():
                     raise DataError(
                         f"{where}: {file} is no file, but a link to nothing or a device; remove "
-                        "it, or put "
-                        "back what it is a link to"
+                        "it, or put back what it is a link to"
                     )
                 found.append(file)
             else:
@@ -92,11 +91,9 @@ def class_folders(root: Path, endings: Sequence[str], where: str) -> ClassFolder
             )
             raise DataError(
                 f"{where}: the class folder {folder.name!r} holds no picture "
-                f"({', '.join(endings)}), but "
-                f"{sum(others.values())} other files{f' ({held})' * bool(held)}; every folder is a "
-                "class, "
-                "and one without samples would only move the numbers of those after it: fill or "
-                "remove it"
+                f"({', '.join(endings)}), but {sum(others.values())} other "
+                f"files{f' ({held})' * bool(held)}; every folder is a class, and one without "
+                "samples would only move the numbers of those after it: fill or remove it"
             )
         out.files += [(file, len(out.names)) for file in sorted(found, key=Path.as_posix)]
         out.names.append(folder.name)
@@ -111,8 +108,7 @@ def check_name(name: str, folder: Path | str) -> None:
     if not is_unicode(name):
         raise DataError(
             f"{readable(folder)}: the name {os.fsencode(name)!r} there is not UTF-8; rename it "
-            "(convmv -f "
-            "latin1 -t utf8 does so for a whole tree)"
+            "(convmv -f latin1 -t utf8 does so for a whole tree)"
         )
 
 

@@ -29,10 +29,9 @@ def identify(samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
         if _answer(samples, sample_id) != first[sample_id]:
             raise DataError(
                 f"dataset {samples.name}: the dataset answered differently when sample {sample_id} "
-                "was read a second "
-                f"time ({PRIVATE_GENERATOR}); its items must be a function of the index: draw from "
-                "the global "
-                "generators, or give the dataset view(sample_id, view, rng)"
+                f"was read a second time ({PRIVATE_GENERATOR}); its items must be a function of "
+                "the index: draw from the global generators, or give the dataset view(sample_id, "
+                "view, rng)"
             )
     inputs = (
         samples.item(ids[0]).inputs
@@ -70,10 +69,9 @@ def check_same_key(
         at = int(wrong[0])
         raise DataError(
             f"sample {int(sample_ids[at])}: {what} in the cache is {int(cached[at]):016x}, the "
-            "data gives "
-            f"{int(given[at]):016x} ({wrong.size} of {cached.size} records of this batch differ); "
-            "the data is not what "
-            "the teacher saw: another order, another preprocessing, or changed files"
+            f"data gives {int(given[at]):016x} ({wrong.size} of {cached.size} records of this "
+            "batch differ); the data is not what the teacher saw: another order, another "
+            "preprocessing, or changed files"
         )
 
 

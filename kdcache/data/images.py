@@ -168,8 +168,7 @@ def _deep_grey(image: Any) -> npt.NDArray[np.float32]:
     if not 0 <= low <= high <= largest:  # also NaN
         raise DataError(
             f"it is of mode {image.mode} with values from {low:g} to {high:g}; expected 0 to "
-            f"{largest:g}: "
-            "convert it to 8 or 16 bits"
+            f"{largest:g}: convert it to 8 or 16 bits"
         )
     grey = values.astype(np.float32) / np.float32(largest)
     hidden = image.info.get("transparency")  # of a PNG: the value that is no colour

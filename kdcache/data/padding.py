@@ -154,10 +154,8 @@ def padded(
             other = next(length for length in lengths if length != lengths[0])
             raise DataError(
                 f"{members[0]!r} has {lengths[0]} and {other} positions in one batch, and "
-                f"{added!r} is a "
-                "mask of something else: give the items a mask of their own for it (an input whose "
-                "name "
-                "ends in 'mask'), or equal lengths"
+                f"{added!r} is a mask of something else: give the items a mask of their own for it "
+                "(an input whose name ends in 'mask'), or equal lengths"
             )
         out[added] = mask.to(torch.int64)
     return out, real_of(out, known)

@@ -28,8 +28,7 @@ Box = tuple[float, float, float, float]
 CHECKED = ((61, 47), (90, 150))
 ADVICE = (
     "give --data-arg size=, mean= and std= (then a picture is resized to cover the size, and its "
-    "middle is "
-    "taken), or --data-arg preprocessing=none"
+    "middle is taken), or --data-arg preprocessing=none"
 )
 
 
@@ -54,8 +53,7 @@ class Preprocessing:
         if whole is not None and (whole[0] < self.size[0] or whole[1] < self.size[1]):
             raise UsageError(
                 f"preprocessing: pictures of {whole[0]} x {whole[1]} have no middle of "
-                f"{self.size[0]} x "
-                f"{self.size[1]}"
+                f"{self.size[0]} x {self.size[1]}"
             )
 
     @property
@@ -245,8 +243,7 @@ def of_folder(folder: Path) -> Preprocessing:
     )
     raise UsageError(
         f"{where} asks for what imagefolder: does not do ({type(processor).__name__}: "
-        f"{asked:.300}); "
-        f"{ADVICE}"
+        f"{asked:.300}); {ADVICE}"
     )
 
 

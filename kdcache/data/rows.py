@@ -121,10 +121,8 @@ def position_rows(
     elif row_mask is None and real_BL is None and collated.real.padded:
         raise DataError(
             f"the model gave logits for {length} positions of records that were padded, and "
-            "nothing says "
-            f"which of these are real: let it return row_mask [B, {length}] beside its logits, or "
-            "give "
-            "labels per position (-100 where a position does not count)"
+            f"nothing says which of these are real: let it return row_mask [B, {length}] beside "
+            "its logits, or give labels per position (-100 where a position does not count)"
         )
     weights_BL = _weights(collated, torch.Size(shape))
     return _selection(mask_BL, labels_BL, weights_BL, row_mask, _starts(real_BL, len(collated)))
@@ -165,8 +163,7 @@ def record_labels(
     if labels.dim() > 2 or count > MOST_LABELS:
         raise DataError(
             f"labels are {list(labels.shape)}, for {len(labels)} records of one row each; expected "
-            "one "
-            f"class index a record, or up to {MOST_LABELS} (of one-hot rows the class: "
+            f"one class index a record, or up to {MOST_LABELS} (of one-hot rows the class: "
             "labels.argmax(1))"
         )
     return labels_BJ[:, 0] if count == 1 else labels_BJ, weight
@@ -183,8 +180,7 @@ def _hot(labels_BJ: torch.Tensor) -> str:
         return "which looks one-hot; expected the class of each record: give labels.argmax(1)"
     return (
         "which looks like several classes at once; that is a matter of one sigmoid for each class, "
-        "and here "
-        "everything is one softmax over all of them: expected one class index a record"
+        "and here everything is one softmax over all of them: expected one class index a record"
     )
 
 
@@ -213,8 +209,8 @@ def select_rows(
     selection = next_token_rows(collated, row_mask, num_classes)
     if selection.mask_BL.shape != logits_shape[:2]:
         raise DataError(
-            f"the model gave logits for (records, positions) {logits_shape[:2]}; "
-            f"its input_ids are {tuple(selection.mask_BL.shape)}"
+            f"the model gave logits for (records, positions) {logits_shape[:2]}; its input_ids are "
+            f"{tuple(selection.mask_BL.shape)}"
         )
     return selection
 
@@ -286,8 +282,7 @@ def _weights(collated: Collated, shape: torch.Size) -> torch.Tensor | None:
     if weight.shape != shape:
         raise DataError(
             f"label_weight has the shape {list(weight.shape)}; a model with a row per position "
-            "needs "
-            f"{list(shape)}, one for each label"
+            f"needs {list(shape)}, one for each label"
         )
     return weight.cpu()
 

@@ -264,8 +264,7 @@ def _check_length(inputs: Mapping[str, Any]) -> None:
     if ids is not None and axes(ids) == 1 and len(ids) == 0:
         raise DataError(
             "it has no tokens (input_ids is empty); leave it out of the dataset: no model can be "
-            "asked "
-            "about nothing"
+            "asked about nothing"
         )
 
 
@@ -289,8 +288,7 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
         if value.dtype is torch.uint64 and bool((value.view(torch.int64) < 0).any()):
             raise DataError(
                 f"{name!r} has a uint64 of 2^63 or more, which int64 cannot hold; no model takes "
-                "it: give "
-                "it as int64 or as floating point"
+                "it: give it as int64 or as floating point"
             )
         return (
             value.to(torch.int64)
@@ -299,8 +297,8 @@ def as_tensor(value: Any, name: str) -> torch.Tensor:
         )
     if isinstance(value, str | bytes) or hasattr(value, "convert"):
         raise DataError(
-            f"{name!r} is a {type(value).__name__}; a model needs tensors: "
-            "transform it in the dataset, or give the dataset a collate_fn"
+            f"{name!r} is a {type(value).__name__}; a model needs tensors: transform it in the "
+            "dataset, or give the dataset a collate_fn"
         )
     try:
         array = np.asarray(value)
@@ -348,10 +346,9 @@ def labels_tensor(value: Any) -> torch.Tensor | None:
         found = f"{labels.tolist()} of " if labels.numel() < 5 else f"{list(labels.shape)} of "
         raise DataError(
             f"its label is {found}{str(labels.dtype).removeprefix('torch.')}; expected a class "
-            "index, an "
-            "integer (of one-hot or soft labels: their argmax); labels that are something else are "
-            "not "
-            "looked at by dump-teacher --no-labels, and by train-student with --alpha 1"
+            "index, an integer (of one-hot or soft labels: their argmax); labels that are "
+            "something else are not looked at by dump-teacher --no-labels, and by train-student "
+            "with --alpha 1"
         )
     return labels.to(torch.int64)
 

@@ -35,8 +35,7 @@ DEATH_SECONDS = 1.0
 TIMED_OUT = "DataLoader timed out"
 NO_ROOM = (
     "a worker process cannot hand over its batch ({error}): there is too little shared memory in "
-    "/dev/shm; take "
-    "fewer --workers or a smaller batch, or give it more (docker: --shm-size)"
+    "/dev/shm; take fewer --workers or a smaller batch, or give it more (docker: --shm-size)"
 )
 Make = Callable[[Any], Collated]
 
@@ -171,8 +170,7 @@ def _obituary(process: BaseProcess) -> str:
     if code >= 0:
         return (
             f"worker process {process.pid}, which builds batches, has ended by itself, with exit "
-            f"code {code}; does "
-            "the dataset, or a library that it uses, end the process?"
+            f"code {code}; does the dataset, or a library that it uses, end the process?"
         )
     name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
     why = {

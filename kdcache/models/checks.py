@@ -43,14 +43,12 @@ TENSOR_FLOAT = 2.0**-10
 CHANCE = "Is something random on in eval mode, such as dropout without training=self.training?"
 SHARED = (
     "Does it normalise over the batch (BatchNorm without running statistics), attend to padding, "
-    "or look for "
-    "another padding id than {pad_id}?"
+    "or look for another padding id than {pad_id}?"
 )
 ON_THE_LEFT = (
     "The batch is padded on the left: does the model count positions from the padding on, or "
-    "attend to it? "
-    "Pad on the right, or let the collate_fn give position_ids too: (attention_mask.cumsum(1) - "
-    "1).clamp(0)"
+    "attend to it? Pad on the right, or let the collate_fn give position_ids too: "
+    "(attention_mask.cumsum(1) - 1).clamp(0)"
 )
 # What Hugging Face calls models that answer for every position of their own input, and for the next
 # token.
@@ -72,8 +70,7 @@ TASK_ROWS = {
 }
 NAME_THEM = (
     "say what its rows are: --rows position (the row at p answers for position p) or --rows "
-    "next-token (for "
-    "p + 1)"
+    "next-token (for p + 1)"
 )
 OTHER_HEADS = {  # problem_type of a Hugging Face config -> what its logits are
     "regression": "numbers",
@@ -109,10 +106,8 @@ def require_tokenizer(
     harmless = "" if accept is None else "; a difference known to be harmless: --accept tokenizer"
     raise IdentityMismatch(
         f"the {role} {model.spec} is for another tokenizer than the {whose}'s: an id is another "
-        "token to it:\n"
-        f"  tokenizer.fingerprint: the {whose} has {wanted}\n  {found[1]} has {found[0]}\n  give "
-        "the tokenizer of the "
-        f"{role} to the {whose}{harmless}",
+        f"token to it:\n  tokenizer.fingerprint: the {whose} has {wanted}\n  {found[1]} has "
+        f"{found[0]}\n  give the tokenizer of the {role} to the {whose}{harmless}",
         [FieldDifference("tokenizer.fingerprint", wanted, found[0])],
     )
 
@@ -128,18 +123,14 @@ def require_softmax(module: nn.Module, num_classes: int, *, role: str) -> None:
     if isinstance(problem, str) and problem in OTHER_HEADS:
         raise UsageError(
             f"the {role} ({name}) is for {problem}: its logits are {OTHER_HEADS[problem]}, and "
-            "here they "
-            "are one softmax over all classes; expected a head for single-label classification (if "
-            "it is "
-            "one, take problem_type out of its config)"
+            "here they are one softmax over all classes; expected a head for single-label "
+            "classification (if it is one, take problem_type out of its config)"
         )
     if num_classes == 1:
         raise UsageError(
             f"the {role} ({name}) gives one logit, whose softmax is always 1 and says nothing; "
-            "expected "
-            "at least two (of a sigmoid's logit z give [0, z], the same two probabilities; "
-            "regression is "
-            "out of scope)"
+            "expected at least two (of a sigmoid's logit z give [0, z], the same two "
+            "probabilities; regression is out of scope)"
         )
 
 
@@ -152,8 +143,7 @@ def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:
         return None
     said = (
         f"the {role} {model.spec} is made for {limit[0]} positions (max_position_embeddings), the "
-        "data has "
-        f"sequences of up to {longest} tokens"
+        f"data has sequences of up to {longest} tokens"
     )
     if limit[1]:
         raise UsageError(
@@ -252,8 +242,7 @@ def find_rows(
     if by_task == NEXT_TOKEN and causal is False:
         raise DataError(
             f"the {role} ({name}) is taken for a causal language model, but what it says of a "
-            "token "
-            f"changes with the tokens after it, so that it does not predict them; {NAME_THEM}"
+            f"token changes with the tokens after it, so that it does not predict them; {NAME_THEM}"
         )
     if causal is False:
         return (
@@ -276,8 +265,7 @@ def find_rows(
     if evidence == "other":
         raise DataError(
             f"the {role} ({name}) looks at no later token, as a model that predicts the next one, "
-            "but the "
-            "labels are not the tokens (labels[p] == input_ids[p] where labels[p] >= 0); "
+            "but the labels are not the tokens (labels[p] == input_ids[p] where labels[p] >= 0); "
             f"{NAME_THEM}"
         )
     if evidence == "next":
@@ -452,8 +440,8 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
             again,
             None,
             rounding,
-            f"{who} answers differently each time: asked twice about "
-            f"{_named(ids)}, its logits differ by up to {again:.3g}{known}. {CHANCE}",
+            f"{who} answers differently each time: asked twice about {_named(ids)}, its logits "
+            f"differ by up to {again:.3g}{known}. {CHANCE}",
         )
     if len(batch) == 1:
         return Steadiness(again, None, rounding)
@@ -475,8 +463,7 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
         shared = ON_THE_LEFT if left else shared
         problem = (
             f"{who} answers by what shares its batch: the logits of sample {sample} differ by up "
-            f"to {alone:.3g} "
-            "between a batch of "
+            f"to {alone:.3g} between a batch of "
             f"{len(batch)}{f', with {padding} positions of padding,' if padding else ''} and "
             f"alone{known}. {shared}"
         )
@@ -507,8 +494,7 @@ def _check_repeats(asked: Question, batch: Collated, ids: Sequence[int]) -> None
         raise DataError(
             f"collate_fn of dataset {asked.collate_fn} gives other inputs each time: sample "
             f"{ids[wrong[0]]} differs between two batches of the same items; what it draws by "
-            "chance "
-            "belongs into dataset.view(sample_id, view, rng)"
+            "chance belongs into dataset.view(sample_id, view, rng)"
         )
 
 
@@ -521,12 +507,10 @@ def _check_alone(
     if batch.view_key[record] != single.view_key[0]:
         raise DataError(
             f"collate_fn of dataset {asked.collate_fn} gives sample {sample} other inputs in a "
-            f"batch of {len(batch)} "
-            "than alone: it mixes its records, or pads them without a mask that says so. Mixing "
-            "belongs into "
-            "dataset.view(sample_id, view, rng), which gives one record; padded inputs need an "
-            "attention_mask (or "
-            "another 2-D input of 0 and 1 whose name ends in 'mask')"
+            f"batch of {len(batch)} than alone: it mixes its records, or pads them without a mask "
+            "that says so. Mixing belongs into dataset.view(sample_id, view, rng), which gives one "
+            "record; padded inputs need an attention_mask (or another 2-D input of 0 and 1 whose "
+            "name ends in 'mask')"
         )
 
 

@@ -136,8 +136,8 @@ def _add_weights(hasher: Any, module: nn.Module) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(
                 f"{type(module).__name__} keeps {name!r} in its state_dict, a "
-                f"{type(tensor).__name__}; "
-                "expected tensors only, its weights cannot be told from others"
+                f"{type(tensor).__name__}; expected tensors only, its weights cannot be told from "
+                "others"
             )
         hasher.update(array_header(name, str(tensor.dtype).removeprefix("torch."), tensor.shape))
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -326,8 +326,7 @@ def move(module: nn.Module, device: torch.device, role: str) -> None:
             found = f"lies on the devices {', '.join(devices)}"
         raise UsageError(
             f"{where} {found}; kdcache runs a model whole on one device: load it without "
-            "device_map and "
-            f"offloading, or with device_map={{'': {str(device)!r}}}"
+            f"device_map and offloading, or with device_map={{'': {str(device)!r}}}"
         )
     with users_code(f"{where} cannot be moved to {device}"):
         module.to(device)
@@ -348,9 +347,8 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
             if needed in named and not _takes(module, needed):
                 raise DataError(
                     "the sequences of a batch differ in length and were padded, but "
-                    f"{name}.forward takes "
-                    f"no {needed}; let it take one (a causal model may ignore it), or give equal "
-                    "lengths"
+                    f"{name}.forward takes no {needed}; let it take one (a causal model may ignore "
+                    "it), or give equal lengths"
                 )
         records = len(next(iter(named.values())))
         if _keeps_a_cache(module):
@@ -381,8 +379,7 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
     if logits.layout != torch.strided or logits.is_meta or logits.dtype not in DTYPES.values():
         raise DataError(
             f"{name} returned logits {logits.dtype} on {logits.device} ({logits.layout}); expected "
-            "a dense "
-            f"tensor of {', '.join(DTYPES)}"
+            f"a dense tensor of {', '.join(DTYPES)}"
         )
     if mask is not None and not isinstance(mask, torch.Tensor):
         raise DataError(
@@ -536,8 +533,7 @@ def left_out(module: Any, given: OwnLoss | None) -> list[str]:
             if isinstance(found := getattr(config, name, None), int | float) and found > 0:
                 said.append(
                     f"the loss of its config's {name} {found:g} is not trained: it is computed "
-                    "inside of its "
-                    "forward, from labels"
+                    "inside of its forward, from labels"
                 )
     return list(dict.fromkeys(said))
 

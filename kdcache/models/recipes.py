@@ -34,8 +34,8 @@ def _map(activation: Tensor, mask_BL: Tensor | None) -> Tensor:
     if side == 0 or prefix > MAX_PREFIX:
         raise UsageError(
             f"recipe 'map' of {length} tokens: expected a square grid after at most {MAX_PREFIX} "
-            "prefix "
-            f"tokens, the nearest is {side} x {side} after {prefix}; use recipe 'raw' or 'pool'"
+            f"prefix tokens, the nearest is {side} x {side} after {prefix}; use recipe 'raw' or "
+            "'pool'"
         )
     return activation[:, prefix:].transpose(1, 2).reshape(batch, width, side, side)
 
@@ -124,16 +124,14 @@ def reduce_activation(recipe: str, activation: Tensor, real: Real, module: str) 
         if mask_BL is None:
             raise UsageError(
                 f"recipe {recipe!r} of an activation {list(activation.shape)}: the records of the "
-                "batch "
-                f"were padded, and no mask of {activation.shape[1]} positions says which of these "
-                "are "
-                "real; name a module that keeps the length of its input, or give equal lengths"
+                f"batch were padded, and no mask of {activation.shape[1]} positions says which of "
+                "these are real; name a module that keeps the length of its input, or give equal "
+                "lengths"
             )
         if recipe not in MASKED and not bool(mask_BL.all()):
             raise UsageError(
                 f"recipe {recipe!r} of an activation {list(activation.shape)} would keep the "
-                "padding of "
-                "shorter records; use 'pool', 'cls' or 'last', or give equal lengths"
+                "padding of shorter records; use 'pool', 'cls' or 'last', or give equal lengths"
             )
     return apply_recipe(recipe, activation, mask_BL)
 
@@ -147,14 +145,13 @@ def _positions(recipe: str, activation: Tensor, mask_BL: Tensor) -> Tensor:
     if mask_BL.shape != activation.shape[:2]:
         raise UsageError(
             f"recipe {recipe!r}: activation {list(activation.shape)} has a mask "
-            f"{list(mask_BL.shape)}; "
-            f"expected {list(activation.shape[:2])}"
+            f"{list(mask_BL.shape)}; expected {list(activation.shape[:2])}"
         )
     return mask_BL.to(device=activation.device, dtype=torch.bool)
 
 
 def _refused(recipe: str, activation: Tensor, expected: str) -> UsageError:
     return UsageError(
-        f"recipe {recipe!r} of an activation {list(activation.shape)}: expected {expected}; "
-        f"use recipe 'raw', or name another module"
+        f"recipe {recipe!r} of an activation {list(activation.shape)}: expected {expected}; use "
+        "recipe 'raw', or name another module"
     )

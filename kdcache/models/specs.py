@@ -221,8 +221,8 @@ def _hf(
     resized = task not in LANGUAGE_TASKS and wanted.num_classes not in (None, config.num_labels)
     if resized and not new_head:
         raise UsageError(
-            f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: "
-            "give new_head=true to start its last layer anew"
+            f"hf:{path} has {config.num_labels} classes, wanted are {wanted.num_classes}: give "
+            "new_head=true to start its last layer anew"
         )
     loader = _builder(config, task, f"hf:{path}")
     if attn_implementation is not None:
@@ -242,8 +242,7 @@ def _hf(
     if fresh and not new_head:
         raise UsageError(
             f"hf:{path} holds no fitting weights for {first_few(fresh)} of "
-            f"{type(module).__name__}; "
-            "give new_head=true to start them at random, or another task="
+            f"{type(module).__name__}; give new_head=true to start them at random, or another task="
         )
     loaded = f"pretrained {type(module).__name__} from {path}"
     if fresh:
@@ -301,10 +300,8 @@ def _hf_built(
     if wanted.num_classes is not None and width < wanted.num_classes:
         raise UsageError(
             f"model {path} gives {width} logits; wanted are at least {wanted.num_classes}, the "
-            "teacher's "
-            "classes; where the teacher's last ones are padding that no label and no token uses, "
-            "dump "
-            f"again with --classes {width}"
+            "teacher's classes; where the teacher's last ones are padding that no label and no "
+            f"token uses, dump again with --classes {width}"
         )
     return Built(module, loaded, width, task, partial(_save_hf, module, path), folder)
 
@@ -510,13 +507,11 @@ def _task(config: Any, asked: str | None, where: str) -> str:
     if not kinds:
         raise UsageError(
             f"{where} is {found}, which is for none of the tasks {', '.join(TASKS)}; give a module "
-            "by "
-            "file.py:name that returns the logits"
+            "by file.py:name that returns the logits"
         )
     raise UsageError(
         f"{where} is {found}, a head (if any) for another task; give "
-        f"task={' or task='.join(kinds)}, "
-        "if its weights were trained for that"
+        f"task={' or task='.join(kinds)}, if its weights were trained for that"
     )
 
 
@@ -572,8 +567,7 @@ def _import(name: str, extra: str) -> Any:
         else:
             advice = (
                 f"it is installed, and does not go with torch {torch.__version__} or with another "
-                "package here; "
-                "install builds of both that belong together"
+                "package here; install builds of both that belong together"
             )
         raise UsageError(f"{name} cannot be imported ({describe(e)}): {advice}") from e
 

@@ -63,6 +63,5 @@ def refuse_ranks(what: str) -> None:
     if world > 1:
         raise NotBuilt(
             f"{said} is {world}: {what} with several processes is not built yet, each would see "
-            "every "
-            "sample; run one"
+            "every sample; run one"
         )

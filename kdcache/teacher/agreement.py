@@ -112,9 +112,8 @@ def agreement(
         )
         problems.append(
             f"{_name(cache, worst)}: the teacher's answer differs from the cache by {beyond:.3g} "
-            "beyond rounding; "
-            f"expected at most {tolerance:.3g}, as two live runs differ by {live:.3g} (cached on "
-            f"{made})"
+            f"beyond rounding; expected at most {tolerance:.3g}, as two live runs differ by "
+            f"{live:.3g} (cached on {made})"
         )
     return Agreement(problems, worst, beyond, tolerance, live)
 
@@ -156,9 +155,8 @@ def _unsteady(found: Mapping[str, float], most: Mapping[str, float]) -> list[str
         return []
     part = max(apart, key=lambda name: found[name] - most[name])
     return [
-        "the teacher answers differently each time, or by what shares its batch: its "
-        f"{part} of the same records in two groupings differ by {found[part]:.3g}, rounding "
-        "explains "
+        f"the teacher answers differently each time, or by what shares its batch: its {part} of "
+        f"the same records in two groupings differ by {found[part]:.3g}, rounding explains "
         f"{most[part]:.3g}; is something random on in eval mode (dropout), or does it normalise "
         "over the batch?"
     ]
@@ -320,8 +318,7 @@ def _live(
         if len(logits_NV) != rows or logits_NV.shape[1] < spec.num_classes:
             raise DataError(
                 f"record {record}: the teacher gives {list(logits_NV.shape)} rows and logits; the "
-                "cache "
-                f"has {rows} rows of {spec.num_classes} classes"
+                f"cache has {rows} rows of {spec.num_classes} classes"
             )
         wide_NV = logits_NV[:, : spec.num_classes].float()
         bad += _not_finite(wide_NV)

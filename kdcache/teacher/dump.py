@@ -607,9 +607,8 @@ def _say_long_shard(plan: Plan, seconds: float, tell: Callable[[str], None]) -> 
     if seconds * records > LONG_SHARD and records > 1:
         tell(
             f"a shard of {records} records takes this teacher about "
-            f"{readable_seconds(seconds * records)}, which is "
-            "what an interruption can lose; --records-per-shard "
-            f"{max(1, int(LONG_SHARD / 3 / seconds))} makes it "
+            f"{readable_seconds(seconds * records)}, which is what an interruption can lose; "
+            f"--records-per-shard {max(1, int(LONG_SHARD / 3 / seconds))} makes it "
             f"{readable_seconds(LONG_SHARD / 3)}"
         )
 

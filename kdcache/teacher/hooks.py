@@ -136,9 +136,8 @@ class FeatureHooks:
                 if activation.shape[:2] != rows_BL.shape:
                     raise UsageError(
                         f"feature {request.name}: the activation is {list(activation.shape)}; "
-                        "recipe "
-                        f"'raw' keeps the rows of {list(rows_BL.shape)} positions; use another "
-                        "recipe"
+                        f"recipe 'raw' keeps the rows of {list(rows_BL.shape)} positions; use "
+                        "another recipe"
                     )
                 # By index: by a mask of its own device, its length would be waited for.
                 record_N, position_N = send(rows_BL.nonzero().T.contiguous(), activation.device)
@@ -156,8 +155,7 @@ class FeatureHooks:
             if request.name in self._taken:
                 raise UsageError(
                     f"feature {request.name}: module {request.module!r} runs more than once in a "
-                    "forward "
-                    "pass; name a module that runs once"
+                    "forward pass; name a module that runs once"
                 )
             with _named(request):
                 activation = _tensor(output)
@@ -196,9 +194,8 @@ def check_shapes(features: Sequence[FeatureSpec], taken: Mapping[str, Tensor], w
         if shape != feature.shape:
             raise DataError(
                 f"{where}: feature {feature.name} has the shape {list(shape)}, the first samples "
-                "gave "
-                f"{list(feature.shape)}; a feature has one shape: use recipe 'pool', 'last' or "
-                "'cls'"
+                f"gave {list(feature.shape)}; a feature has one shape: use recipe 'pool', 'last' "
+                "or 'cls'"
             )
 
 

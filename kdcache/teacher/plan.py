@@ -238,8 +238,7 @@ def _warn_of_random(model: Model) -> tuple[tuple[str, str], ...]:
         (
             RANDOM_TEACHER,
             f"THE TEACHER IS NOT TRAINED{unless}: {model.loaded}, so that its answers are noise; "
-            "give "
-            "--teacher-weights, or a SPEC that names trained weights",
+            "give --teacher-weights, or a SPEC that names trained weights",
         ),
     )
 
@@ -254,10 +253,9 @@ def _warn_of_equal_views(samples: Samples, count: int) -> tuple[tuple[str, str],
         (
             VIEWS_EQUAL,
             f"views 0 and 1 of all {len(ids)} samples looked at are equal: more views of "
-            f"{samples.name} "
-            "only repeat the same answers; give it random views (imagefolder: --data-arg "
-            "augment=true, your own "
-            "dataset: view(sample_id, view, rng)) or leave out --views",
+            f"{samples.name} only repeat the same answers; give it random views (imagefolder: "
+            "--data-arg augment=true, your own dataset: view(sample_id, view, rng)) or leave out "
+            "--views",
         ),
     )
 
@@ -370,8 +368,8 @@ def _check_some_row(samples: Samples, probed: Probe, count: int) -> None:
             return
     raise DataError(
         f"dataset {samples.name} has no row in any of the {len(ids)} samples looked at, of "
-        f"{count}: every "
-        "label is -100, or no record has a token to predict; there is nothing to ask the teacher"
+        f"{count}: every label is -100, or no record has a token to predict; there is nothing to "
+        "ask the teacher"
     )
 
 
@@ -440,8 +438,7 @@ def _tokens(wanted: Wanted, probed: Probe) -> bool:
     if wanted.tokens and beyond is not None:
         raise UsageError(
             f"--tokens: the teacher was given {beyond}, which tokens alone do not say; leave it "
-            "out: "
-            "students then take their inputs from --data"
+            "out: students then take their inputs from --data"
         )
     return beyond is None if wanted.tokens is None else wanted.tokens
 

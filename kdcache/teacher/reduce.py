@@ -100,10 +100,8 @@ def reduce_rows(
         )
         raise DataError(
             f"{name_row(int(beyond_N.nonzero()[0]))}: a logit beyond the {spec.num_classes} of "
-            "--classes "
-            f"is {where} ({int(beyond_N.sum())} such rows in this batch): it is no padding; give "
-            "more "
-            "classes, or none"
+            f"--classes is {where} ({int(beyond_N.sum())} such rows in this batch): it is no "
+            "padding; give more classes, or none"
         )
     return Reduced(*moved)
 
@@ -146,8 +144,7 @@ def _refuse_bad(flag_N: Tensor, dtype: torch.dtype, name_row: Callable[[int], st
     )
     raise DataError(
         f"{name_row(row)}: the teacher returned {FOUND[int(flag_N[row])]} ({len(bad)} such rows in "
-        "this "
-        f"batch); {advice}. Nothing of its shard was kept; the same command goes on from there"
+        f"this batch); {advice}. Nothing of its shard was kept; the same command goes on from there"
     )
 
 
@@ -158,10 +155,8 @@ def check_labels(labels: Tensor, num_classes: int, name_row: Callable[[int], str
         row, j = bad.nonzero()[0].tolist()
         raise DataError(
             f"{name_row(row)}: its label is {int(labels[row, j])}; the teacher has {num_classes} "
-            "classes: "
-            f"expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown (are they "
-            "counted "
-            "from 1, or those of another set of classes? --no-labels leaves them out)"
+            f"classes: expected 0 to {num_classes - 1}, or {UNKNOWN} or {IGNORED} for unknown (are "
+            "they counted from 1, or those of another set of classes? --no-labels leaves them out)"
         )
 
 

@@ -206,8 +206,7 @@ def message(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return (
             f"it ended the program, by sys.exit({error.code!r:.40}); what a file is to do when it "
-            "is run as a "
-            "script belongs under if __name__ == '__main__'"
+            "is run as a script belongs under if __name__ == '__main__'"
         )
     try:
         text = str(error)

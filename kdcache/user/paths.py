@@ -33,17 +33,14 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
     if len(encoded) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in encoded.split(b"/")):
         raise UsageError(
             f"{what} {text[:40]}... has {len(text)} characters; a path has at most {LONGEST_PATH}, "
-            "a name "
-            f"in it {LONGEST_NAME}"
+            f"a name in it {LONGEST_NAME}"
         )
     scheme = SCHEME.match(text)
     if scheme is not None:
         raise NotBuilt(
             f"{what} {text}: {scheme[1]}:// is no folder of this machine, and object stores and "
-            "web "
-            "addresses are not built yet; copy it to a disk, or mount it (to a folder really of "
-            "that name: "
-            "its absolute path)"
+            "web addresses are not built yet; copy it to a disk, or mount it (to a folder really "
+            "of that name: its absolute path)"
         )
     try:
         return Path(text).expanduser() if text.startswith("~") else Path(path)
