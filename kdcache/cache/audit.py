@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from kdcache.cache import catalog, repair
 from kdcache.cache.catalog import HEADER, Header, Manifest, commit_name
-from kdcache.cache.rawmap import Facts, layout
+from kdcache.cache.rawmap import Facts
 from kdcache.cache.shard import Shard
 from kdcache.cache.store import DENIED, QUARANTINE, TEMPORARY, Directory, is_plain
 from kdcache.errors import KDCacheError
@@ -99,7 +99,7 @@ def _check_shard(
 def _check_bytes(directory: Directory, header: Header, promised: Facts) -> Iterator[str]:
     opened = Shard(directory, header, promised)
     bad = False
-    for name in layout(header.spec).names:
+    for name in header.spec.layout.names:
         try:
             opened.get([name])
         except (KDCacheError, OSError) as e:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from kdcache.cache.canonical import MAX_CONTAINERS, MAX_VALUES, digest, dumps, seal, unseal
 from kdcache.cache.columns import level_json
 from kdcache.cache.identity import Identity
-from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records, layout
+from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records
 from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, CacheSpec
 from kdcache.cache.store import MAX_JSON
 from kdcache.cache.values import CODECS
@@ -102,7 +102,7 @@ def shard_line(spec: CacheSpec) -> int:
     """Bytes of one shard in a manifest, at most: digests, names and numbers of the shard and of
     each column.
     """
-    return 60 + 60 * len(layout(spec).names) + 300
+    return 60 + 60 * len(spec.layout.names) + 300
 
 
 def check_shards(spec: CacheSpec) -> None:
@@ -222,13 +222,13 @@ def parse_commit(data: bytes, where: str, header: Header, shard: int) -> Facts:
     """The facts in a commit record; CacheCorrupt unless they can be true of shard `shard` of this
     cache.
     """
-    names = len(layout(header.spec).names)
+    names = len(header.spec.layout.names)
     doc = unseal(data, where, containers=64 + names, values=2**12 + 4 * names)
     _keys(doc, COMMIT, where)
     _ours(doc, header, where)
     columns = doc["columns"]
-    _keys(columns, dict.fromkeys(layout(header.spec).names, _is_extent), f"{where}: columns")
-    _keys(doc["rows"], dict.fromkeys(layout(header.spec).levels, _is_count), f"{where}: rows")
+    _keys(columns, dict.fromkeys(header.spec.layout.names, _is_extent), f"{where}: columns")
+    _keys(doc["rows"], dict.fromkeys(header.spec.layout.levels, _is_count), f"{where}: rows")
     _require(doc["shard"] == shard, where, "shard", f"{shard}, by the name of the file")
     facts = Facts(
         shard=shard,
@@ -285,7 +285,7 @@ def keys_digest(sample_key_digests: Iterable[str]) -> str:
 
 def manifest_body(header: Header, shards: Sequence[Facts]) -> Document:
     """Everything in a manifest but its place in the chain: a pure function of the commit records."""
-    names, levels = layout(header.spec).names, layout(header.spec).levels
+    names, levels = header.spec.layout.names, header.spec.layout.levels
     columns: dict[str, dict[str, Any]] = {
         name: {
             "offset": [f.columns[name].offset for f in shards],
@@ -374,7 +374,7 @@ def manifest_bytes(body: Document, generation: int, parent: str | None) -> bytes
 
 def commit_limit(spec: CacheSpec) -> int:
     """More bytes than the commit record of a shard of this spec can have."""
-    return 2**16 + 512 * len(layout(spec).names)
+    return 2**16 + 512 * len(spec.layout.names)
 
 
 def manifest_limit(spec: CacheSpec) -> int:
@@ -388,7 +388,7 @@ def parse_manifest(
     """The manifest in the bytes of a file; CacheCorrupt unless whole, of this header, and in its
     place in the chain.
     """
-    count, known = header.spec.num_shards, layout(header.spec)
+    count, known = header.spec.num_shards, header.spec.layout
     names, levels = len(known.names), len(known.levels)
     doc = unseal(
         data,
@@ -409,10 +409,10 @@ def parse_manifest(
     _keys(doc["shards"], {**lists, "rows": _is_object}, f"{where}: shards")
     _keys(
         doc["shards"]["rows"],
-        dict.fromkeys(layout(header.spec).levels, _list(int, count)),
+        dict.fromkeys(header.spec.layout.levels, _list(int, count)),
         f"{where}: rows",
     )
-    _keys(doc["columns"], dict.fromkeys(layout(header.spec).names, _is_object), f"{where}: columns")
+    _keys(doc["columns"], dict.fromkeys(header.spec.layout.names, _is_object), f"{where}: columns")
     extent = {
         "offset": _list(int, count),
         "length": _list(int, count),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns, check_offsets
-from kdcache.cache.rawmap import layout, level_rows
+from kdcache.cache.rawmap import level_rows
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
 
@@ -38,7 +38,7 @@ def prepare(
     UsageError naming the column for a missing or unknown one, another dtype or shape, or 2^31
     elements and more; DataError for offsets that do not run from 0 to the number of rows.
     """
-    known = layout(spec)
+    known = spec.layout
     names = known.names
     valid = set(names)
     for name in (*columns, *names):
@@ -92,7 +92,7 @@ def problem(
     it is judged by.
     """
     counts = level_rows(spec, records, rows)
-    level = layout(spec).offsets.get(name)
+    level = spec.layout.offsets.get(name)
     if level is not None:
         # outside: what is wrong with the file is said by who reads it
         offsets = get(name)
@@ -101,7 +101,7 @@ def problem(
         except CacheCorrupt as e:
             return str(e)
         return None
-    column = layout(spec).columns[name]
+    column = spec.layout.columns[name]
     if not counts[column.level]:
         return None
     if name.startswith("ids_") and column.level == "row":
@@ -110,7 +110,7 @@ def problem(
         return _bad_values(spec, column, get(name)) or _rising(spec, column, get)
     if name == "label_logit":
         return _bad_values(spec, column, get(name)) or _above_the_maximum(spec, get)
-    return _bad_values(spec, column, get(name), layout(spec).scales)
+    return _bad_values(spec, column, get(name), spec.layout.scales)
 
 
 def judged_with(spec: CacheSpec, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from kdcache.cache.columns import ROOT, Array, Column, Columns, Level
+from kdcache.cache.columns import ROOT, Array, Columns
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import CacheCorrupt
 
@@ -55,43 +55,14 @@ class Facts:
     commit: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Columns, levels and offsets of a spec by name, in the order of the spec, worked out once."""
-
-    columns: dict[str, Column]
-    levels: dict[str, Level]
-    offsets: dict[str, Level]  # key of the offsets buffer -> its ragged level
-    names: list[str]  # the keys of a `Columns` mapping: offsets, then columns
-    scales: frozenset[str]  # the columns that hold the scales of int8 features
-
-
-def layout(spec: CacheSpec) -> Layout:
-    """The layout of a spec; the same object every time, not to be changed."""
-    try:
-        kept: Layout = spec.kept_layout
-        return kept
-    except AttributeError:
-        pass
-    columns = {c.name: c for c in spec.columns()}
-    levels = {level.name: level for level in spec.levels()}
-    offsets = {level.offsets: level for level in levels.values() if level.ragged}
-    scales = frozenset(
-        f"{feature.column}_scale" for feature in spec.features if feature.dtype == "int8"
-    )
-    made = Layout(columns, levels, offsets, [*offsets, *columns], scales)
-    object.__setattr__(spec, "kept_layout", made)
-    return made
-
-
 def level_rows(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:
     """Rows of `record` and of every level below it."""
-    return {ROOT: records, **{name: rows[name] for name in layout(spec).levels}}
+    return {ROOT: records, **{name: rows[name] for name in spec.layout.levels}}
 
 
 def expected_lengths(spec: CacheSpec, records: int, rows: Mapping[str, int]) -> dict[str, int]:
     """Bytes of every column of a shard with these numbers of rows."""
-    counts, known = level_rows(spec, records, rows), layout(spec)
+    counts, known = level_rows(spec, records, rows), spec.layout
     out = {key: (counts[level.parent] + 1) * OFFSET_BYTES for key, level in known.offsets.items()}
     return out | {c.name: counts[c.level] * c.row_bytes for c in known.columns.values()}
 
@@ -106,7 +77,7 @@ def check_extents(spec: CacheSpec, facts: Facts, where: str) -> None:
             f"the header gives it {facts_records(spec, facts.shard)}"
         )
     counts = level_rows(spec, facts.records, facts.rows)
-    for level in layout(spec).levels.values():
+    for level in spec.layout.levels.values():
         if level.count is not None and counts[level.name] != counts[level.parent] * level.count:
             raise CacheCorrupt(
                 f"{where}: {counts[level.name]} rows of level {level.name!r}; expected "

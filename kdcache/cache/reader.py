@@ -21,7 +21,7 @@ from kdcache.cache.catalog import HEADER, Header, Manifest
 from kdcache.cache.columns import ROOT, Array, Columns
 from kdcache.cache.gather import gather, groups, ragged_rows
 from kdcache.cache.identity import Identity, require_same
-from kdcache.cache.rawmap import Facts, layout
+from kdcache.cache.rawmap import Facts
 from kdcache.cache.shard import Proof, Shard
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.store import Directory, explain
@@ -115,7 +115,7 @@ class Cache:
         self.num_records: int = header.spec.num_records
         self.accepted = accepted
         self._directory, self._header, self._manifest = directory, header, manifest
-        self._layout = layout(header.spec)
+        self._layout = header.spec.layout
         self._columns = self._layout.columns
         self._shards: dict[int, Shard] | None = {}
         self._proofs: dict[int, Proof] = {}  # of shards that are not mapped any more

@@ -13,7 +13,7 @@ from kdcache.cache import check, mapping, repair
 from kdcache.cache.catalog import Header, commit_name
 from kdcache.cache.columns import Array, Columns
 from kdcache.cache.mapping import Signature, map_signed
-from kdcache.cache.rawmap import Facts, digest, layout, level_rows, rest_digest, view
+from kdcache.cache.rawmap import Facts, digest, level_rows, rest_digest, view
 from kdcache.cache.store import Directory
 from kdcache.errors import CacheCorrupt
 
@@ -116,7 +116,7 @@ class Shard:
         if name not in self._intact:
             data = self._open()
             extent = self.facts.columns[name]
-            column = layout(self._header.spec).columns.get(name)
+            column = self._header.spec.layout.columns.get(name)
             known = self._known is not None and name in self._known.columns
             found = (
                 extent.digest

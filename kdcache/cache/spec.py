@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,17 +117,19 @@ class ShardRange(NamedTuple):
     stop: int
 
 
-class _WithLayout:
-    """Where `rawmap.layout` keeps what it worked out: looking it up by an equal spec would compare
-    every feature.
-    """
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Columns, levels and offsets of a spec by name, in the order of the spec."""
 
-    __slots__ = ("kept_layout",)
-    kept_layout: Any
+    columns: dict[str, Column]
+    levels: dict[str, Level]
+    offsets: dict[str, Level]  # key of the offsets buffer -> its ragged level
+    names: list[str]  # the keys of a `Columns` mapping: offsets, then columns
+    scales: frozenset[str]  # the columns that hold the scales of int8 features
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSpec(_WithLayout):
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
     """Everything that decides the content of a cache, except whose answers they are (`Identity`).
 
     `num_classes` is V, 0 for kind none. `samples` and `views` are half-open ranges. `tiers` are the
@@ -227,7 +230,7 @@ class CacheSpec(_WithLayout):
     def id_dtype(self) -> str:
         return "uint8" if self.num_classes <= 2**8 else "uint16"
 
-    @property
+    @cached_property
     def high_bits(self) -> int:
         """Bits of the plane above the low 16: 0, 1, 2, 4, 8 or 16."""
         needed = max(0, (self.num_classes - 1).bit_length() - 16)
@@ -256,6 +259,19 @@ class CacheSpec(_WithLayout):
 
     def columns(self) -> tuple[Column, ...]:
         """All columns, in the order of the file."""
+        return self._columns
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Columns, levels and offsets by name, worked out once; not to be changed."""
+        columns = {column.name: column for column in self.columns()}
+        levels = {level.name: level for level in self.levels()}
+        offsets = {level.offsets: level for level in levels.values() if level.ragged}
+        scales = frozenset(f"{f.column}_scale" for f in self.features if f.dtype == "int8")
+        return Layout(columns, levels, offsets, [*offsets, *columns], scales)
+
+    @cached_property
+    def _columns(self) -> tuple[Column, ...]:
         out = [Column("sample_key", ROOT, "uint64")]
         if self.view_keys:
             out.append(Column("view_key", ROOT, "uint64"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdcache.cache.codec import encode_rows
-from kdcache.cache.columns import STORAGE, Array, Columns
+from kdcache.cache.columns import Array, Columns
 from kdcache.cache.features import encode_feature
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec
@@ -212,7 +212,7 @@ def encode(spec: CacheSpec, batch: HostBatch) -> tuple[Columns, dict[str, float]
     if spec.view_keys:
         assert batch.batch.view_key is not None
         columns["view_key"] = batch.batch.view_key
-    levels = {level.name for level in spec.levels()}
+    levels = spec.layout.levels
     if "row" in levels:
         encoded = encode_rows(spec, _rows(spec, batch), first_record=first, offsets=offsets)
         columns, measured = columns | encoded.columns, encoded.measured
@@ -257,7 +257,7 @@ def _rows(spec: CacheSpec, batch: HostBatch) -> Rows:
 
 
 def _tokens(spec: CacheSpec, batch: Collated, first_record: int) -> Columns:
-    dtype = next(STORAGE[c.dtype] for c in spec.columns() if c.name == "token")
+    dtype = spec.layout.columns["token"].storage
     tokens, starts = batch.tokens, batch.document_starts
     offsets = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum([len(t) for t in tokens], dtype=np.int64)]
