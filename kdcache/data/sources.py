@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from kdcache.data.arrays import digits, npz
-from kdcache.data.generators import seeded_generators
 from kdcache.data.images import image_folder
 from kdcache.data.samples import Samples
 from kdcache.data.text import text_windows
 from kdcache.data.user_code import call, resolve_spec
+from kdcache.data.views import seeded_generators
 from kdcache.errors import NotBuilt, UsageError
 
 # SPEC prefix -> what stands after its colon ("" nothing), and the function that gets that and the

@@ -226,7 +226,7 @@ class _UserFile(SourceFileLoader):
     """
 
     def exec_module(self, module: ModuleType) -> None:
-        from kdcache.data.generators import seeded_generators
+        from kdcache.data.views import seeded_generators
 
         with seeded_generators(0, 0, 0):
             super().exec_module(module)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcache.data.generators import seeded_generators
 from kdcache.data.preprocessing import FILES as PREPROCESSING
 from kdcache.data.preprocessing import (
     Preprocessing,
@@ -27,6 +26,7 @@ from kdcache.data.preprocessing import (
     read_preprocessing,
 )
 from kdcache.data.user_code import call, has_parameter, no_foreign_code, resolve_spec
+from kdcache.data.views import seeded_generators
 from kdcache.errors import KDCacheError, UsageError, near
 from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
 from kdcache.user.guard import attribute, describe, let_through

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from kdcache.data.generators import seeded_generators
+from kdcache.data.views import seeded_generators
 from kdcache.errors import UsageError
 from kdcache.models.specs import first_few
 from kdcache.user.guard import describe, let_through
