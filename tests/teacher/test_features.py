@@ -216,3 +216,22 @@ def test_hooks_are_gone_afterwards() -> None:
     with FeatureHooks(net, (FeatureRequest("0"),)):
         assert len(net[0]._forward_hooks) == 1
     assert not net[0]._forward_hooks
+
+
+def test_a_plan_with_features_asks_the_teacher_once(tmp_path: Path) -> None:
+    """`raw` of sequences is kept by row, which is known only after the pass that gave it."""
+    told: dict[str, int] = {}
+    for name, features in {"without": (), "with": ("embed", "embed:pool")}.items():
+        teacher, passes = Speaker(), []
+        teacher.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        dump_teacher(
+            teacher=teacher,
+            data=Sentences(),
+            out=tmp_path / name,
+            rows="next-token",
+            features=features,
+            dry_run=True,
+            device="cpu",
+        )
+        told[name] = len(passes)
+    assert told == {"without": 1, "with": 1}
