@@ -24,7 +24,7 @@ from kdcache.data.user_code import accepts
 from kdcache.errors import DataError, UsageError, near
 from kdcache.models.fingerprint import architecture, weights_digest
 from kdcache.models.specs import (
-    Wanted,
+    BuildOptions,
     build,
     names_in,
     no_progress_bars,
@@ -193,7 +193,7 @@ def load_model(
     as stored, float32 for random ones. num_classes: for what is made anew, where the SPEC takes it.
     UsageError for what cannot be used.
     """
-    wanted = Wanted(seed, _dtype(dtype), num_classes)
+    wanted = BuildOptions(seed, _dtype(dtype), num_classes)
     built = build(spec, wanted, args or {})
     if weights is not None:
         built.loaded = load_weights(built.module, weights)

@@ -72,7 +72,7 @@ POSITION_TABLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class BuildOptions:
     """What the caller asks of a model, whatever its SPEC."""
 
     seed: int = 0
@@ -113,7 +113,7 @@ class Built:
     prepared: Preprocessing | None = None
 
 
-def build(spec: str, wanted: Wanted, args: Mapping[str, Any]) -> Built:
+def build(spec: str, wanted: BuildOptions, args: Mapping[str, Any]) -> Built:
     """The module that `spec` names, made with `args`; UsageError for an unknown SPEC or argument."""
     prefix, _, rest = spec.partition(":")
     if prefix in MODELS:
@@ -142,7 +142,7 @@ def first_few(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(every[:count]) + (", ..." if len(every) > count else "")
 
 
-def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> Built:
+def _from_code(spec: str, found: Any, wanted: BuildOptions, args: dict[str, Any]) -> Built:
     loaded = f"{wanted.random}, by {spec}"
     if isinstance(found, nn.Module):
         if args:
@@ -160,7 +160,7 @@ def _from_code(spec: str, found: Any, wanted: Wanted, args: dict[str, Any]) -> B
     return Built(found, loaded, _classes_of(found, args))
 
 
-def _timm(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
+def _timm(name: str, wanted: BuildOptions, /, *, pretrained: bool = False, **args: Any) -> Built:
     timm = _import("timm", "kdcache[vision]")
     # with a colon it names a hub, as in hf-hub:timm/...
     if ":" not in name and not timm.is_model(name):
@@ -180,7 +180,9 @@ def _timm(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any
     )
 
 
-def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **args: Any) -> Built:
+def _torchvision(
+    name: str, wanted: BuildOptions, /, *, pretrained: bool = False, **args: Any
+) -> Built:
     models = _import("torchvision.models", "kdcache[vision]")
     if name not in models.list_models():
         raise UsageError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
@@ -202,7 +204,7 @@ def _torchvision(name: str, wanted: Wanted, /, *, pretrained: bool = False, **ar
 
 def _hf(
     path: str,
-    wanted: Wanted,
+    wanted: BuildOptions,
     /,
     *,
     task: str | None = None,
@@ -259,7 +261,9 @@ def _hf(
     )
 
 
-def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overrides: Any) -> Built:
+def _hf_config(
+    path: str, wanted: BuildOptions, /, *, task: str | None = None, **overrides: Any
+) -> Built:
     """A model with random weights from a config.json, or the folder that holds one; overrides:
     fields of the config.
     """
@@ -291,7 +295,7 @@ def _hf_config(path: str, wanted: Wanted, /, *, task: str | None = None, **overr
 
 
 def _hf_built(
-    module: nn.Module, loaded: str, task: str, path: str, wanted: Wanted, folder: Path | None
+    module: nn.Module, loaded: str, task: str, path: str, wanted: BuildOptions, folder: Path | None
 ) -> Built:
     config: Any = module.config
     width = int(

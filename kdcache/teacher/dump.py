@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from kdcache import __version__
-from kdcache.cache.catalog import Header
+from kdcache.cache.catalog import SUFFIXES, Header
 from kdcache.cache.identity import Identity, require_same, untold
 from kdcache.cache.reader import open as open_cache
 from kdcache.cache.writer import Writer, create, standing
@@ -56,7 +56,6 @@ from kdcache.user.guard import callback, entrance
 from kdcache.user.paths import local_path
 
 log = logging.getLogger("kdcache")
-CONTAINERS = ("arrow", "hdf5")
 LABELS_DISAGREE, PREPARED_OTHERWISE = "labels-disagree", "prepared-otherwise"
 SAID_AT_THE_END = (LABELS_DISAGREE,)  # the others were known when it began
 # of a shard beyond its columns: container, commit, manifest; 4.5 KB for ten columns
@@ -133,8 +132,8 @@ def dump_teacher(
     rank = this_rank()
     tell, progress = _teller(rank, callback("say", say)), callback("progress", progress)
     out = local_path(out, "--out")
-    if container not in CONTAINERS:
-        raise UsageError(f"--format {container!r} is unknown{near(container, CONTAINERS)}")
+    if container not in SUFFIXES:
+        raise UsageError(f"--format {container!r} is unknown{near(container, SUFFIXES)}")
     wanted = Wanted(
         kind=kind,
         k=k,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,7 @@ def _ask_teacher(
 
 
 def _with(report: VerifyReport, problems: Sequence[str], **found: Any) -> VerifyReport:
-    return VerifyReport(
-        **{**asdict(report), "problems": tuple(problems), "ok": not problems, **found}
-    )
+    return replace(report, problems=tuple(problems), ok=not problems, **found)
 
 
 def _identity(cache: Cache, model: Model, samples: Samples) -> Identity:
