@@ -35,8 +35,7 @@ def dataset_names(dataset: Any, where: str) -> list[str]:
 
     In this order: its own `class_names` (a list, or a dict number -> name), the names of a
     ClassLabel feature (of Hugging Face's datasets), torchvision's `classes`, those of what a torch
-    Subset is a part of. UsageError for
-    `class_names` that are no list of names.
+    Subset is a part of. UsageError for `class_names` that are no list of names.
     """
     given = getattr(dataset, "class_names", None)
     if given is not None:
@@ -120,8 +119,7 @@ def check(
     `accept` names it.
 
     IdentityMismatch if they differ otherwise; names with nothing in common are a warning, unless
-    `strict`. accept None:
-    of a command that takes none.
+    `strict`. accept None: of a command that takes none.
     """
     found = compare(first, second, of=of)
     if found is None:

@@ -47,9 +47,8 @@ def load_data(
 
     prepared: gives, for pictures whose `args` do not say it, how they are to be prepared (see
     data/preprocessing.py; "" unknown). `file.py:name` and `package.module:name` are a dataset, or a
-    class or function that is called with
-    `args`. UsageError for an unknown SPEC or argument, NotBuilt for a SPEC that is planned and not
-    there yet.
+    class or function that is called with `args`. UsageError for an unknown SPEC or argument,
+    NotBuilt for a SPEC that is planned and not there yet.
     """
     prefix, _, rest = spec.partition(":")
     if prefix in SOURCES:

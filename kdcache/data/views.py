@@ -2,10 +2,9 @@
 computes it.
 
 A dataset with `view(sample_id, view, rng)` gets a numpy generator keyed by those numbers. For any
-other dataset
-`dataset[sample_id]` runs while the global generators of Python, numpy and torch (CPU) are seeded
-from them; they are put back afterwards. Generators that a dataset keeps for itself are out of
-reach; `identify` finds them.
+other dataset `dataset[sample_id]` runs while the global generators of Python, numpy and torch (CPU)
+are seeded from them; they are put back afterwards. Generators that a dataset keeps for itself are
+out of reach; `identify` finds them.
 """
 
 from __future__ import annotations

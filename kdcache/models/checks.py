@@ -82,7 +82,6 @@ Run = Callable[[nn.Module, Inputs], Output]
 
 
 # ---- what it is for
-# -----------------------------------------------------------------------------------------------
 
 
 def require_tokenizer(
@@ -153,7 +152,6 @@ def beyond_positions(model: Model, longest: int, *, role: str) -> str | None:
 
 
 # ---- padding
-# --------------------------------------------------------------------------------------------------
 
 
 def padding_of(module: nn.Module, dataset: Any = None) -> Padding:
@@ -180,7 +178,6 @@ def padding_of(module: nn.Module, dataset: Any = None) -> Padding:
 
 
 # ---- rows
-# -----------------------------------------------------------------------------------------------------
 
 
 def check_convention(asked: str | None) -> None:
@@ -337,7 +334,6 @@ def _by_name(module: nn.Module) -> str | None:
 
 
 # ---- one answer to one question
-# -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,8 +407,7 @@ def steadiness(asked: Question, ids: Sequence[int]) -> Steadiness | None:
     alone.
 
     None without rows. It costs two forward passes of a batch and one of a record. DataError where
-    the dataset's
-    `collate_fn` gives one record other inputs in another batch.
+    the dataset's `collate_fn` gives one record other inputs in another batch.
     """
     who, batch = f"the {asked.role} ({type(asked.module).__name__})", asked.read(ids)
     _check_repeats(asked, batch, ids)

@@ -20,8 +20,7 @@ from kdcache.user.guard import let_through, users_code
 
 # Fields of a configuration that no answer in eval mode depends on: where it came from and by which
 # version it was written, names of classes (which the data's identity has), what is returned beside
-# the logits, how it is trained.
-# `dtype` is a field of the identity itself.
+# the logits, how it is trained. `dtype` is a field of the identity itself.
 NO_MATTER = re.compile(
     r"_?name_or_path|_commit_hash|transformers_version|auto_map|architectures|torch_dtype|dtype|id2label|label2id"
     r"|finetuning_task|task_specific_params|tokenizer_class|prefix|problem_type|use_cache|return_dict"

@@ -185,8 +185,7 @@ def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def materialise(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Give the parameters and buffers of lazy modules, which have no shape before a first forward
-    pass, those of
-    `state`."""
+    pass, those of `state`."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(value) and name in state:
             lazy: Any = value

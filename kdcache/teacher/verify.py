@@ -76,10 +76,9 @@ def verify(
     on up to `samples` (32) evenly spaced records, in the dtype of the cache's teacher unless
     `dtype` is given. What is cached is looked up in its logits by plain torch, whichever engine
     wrote it. A difference is a problem when it exceeds the codec's own rounding by more than 4
-    times what two live runs in other batches differ by. These may differ by rounding alone:
-    more is a problem of its own.
-    UsageError for a teacher without data, CacheIncomplete if the dump has not ended; damage is
-    listed, not raised.
+    times what two live runs in other batches differ by. These may differ by rounding alone: more is
+    a problem of its own. UsageError for a teacher without data, CacheIncomplete if the dump has not
+    ended; damage is listed, not raised.
     """
     if (teacher is None) != (data is None):
         raise UsageError(

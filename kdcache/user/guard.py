@@ -65,8 +65,8 @@ class users_code:
     Errors of this package pass, and so does an Interrupted, in whatever a library wrapped it, and
     the KeyboardInterrupt of a Ctrl-C. What is no Exception (a `sys.exit`, the panic of a library in
     Rust) is a plain KDCacheError: no misuse of ours. `but` names what else passes. `what` may be a
-    function, called only when there is something to say. No
-    `yield` belongs into the block: it would meet the GeneratorExit of a generator that is closed.
+    function, called only when there is something to say. No `yield` belongs into the block: it
+    would meet the GeneratorExit of a generator that is closed.
     """
 
     __slots__ = ("but", "error", "what")

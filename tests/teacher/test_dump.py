@@ -261,7 +261,6 @@ def test_the_module_is_asked_in_eval_mode_and_given_back_as_it_was(dump: Dump) -
 
 
 # ---- sizes
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_shards_have_the_size_asked_for_whatever_the_batch_size(dump: Dump, tmp_path: Path) -> None:

@@ -225,7 +225,6 @@ def test_a_bad_row_is_refused_in_the_same_words(
 
 
 # ---- dumps
-# ----------------------------------------------------------------------------------------------------
 
 
 def dump(out: Path, **changes: Any) -> DumpReport:

@@ -246,7 +246,6 @@ def test_a_full_disk_while_writing_is_one_line_and_can_be_continued(
 
 
 # ---- signals
-# --------------------------------------------------------------------------------------------------
 
 SLOW = """
 import sys; sys.path[:0] = sys.argv[2:]

@@ -114,7 +114,6 @@ def test_a_run_says_what_its_weights_were_trained_on(tmp_path: Path, text: dict[
 
 
 # ---- positions
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_windows_beyond_a_learned_table_are_refused_and_beyond_rotary_ones_warned_of(
@@ -169,7 +168,6 @@ def test_a_teacher_that_fails_is_one_line_with_what_it_was_given(
 
 
 # ---- bytes
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_bytes_of_text_are_predicted_to_the_byte(
