@@ -56,8 +56,8 @@ NLI = ["entailment", "neutral", "contradiction"]
         (
             ["cat", "dog", "eel"],
             ["cat", "eel"],
-            "the teacher has 3 classes, the data 2; class 1 is 'dog' for the teacher "
-            "and 'eel' for the data; only the teacher has 'dog'",
+            "the teacher has 3 classes, the data 2; class 1 is 'dog' for the teacher and 'eel' for "
+            "the data; only the teacher has 'dog'",
         ),
         (
             ["cat", "dog", "eel"],

@@ -35,9 +35,9 @@ def test_code_by_name(tmp_path):
     file = tmp_path / "mine.py"
     (tmp_path / "neighbour_of_mine.py").write_text("VALUE = 5\n")
     file.write_text(
-        "import neighbour_of_mine\nCOUNT = []\n"
-        "def make(n, *, label=0):\n    return [(float(i), label) for i in range(n)]\n"
-        "def broken():\n    raise ValueError('no such\\nthing')\n"
+        "import neighbour_of_mine\nCOUNT = []\ndef make(n, *, label=0):\n    return [(float(i), "
+        "label) for i in range(n)]\ndef broken():\n    raise ValueError('no such\\n"
+        "thing')\n"
     )
     assert resolve(f"{file}:make") is resolve(f"{file}:make")  # the file runs once
     assert load_data(f"{file}:make", {"n": 2, "label": 1}) == [(0.0, 1), (1.0, 1)]

@@ -268,8 +268,7 @@ FILES = {  # name, what is saved, and what is said of it
     "old/ddp.pt": (
         {f"module.{name}": value for name, value in STATE.items() if "num_batches" not in name},
         ", without 'module.' before all names, without the num_batches_tracked of 2 batch norms, "
-        "which stay "
-        "as they are",
+        "which stay as they are",
     ),
 }
 

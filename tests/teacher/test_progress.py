@@ -31,8 +31,7 @@ def at(records: int) -> Progress:
 def test_a_line_says_everything() -> None:
     assert str(at(25)) == (
         "25/100 records (25 %) · 10/s · 8s to go · 2.0 KiB · covered 0.7500 at T=1, 0.5000 at T=2 "
-        "· "
-        "truncation KL 0.3, 0.7 · accuracy 0.9000"
+        "· truncation KL 0.3, 0.7 · accuracy 0.9000"
     )
     assert str(Progress(0, 100, 0.0, 0)) == "0/100 records (0 %) · 0/s · 0 B"
 

@@ -142,11 +142,9 @@ def test_ranks_share_the_shards_in_any_order(
 def test_ranks_at_the_same_time_give_the_same_cache(tmp_path: Path) -> None:
     dump(tmp_path / "whole", records_per_shard=2)
     script = (
-        "import sys, json; sys.path[:0] = sys.argv[2:]\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from test_resume import dump\n"
-        "print(json.dumps(dump(Path(sys.argv[1]), records_per_shard=2).to_json()))\n"
+        "import sys, json; sys.path[:0] = sys.argv[2:]\nimport torch; "
+        "torch.set_num_threads(1)\nfrom pathlib import Path\nfrom test_resume import "
+        "dump\nprint(json.dumps(dump(Path(sys.argv[1]), records_per_shard=2).to_json()))\n"
     )
     ranks = [
         subprocess.Popen(

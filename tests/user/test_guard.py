@@ -234,8 +234,8 @@ def test_sys_exit_in_a_file_of_users_is_an_error_of_exit_code_1(tmp_path: Path) 
         )
         refused(result, 1, spec.name, "sys.exit(0)", "line 2", "__main__")
     file.write_text(
-        "import sys\nclass Data:\n    def __len__(self): return 3\n    def __getitem__(self, i):"
-        " sys.exit()\nfrom torch import nn\nNet = lambda: nn.Linear(2, 3)\nClosing = lambda: "
+        "import sys\nclass Data:\n    def __len__(self): return 3\n    def __getitem__(self, i): "
+        "sys.exit()\nfrom torch import nn\nNet = lambda: nn.Linear(2, 3)\nClosing = lambda: "
         "sys.exit(3)\n"
     )
     for args in (
