@@ -420,9 +420,13 @@ def column_tensor(batch: Batch, name: str, device: torch.device) -> Tensor:
             f"column {name!r} is needed and was not read from the cache; read: "
             f"{', '.join(batch.columns)}"
         )
-    column: Array = batch.columns[name]
+    column: Array | Tensor = batch.columns[name]
+    stored = column if isinstance(column, Tensor) else stored_tensor(column)
+    return stored.to(device, non_blocking=True)
+
+
+def stored_tensor(column: Array) -> Tensor:
+    """A column in host memory as a tensor; the 16 bits of uint16 as int16."""
     if column.dtype == np.uint16:
         column = column.view(np.int16)
-    return torch.from_numpy(np.require(column, requirements=["C", "W"])).to(
-        device, non_blocking=True
-    )
+    return torch.from_numpy(np.require(column, requirements=["C", "W"]))

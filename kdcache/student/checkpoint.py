@@ -21,7 +21,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import stat
@@ -32,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -374,37 +372,6 @@ def check_same(folder: Path, module: nn.Module) -> None:
                 f"({value.dtype}, "
                 f"{list(value.shape)}) does not come back from its own checkpoint"
             )
-
-
-def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of the generators of torch (CPU, every GPU), numpy and Python: tensors and plain
-    values.
-    """
-    tensors = {"rng/torch": torch.get_rng_state()}
-    for index, state in enumerate(
-        torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    ):
-        tensors[f"rng/cuda{index}"] = state
-    legacy: Any = np.random.get_state()
-    tensors["rng/numpy"] = torch.from_numpy(legacy[1].astype(np.int64))
-    return tensors, {
-        "numpy": [int(legacy[2]), int(legacy[3]), float(legacy[4])],
-        "python": random.getstate(),
-    }
-
-
-def restore_generators(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Put the states of `generators` back."""
-    torch.set_rng_state(tensors["rng/torch"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"rng/cuda{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng/cuda{index}"], index)
-    position, has_gauss, gauss = values["numpy"]
-    np.random.set_state(
-        ("MT19937", tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
-    )
-    version, words, gauss_next = values["python"]
-    random.setstate((version, tuple(words), gauss_next))
 
 
 def sync(path: Path) -> None:

@@ -24,15 +24,14 @@ from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loss.arguments import check_integer, check_workers
 from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
-from kdcache.models.model import Model, Output, forward, load_model, move, pick_device, trying
+from kdcache.models.model import Model, Output, load_model, move, pick_device, trying
 from kdcache.models.specs import MODELS, names_in
 from kdcache.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
 from kdcache.student import checkpoint
-from kdcache.student.head import Head
-from kdcache.student.loader import as_samples
-from kdcache.student.loop import autocast
+from kdcache.student.head import WholeLogits
 from kdcache.student.run_folder import weights_folder
 from kdcache.student.settings import PRECISIONS
+from kdcache.student.sources import as_samples
 from kdcache.user.guard import entrance, printable, users_code
 from kdcache.user.paths import local_path
 
@@ -135,13 +134,15 @@ def evaluate(
         if not names:
             overlooked.extend(check_number(samples.class_names, width, of=OF, accept=accept))
 
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}"
+        )
     metrics = evaluate_module(
-        module,
+        WholeLogits(module, pick_device(device), precision),
         samples,
         batch_size=batch_size,
-        device=pick_device(device),
         workers=workers,
-        precision=precision,
         classes=classes,
         look=look,
         rows=rows or (None if run is None else run.rows),
@@ -153,35 +154,29 @@ def evaluate(
 
 
 def evaluate_module(
-    module: nn.Module,
+    student: WholeLogits,
     samples: Samples,
     *,
     batch_size: int,
-    device: torch.device,
     workers: int = 0,
-    precision: str = "float32",
     classes: int | None = None,
-    head: Head | None = None,
     first: int | None = None,
     rows: str | None = None,
     task: str = "",
     look: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """`evaluate` of a module that is there; its mode of training is put back.
+    """`evaluate` of a student that is there; its mode of training is put back.
 
-    head: of the module, for logits that are never whole. first: only so many samples, to find out
-    before a run whether they can be evaluated on; {} if none of them has a label. task: what the
-    module is for, if its SPEC says so. look: called with the number of classes, once it is known.
+    first: only so many samples, to find out before a run whether they can be evaluated on; {} if
+    none of them has a label. task: what the module is for, if its SPEC says so. look: called with
+    the number of classes, once it is known.
     """
+    module, device = student.module, student.device
     samples.padding = padding_of(module, samples.dataset)
     check_workers(workers)
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
     check_integer("classes", classes, optional=True)
-    if precision not in PRECISIONS:
-        raise UsageError(
-            f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}"
-        )
     batches = data_batches(
         samples, _in_order(min(first or len(samples), len(samples)), batch_size), workers
     )
@@ -194,35 +189,28 @@ def evaluate_module(
         with torch.inference_mode():
             for collated in batches:
                 inputs = to_device(collated.inputs, device, non_blocking=True)
-                with trying("student", module, inputs), autocast(device, precision):
-                    output = (forward if head is None else head.trunk)(module, inputs)
-                wide = cut_width(
-                    output.logits.shape[-1] if head is None else head.num_classes, classes
-                )
+                with trying("student", module, inputs):
+                    output = student.forward(module, inputs)
+                wide = cut_width(student.width(output), classes)
                 if look is not None:
                     look(wide)
                     look = None
                 require_softmax(module, wide, role="student")
                 if rows is None:
-                    with autocast(device, precision):
-                        rows, _ = find_rows(
-                            module,
-                            collated,
-                            output,
-                            task=task,
-                            device=device,
-                            role="student",
-                            run=None if head is None else head.trunk,
-                            num_classes=None if head is None else head.num_classes,
-                        )
+                    rows, _ = find_rows(
+                        module,
+                        collated,
+                        output,
+                        task=task,
+                        device=device,
+                        role="student",
+                        run=student.forward,
+                        num_classes=student.num_classes,
+                    )
                 rows_N, labels_N = _rows(output, collated, wide, rows)
                 labels_N = labels_N.to(device)
-                if head is None:
-                    sums += _sums(rows_N[:, :classes], labels_N)
-                else:
-                    with autocast(device, precision):
-                        for chunk, logits_NV in head.chunks(rows_N, classes):
-                            sums += _sums(logits_NV, labels_N[chunk])
+                for chunk, logits_NV in student.chunks(rows_N, classes):
+                    sums += _sums(logits_NV, labels_N[chunk])
     finally:
         batches.close()
         module.train(training)

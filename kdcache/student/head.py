@@ -1,19 +1,21 @@
-"""A student's head taken apart from its trunk: the trunk gives hidden states, and the logits are
-never whole.
+"""How a student's logits are made: whole, or in chunks inside the loss, its head taken apart from
+its trunk.
 
-The module's forward runs as it is written, with a stand-in where its last linear layer is, which
-keeps what the layer would be given. That is the same model only if it is known what comes after the
-layer: nothing, or a scale and a soft cap, softcap * tanh(scale * x / softcap) of the layer's x. The
-config says which, and the module has to prove it.
+In the latter case the trunk gives hidden states. The module's forward runs as it is written, with a
+stand-in where its last linear layer is, which keeps what the layer would be given. That is the same
+model only if it is known what comes after the layer: nothing, or a scale and a soft cap,
+softcap * tanh(scale * x / softcap) of the layer's x. The config says which, and the module has to
+prove it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,11 @@ from torch import Tensor, nn
 from kdcache.data.padding import Inputs
 from kdcache.errors import UsageError
 from kdcache.loss.kd_linear_loss import kd_linear_loss_parts, rows_in
-from kdcache.loss.kd_loss import LossParts
+from kdcache.loss.kd_loss import LossOptions, LossParts, kd_loss_parts
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.torch_engine import capped, wide
 from kdcache.models.model import Output, forward
+from kdcache.student.settings import PRECISIONS
 
 FEW = 16  # positions of one record: what the proof makes whole logits of
 # As configs of transformers name them: Gemma, RecurrentGemma, xLSTM; Cohere, Granite, which divides
@@ -37,6 +40,99 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 ROUNDINGS = 10
 
 
+class WholeLogits:
+    """A student whose logits are made whole: its forward pass, its loss, and its logits to evaluate.
+
+    Both this and `ChunkedLogits` run in the precision that is asked for; weights stay as they are.
+    """
+
+    # the classes of its logits, where their shape does not show them
+    num_classes: int | None = None
+
+    def __init__(self, module: nn.Module, device: torch.device, precision: str) -> None:
+        self.module, self.device, self.precision = module, device, precision
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+
+    def forward(self, run: nn.Module, inputs: Inputs) -> Output:
+        """Logits, or hidden states in their place; `run` is the module, or it compiled."""
+        with self.autocast():
+            return forward(run, inputs)
+
+    def width(self, output: Output) -> int:
+        """How many logits a row has."""
+        return output.logits.shape[-1]
+
+    def loss(
+        self,
+        rows_N: Tensor,
+        labels: Tensor | None,
+        targets: SoftTargets | None,
+        *,
+        inplace: bool,
+        **options: Unpack[LossOptions],
+    ) -> LossParts:
+        """`kd_loss_parts` of rows of what `forward` gave. inplace: nobody else reads them."""
+        return kd_loss_parts(rows_N, labels, targets, inplace=inplace, **options)
+
+    def chunks(self, rows_N: Tensor, classes: int | None) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows, and their logits, cut to so many classes."""
+        yield slice(None), rows_N[:, :classes]
+
+
+class ChunkedLogits(WholeLogits):
+    """A student whose head runs inside the loss: its logits are made and used chunk by chunk.
+
+    memory: bytes of a chunk. inputs: of a few records, for the proof (see `Head`).
+    """
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, precision: str, memory: int, inputs: Inputs
+    ) -> None:
+        super().__init__(module, device, precision)
+        with self.autocast():
+            self.head = Head(module, memory, inputs)
+        self.num_classes = self.head.linear.out_features
+
+    def forward(self, run: nn.Module, inputs: Inputs) -> Output:
+        with self.autocast():
+            return self.head.trunk(run, inputs)
+
+    def width(self, output: Output) -> int:
+        return self.head.linear.out_features
+
+    def loss(
+        self,
+        rows_N: Tensor,
+        labels: Tensor | None,
+        targets: SoftTargets | None,
+        *,
+        inplace: bool,
+        **options: Unpack[LossOptions],
+    ) -> LossParts:
+        """`kd_linear_loss_parts`, which keeps the hidden states."""
+        head = self.head
+        with self.autocast():
+            return kd_linear_loss_parts(
+                rows_N,
+                head.linear.weight,
+                labels,
+                targets,
+                bias=head.linear.bias,
+                memory=head.memory,
+                softcap=head.softcap,
+                logit_scale=head.scale,
+                **options,
+            )
+
+    def chunks(self, rows_N: Tensor, classes: int | None) -> Iterator[tuple[slice, Tensor]]:
+        with self.autocast():
+            yield from self.head.chunks(rows_N, classes)
+
+
 class Head:
     """The nn.Linear that `module.get_output_embeddings()` returns, as causal models of transformers
     do, with the memory for its logits, and the scale and soft cap that the module gives them.
@@ -45,25 +141,22 @@ class Head:
     mode, under the caller's autocast) as it is, and with chosen logits in place of the head's, from
     2^-8 to 2^12 and of both signs. These and the head's own the module leaves as they are, bit for
     bit, or makes of them what its config says, within ROUNDINGS. UsageError if not; where there is
-    no such layer, or no plain nn.Linear (an adapter, a quantised layer); and for a memory, bytes or
-    text, that holds no row.
+    no such layer, or no plain nn.Linear (an adapter, a quantised layer); and for a memory, in
+    bytes, that holds no row.
     """
 
-    def __init__(self, module: nn.Module, memory: int | str, inputs: Inputs) -> None:
+    def __init__(self, module: nn.Module, memory: int, inputs: Inputs) -> None:
         self.module, self.memory = module, memory
         self.linear, self.path = _find(module)
         parent, _, self._attribute = self.path.rpartition(".")
         self._parent, self._stand_in = module.get_submodule(parent), _StandIn(self.linear)
         self.scale, self.softcap = self._proven(_first(inputs))
 
-    def __str__(self) -> str:
-        after = "" if self.scale == 1 else f", scale {self.scale:g}"
-        after += "" if self.softcap is None else f", soft cap {self.softcap:g}"
-        return f"never whole, in chunks of {self.memory} inside the loss{after}"
-
     @property
-    def num_classes(self) -> int:
-        return self.linear.out_features
+    def after(self) -> str:
+        """What comes after the layer, to be said."""
+        scale = "" if self.scale == 1 else f", scale {self.scale:g}"
+        return scale + ("" if self.softcap is None else f", soft cap {self.softcap:g}")
 
     def trunk(self, run: nn.Module, inputs: Inputs) -> Output:
         """`forward(run, inputs)` with hidden states in place of logits; `run` is the module, or it
@@ -71,22 +164,6 @@ class Head:
         """
         output, hidden = self._without_head(run, inputs, torch.zeros_like)
         return dataclasses.replace(output, logits=hidden)
-
-    def loss(
-        self, hidden_NH: Tensor, labels: Tensor | None, targets: SoftTargets | None, **options: Any
-    ) -> LossParts:
-        """`kd_linear_loss_parts` with this head."""
-        return kd_linear_loss_parts(
-            hidden_NH,
-            self.linear.weight,
-            labels,
-            targets,
-            bias=self.linear.bias,
-            memory=self.memory,
-            softcap=self.softcap,
-            logit_scale=self.scale,
-            **options,
-        )
 
     def chunks(self, hidden_NH: Tensor, classes: int | None) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of rows, and their logits (cut to so many classes), scaled and capped, in float32
@@ -125,7 +202,7 @@ class Head:
         whole = forward(self.module, inputs).logits
         made, hidden = self._without_head(self.module, inputs, self._chosen)
         own = nn.functional.linear(hidden, self.linear.weight, self.linear.bias)
-        rows_in(self.memory, 1, self.num_classes, own.dtype)
+        rows_in(self.memory, 1, self.linear.out_features, own.dtype)
         said = _said(self.module)
         scales = [s for name in SCALES if name in said for s in (said[name], 1 / said[name])]
         caps: list[float | None] = [said[name] for name in CAPS if name in said]
@@ -151,11 +228,10 @@ class Head:
         """Logits of every size at which a cap may be met; of 8 bits, for a module that takes them
         in another dtype.
         """
-        x = torch.logspace(
-            -8, 12, hidden[..., 0].numel() * self.num_classes, base=2, device=hidden.device
-        )
+        shape = *hidden.shape[:-1], self.linear.out_features
+        x = torch.logspace(-8, 12, math.prod(shape), base=2, device=hidden.device)
         x[1::2] *= -1
-        return x.bfloat16().to(wide(hidden.dtype)).view(*hidden.shape[:-1], self.num_classes)
+        return x.bfloat16().to(wide(hidden.dtype)).view(shape)
 
 
 class _StandIn(nn.Linear):

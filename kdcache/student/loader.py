@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from kdcache.cache.columns import Array
 from kdcache.cache.spec import CacheSpec
-from kdcache.data.collate import Collated, to_device
+from kdcache.data.collate import Collated, read_batch
 from kdcache.data.padding import Inputs, Padding
-from kdcache.data.reading import Fetch, Prefetch, data_batches, prefetchable, token_batch
+from kdcache.data.reading import Prefetch, data_batches, prefetchable, token_batch
 from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
-from kdcache.data.samples import Samples, extremes
-from kdcache.data.sources import load_data
+from kdcache.data.samples import extremes
 from kdcache.errors import DataError, UsageError
 from kdcache.loss.arguments import (
     check_device,
@@ -37,18 +36,21 @@ from kdcache.loss.targets import SoftTargets, readable, soft_targets, targets_fr
 from kdcache.models.checks import check_convention, padding_of, telling_records
 from kdcache.models.model import forward, move, trying
 from kdcache.process.ranks import refuse_ranks
-from kdcache.student.batches import (
-    Micro,
-    Piece,
+from kdcache.student.batch import (
+    BatchIndex,
+    DeviceBatch,
+    MicroBatch,
     Rows,
     assemble,
     check_keys,
     find_features,
     needed_columns,
     student_rows,
+    to_device,
 )
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
+from kdcache.student.sources import as_cache, as_samples, cached_preprocessing
 from kdcache.user.guard import entrance, in_one_line
 
 if TYPE_CHECKING:
@@ -56,8 +58,6 @@ if TYPE_CHECKING:
 
 # of a token cache, among which the shortest and the longest are looked for
 TOKEN_RECORDS = 64
-# positions at a time: a call of the order costs 1.0 ms for 64 of them, 2.9 ms for 4,096
-ORDER_BLOCK = 4096
 
 
 class LoaderBatch(TypedDict):
@@ -85,17 +85,20 @@ class LoaderBatch(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One optimizer step: its micro-batches in host memory, and the counts of labelled and of
-    teacher rows in all.
+class GlobalBatch:
+    """The micro-batches of one optimizer step, in host memory, and the counts of labelled and of
+    teacher rows in all. start, stop: positions.
     """
 
-    index: int
+    step: int
     epoch: int
     start: int
     stop: int
-    micros: list[Micro]
+    micro_batches: list[MicroBatch]
     counts: tuple[float, float]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 class Loader:
@@ -107,8 +110,8 @@ class Loader:
     cache          a Cache or its path; None for labels and inputs only (plain training on the same
                    batches)
     data           a dataset, `Samples` or a data SPEC with `data_args`; None takes the inputs from
-    the cache's tokens temperature, k of the targets; by default 2 (1 for token caches) and the
-    largest tier
+                   the cache's tokens
+    temperature    and k, of the targets; by default 2 (1 for token caches) and the largest tier
     epochs         passes over the samples, or max_steps; by default one epoch. Epoch e uses view e
                    modulo the views of the cache; without a cache, view e
     features       names of cached features to read
@@ -192,7 +195,7 @@ class Loader:
             self.padding = padding_of(model, None if self.samples is None else self.samples.dataset)
         self.device = check_device(device)
         check_workers(workers)
-        self.batch_size, self.micro = _sizes(batch_size, micro_batch_size)
+        self.batch_size, self.micro_batch_size = _sizes(batch_size, micro_batch_size)
         self.workers, self.accept, self.classes = workers, tuple(accept), classes
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
         self.first, self.num_samples = first, last - first
@@ -254,88 +257,83 @@ class Loader:
         return self._batches(base, start)
 
     def _batches(self, base: int, start: int) -> Generator[LoaderBatch, None, None]:
-        with closing(self.steps(base, start)) as steps:
-            while (step := self._guarded(steps)) is not None:
-                for micro in step.micros:
-                    yield self.place(micro)
+        with closing(self.global_batches(base, start)) as batches:
+            while (batch := self._guarded(batches)) is not None:
+                for micro in batch.micro_batches:
+                    yield self._public(micro, self.to_device(micro))
 
     @in_one_line
-    def _guarded(self, steps: Generator[Step, None, None]) -> Step | None:
-        return next(steps, None)
+    def _guarded(self, batches: Generator[GlobalBatch, None, None]) -> GlobalBatch | None:
+        return next(batches, None)
 
-    def steps(self, base: int = 0, start: int | None = None) -> Generator[Step, None, None]:
-        """One `Step` for each optimizer step from `start` on, counted from position `base`; closing
-        the iterator stops its background work."""
-        at, micros = self.start if start is None else start, list[Micro]()
-        with closing(self._micros(base, at)) as source:
+    def global_batches(
+        self, base: int = 0, start: int | None = None
+    ) -> Generator[GlobalBatch, None, None]:
+        """One for each optimizer step from `start` on, counted from position `base`; closing the
+        iterator stops its background work.
+        """
+        at, micros = self.start if start is None else start, list[MicroBatch]()
+        with closing(self._micro_batches(base, at)) as source:
             for micro in source:
                 micros.append(micro)
-                stop = micro.piece.stop
-                if micro.piece.ends_step:
+                stop = micro.index.stop
+                if micro.index.ends_step:
                     counts = sum(m.counts[0] for m in micros), sum(m.counts[1] for m in micros)
-                    yield Step(
-                        at // self.batch_size,
-                        int(micros[0].piece.epochs[0]),
-                        at,
-                        stop,
-                        micros,
-                        counts,
-                    )
+                    epoch = int(micros[0].index.epochs[0])
+                    yield GlobalBatch(at // self.batch_size, epoch, at, stop, micros, counts)
                     at, micros = stop, []
 
-    def place(self, micro: Micro) -> LoaderBatch:
-        """A micro-batch on the device, with its targets unpacked there, or made by the live
-        teacher.
+    def to_device(self, micro: MicroBatch) -> DeviceBatch:
+        """A micro-batch on the device, with features, and with targets unpacked there or made by
+        the live teacher.
         """
-        device = self.device
-        inputs = to_device(micro.collated.inputs, device, non_blocking=True)
-        rows = None if micro.rows is None else (micro.rows[0].to(device), micro.rows[1].to(device))
+        batch, device = to_device(micro, self.device), self.device
+        columns: Any = batch.columns
+        cached: Any = None if micro.cached is None else replace(micro.cached, columns=columns)
+        features = {}
+        if self.features:
+            names = [feature.name for feature in self.features]
+            features = feature_tensors(cached, names, spec=self.spec, device=device)
         targets = None
         if self.teacher is not None:
-            targets = self._live(self.teacher, micro, inputs, rows)
-        elif self.reads_targets and micro.cached is not None:
+            targets = self._live(self.teacher, micro, batch.inputs, batch.rows)
+        elif self.reads_targets:
             targets = soft_targets(
-                micro.cached, spec=self.spec, temperature=self.temperature, k=self.k, device=device
+                cached, spec=self.spec, temperature=self.temperature, k=self.k, device=device
             )
+        return replace(batch, targets=targets, features=features)
+
+    @staticmethod
+    def _public(micro: MicroBatch, batch: DeviceBatch) -> LoaderBatch:
         return LoaderBatch(
-            inputs=inputs,
-            labels=None if micro.labels is None else micro.labels.to(device),
-            targets=targets,
-            rows=rows,
-            label_weight=None if micro.label_weight is None else micro.label_weight.to(device),
-            features={} if micro.cached is None else self._features(micro.cached),
-            sample_ids=torch.from_numpy(micro.piece.sample_ids),
-            views=torch.from_numpy(micro.piece.views),
-            epoch=int(micro.piece.epochs[0]),
-            position=micro.piece.stop,
+            inputs=batch.inputs,
+            labels=batch.labels,
+            label_weight=batch.label_weight,
+            targets=batch.targets,
+            features=dict(batch.features),
+            rows=batch.rows,
+            sample_ids=torch.from_numpy(micro.index.sample_ids),
+            views=torch.from_numpy(micro.index.views),
+            epoch=int(micro.index.epochs[0]),
+            position=micro.index.stop,
         )
 
-    def _features(self, cached: Batch) -> dict[str, Tensor]:
-        return feature_tensors(
-            cached, [f.name for f in self.features], spec=self.spec, device=self.device
-        )
-
-    def pieces(self, start: int | None = None, base: int = 0) -> Iterator[Piece]:
-        """What stands where: the records of every forward pass, from position `start` on, counted
-        from `base`. Nothing is read."""
-        views = (0, 0) if self.spec is None else (self.spec.views[0], self.spec.num_views)
-        at = known = first = self.start if start is None else start
-        block = self.order.sample(np.zeros(0, np.int64))
-        while at < self.total:
-            # Steps lie at multiples of the batch size, also when a run continues inside one under
-            # another size.
-            end = min(at - at % self.batch_size + self.batch_size, self.total)
-            if end > known:
-                first, known = at, min(max(end, at + ORDER_BLOCK), self.total)
-                block = self.order.sample(np.arange(base + first, base + known, dtype=np.int64))
-            epochs, samples = block[0][at - first : end - first], block[1][at - first : end - first]
-            shown = epochs if not views[1] else views[0] + epochs % views[1]
-            for a in range(0, end - at, self.micro):
-                b = min(a + self.micro, end - at)
-                yield Piece(
-                    epochs[a:b], samples[a:b] + self.first, shown[a:b], at + b, b == end - at
+    def indices(self, start: int | None = None, base: int = 0) -> Iterator[BatchIndex]:
+        """What stands where: the records of every micro-batch, from position `start` on, counted
+        from `base`. Nothing is read.
+        """
+        at = self.start if start is None else start
+        for epochs, samples in self.order.batches(at, self.total, self.batch_size, base):
+            views = epochs
+            if self.spec is not None:
+                views = self.spec.views[0] + epochs % self.spec.num_views
+            size = len(epochs)
+            for a in range(0, size, self.micro_batch_size):
+                b = min(a + self.micro_batch_size, size)
+                yield BatchIndex(
+                    epochs[a:b], samples[a:b] + self.first, views[a:b], at + b, b == size
                 )
-            at = end
+            at += size
 
     @property
     def padding(self) -> Padding:
@@ -368,14 +366,8 @@ class Loader:
 
     def first_inputs(self, records: int = 8) -> Collated:
         """The inputs of the first few records of a run, read here and now."""
-        piece = self._first(records)
-        if self.samples is not None:
-            return Fetch(self.samples)(piece.pairs)
-        # _check_sources: there are tokens, or there is data
-        assert self.cache is not None
-        collated = self._read(self.cache, piece)[1]
-        assert collated is not None
-        return collated
+        index = next(self.indices(0)).first(records)
+        return self._inputs(index, self._read(index) if self.samples is None else None)
 
     def telling(self, records: int = 8) -> list[int]:
         """Sample ids of a small batch with as much padding as is known of: the first few, the
@@ -387,15 +379,15 @@ class Loader:
         else:
             lengths = self.first_inputs(TOKEN_RECORDS).lengths
             assert lengths is not None
-            known = self._first(TOKEN_RECORDS).sample_ids
+            known = next(self.indices(0)).first(TOKEN_RECORDS).sample_ids
             extreme = [int(known[lengths.argmin()]), int(known[lengths.argmax()])]
-        ids = dict.fromkeys(self._first(records).sample_ids.tolist())
+        ids = dict.fromkeys(next(self.indices(0)).first(records).sample_ids.tolist())
         return telling_records(list(ids), extreme if len(set(extreme)) > 1 else [])
 
     def inputs_of(self, sample_ids: Sequence[int], view: int = 0) -> Collated:
         """The inputs of some records, read here and now."""
         if self.samples is not None:
-            return Fetch(self.samples)([(sample_id, view) for sample_id in sample_ids])
+            return read_batch(self.samples, [(sample_id, view) for sample_id in sample_ids])
         assert self.cache is not None and self.spec is not None
         batch = self.cache.read(
             np.array([self.spec.record(self.spec.views[0] + view, i) for i in sample_ids]),
@@ -403,73 +395,64 @@ class Loader:
         )
         return token_batch(batch, self.padding)
 
-    def _first(self, records: int) -> Piece:
-        piece = next(self.pieces(0))
-        few = slice(0, records)
-        return Piece(
-            piece.epochs[few],
-            piece.sample_ids[few],
-            piece.views[few],
-            min(records, piece.stop),
-            True,
-        )
-
-    def peek(self, records: int = 8) -> Micro:
+    def peek(self, records: int = 8) -> MicroBatch:
         """The first few records of a run, read here and now, to check shapes with."""
-        return self._here(self._first(records))
+        return self._here(next(self.indices(0)).first(records))
 
-    def extremes(self) -> list[Micro]:
+    def extremes(self) -> list[MicroBatch]:
         """The first micro-batch of a run, which is as large as any, and the smallest if it is
         smaller; read here and now."""
         # where the last step begins
         last = self.total - 1 - (self.total - 1) % self.batch_size
-        first = next(self.pieces(0))
-        ends = [next(piece for piece in self.pieces(at) if piece.ends_step) for at in {0, last}]
-        smallest = min((first, *ends), key=lambda piece: len(piece.sample_ids))
-        return [self._here(piece) for piece in (first, smallest)][: 1 + (smallest is not first)]
+        first = next(self.indices(0))
+        ends = [next(index for index in self.indices(at) if index.ends_step) for at in {0, last}]
+        smallest = min((first, *ends), key=len)
+        return [self._here(index) for index in (first, smallest)][: 1 + (smallest is not first)]
 
-    def _here(self, piece: Piece) -> Micro:
-        batch, collated = (None, None) if self.cache is None else self._read(self.cache, piece)
-        if self.samples is not None:
-            collated = Fetch(self.samples)(piece.pairs)
-        # _check_sources: there are tokens, or there is data
-        assert collated is not None
-        return self._finish(piece, collated, batch)
-
-    def _micros(self, base: int, start: int) -> Generator[Micro, None, None]:
+    def _micro_batches(self, base: int, start: int) -> Generator[MicroBatch, None, None]:
         """A thread reads ahead and assembles; inputs that it may not build join their cached rows
         here.
         """
-        samples, pieces = self.samples, partial(self.pieces, start, base)
+        samples, indices = self.samples, partial(self.indices, start, base)
         if samples is None or (not self.workers and prefetchable(samples.dataset)):
-            fetch = None if samples is None else Fetch(samples)
-            with Prefetch(self._assembled(pieces(), fetch), check=self.check) as ahead:
+            with Prefetch(map(self._here, indices()), check=self.check) as ahead:
                 yield from ahead
             return
         data = data_batches(
-            samples, lambda: (piece.pairs for piece in pieces()), self.workers, self.check
+            samples, lambda: (index.pairs for index in indices()), self.workers, self.check
         )
-        with Prefetch(self._reads(pieces()), check=self.check) as reads, closing(data):
-            for piece, batch, _ in reads:
-                yield self._finish(piece, next(data), batch)
+        reads = ((index, self._read(index)) for index in indices())
+        with Prefetch(reads, check=self.check) as ahead_of, closing(data):
+            for index, cached in ahead_of:
+                yield self._finish(index, next(data), cached)
 
-    def _assembled(self, pieces: Iterator[Piece], fetch: Fetch | None) -> Iterator[Micro]:
-        for piece, batch, collated in self._reads(pieces):
-            inputs = collated if fetch is None else fetch(piece.pairs)
-            # _check_sources: there are tokens, or there is data
-            assert inputs is not None
-            yield self._finish(piece, inputs, batch)
+    def _here(self, index: BatchIndex) -> MicroBatch:
+        cached = self._read(index)
+        return self._finish(index, self._inputs(index, cached), cached)
 
-    def _finish(self, piece: Piece, collated: Collated, batch: Batch | None) -> Micro:
+    def _read(self, index: BatchIndex) -> Batch | None:
+        """What the cache has of these records."""
+        if self.cache is None:
+            return None
+        return self.cache.read(self._records(self.cache.spec, index), self.columns)
+
+    def _inputs(self, index: BatchIndex, cached: Batch | None) -> Collated:
+        """The inputs of these records, from the data, else from the tokens of the cache."""
+        if self.samples is not None:
+            return read_batch(self.samples, index.pairs)
+        assert cached is not None  # _check_sources: there are tokens, or there is data
+        return token_batch(cached, self.padding)
+
+    def _finish(self, index: BatchIndex, collated: Collated, batch: Batch | None) -> MicroBatch:
         if batch is not None and self.samples is not None:
             try:
-                check_keys(piece, batch, collated, self.accept)
+                check_keys(index, batch, collated, self.accept)
             except DataError:
                 if self.cache is not None:  # before the data is blamed
                     self.cache.prove(batch.records)
                 raise
         return assemble(
-            piece,
+            index,
             collated,
             batch,
             spec=self.spec,
@@ -479,38 +462,28 @@ class Loader:
             num_classes=self.num_classes,
         )
 
-    def _reads(
-        self, pieces: Iterator[Piece]
-    ) -> Iterator[tuple[Piece, Batch | None, Collated | None]]:
-        for piece in pieces:
-            yield piece, *((None, None) if self.cache is None else self._read(self.cache, piece))
-
     def prove(self, start: int, stop: int) -> None:
         """Read again every cached byte that the records of positions [start, stop) come from: for a
         step whose numbers cannot be. CacheCorrupt naming the file that has changed since it was
         proven."""
         if self.cache is None:
             return
-        for piece in self.pieces(start):
-            self.cache.prove(self._records(self.cache.spec, piece))
-            if piece.stop >= stop:
+        for index in self.indices(start):
+            self.cache.prove(self._records(self.cache.spec, index))
+            if index.stop >= stop:
                 return
 
-    def _records(self, spec: CacheSpec, piece: Piece) -> Array:
-        """The numbers of the records of a piece in a cache."""
-        records: Array = (piece.views - spec.views[0]) * spec.num_samples + (
-            piece.sample_ids - self.first
+    def _records(self, spec: CacheSpec, index: BatchIndex) -> Array:
+        """The numbers of these records in a cache."""
+        records: Array = (index.views - spec.views[0]) * spec.num_samples + (
+            index.sample_ids - self.first
         )
         return records
-
-    def _read(self, cache: Cache, piece: Piece) -> tuple[Batch, Collated | None]:
-        batch = cache.read(self._records(cache.spec, piece), self.columns)
-        return batch, token_batch(batch, self.padding) if self.samples is None else None
 
     # not inference mode: its tensors cannot take part in the student's backward
     @torch.no_grad()
     def _live(
-        self, teacher: nn.Module, micro: Micro, inputs: Inputs, rows: Rows | None
+        self, teacher: nn.Module, micro: MicroBatch, inputs: Inputs, rows: Rows | None
     ) -> SoftTargets:
         with trying("live teacher", teacher, inputs):
             output = forward(teacher, inputs)
@@ -587,8 +560,7 @@ class Loader:
             )
 
     def _temperature(self, asked: float | str | None) -> float:
-        ragged = self.spec is not None and self.spec.rows == "ragged"
-        name = check_temperature((1.0 if ragged else 2.0) if asked is None else asked)
+        name = check_temperature(default_temperature(self.spec) if asked is None else asked)
         stored = (
             self.spec.temperatures
             if self.spec is not None and self.spec.kind == "topk"
@@ -642,49 +614,9 @@ def cut_logits(logits_NV: Tensor, classes: int) -> Tensor:
     return kept_NV
 
 
-def as_cache(cache: Cache | str | Path | None) -> Cache | None:
-    """An open cache; a path is opened."""
-    from kdcache.cache.reader import Cache
-    from kdcache.cache.reader import open as open_cache
-
-    check_type("cache", cache, (Cache, str, Path, NoneType), "a path, or what kdcache.open gives")
-    return open_cache(cache) if isinstance(cache, str | Path) else cache
-
-
-def cached_preprocessing(cache: Cache | None) -> str:
-    """How the pictures were prepared that a cache is about, "" unknown."""
-    return "" if cache is None else str(cache.identity.data.get("preprocessing", ""))
-
-
-def as_samples(
-    data: Any,
-    args: Mapping[str, Any] | None = None,
-    *,
-    seed: int | None = 0,
-    labels: bool = True,
-    prepared: Callable[[], str] | None = None,
-) -> Samples | None:
-    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views;
-    None takes any. labels: False leaves its labels unread. prepared: as `load_data` takes it."""
-    if isinstance(data, str):
-        data = load_data(data, dict(args or {}), prepared)
-    elif args:
-        raise UsageError(
-            "data arguments are given, but the data is an object, or there is none; they belong to "
-            "a SPEC"
-        )
-    if isinstance(data, Samples):
-        if seed is not None and data.seed != seed:
-            raise UsageError(
-                f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; "
-                f"give Samples(dataset, seed={seed}), or the dataset itself"
-            )
-        return (
-            data
-            if labels or not data.labels
-            else Samples(data.dataset, seed=data.seed, labels=False)
-        )
-    return None if data is None else Samples(data, seed=seed or 0, labels=labels)
+def default_temperature(spec: CacheSpec | None) -> float:
+    """Of soft targets, where nobody says: 1 for the rows of tokens, else 2."""
+    return 1.0 if spec is not None and spec.rows == "ragged" else 2.0
 
 
 def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:

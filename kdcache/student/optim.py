@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from kdcache.errors import UsageError, near
+from kdcache.errors import UsageError
 
 Named = list[tuple[str, nn.Parameter]]
 
-# name -> (how it is made, its weight decay if none is asked for)
+# name -> (how it is made, its weight decay where none is asked for)
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float]] = {
     "adamw": (AdamW, 0.01),
     "adam": (Adam, 0.0),
-    "sgd": (lambda groups, lr: SGD(groups, lr=lr, momentum=0.9), 0.0),
+    "sgd": (partial(SGD, momentum=0.9), 0.0),
 }
 
 
@@ -40,22 +41,24 @@ def trainable(*modules: tuple[str, nn.Module]) -> Named:
 
 
 def make_optimizer(
-    name: str, parameters: Named, *, lr: float, weight_decay: float | None = None
+    name: str, parameters: Named, *, lr: float, weight_decay: float, fused: bool = False
 ) -> Optimizer:
     """adamw, adam (decay is part of the gradient) or sgd (momentum 0.9).
 
-    Parameters of one axis or none (biases, the scales of norms) are not decayed. weight_decay None:
-    0.01 for adamw, else 0.
+    Parameters of one axis or none (biases, the scales of norms) are not decayed. fused: one kernel
+    that can be told on the device to leave a step out, where all parameters are floating.
     """
-    if name not in OPTIMIZERS:
-        raise UsageError(f"optimizer {name!r} is unknown{near(name, OPTIMIZERS)}")
-    make, default = OPTIMIZERS[name]
-    decay = default if weight_decay is None else weight_decay
+    fused = fused and all(p.is_floating_point() for _, p in parameters)
     groups = [
-        {"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return make([g for g in groups if g["params"]], lr=lr)
+    make, _ = OPTIMIZERS[name]
+    return make([g for g in groups if g["params"]], lr=lr, **({"fused": True} if fused else {}))
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +109,18 @@ def restore_optimizer(
     optimizer: Optimizer, parameters: Named, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Put the tensors of `optimizer_tensors` back, each on its parameter's device; Adam's count
-    stays on the CPU.
+    stays on the CPU, but of a fused one.
     """
+    fused = is_fused(optimizer)
     by_name: dict[str, dict[str, Any]] = {}
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         by_name.setdefault(name, {})[key] = value
     for name, parameter in parameters:
         for key, value in by_name.pop(name, {}).items():
-            optimizer.state[parameter][key] = (
-                value if key == "step" else value.to(parameter.device, parameter.dtype)
-            )
+            dtype = None if key == "step" else parameter.dtype
+            there = fused or key != "step"
+            optimizer.state[parameter][key] = value.to(parameter.device, dtype) if there else value
     if by_name:
         raise UsageError(
             f"the checkpoint has optimizer state for {_some(by_name)}, which the student does not "

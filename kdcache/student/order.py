@@ -2,12 +2,13 @@
 position).
 
 The normative text is docs/order.md. Integer arithmetic only, no state: the state of a run is one
-position. Nothing here knows of shards, ranks, workers or batch sizes, so a run continues under
-another number of any of them.
+position. Where a sample stands depends on no shards, ranks, workers or batch sizes, so a run
+continues under another number of any of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ NAME = "kd1"
 ROUNDS = 12
 MAX_SAMPLES = 2**48
 MAX_POSITION = 2**62
+# positions at a time: a call of the order costs 1.0 ms for 64 of them, 2.9 ms for 4,096
+BLOCK = 4096
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
@@ -64,22 +67,20 @@ class Order:
             positions.shape
         )
 
-    def batch(self, step: int, batch_size: int, stop: int | None = None) -> tuple[Int64s, Int64s]:
-        """`sample` of the positions [step * batch_size, (step + 1) * batch_size), cut at `stop`,
-        the end of the run.
+    def batches(
+        self, start: int, stop: int, size: int, base: int = 0
+    ) -> Iterator[tuple[Int64s, Int64s]]:
+        """`sample` of positions [start, stop), counted from `base`, in batches that end at the
+        multiples of `size`: also where a run continues inside of one that had another size.
 
-        A batch may hold the end of one epoch and the start of the next; only the last of a run is
-        short.
+        A batch may hold the end of one epoch and the start of the next.
         """
-        if step < 0 or batch_size < 1:
-            raise UsageError(
-                f"batch {step} of size {batch_size}; expected a step of at least 0, a size of at "
-                "least 1"
-            )
-        start, end = step * batch_size, (step + 1) * batch_size
-        if stop is not None:
-            start, end = min(start, stop), min(end, stop)
-        return self.sample(np.arange(start, end, dtype=np.int64))
+        while start < stop:
+            end = min(max(start + BLOCK, start + size) // size * size, stop)
+            epochs, samples = self.sample(np.arange(base + start, base + end, dtype=np.int64))
+            cuts = np.arange(start // size * size + size, end, size) - start
+            yield from zip(np.split(epochs, cuts), np.split(samples, cuts), strict=True)
+            start = end
 
 
 def _permute(places: UInt64s, epochs: UInt64s, num_samples: int, seed: int) -> UInt64s:

@@ -1,59 +1,126 @@
-"""The numbers and names that decide a training run, checked at the door and written to run.toml."""
+"""What a run does: options as they were given, checked, and the settings that they come to.
+
+`check_options` looks at the values alone, before anything is opened. `resolve` fills in what was
+left out, once the cache is known; run.toml, loader, loss, training and evaluation read the same
+`Settings`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from kdcache.cache.spec import CacheSpec
 from kdcache.errors import NotBuilt, UsageError, near
 from kdcache.loss.arguments import check_integer, check_number, check_type
 from kdcache.loss.divergences import Divergence
-from kdcache.loss.engines import check_engine
+from kdcache.loss.engines import check_engine, meant
 from kdcache.loss.kd_linear_loss import memory_size
 from kdcache.models.checks import check_convention
+from kdcache.student.loader import default_temperature
 from kdcache.student.match import Match, parse_match
+from kdcache.student.optim import OPTIMIZERS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALPHA = 0.5  # the weight of the soft loss where there are labels beside it
 # sign of better
 BEST_BY = {"eval_loss": -1, "eval_perplexity": -1, "eval_accuracy": 1, "eval_accuracy_top5": 1}
+SOFT = ("temperature", "k", "divergence", "beta", "tail")  # options of the soft loss alone
+
+_number, _integer = check_number, check_integer
+_number_or_none = partial(check_number, optional=True)
+_integer_or_none = partial(check_integer, optional=True)
+_name = partial(check_type, kind=str, expected="a name")
+_name_or_none = partial(check_type, kind=(str, NoneType), expected="a name")
+_flag = partial(check_type, kind=bool, expected="True or False")
+
+
+def _anything(name: str, value: Any) -> None:
+    """No check of the type: the value was made here, or is checked beside others below."""
+
+
+# The options that are plain values, in the order of run.toml -> what each may be given as.
+OPTIONS: dict[str, Callable[[str, Any], None]] = {
+    "temperature": _number_or_none,
+    "k": _integer_or_none,
+    "classes": _integer_or_none,
+    "alpha": _number_or_none,
+    "ce_weight": _number_or_none,
+    "kd_weight": _number_or_none,
+    "divergence": _name_or_none,
+    "beta": _number_or_none,
+    "tail": _name_or_none,
+    "match": _anything,
+    "engine": _name,
+    "logits_memory": _anything,
+    "epochs": _number_or_none,
+    "max_steps": _integer_or_none,
+    "batch_size": _integer,
+    "micro_batch_size": _integer_or_none,
+    "optimizer": _name,
+    "lr": _number,
+    "weight_decay": _number_or_none,
+    "warmup": _number,
+    "clip": _number,
+    "precision": _name,
+    "compile": _flag,
+    "device": _anything,
+    "seed": _integer,
+    "shuffle": _flag,
+    "deterministic": _flag,
+    "eval_every": _integer_or_none,
+    "save_every": _integer_or_none,
+    "best_by": _name_or_none,
+    "accept": _anything,
+    "rows": _anything,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Options of `train_student` that are plain values; UsageError for one that cannot be."""
+    """Every choice of a run. A None is a choice too:
 
+    temperature     no soft loss; k then too, and where all classes of a live teacher are taken
+    classes         all logits are classes
+    logits_memory   logits are made whole; else bytes of a chunk of them
+    epochs          as long as max_steps says, and the other way round
+    eval_every      once an epoch, and save_every
+    best_by         accuracy where the evaluation has one, else the loss
+    rows            as cache, student or labels show
+
+    options: what was given, as run.toml holds it. defaults: sentences about what was not given.
+    """
+
+    ce_weight: float
+    kd_weight: float
     temperature: float | None
     k: int | None
     classes: int | None
-    alpha: float | None  # None: as `default_weights` says
-    ce_weight: float | None
-    kd_weight: float | None
-    divergence: str
-    beta: float | None
-    tail: str
-    match: tuple[str, ...]
+    divergence: Divergence
+    matches: tuple[Match, ...]
     engine: str
-    logits_memory: str | None
+    logits_memory: int | None
     epochs: float | None
     max_steps: int | None
     batch_size: int
-    micro_batch_size: int | None
+    micro_batch_size: int
     optimizer: str
     lr: float
-    weight_decay: float | None
+    weight_decay: float
     warmup: float
     clip: float
     precision: str
     compile: bool
-    device: str
+    device: torch.device
     seed: int
     shuffle: bool
     deterministic: bool
@@ -61,113 +128,9 @@ class Settings:
     save_every: int | None
     best_by: str | None
     accept: tuple[str, ...]
-    rows: str | None = None
-
-    def __post_init__(self) -> None:
-        self._check_types()
-        # numpy's scalars, which have arithmetic of their own
-        for field in dataclasses.fields(self):
-            if isinstance(value := getattr(self, field.name), np.generic):
-                object.__setattr__(self, field.name, value.item())
-        if (self.epochs is None) == (self.max_steps is None):
-            raise UsageError("give either epochs or max_steps: how long to train")
-        check_convention(self.rows)
-        _named("precision", self.precision, PRECISIONS)
-        if self.best_by is not None:
-            _named("best_by", self.best_by, BEST_BY)
-        Divergence(self.divergence, self.beta, self.tail)
-        if self.tail == "sampled":
-            raise NotBuilt(
-                "tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not "
-                "built yet; "
-                "use tail 'bucket'"
-            )
-        check_engine(self.engine, torch.device(self.device))
-        if self.logits_memory is not None:
-            memory_size(self.logits_memory)
-        if self.precision == "float16" and torch.device(self.device).type == "cpu":
-            raise UsageError(
-                "precision float16 is not available on the CPU; use bfloat16 or float32"
-            )
-        for name in ("lr", "weight_decay", "warmup", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{name} is {value}; expected a number of at least 0")
-        for name in ("eval_every", "save_every", "k", "classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed is {self.seed}; expected 0 <= seed < 2^63")
-        if (self.ce_weight is None) != (self.kd_weight is None):
-            raise UsageError(
-                f"ce_weight is {self.ce_weight} and kd_weight is {self.kd_weight}; give both, or "
-                "neither "
-                "and alpha"
-            )
-        weights = self.weight_ce, self.weight_kd
-        if not (self.alpha is None or 0 <= self.alpha <= 1) or not all(
-            0 <= weight < math.inf for weight in weights
-        ):
-            raise UsageError(
-                f"alpha is {self.alpha}, ce_weight {self.ce_weight}, kd_weight {self.kd_weight}; "
-                "expected "
-                "alpha from 0 to 1 and weights of at least 0"
-            )
-        if not (self.weight_ce or self.weight_kd or self.match):
-            raise UsageError("every weight of the loss is 0; there is nothing to learn from")
-
-    def _check_types(self) -> None:
-        for name in ("lr", "warmup", "clip"):
-            check_number(name, getattr(self, name))
-        for name in (
-            "alpha",
-            "temperature",
-            "ce_weight",
-            "kd_weight",
-            "beta",
-            "epochs",
-            "weight_decay",
-        ):
-            check_number(name, getattr(self, name), optional=True)
-        for name in ("batch_size", "seed"):
-            check_integer(name, getattr(self, name))
-        for name in ("k", "classes", "max_steps", "micro_batch_size", "eval_every", "save_every"):
-            check_integer(name, getattr(self, name), optional=True)
-        for name in ("divergence", "tail", "engine", "optimizer", "precision"):
-            check_type(name, getattr(self, name), str, "a name")
-        check_type("best_by", self.best_by, (str, NoneType), "a name")
-        for name in ("compile", "shuffle", "deterministic"):
-            check_type(name, getattr(self, name), bool, "True or False")
-
-    @property
-    def weight_ce(self) -> float:
-        return (
-            1 - (ALPHA if self.alpha is None else self.alpha)
-            if self.ce_weight is None
-            else self.ce_weight
-        )
-
-    @property
-    def weight_kd(self) -> float:
-        return (
-            (ALPHA if self.alpha is None else self.alpha)
-            if self.kd_weight is None
-            else self.kd_weight
-        )
-
-    @property
-    def matches(self) -> list[Match]:
-        return [parse_match(text) for text in self.match]
-
-    def table(self) -> dict[str, Any]:
-        """Flag name -> value, without what is left at None: the options as run.toml holds them."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not None
-        }
+    rows: str | None
+    options: Mapping[str, Any]
+    defaults: tuple[str, ...]
 
 
 def texts(values: Sequence[Any]) -> tuple[str, ...]:
@@ -175,6 +138,257 @@ def texts(values: Sequence[Any]) -> tuple[str, ...]:
     return (values,) if isinstance(values, str) else tuple(str(value) for value in values)
 
 
-def _named(what: str, value: str, known: dict[str, Any]) -> None:
+def check_options(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The plain options among the arguments of `train_student`, by name; UsageError for a value
+    that cannot be, whatever cache and data are.
+
+    Repeatable ones are tuples, numbers of numpy, which have arithmetic of their own, Python's.
+    """
+    repeated = {name: texts(given[name]) for name in ("match", "accept")}
+    given = {**given, **repeated, "device": str(device)}
+    options = {name: given[name] for name in OPTIONS}
+    for name, check in OPTIONS.items():
+        check(name, options[name])
+        if isinstance(value := options[name], np.generic):
+            options[name] = value.item()
+    if (options["epochs"] is None) == (options["max_steps"] is None):
+        raise UsageError("give either epochs or max_steps: how long to train")
+    check_convention(options["rows"])
+    _one_of("precision", options["precision"], PRECISIONS)
+    if options["best_by"] is not None:
+        _one_of("best_by", options["best_by"], BEST_BY)
+    if _divergence(options).tail == "sampled":
+        raise NotBuilt(
+            "tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not "
+            "built yet; use tail 'bucket'"
+        )
+    check_engine(options["engine"], device)
+    _one_of("optimizer", options["optimizer"], OPTIMIZERS)
+    if options["precision"] == "float16" and device.type == "cpu":
+        raise UsageError("precision float16 is not available on the CPU; use bfloat16 or float32")
+    for name in ("lr", "weight_decay", "warmup", "clip"):
+        value = options[name]
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{name} is {value}; expected a number of at least 0")
+    for name in ("eval_every", "save_every", "k", "classes"):
+        value = options[name]
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1")
+    if not 0 <= options["seed"] < 2**63:
+        raise UsageError(f"seed is {options['seed']}; expected 0 <= seed < 2^63")
+    _check_weights(options)
+    return options
+
+
+def _divergence(options: Mapping[str, Any]) -> Divergence:
+    return Divergence(
+        options["divergence"] or "forward_kl", options["beta"], options["tail"] or "bucket"
+    )
+
+
+def _check_weights(options: Mapping[str, Any]) -> None:
+    alpha, ce, kd = (options[name] for name in ("alpha", "ce_weight", "kd_weight"))
+    if (ce is None) != (kd is None):
+        raise UsageError(
+            f"ce_weight is {ce} and kd_weight is {kd}; give both, or neither and alpha"
+        )
+    if (
+        not (alpha is None or 0 <= alpha <= 1)
+        or not (ce is None or 0 <= ce < math.inf)
+        or not (kd is None or 0 <= kd < math.inf)
+    ):
+        raise UsageError(
+            f"alpha is {alpha}, ce_weight {ce}, kd_weight {kd}; expected alpha from 0 to 1 and "
+            "weights of at least 0"
+        )
+    if ce == kd == 0 and not options["match"]:
+        raise UsageError("every weight of the loss is 0; there is nothing to learn from")
+
+
+def check_used(given: Mapping[str, Any]) -> None:
+    """UsageError for an argument of `train_student` that beside, or without, another one would have
+    no effect.
+    """
+    alpha, ce, kd = (given[name] for name in ("alpha", "ce_weight", "kd_weight"))
+    if alpha is not None and ce is not None and kd is not None:
+        raise UsageError(
+            f"alpha is {alpha}, beside ce_weight {ce} and kd_weight {kd}, which say all; give "
+            "alpha, or the two weights"
+        )
+    for name in ("data", "eval_data"):
+        source, args = given[name], given[f"{name}_args"]
+        if args and not isinstance(source, str):
+            found = "is not given" if source is None else f"is an object, the {name} is an object"
+            raise UsageError(
+                f"{name}_args {sorted(args)} (--{name.replace('_', '-')}-arg): {name} {found}; "
+                "arguments belong to a SPEC"
+            )
+    for name in ("eval_every", "best_by"):
+        if given[name] is not None and given["eval_data"] is None:
+            raise UsageError(
+                f"{name} is {given[name]}, but there is nothing to evaluate on; give eval_data, or "
+                "leave it out"
+            )
+
+
+def resolve(
+    options: Mapping[str, Any],
+    spec: CacheSpec | None,
+    *,
+    live_teacher: nn.Module | None,
+    evaluated: bool,
+) -> Settings:
+    """The settings of a run whose `options` have passed `check_options`, on a cache of that `spec`.
+
+    evaluated: there is evaluation data. UsageError for a part of the loss that has nothing to learn
+    from, and for options that would do nothing.
+    """
+    weights, defaults = _default_weights(options, spec, live_teacher)
+    options = {**options, **weights}
+    memory, divergence = options["logits_memory"], _divergence(options)
+    table = {
+        **options,
+        "divergence": divergence.name,
+        "tail": divergence.tail,
+        "logits_memory": None if memory is None else str(memory),
+    }
+    table = {
+        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for name, value in table.items()
+        if value is not None
+    }
+    if "ce-weight" in table:
+        table.pop("alpha", None)
+    full = {name.replace("-", "_"): value for name, value in filled(table, spec).items()}
+    soft = full["kd_weight"] > 0
+    _check_teachers(full, soft, spec, live_teacher)
+    if not soft:
+        _check_idle(options, full, live_teacher, evaluated)
+        table = {name: value for name, value in table.items() if name not in SOFT}
+    if not evaluated:
+        table.pop("best-by", None)
+    if soft and options["temperature"] is None:
+        kind = "one row per record" if spec is None or spec.rows == "one" else "rows of tokens"
+        defaults.append(f"temperature {full['temperature']:g}, the default for {kind}")
+    if soft and options["k"] is None and spec is not None and spec.kind == "topk":
+        defaults.append(f"k {spec.k}, the largest tier of the cache")
+    if options["weight_decay"] is None:
+        defaults.append(f"weight decay {full['weight_decay']:g}, none on biases and norms")
+    chosen: dict[str, Any] = {
+        field.name: full.get(field.name) for field in dataclasses.fields(Settings)
+    }
+    if not soft:
+        chosen |= {"temperature": None, "k": None}
+    elif live_teacher is not None:
+        chosen["k"] = options["k"]
+    chosen |= {
+        "divergence": divergence,
+        "matches": tuple(map(parse_match, options["match"])),
+        "logits_memory": None if memory is None else memory_size(memory),
+        "device": torch.device(options["device"]),
+        "accept": options["accept"],
+        "options": table,
+        "defaults": tuple(defaults),
+    }
+    return Settings(**chosen)
+
+
+def filled(table: Mapping[str, Any], spec: CacheSpec | None) -> dict[str, Any]:
+    """The options of a run by their flags, as run.toml has them, with what they stand for. Another
+    run's are compared as they come out here.
+    """
+    out = dict(table)
+    if spec is not None and spec.kind in ("topk", "full"):
+        out.setdefault("k", spec.k if spec.kind == "topk" else spec.num_classes)
+    out.setdefault("temperature", default_temperature(spec))
+    out.setdefault("weight-decay", OPTIMIZERS.get(out.get("optimizer", ""), (None, None))[1])
+    out.setdefault("micro-batch-size", out.get("batch-size"))
+    out["engine"] = meant(out.get("engine", "auto"))
+    if out.get("divergence") == "jsd":
+        out.setdefault("beta", 0.5)
+    alpha = out.pop("alpha", None)
+    if isinstance(alpha, int | float):
+        out = {"ce-weight": 1 - alpha, "kd-weight": alpha, **out}
+    return out
+
+
+def _default_weights(
+    options: Mapping[str, Any], spec: CacheSpec | None, live_teacher: nn.Module | None
+) -> tuple[dict[str, float], list[str]]:
+    """The weights of the loss where neither alpha nor weights are given, and a sentence if they are
+    not alpha 0.5: that is where the cache keeps labels, or there is none.
+
+    Of a cache without labels those of the data train only where they are asked for: alpha 1, and no
+    loss of rows at all where it has none.
+    """
+    if any(options[name] is not None for name in ("alpha", "ce_weight", "kd_weight")):
+        return {}, []
+    if spec is None or spec.labels:
+        return {"alpha": ALPHA}, []
+    if spec.kind != "none" or live_teacher is not None:
+        return {"alpha": 1.0}, [
+            f"alpha 1: the cache keeps no labels; alpha {ALPHA:g} would train on the data's too"
+        ]
+    if not options["match"]:
+        raise UsageError(
+            "the cache is of kind 'none': it has features and no rows; give match, which trains on "
+            "them, or alpha 0 for the data's labels alone"
+        )
+    return {"ce_weight": 0.0, "kd_weight": 0.0}, [
+        "no loss of labels or rows: the cache keeps neither; alpha 0 trains on the data's labels "
+        "too"
+    ]
+
+
+def _check_teachers(
+    full: Mapping[str, Any], soft: bool, spec: CacheSpec | None, live_teacher: nn.Module | None
+) -> None:
+    """UsageError for a part of the loss that has nothing to learn from."""
+    if soft and live_teacher is None:
+        if spec is None:
+            raise UsageError(
+                "the soft loss has a weight but there is no teacher: give a cache, or alpha 0 for "
+                "training on hard labels alone"
+            )
+        if spec.kind == "none":
+            raise UsageError(
+                f"the soft loss has the weight {full['kd_weight']:g}, but the cache is of kind "
+                "'none': it has features and no rows; leave alpha and the weights out, for match "
+                "alone"
+            )
+    classes = full.get("classes")
+    if classes is not None and spec is not None and spec.num_classes > classes:
+        raise UsageError(
+            f"classes is {classes}, but the cache is of {spec.num_classes} classes: its answers "
+            f"are shares of all of them; dump again with --classes {classes}"
+        )
+    if full["match"] and spec is None:
+        raise UsageError("match needs a cache with features; no cache is given")
+
+
+def _check_idle(
+    options: Mapping[str, Any],
+    full: Mapping[str, Any],
+    live_teacher: nn.Module | None,
+    evaluated: bool,
+) -> None:
+    """UsageError for classes of logits that nobody looks at, and for an option of the soft loss
+    that is given where that has no weight.
+    """
+    classes = options["classes"]
+    if classes is not None and not full["ce_weight"] and not evaluated:
+        raise UsageError(
+            f"classes is {classes}, but no loss and no evaluation looks at logits; leave it out"
+        )
+    given = {name: f"is {options[name]}" for name in SOFT if options[name] is not None}
+    given |= {} if live_teacher is None else {"live_teacher": "is given"}
+    for name, shown in given.items():
+        raise UsageError(
+            f"{name} {shown}, but the soft loss has no weight (alpha 0, kd_weight 0, or a cache "
+            "without rows), so it would do nothing; leave it out"
+        )
+
+
+def _one_of(what: str, value: str, known: Mapping[str, Any]) -> None:
     if value not in known:
         raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")

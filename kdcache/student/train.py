@@ -4,9 +4,8 @@ same call continues.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,32 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kdcache.errors import CacheCorrupt
 from kdcache.loss.arguments import check_workers
 from kdcache.models.model import move, pick_device
 from kdcache.process.ranks import refuse_ranks
 from kdcache.process.signals import Signals
-from kdcache.runs import SUMMARY, is_number, is_texts, plain_arguments
+from kdcache.runs import plain_arguments
 from kdcache.student import checkpoint
-from kdcache.student.loop import StepInfo
-from kdcache.student.loop import deterministic as deterministic_mode
 from kdcache.student.metrics import check_reporters
-from kdcache.student.prepare import (
-    check_classes,
-    check_idle,
-    check_pictures,
-    check_text,
-    check_used,
-    check_weights,
-    default_weights,
-    load_student,
-    one_cache,
-    open_sources,
-    resolved,
-)
+from kdcache.student.prepare import check_classes, check_pictures, check_text, load_student
 from kdcache.student.run_folder import RunFolder
-from kdcache.student.settings import Settings, texts
-from kdcache.student.training import NOTHING_YET, Training, TrainReport
+from kdcache.student.run_report import TrainReport, finished_report
+from kdcache.student.settings import check_options, check_used, filled, resolve, texts
+from kdcache.student.sources import one_cache, open_sources
+from kdcache.student.state import deterministic as deterministic_mode
+from kdcache.student.state import own_generators
+from kdcache.student.trainer import NOTHING_YET, StepInfo, Trainer
 from kdcache.user.guard import callback, entrance
 
 if TYPE_CHECKING:
@@ -157,59 +145,16 @@ def train_student(
     done and saved; KDCacheError for whatever the code of student, data or callbacks raises, and
     where a worker process dies, once the steps before are saved.
     """
+    given = dict(locals())  # the arguments by name: nothing else is there yet
     refuse_ranks("training")
     check_workers(workers)
     picked, say = pick_device(device), callback("say", say)
-    settings = Settings(
-        temperature=temperature,
-        k=k,
-        classes=classes,
-        alpha=alpha,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        divergence="forward_kl" if divergence is None else divergence,
-        beta=beta,
-        tail="bucket" if tail is None else tail,
-        match=texts(match),
-        engine=engine,
-        logits_memory=None if logits_memory is None else str(logits_memory),
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        clip=clip,
-        precision=precision,
-        compile=compile,
-        device=str(picked),
-        seed=seed,
-        shuffle=shuffle,
-        deterministic=deterministic,
-        eval_every=eval_every,
-        save_every=save_every,
-        best_by=best_by,
-        accept=texts(accept),
-        rows=rows,
-    )
-    check_used(
-        alpha=alpha,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        data=data,
-        data_args=data_args,
-        eval_data=eval_data,
-        eval_data_args=eval_data_args,
-        eval_every=eval_every,
-        best_by=best_by,
-    )
+    options = check_options(given, picked)
+    check_used(given)
     check_reporters(texts(report_to))
     cache = one_cache(cache)
-    settings, defaults = default_weights(
-        settings, None if cache is None else cache.spec, live_teacher
-    )
+    spec = None if cache is None else cache.spec
+    settings = resolve(options, spec, live_teacher=live_teacher, evaluated=eval_data is not None)
     sources = open_sources(
         cache,
         data,
@@ -217,51 +162,41 @@ def train_student(
         data_args=data_args,
         eval_data_args=eval_data_args,
         accept=settings.accept,
-        labels=bool(settings.weight_ce),
+        labels=bool(settings.ce_weight),
         student=student,
-    )
-    sources.defaults += defaults
-    check_weights(settings, sources, live_teacher)
-    check_idle(
-        settings,
-        live_teacher,
-        {"temperature": temperature, "k": k, "divergence": divergence, "beta": beta, "tail": tail},
-        evaluated=eval_data is not None,
-    )
-    options = _options(
-        {
-            "student": student,
-            "student-weights": student_weights,
-            "data": data,
-            "eval-data": eval_data,
-            "cache": None if sources.cache is None else str(sources.cache.path),
-            "report-to": texts(report_to),
-        },
-        {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args},
-        {"workers": workers, **settings.table()},
-        soft=bool(settings.weight_kd),
     )
     sources.recorded |= {
         key: type(value).__name__
         for key, value in (("student", student), ("live-teacher", live_teacher))
         if value is not None and not isinstance(value, str | Path)
     }
-    spec = None if sources.cache is None else sources.cache.spec
+    table = _table(
+        {
+            "student": student,
+            "student-weights": student_weights,
+            "data": data,
+            "eval-data": eval_data,
+            "cache": None if cache is None else str(cache.path),
+            "report-to": texts(report_to),
+        },
+        {"student-arg": student_args, "data-arg": data_args, "eval-data-arg": eval_data_args},
+        {"workers": workers, **settings.options},
+    )
     with (
         Signals(NOTHING_YET) as signals,
-        _own_generators(),
+        own_generators(),
         deterministic_mode(settings.deterministic),
         RunFolder(
             out,
-            options,
+            table,
             sources.recorded,
             accept=settings.accept,
-            resolve=partial(resolved, spec=spec),
+            resolve=partial(filled, spec=spec),
         ) as folder,
     ):
         if not dry_run:
             folder.hold()
-        report = None if folder.summary is None else _finished(folder, say)
+        report = None if folder.summary is None else finished_report(folder, say)
         if report is not None and (dry_run or isinstance(student, str | Path)):
             return report
         model = load_student(
@@ -274,7 +209,7 @@ def train_student(
         if report is not None:
             checkpoint.load(folder.last_of_finished(), model.module)
             return report
-        training = Training(
+        trainer = Trainer(
             settings,
             sources,
             model,
@@ -284,108 +219,23 @@ def train_student(
             say=say,
             signals=signals,
         )
-        with closing(training):
+        with closing(trainer):
             if dry_run:
-                return training.rehearse()
-            return training.run(
+                return trainer.rehearse()
+            return trainer.run(
                 texts(report_to), callback("on_step", on_step), callback("on_metrics", on_metrics)
             )
 
 
-def _options(
+def _table(
     specs: Mapping[str, Any],
     args: Mapping[str, Mapping[str, Any] | None],
-    values: Mapping[str, Any],
-    *,
-    soft: bool,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What run.toml holds: SPECs and paths (objects have no text), their arguments, and the values
-    that have a part.
-
-    soft: the soft loss has one.
-    """
-    out = {
+    """What run.toml holds: SPECs and paths (objects have no text), their arguments, and the options
+    that have a part."""
+    return {
         **{key: value for key, value in specs.items() if isinstance(value, str | Path | tuple)},
         **{key: plain_arguments(value, f"--{key}") for key, value in args.items() if value},
-        **values,
+        **options,
     }
-    unused = [
-        *(["alpha"] if "ce-weight" in out else []),
-        *(["best-by"] if specs["eval-data"] is None else []),
-        *(() if soft else SOFT),
-    ]
-    return {key: value for key, value in out.items() if key not in unused}
-
-
-def _finished(folder: RunFolder, say: Callable[[str], object] | None) -> TrainReport:
-    summary = folder.summary or {}
-    wrong = [
-        name for name, right in SUMMARISED.items() if name in summary and not right(summary[name])
-    ]
-    wrong += [
-        name for name, value in summary.items() if name.startswith("eval_") and not is_number(value)
-    ]
-    if wrong:
-        raise CacheCorrupt(
-            f"{folder.path / SUMMARY}: its {wrong[0]!r} is not what a run writes; move it away to "
-            "train "
-            "on from last/"
-        )
-    if say is not None:
-        say(f"{folder.path} is finished already; name another --out to train again")
-    values = {f.name: summary[f.name] for f in dataclasses.fields(TrainReport) if f.name in summary}
-    numbers = {
-        key.removeprefix("eval_"): value
-        for key, value in summary.items()
-        if key.startswith("eval_")
-    }
-    values |= {
-        "accepted": tuple(summary.get("accepted", ())),
-        "defaults": tuple(summary.get("defaults", ())),
-    }
-    try:
-        return TrainReport(
-            **{**values, "evaluation": numbers, "already_finished": True, "out": str(folder.path)}
-        )
-    except TypeError as e:
-        raise CacheCorrupt(
-            f"{folder.path / SUMMARY}: not the summary of a run ({e}); move it away to train on "
-            "from "
-            "last/"
-        ) from e
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        item is None or is_number(item) for item in value.values()
-    )
-
-
-SOFT = ("temperature", "k", "divergence", "beta", "tail")  # options of the soft loss alone
-# What summary.json holds -> whether a value may stand there.
-SUMMARISED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("out", "student", "device", "cache", "best_by"), _is_text),
-    **dict.fromkeys(
-        ("steps", "epochs", "position", "continued_from", "seconds", "samples_per_second"),
-        is_number,
-    ),
-    **dict.fromkeys(("training", "best", "last"), _is_table),
-    **dict.fromkeys(("accepted", "defaults"), is_texts),
-    **dict.fromkeys(
-        ("dry_run", "finished", "already_finished"), lambda value: isinstance(value, bool)
-    ),
-}
-
-
-@contextmanager
-def _own_generators() -> Iterator[None]:
-    """Whatever is drawn inside, the caller's generators are left as they were."""
-    before = checkpoint.generators()
-    try:
-        yield
-    finally:
-        checkpoint.restore_generators(*before)

@@ -21,7 +21,7 @@ import kdcache
 from kdcache.cache import mapping
 from kdcache.cache.shard import Shard
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
-from kdcache.student.training import StepInfo
+from kdcache.student.trainer import StepInfo
 from kdcache.teacher.dump import dump_teacher
 
 SPEC = image_spec(samples=(0, 40), records_per_shard=10)

@@ -24,9 +24,9 @@ from torch import nn
 from kdcache.errors import DataError, KDCacheError, SpecMismatch, UsageError
 from kdcache.models.model import Model
 from kdcache.student import checkpoint, metrics, run_folder
-from kdcache.student.loop import StepInfo
 from kdcache.student.run_folder import RunFolder
 from kdcache.student.train import train_student
+from kdcache.student.trainer import StepInfo
 
 
 class Killed(BaseException):

@@ -22,8 +22,8 @@ from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.reading import Prefetch
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, NotBuilt, UsageError
-from kdcache.student import loader as loader_module
-from kdcache.student.batches import needed_columns
+from kdcache.student import order
+from kdcache.student.batch import needed_columns
 from kdcache.student.loader import Loader
 from kdcache.student.order import Order
 from kdcache.student.train import train_student
@@ -137,10 +137,9 @@ def test_of_a_part_of_samples_and_views_each_record_is_its_own(tmp_path: Path) -
 
 def test_a_step_ends_where_the_steps_of_the_whole_run_end() -> None:
     """Also when it is gone on with inside of a step, which an earlier batch size may have left."""
-    steps = list(
-        Loader(None, Points(21), batch_size=8, micro_batch_size=3, epochs=2, start=11).steps()
-    )
-    assert [(step.index, step.start, step.stop) for step in steps] == [
+    loader = Loader(None, Points(21), batch_size=8, micro_batch_size=3, epochs=2, start=11)
+    steps = list(loader.global_batches())
+    assert [(step.step, step.start, step.stop) for step in steps] == [
         (1, 11, 16),
         (2, 16, 24),
         (3, 24, 32),
@@ -421,12 +420,12 @@ def test_prefetch_is_bounded_ordered_and_raises_in_turn() -> None:
 def test_the_order_is_the_same_however_many_positions_are_asked_at_once(
     monkeypatch: pytest.MonkeyPatch, block: int, start: int
 ) -> None:
-    monkeypatch.setattr(loader_module, "ORDER_BLOCK", block)
+    monkeypatch.setattr(order, "BLOCK", block)
     loader = Loader(None, Points(21), batch_size=8, micro_batch_size=3, epochs=3, start=start)
-    pieces = list(loader.pieces())
+    indices = list(loader.indices())
     epochs, samples = Order(21, 0).sample(np.arange(start, 63))
-    assert np.array_equal(np.concatenate([piece.epochs for piece in pieces]), epochs)
-    assert np.array_equal(np.concatenate([piece.sample_ids for piece in pieces]), samples)
+    assert np.array_equal(np.concatenate([index.epochs for index in indices]), epochs)
+    assert np.array_equal(np.concatenate([index.sample_ids for index in indices]), samples)
 
 
 def seen(loader: Loader) -> list[int]:

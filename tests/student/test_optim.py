@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from student_world import Net, Points, run, write_cache
+from student_world import Net, Points, run, settings_of, write_cache
 from torch import nn
 
 from kdcache.errors import KDCacheError, UsageError
+from kdcache.student.head import WholeLogits
 from kdcache.student.loader import Loader
-from kdcache.student.loop import Loop
 from kdcache.student.optim import (
     Schedule,
     make_optimizer,
@@ -30,7 +30,8 @@ from kdcache.student.optim import (
     restore_optimizer,
     trainable,
 )
-from kdcache.student.settings import Settings
+from kdcache.student.settings import filled
+from kdcache.student.step import TrainStep
 
 
 def test_a_missing_package_is_an_error_with_the_pip_line(
@@ -151,21 +152,19 @@ def test_the_schedule_is_a_warm_up_and_half_a_cosine() -> None:
 @pytest.mark.parametrize(("name", "decay"), [("adamw", 0.01), ("adam", 0.0), ("sgd", 0.0)])
 def test_vectors_are_not_decayed(name: str, decay: float) -> None:
     named = trainable(("", Net(8, norm=True)))
-    optimizer = make_optimizer(name, named, lr=0.1)
+    assert filled({"optimizer": name}, None)["weight-decay"] == decay
+    optimizer = make_optimizer(name, named, lr=0.1, weight_decay=0.3)
     by_id = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
     assert {key: by_id[id(p)] for key, p in named} == {
-        "body.0.weight": decay,
+        "body.0.weight": 0.3,
         "body.0.bias": 0.0,
         "norm.weight": 0.0,
         "norm.bias": 0.0,
-        "head.weight": decay,
+        "head.weight": 0.3,
         "head.bias": 0.0,
     }
-    assert (
-        make_optimizer(name, named, lr=0.1, weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
-    )
 
 
 def test_clip_is_the_largest_norm_of_a_gradient_and_the_norm_before_it_is_reported(
@@ -210,51 +209,30 @@ def test_float16_scales_its_gradients(tmp_path: Path) -> None:
     data = Points(32)
     cache = write_cache(tmp_path / "cache", data, Net(32, seed=7))
     loader = Loader(cache, data, batch_size=8, epochs=1)
-    student, losses = Net(8), []
-    settings = Settings(
-        temperature=None,
-        k=None,
-        classes=None,
+    student, numbers = Net(8), []
+    settings = settings_of(
+        cache.spec,
+        "cuda",
         alpha=0.5,
-        ce_weight=None,
-        kd_weight=None,
-        divergence="forward_kl",
-        beta=None,
-        tail="bucket",
-        match=(),
-        engine="auto",
-        logits_memory=None,
         epochs=1,
-        max_steps=None,
         batch_size=8,
-        micro_batch_size=None,
         optimizer="sgd",
         lr=0.1,
-        weight_decay=None,
-        warmup=0,
         clip=1.0,
         precision="float16",
-        compile=False,
-        device="cuda",
-        seed=0,
-        shuffle=True,
-        deterministic=False,
-        eval_every=None,
-        save_every=None,
-        best_by="eval_loss",
-        accept=(),
     )
     named = trainable(("", student))
-    loop = Loop(
-        student,
+    step = TrainStep(
+        WholeLogits(student, torch.device("cpu"), "float16"),
         loader,
         settings,
-        optimizer=make_optimizer("sgd", named, lr=0.1),
+        optimizer=make_optimizer("sgd", named, lr=0.1, weight_decay=0.0),
         parameters=named,
         schedule=Schedule(0.1, 4),
     )
-    for step in loader.steps():
-        losses.append(loop.run_step(step).loss.item())
+    for batch in loader.global_batches():
+        numbers.append(dict(zip(step.names, step.run(batch).tolist(), strict=True)))
+    losses = [found["loss"] for found in numbers]
     exact = run(
         tmp_path / "f32",
         Net(8),
@@ -268,11 +246,11 @@ def test_float16_scales_its_gradients(tmp_path: Path) -> None:
     )
     # float16 has 11 bits: logits of order 1 are off by up to 2^-11 in each layer.
     assert losses == pytest.approx([line["loss"] for line in exact], abs=2**-8)
-    assert [line["grad_norm"] for line in loop.drain()] == pytest.approx(
+    assert [found["grad_norm"] for found in numbers] == pytest.approx(
         [x["grad_norm"] for x in exact], rel=0.02
     )
-    assert losses != [line["loss"] for line in exact] and loop.scaler is not None
-    assert json.loads(json.dumps(loop.scaler.state_dict()))["scale"] == 2.0**16
+    assert losses != [line["loss"] for line in exact] and step.scaler is not None
+    assert json.loads(json.dumps(step.scaler.state_dict()))["scale"] == 2.0**16
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
@@ -290,7 +268,8 @@ def test_a_restored_optimizer_goes_on_as_if_it_had_never_stopped(name: str) -> N
     nets = [Net(4), Net(4)]
     parameters = [trainable(("", net)) for net in nets]
     whole, first, second = (
-        make_optimizer(name, own, lr=0.1) for own in (parameters[0], parameters[1], parameters[1])
+        make_optimizer(name, own, lr=0.1, weight_decay=0.01)
+        for own in (parameters[0], parameters[1], parameters[1])
     )
     stepped(nets[0], whole, range(4))
     stepped(nets[1], first, range(2))

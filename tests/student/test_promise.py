@@ -11,8 +11,8 @@ from student_world import CLASSES, Net, Points, TinyLM, Windows, equal_weights, 
 from torch import nn
 
 from kdcache.student.loader import Loader
-from kdcache.student.loop import StepInfo
 from kdcache.student.train import train_student
+from kdcache.student.trainer import StepInfo
 from kdcache.teacher.dump import dump_teacher
 
 

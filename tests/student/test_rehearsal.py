@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from kdcache.cache import store
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
 from kdcache.models.model import Model
-from kdcache.student import checkpoint, metrics, run_folder, training
+from kdcache.student import checkpoint, metrics, run_folder, trainer
 from kdcache.student.evaluate import evaluate
-from kdcache.student.loop import Loop, StepInfo
+from kdcache.student.step import TrainStep
 from kdcache.student.train import train_student
+from kdcache.student.trainer import StepInfo
 
 PLAIN: dict[str, Any] = {"alpha": 0.0, "batch_size": 8, "lr": 0.05}
 
@@ -121,7 +122,7 @@ def test_what_was_tried_changes_no_number_of_the_run(
 ) -> None:
     train(tried := Quirky(), tmp_path / "tried", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "rehearse", lambda self: None)
+        patch.setattr(TrainStep, "rehearse", lambda self: None)
         train(plain := Quirky(), tmp_path / "plain", **options)
     assert (
         equal_weights(tried, plain)
@@ -555,11 +556,11 @@ def test_best_is_what_best_says_after_a_kill(
     options: dict[str, Any] = {"eval_data": Points(40, seed=5), "save_every": 2, "max_steps": 8}
     accuracies = iter([0.1, 0.2, 0.5, 0.3, 0.3])  # of steps 1 to 3, and of step 8 twice
     monkeypatch.setattr(
-        training,
+        trainer,
         "evaluate_module",
         lambda *_, **more: {
             "loss": 1.0,
-            "accuracy": 0.0 if "first" in more else next(accuracies),
+            "accuracy": 0.0 if more["first"] else next(accuracies),
             "n": 40,
         },
     )

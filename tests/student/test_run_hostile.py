@@ -28,8 +28,8 @@ from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch, UsageError
 from kdcache.process.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
-from kdcache.student.loop import StepInfo
 from kdcache.student.train import train_student
+from kdcache.student.trainer import StepInfo
 
 MODELS = "import sys\nsys.path.insert(0, {tests!r})\nfrom student_world import Net as net\n"
 DEEP = b"[" * 100_000 + b"]" * 100_000

@@ -28,9 +28,9 @@ from kdcache.models.weights import load_weights
 from kdcache.process.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
-from kdcache.student.loop import StepInfo
 from kdcache.student.settings import BEST_BY
 from kdcache.student.train import train_student
+from kdcache.student.trainer import StepInfo
 
 TIMES = ("samples_per_second",)
 

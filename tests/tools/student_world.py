@@ -4,6 +4,7 @@ numpy alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from kdcache.data.rows import next_token_rows
 from kdcache.data.samples import Samples
 from kdcache.loss.topk import exact_topk, tail_lse
 from kdcache.models.model import forward
+from kdcache.student.settings import Settings, check_options, resolve
 from kdcache.student.train import train_student
 
 CLASSES, WIDTH, VOCABULARY = 7, 5, 23
@@ -270,3 +272,11 @@ def run(out: Path, student: nn.Module, **options: Any) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     train_student(student=student, out=out, on_metrics=lines.append, **options)
     return [line for line in lines if "loss" in line]
+
+
+def settings_of(spec: CacheSpec | None, device: str = "cpu", **given: Any) -> Settings:
+    """What the arguments of `train_student` come to, without evaluation data or a live teacher."""
+    signature = inspect.signature(train_student).parameters
+    arguments = {name: parameter.default for name, parameter in signature.items()} | given
+    options = check_options(arguments, torch.device(device))
+    return resolve(options, spec, live_teacher=None, evaluated=False)
