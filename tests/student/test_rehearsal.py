@@ -184,7 +184,7 @@ def test_what_a_student_raises_in_training_is_one_line(tmp_path: Path) -> None:
             return out
 
     for where, said in (
-        ("forward", r"RuntimeError: broken \(student/test_rehearsal.py, line \d+\)"),
+        ("forward", r"RuntimeError: broken \(test_rehearsal.py, line \d+\)"),
         ("memory", "OutOfMemoryError: too much .*give a smaller --micro-batch-size"),
         ("backward", "ZeroDivisionError"),
     ):
