@@ -24,7 +24,7 @@ from kdcache.student.loader import GlobalBatch, Loader
 from kdcache.student.match import Matches
 from kdcache.student.optim import Named, Schedule, is_fused, set_lr
 from kdcache.student.settings import Settings
-from kdcache.student.state import generators, mark, restore_generators
+from kdcache.student.state import generators, restore_generators
 from kdcache.user.guard import describe, let_through
 
 # of an nn.Module: they are not plain attributes
@@ -219,7 +219,7 @@ class TrainStep:
             )
             with unchanged(*modules):
                 module.train()
-                before = _marks(module)
+                before = _buffers(module)
                 try:
                     self._backward(micro, GlobalBatch(0, 0, 0, size, [micro], micro.counts), module)
                     self._check_gradients()
@@ -241,11 +241,11 @@ class TrainStep:
                     ) from e
                 finally:
                     self.optimizer.zero_grad(set_to_none=True)
-                after = _marks(module)
+                after = _buffers(module)
                 self._statistics = [
-                    (one, name)
-                    for (key, name), (one, was) in before.items()
-                    if (key, name) in after and after[key, name][1] != was
+                    (one, key[1])
+                    for key, (one, value) in before.items()
+                    if key in after and not torch.equal(value, after[key][1])
                 ]
 
     def _check_gradients(self) -> None:
@@ -267,10 +267,12 @@ def row_mask(batch: DeviceBatch, logits: Tensor) -> Tensor | None:
     return mask_BL
 
 
-def _marks(module: nn.Module) -> dict[tuple[int, str], tuple[nn.Module, object]]:
-    """Of each buffer, by its module and name, what changes when it is written to or replaced."""
+def _buffers(module: nn.Module) -> dict[tuple[int, str], tuple[nn.Module, Tensor]]:
+    """A copy of each buffer, by its module and name. Batch norms write into theirs without a change
+    of the version by which autograd tells what was written to.
+    """
     return {
-        (id(one), name): (one, mark(value))
+        (id(one), name): (one, value.detach().clone())
         for one in module.modules()
         if not isinstance(one, torch.jit.ScriptModule)
         for name, value in one._buffers.items()

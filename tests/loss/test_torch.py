@@ -7,8 +7,8 @@ seen and refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,60 +17,15 @@ import torch
 from kernel_world import same
 from loss_world import DIVERGENCES, PAIRS, problem, single
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from waits import nothing_waits
 
 from kdcache.loss.kd_loss import kd_loss, kd_loss_parts, row_counts
 from kdcache.loss.targets import SoftTargets
 
 ENGINES = ("torch", "triton")
 KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
-READS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "nonzero_static",
-    "masked_select",
-    "unique_consecutive",
-    "_unique2",
-    "is_nonzero",
-    "equal",
-    "lift_fresh",
-}
-HOST = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.asarray}
-
-
-class NoHostTensors(TorchFunctionMode):
-    """Refuses tensors made of host data: on a device that is a copy, which waits."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in HOST or isinstance(args[0], Tensor), f"{func.__name__} of host data"
-        return func(*args, **(kwargs or {}))
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses operations between the host and the device, and those that read a value or have a
-    shape of values.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in READS, f"{name} waits for the device"
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        assert all(t.device.type == "meta" for t in tensors), f"{func} between host and device"
-        assert not (
-            name.startswith("index")
-            and any(t.dtype == torch.bool for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
-        ), f"{func} counts the rows of a mask"
-        return out
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    with NoHostTensors(), NoWaiting():
-        yield
 
 
 def given(

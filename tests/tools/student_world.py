@@ -274,9 +274,14 @@ def run(out: Path, student: nn.Module, **options: Any) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
-def settings_of(spec: CacheSpec | None, device: str = "cpu", **given: Any) -> Settings:
-    """What the arguments of `train_student` come to, without evaluation data or a live teacher."""
+def settings_of(
+    spec: CacheSpec | None,
+    device: str = "cpu",
+    live_teacher: nn.Module | None = None,
+    **given: Any,
+) -> Settings:
+    """What the arguments of `train_student` come to, without evaluation data."""
     signature = inspect.signature(train_student).parameters
     arguments = {name: parameter.default for name, parameter in signature.items()} | given
     options = check_options(arguments, torch.device(device))
-    return resolve(options, spec, live_teacher=None, evaluated=False)
+    return resolve(options, spec, live_teacher=live_teacher, evaluated=False)
