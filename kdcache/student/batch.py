@@ -173,8 +173,7 @@ def check_keys(index: BatchIndex, cached: Batch, collated: Collated, accept: Seq
         where = _where(index, cached, cached.columns["view_key"], collated.view_key)
         raise DataError(
             f"{e}; {where}\n  the same samples, but decoded or augmented otherwise (another "
-            "library "
-            "version?); if that is known to be harmless: --accept view_key"
+            "library version?); if that is known to be harmless: --accept view_key"
         ) from None
 
 
@@ -188,12 +187,9 @@ def _check_raw(index: BatchIndex, cached: Batch, collated: Collated) -> None:
     if wrong.size:
         raise DataError(
             f"sample {int(index.sample_ids[wrong[0]])}: the collate_fn of the data changes what "
-            "the model "
-            f"is given ({wrong.size} of {len(collated)} records of this batch), and the teacher "
-            "was given "
-            "the items as they are; use the dataset that it saw. If the change is known to be "
-            "harmless: "
-            "--accept view_key"
+            f"the model is given ({wrong.size} of {len(collated)} records of this batch), and the "
+            "teacher was given the items as they are; use the dataset that it saw. If the change "
+            "is known to be harmless: --accept view_key"
         )
 
 
@@ -240,8 +236,7 @@ def assemble(
         if stored is None and from_data and weight is not None:
             raise DataError(
                 "the data has label_weight and the cache has labels without weights; dump again, "
-                "or leave "
-                "label_weight out of the data"
+                "or leave label_weight out of the data"
             )
         weight = None if stored is None else torch.from_numpy(stored).reshape(labels.shape)
     if labels is not None and num_classes is not None:
@@ -458,8 +453,7 @@ def _check_positions(
         at = int(record_N[row])
         raise DataError(
             f"sample {int(index.sample_ids[at])}: the teacher answered at position "
-            f"{int(position_N[row])}, "
-            f"the data has {int(real_BL[at].sum())} tokens"
+            f"{int(position_N[row])}, the data has {int(real_BL[at].sum())} tokens"
         )
 
 
@@ -482,10 +476,8 @@ def _cached_labels(
         row = int(wrong[0])
         raise DataError(
             f"sample {_sample(index, rows, row)}: its label is {labels[row].tolist()} in the cache "
-            "and "
-            f"{given[row].tolist()} in the data ({len(wrong)} of {len(labels)} rows of this batch "
-            "differ); "
-            "are the classes in another order than the teacher's?"
+            f"and {given[row].tolist()} in the data ({len(wrong)} of {len(labels)} rows of this "
+            "batch differ); are the classes in another order than the teacher's?"
         )
     return labels
 

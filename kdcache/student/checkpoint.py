@@ -151,8 +151,7 @@ def _swap(folder: Path, new: Path, old: Path) -> None:
             raise
         raise KDCacheError(
             f"{folder}: its file system does not rename a folder ({e.strerror}), by which a "
-            "checkpoint "
-            "takes the place of the one before; give an --out on another file system"
+            "checkpoint takes the place of the one before; give an --out on another file system"
         ) from e
     sync_folder(folder.parent)
 
@@ -264,8 +263,7 @@ def beside_saves(folder: Path, use: Callable[[Path], T], *, once: bool = False) 
         time.sleep(PAUSE)
     raise KDCacheError(
         f"{folder} was saved again each of the {TRIES} times that it was read; ask again when the "
-        "run "
-        "saves less often, or is finished"
+        "run saves less often, or is finished"
     )
 
 
@@ -328,8 +326,7 @@ def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
         ):
             raise UsageError(
                 f"{folder} does not fit {type(module).__name__}: it has no {next(iter(left))} of "
-                "shape "
-                f"{list(next(iter(left.values())).shape)}"
+                f"shape {list(next(iter(left.values())).shape)}"
             )
         module.load_state_dict(state, strict=False)
     else:
@@ -340,8 +337,7 @@ def load(folder: Path, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, 
             if name not in own or own[name].shape != value.shape:
                 raise UsageError(
                     f"{folder} does not fit {type(module).__name__}: it has no buffer {name} of "
-                    "shape "
-                    f"{list(value.shape)}"
+                    f"shape {list(value.shape)}"
                 )
             own[name].copy_(value)
     return tensors, one.values
@@ -369,8 +365,7 @@ def check_same(folder: Path, module: nn.Module) -> None:
         if name not in right and (place(value) not in places or not value.numel()):
             raise UsageError(
                 f"the student ({type(module).__name__}) cannot be saved: its {name} "
-                f"({value.dtype}, "
-                f"{list(value.shape)}) does not come back from its own checkpoint"
+                f"({value.dtype}, {list(value.shape)}) does not come back from its own checkpoint"
             )
 
 
@@ -442,8 +437,7 @@ def _open(folder: Path, found: Path, held: ExitStack, wanted: Callable[[str], bo
     ):
         raise CacheCorrupt(
             f"{folder / VALUES}: its {FILES!r} are no files of this folder with their digests, "
-            "among "
-            f"them {TENSORS}; {_advice(folder)}"
+            f"among them {TENSORS}; {_advice(folder)}"
         )
     paths = {}
     for name in filter(wanted, files):
@@ -472,8 +466,7 @@ def _prove(folder: Path, one: Opened) -> None:
         if _digest(path) != one.values[FILES][name]:
             raise CacheCorrupt(
                 f"{folder / name} is not what was saved, {VALUES} has another digest for it; the "
-                "file "
-                f"is damaged: {_advice(folder)}"
+                f"file is damaged: {_advice(folder)}"
             )
 
 

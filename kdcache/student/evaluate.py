@@ -88,8 +88,7 @@ def evaluate(
     if run is None and student_code is not None:
         raise UsageError(
             f"student_code {student_code} is given, but the student is no run: a SPEC is its own "
-            "code; "
-            "give one of them"
+            "code; give one of them"
         )
     found, known = (
         (run.model, run.classes)
@@ -324,8 +323,7 @@ def _student(
     if os.path.isdir(path):
         raise UsageError(
             f"{student} is a folder, and no run of train-student (it has no {OPTIONS}); expected a "
-            "RUN, "
-            f"its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face"
+            f"RUN, its {BEST}/ or {LAST}/, or hf:{student} for a model of Hugging Face"
         )
     try:
         return load_model(str(student), args=args, weights=weights)
@@ -398,8 +396,8 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
     if runs_code and code is None:
         raise UsageError(
             f"{path} trained the student {printable(spec)}, and what a file names is not run on "
-            "its word "
-            f"alone; if that is code you trust, add --student-code {shlex.quote(printable(spec))}"
+            "its word alone; if that is code you trust, add --student-code "
+            f"{shlex.quote(printable(spec))}"
         )
     if code is not None and not (
         runs_code and is_code(code) and code.partition(":")[0] not in MODELS
@@ -415,8 +413,7 @@ def load_run(path: Path, name: str | None = None, *, code: str | None = None) ->
         if "/" in str(again.get("attn_implementation")):
             raise UsageError(
                 f"{path / OPTIONS}: attn_implementation {again['attn_implementation']!r:.80} is "
-                "code of "
-                f"somebody else's; evaluate hf:{folder} with arguments of your own"
+                f"code of somebody else's; evaluate hf:{folder} with arguments of your own"
             )
         values, model = checkpoint.beside_saves(
             folder,

@@ -191,8 +191,8 @@ class Head:
         if len(given) != 1:
             raise UsageError(
                 f"logits_memory: {type(self.module).__name__} runs its head {self.path!r} "
-                f"{len(given)} "
-                f"times in a forward pass; expected once. Leave logits_memory out for this student"
+                f"{len(given)} times in a forward pass; expected once. Leave logits_memory out for "
+                "this student"
             )
         return output, given[0]
 
@@ -219,9 +219,8 @@ class Head:
         )
         raise UsageError(
             f"logits_memory: {type(self.module).__name__} makes other logits than its head "
-            f"{self.path!r} "
-            f"{after}, so they cannot be taken apart from it. Leave logits_memory out for this "
-            "student"
+            f"{self.path!r} {after}, so they cannot be taken apart from it. Leave logits_memory "
+            "out for this student"
         )
 
     def _chosen(self, hidden: Tensor) -> Tensor:
@@ -258,8 +257,7 @@ def _find(module: nn.Module) -> tuple[nn.Linear, str]:
         what = "returns none" if found is None else f"returns a {type(found).__name__}"
         raise UsageError(
             f"logits_memory: {name}.get_output_embeddings() is not there or {what}; the head must "
-            "be an "
-            f"nn.Linear of its own. Leave logits_memory out for this student"
+            "be an nn.Linear of its own. Leave logits_memory out for this student"
         )
     places = [
         path for path, child in module.named_modules(remove_duplicate=False) if child is found
@@ -267,7 +265,7 @@ def _find(module: nn.Module) -> tuple[nn.Linear, str]:
     if len(places) != 1:
         raise UsageError(
             f"logits_memory: the head stands {len(places)} times in {name}; expected once. Leave "
-            f"logits_memory out for this student"
+            "logits_memory out for this student"
         )
     return found, places[0]
 

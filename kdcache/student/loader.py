@@ -494,8 +494,7 @@ class Loader:
         if taught and logits_NV.shape[1] != taught:
             raise UsageError(
                 f"the live teacher gives {logits_NV.shape[1]} logits, the cache is of {taught} "
-                "classes; "
-                f"where the rest is padding that nothing uses: classes={taught}"
+                f"classes; where the rest is padding that nothing uses: classes={taught}"
             )
         return targets_from_logits(logits_NV, temperature=self.temperature, k=self.k)
 
@@ -521,8 +520,7 @@ class Loader:
                 if value is not None:
                     raise UsageError(
                         f"{name} is {value}, but no soft targets are read here: there is neither a "
-                        "cache "
-                        "with rows whose targets are wanted nor a live teacher; leave it out"
+                        "cache with rows whose targets are wanted nor a live teacher; leave it out"
                     )
         for name in self.accept:
             collates = self.samples is not None and self.samples.collates
@@ -545,8 +543,7 @@ class Loader:
             )
             raise UsageError(
                 "the cache holds no tokens that are all the teacher was asked with, so the "
-                "student's "
-                f"inputs must come from the data{asked}: give --data"
+                f"student's inputs must come from the data{asked}: give --data"
             )
         if (
             self.samples is not None
@@ -555,8 +552,7 @@ class Loader:
         ):
             raise UsageError(
                 f"dataset {self.samples.name} has {len(self.samples)} samples; the cache is about "
-                "samples "
-                f"{self.spec.samples[0]} to {self.spec.samples[1] - 1}"
+                f"samples {self.spec.samples[0]} to {self.spec.samples[1] - 1}"
             )
 
     def _temperature(self, asked: float | str | None) -> float:
@@ -625,8 +621,7 @@ def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
     if batch_size < 1 or (micro is not None and not 1 <= micro <= batch_size):
         raise UsageError(
             f"batch size {batch_size}, micro-batch size {micro}; expected at least 1, and the "
-            "micro-batch "
-            "no larger than the batch"
+            "micro-batch no larger than the batch"
         )
     return batch_size, micro or batch_size
 

@@ -132,13 +132,13 @@ class Matches(nn.Module):
         for match in self.matches:
             if match.feature not in known:
                 raise UsageError(
-                    f"--match {match}: the cache has no feature {match.feature!r}"
-                    f"{near(match.feature, known)}"
+                    f"--match {match}: the cache has no feature "
+                    f"{match.feature!r}{near(match.feature, known)}"
                 )
             if match.module not in modules:
                 raise UsageError(
-                    f"--match {match}: the student has no module {match.module!r}"
-                    f"{near(match.module, (name for name in modules if name))}"
+                    f"--match {match}: the student has no module "
+                    f"{match.module!r}{near(match.module, (name for name in modules if name))}"
                 )
         self.features = {match.feature: known[match.feature] for match in self.matches}
         self.seed = seed
@@ -219,8 +219,7 @@ class Matches(nn.Module):
         ]
         return [
             f"match {match}: through a learned projection from {weights[0].shape[1]} to "
-            f"{weights[0].shape[0]}, "
-            "kept in state.safetensors and no part of the student"
+            f"{weights[0].shape[0]}, kept in state.safetensors and no part of the student"
             for match, weights in found
             if weights
         ]
@@ -327,8 +326,7 @@ def _tensor(name: str, output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise UsageError(
             f"student module {name!r} returns {type(output).__name__}; expected a tensor, or a "
-            "tuple that "
-            f"begins with one"
+            "tuple that begins with one"
         )
     return output
 
@@ -336,6 +334,6 @@ def _tensor(name: str, output: Any) -> Tensor:
 def _shapes(match: Match, have: Sequence[int], want: Sequence[int]) -> UsageError:
     return UsageError(
         f"--match {match}: the student's activation is {list(have)} and the cached feature "
-        f"{list(want)}; "
-        f"only the widths may differ: name another module, or cache the feature with another recipe"
+        f"{list(want)}; only the widths may differ: name another module, or cache the feature with "
+        "another recipe"
     )

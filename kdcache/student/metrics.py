@@ -97,10 +97,8 @@ class Metrics:
         if not ours:
             raise KDCacheError(
                 f"{self.path} was moved, deleted or replaced while the run trained: its lines go "
-                "to the "
-                "file that was there; put that back and give the same command again, or name "
-                "another "
-                f"--out{self._standing()}"
+                "to the file that was there; put that back and give the same command again, or "
+                f"name another --out{self._standing()}"
             )
 
     def close(self) -> None:

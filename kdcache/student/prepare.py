@@ -99,8 +99,7 @@ def check_pictures(model: Model, sources: Sources) -> None:
     if own and ours and own != ours:
         sources.notes.append(
             f"the student comes with another preprocessing ({in_words(own)}) than it is trained "
-            "with "
-            f"({in_words(ours)}); use it with the latter, which run.toml keeps"
+            f"with ({in_words(ours)}); use it with the latter, which run.toml keeps"
         )
     held = "" if sources.eval_samples is None else sources.eval_samples.preprocessing
     if held and ours and held != ours:
@@ -315,8 +314,7 @@ def _check_logits(
     if taught == 1:
         raise UsageError(
             "the teacher has one class, whose softmax is always 1 and says nothing; expected at "
-            "least two "
-            "(of a sigmoid's logit z the teacher is to give [0, z])"
+            "least two (of a sigmoid's logit z the teacher is to give [0, z])"
         )
     if taught is not None and logits < taught:
         cut = (
@@ -326,8 +324,8 @@ def _check_logits(
         )
         raise UsageError(
             f"the student has {logits} classes, the teacher {taught}; a student needs at least as "
-            "many. "
-            f"Where the teacher's last ones are padding that no label and no token uses, {cut}"
+            "many. Where the teacher's last ones are padding that no label and no token uses, "
+            f"{cut}"
         )
     width = cut_width(logits, settings.classes)
     said = [f"student: {logits} logits, cut to {width} classes"] if width < logits else []
@@ -366,7 +364,7 @@ def _check_steady(student: WholeLogits, loader: Loader, settings: Settings) -> N
         raise DataError(
             found.problem
             + (
-                f" It would be evaluated by chance too; to train it all the same: --accept "
+                " It would be evaluated by chance too; to train it all the same: --accept "
                 f"{UNSTEADY}"
                 if found.harmless
                 else ""

@@ -165,8 +165,7 @@ class RunFolder:
         ]:
             raise UsageError(
                 f"{self.path / OPTIONS} does not give --{lost[0]} back as it was given: the run "
-                "could "
-                "not be continued or evaluated; give the student or the data as an object"
+                "could not be continued or evaluated; give the student or the data as an object"
             )
         self.exists = True
 
@@ -204,12 +203,9 @@ class RunFolder:
         if found is not None:
             raise KDCacheError(
                 f"{self.path} is no longer the folder that this run began in: {found}. It was "
-                "moved, "
-                "emptied or replaced while the run trained, which ends here; nothing more was "
-                "written. "
-                "Put the folder back and give the same command again to go on from its last "
-                "checkpoint, "
-                "or name another --out"
+                "moved, emptied or replaced while the run trained, which ends here; nothing more "
+                "was written. Put the folder back and give the same command again to go on from "
+                "its last checkpoint, or name another --out"
             )
 
     def _answers(self) -> bool:
@@ -310,8 +306,7 @@ class RunFolder:
             lines = "".join(f"\n  {line:.240}" for line in refused)
             raise SpecMismatch(
                 f"{self.path} is a run with other options:{lines}\n  give the same options to "
-                "continue "
-                "it, or name another --out"
+                "continue it, or name another --out"
             )
         self._check_data(there[RECORDED])
         return True
@@ -333,8 +328,7 @@ class RunFolder:
             lines = "".join(f"\n  {field}: {found[field]}" for field in refused)
             raise DataError(
                 f"{self.path} is a run on other data:{lines}\n  give the same data to continue it, "
-                "or name "
-                f"another --out; a difference known to be harmless: --accept {refused[0]}"
+                f"or name another --out; a difference known to be harmless: --accept {refused[0]}"
             )
         self.accepted = list(found)
 
@@ -371,15 +365,13 @@ class RunFolder:
                 if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise KDCacheError(
                         f"{self.path}: another process trains here ({who}); wait for it or stop "
-                        "it, or "
-                        "name another --out"
+                        "it, or name another --out"
                     ) from None
                 if e.errno not in NO_LOCKS:
                     raise
                 self.notes.append(
                     f"{self.path} is on a file system without locks: nothing keeps a second "
-                    "process "
-                    "from training here"
+                    "process from training here"
                 )
             self._lock = fd
             _held.add(fd)
@@ -432,8 +424,7 @@ def check_accept(accept: Sequence[str]) -> None:
         if name not in known:
             raise UsageError(
                 f"accept {name!r}: there is no cache whose identity could differ, and no such "
-                "field of "
-                f"the data{near(name, known)}"
+                f"field of the data{near(name, known)}"
             )
 
 
@@ -450,6 +441,5 @@ def _different(name: str, was: Any, now: Any) -> str:
     at = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
     return (
         f"{len(at)} of {len(a)} sample keys, evenly spaced, differ; the first is {a[at[0]]} in the "
-        "run, and "
-        f"{b[at[0]]} in what is given"
+        f"run, and {b[at[0]]} in what is given"
     )

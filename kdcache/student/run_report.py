@@ -171,18 +171,18 @@ def start_lines(trainer: Trainer) -> Iterator[str]:
     divergence = settings.divergence
     beta = "" if divergence.beta is None else f", beta {divergence.beta:g}"
     yield (
-        f"loss: {settings.ce_weight:g} CE + {settings.kd_weight:g} T^2 {divergence.name} "
-        f"(tail {divergence.tail}{beta}) at T = {loader.temperature:g}"
+        f"loss: {settings.ce_weight:g} CE + {settings.kd_weight:g} T^2 {divergence.name} (tail "
+        f"{divergence.tail}{beta}) at T = {loader.temperature:g}"
         + "".join(f" + {match.weight:g} {match}" for match in settings.matches)
     )
     if trainer.prepared.matches is not None:
         yield from trainer.prepared.matches.learned()
     steps, records = loader.total_steps, settings.batch_size
     yield (
-        f"{steps} step{'' if steps == 1 else 's'} of {records} record"
-        f"{'' if records == 1 else 's'}, {settings.optimizer}, lr {settings.lr:g}, "
-        f"{settings.precision} on {settings.device}, "
-        f"engine {check_engine(settings.engine, settings.device)}"
+        f"{steps} step{'' if steps == 1 else 's'} of {records} "
+        f"record{'' if records == 1 else 's'}, {settings.optimizer}, lr {settings.lr:g}, "
+        f"{settings.precision} on {settings.device}, engine "
+        f"{check_engine(settings.engine, settings.device)}"
     )
     if isinstance(student := trainer.prepared.student, ChunkedLogits):
         memory = settings.options["logits-memory"]

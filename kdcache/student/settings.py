@@ -159,8 +159,8 @@ def check_options(given: Mapping[str, Any], device: torch.device) -> dict[str, A
         _one_of("best_by", options["best_by"], BEST_BY)
     if _divergence(options).tail == "sampled":
         raise NotBuilt(
-            "tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not "
-            "built yet; use tail 'bucket'"
+            "tail 'sampled' needs draws of the teacher, and caches of kind 'sampled' are not built "
+            "yet; use tail 'bucket'"
         )
     check_engine(options["engine"], device)
     _one_of("optimizer", options["optimizer"], OPTIMIZERS)

@@ -123,8 +123,8 @@ def as_samples(
     if isinstance(data, Samples):
         if seed is not None and data.seed != seed:
             raise UsageError(
-                f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; "
-                f"give Samples(dataset, seed={seed}), or the dataset itself"
+                f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; give "
+                f"Samples(dataset, seed={seed}), or the dataset itself"
             )
         return (
             data
@@ -241,8 +241,7 @@ def _check_accept(
         if name == VIEW_KEY and not view_keys:
             raise UsageError(
                 f"accept {name!r}: there are no view keys to compare: they are of a cache of "
-                "augmented or "
-                "decoded inputs, or of data with a collate_fn; leave it out"
+                "augmented or decoded inputs, or of data with a collate_fn; leave it out"
             )
         if names_evaluation(name) and evaluation is None:
             raise UsageError(f"accept {name!r}: there is no evaluation data; leave it out")
@@ -304,8 +303,7 @@ def _check_eval(sources: Sources, accept: Sequence[str]) -> list[str]:
     ):
         raise DataError(
             f"evaluation data {evaluation.name} has another tokenizer than the teacher: {own}, "
-            "expected "
-            f"{theirs}"
+            f"expected {theirs}"
         )
     return found
 

@@ -214,8 +214,7 @@ def checked_state(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         if name not in values or not right(values[name]):
             raise CacheCorrupt(
                 f"{folder / checkpoint.VALUES}: its {name!r} is not what a run saves; move "
-                f"{folder} "
-                "away to go on without this checkpoint"
+                f"{folder} away to go on without this checkpoint"
             )
     return values
 

@@ -214,8 +214,7 @@ class TrainStep:
             size = len(micro.index)
             where = (
                 f"{size} record{'s' * (size != 1)}, the "
-                f"{'smallest' if micro is not micros[0] else 'first'} "
-                "micro-batch of the run"
+                f"{'smallest' if micro is not micros[0] else 'first'} micro-batch of the run"
             )
             with unchanged(*modules):
                 module.train()

@@ -485,7 +485,7 @@ def test_diverged_training_names_the_step_and_keeps_the_checkpoint(tmp_path: Pat
     state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
     assert state["step"] == lines[-1]["step"] - 1
     assert str(caught.value).endswith(
-        f"a longer warmup or a clip, under another --out; the last checkpoint is of step "
+        "a longer warmup or a clip, under another --out; the last checkpoint is of step "
         f"{state['step']}"
     )
     with pytest.raises(
