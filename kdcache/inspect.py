@@ -206,11 +206,11 @@ def row_columns(batch: Batch) -> dict[str, Array]:
 
 
 def truncation_kl(spec: CacheSpec, rows: DecodedRows) -> Array:
-    """-log of the probability of the head, float64 [N, T], at each stored temperature."""
+    """-log of the probability of the support, float64 [N, T], at each stored temperature."""
     assert rows.tail_lse is not None
     relative = rows.relative.astype(np.float64)
-    heads = np.stack([log_sum_exp(relative / float(t)) for t in spec.temperatures], axis=1)
-    out: Array = np.logaddexp(0, rows.tail_lse.astype(np.float64) - heads)
+    supports = np.stack([log_sum_exp(relative / float(t)) for t in spec.temperatures], axis=1)
+    out: Array = np.logaddexp(0, rows.tail_lse.astype(np.float64) - supports)
     return out
 
 
@@ -321,7 +321,7 @@ def _check_data(
 
 
 def _row(spec: CacheSpec, rows: DecodedRows, n: int, name: Namer) -> dict[str, Any]:
-    """One row: its likeliest entries, and the mass of what is not in its head, at each temperature."""
+    """One row: its likeliest entries, and the mass of what is not in its support, at each temperature."""
     temperatures = spec.temperatures or FULL_TEMPERATURES
     relative = rows.relative[n].astype(np.float64)
     ids = np.arange(len(relative)) if rows.ids is None else rows.ids[n]

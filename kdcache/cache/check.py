@@ -157,7 +157,7 @@ def _rising(spec: CacheSpec, column: Column, get: Get) -> str | None:
 
 
 def _above_the_maximum(spec: CacheSpec, get: Get) -> str | None:
-    """A label's logit above the largest of its row: beside it the head would be nothing, or not a
+    """A label's logit above the largest of its row: beside it the support would be nothing, or not a
     number.
     """
     logits = get("label_logit")
@@ -179,7 +179,7 @@ def _bad_values(
     spec: CacheSpec, column: Column, values: Array, scales: frozenset[str] = frozenset()
 ) -> str | None:
     name, classes = column.name, spec.num_classes
-    # entry 0 of a head is its maximum
+    # entry 0 of a support is its maximum
     if name in ("values", f"values_{min(spec.tiers, default=0)}"):
         bits = (values if name == "values" else values[:, :1]).view(f"<u{values.itemsize}")
         step = max(1, CHUNK_ELEMENTS // bits.shape[1])

@@ -1,4 +1,4 @@
-"""Rows <-> the row columns of a cache: the order of a head, id planes, value codecs, tails and
+"""Rows <-> the row columns of a cache: the order of a support, id planes, value codecs, tails and
 labels.
 
 The bits are fixed by docs/format.md; what a lossy codec leaves is the teacher from then on.
@@ -34,7 +34,7 @@ class DecodedRows:
 
     ids int64 [N, K], None where all V are there in id order. logits float32 [N, K]: raw for float32
     and bfloat16, max + value otherwise. relative float32 [N, K] = logit - max, exact for float16
-    and uint8. max float32 [N]. tail_lse float32 [N, T] of everything outside the head, labels
+    and uint8. max float32 [N]. tail_lse float32 [N, T] of everything outside the support, labels
     included; None for kind full. The others as in `Rows`, None where the spec has no such column or
     it was not read.
     """

@@ -23,7 +23,7 @@ def measure(spec: CacheSpec, rows: Rows, relative: Array, tail: Array | None) ->
     [N, T] or None.
 
     rows: their number. kl:T: KL(original || decoded) in nats over the entries that are not -inf
-    after decoding, and the rest; 0 for float32. mass:k:T: teacher probability of the head of tier
+    after decoding, and the rest; 0 for float32. mass:k:T: teacher probability of the support of tier
     k. truncation:k:T: -log of it. Sums are exact (fsum) and then rounded to DECIMALS, so that they
     depend neither on the order of the rows nor on the last bits of exp and log, which differ
     between CPUs: equal work gives equal commit records.
@@ -75,8 +75,8 @@ def _measure_chunk(
         x = relative / temperature
         for tier, k in enumerate(spec.tiers):
             # entry 0 is 0: the sum is at least 1
-            head_lse = np.log(np.exp(x[:, :k]).sum(axis=1))
-            truncation = np.logaddexp(0, tails[:, tier, i] - head_lse)
+            support_lse = np.log(np.exp(x[:, :k]).sum(axis=1))
+            truncation = np.logaddexp(0, tails[:, tier, i] - support_lse)
             yield f"truncation:{k}:{name}", truncation
             yield f"mass:{k}:{name}", np.exp(-truncation)
         if lossless is not None:
@@ -96,7 +96,7 @@ def _measure_chunk(
 
 
 def _original_tails(spec: CacheSpec, rows: Rows, at: slice, max_N: Array) -> Array:
-    """float64 [n, tiers, T]: the tails of all tiers with the labels outside each head added back."""
+    """float64 [n, tiers, T]: the tails of all tiers with the labels outside each support added back."""
     assert rows.tail_lse is not None and rows.ids is not None
     tails = rows.tail_lse[at].astype(np.float64)
     if rows.label is None or rows.label_logit is None:

@@ -20,7 +20,7 @@ MAX_POS = 2**31 - 1
 class Rows:
     """N rows of teacher output; a field is None exactly where the spec has no such column.
 
-    topk: ids int64 [N, K] and logits float32 [N, K] in the order of a head (logit descending, then
+    topk: ids int64 [N, K] and logits float32 [N, K] in the order of a support (logit descending, then
     id ascending), K = the largest tier; tail_lse float32 [N, tiers, T] relative to logits[:, 0],
     without the labels. full: logits float32 [N, V] in id order. none: nothing but pos.
     label int64 [N, J] (-1 unknown), label_weight and label_logit (raw, topk only) float32 [N, J];
@@ -158,16 +158,16 @@ def _check_head(spec: CacheSpec, ids: Array, logits: Array, names: RowNames) -> 
             f"id {int(ids[~good].flat[0])} is out of range; expected 0 to {spec.num_classes - 1}",
         )
     ordered = np.sort(ids, axis=1)
-    names.require(ordered[:, 1:] != ordered[:, :-1], "an id occurs twice in the head")
+    names.require(ordered[:, 1:] != ordered[:, :-1], "an id occurs twice in the support")
     falls = logits[:, :-1] > logits[:, 1:]
     ties = (logits[:, :-1] == logits[:, 1:]) & (ids[:, :-1] < ids[:, 1:])
     names.require(
-        falls | ties, "the head is out of order; expected logit descending, then id ascending"
+        falls | ties, "the support is out of order; expected logit descending, then id ascending"
     )
 
 
 def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
-    """The labels' logits agree with the head, and a tail of no ids is empty."""
+    """The labels' logits agree with the support, and a tail of no ids is empty."""
     assert rows.ids is not None and rows.logits is not None and rows.tail_lse is not None
     for tier, k in enumerate(spec.tiers):
         if k + spec.labels < spec.num_classes:
@@ -177,7 +177,7 @@ def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
             left -= labels_outside(rows.ids[:, :k], rows.label).sum(axis=1)
         names.require(
             (left[:, None] > 0) | (rows.tail_lse[:, tier] == -np.inf),
-            f"tail_lse of tier {k} must be -inf: head and labels are all {spec.num_classes} "
+            f"tail_lse of tier {k} must be -inf: support and labels are all {spec.num_classes} "
             "classes",
         )
     if rows.label is None or rows.label_logit is None:
@@ -192,7 +192,7 @@ def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
         at = rows.ids == rows.label[:, j, None]
         in_head[:, j] = at.any(axis=1)
         same = ~at | (rows.logits == rows.label_logit[:, j, None])
-        names.require(same, "label_logit is not the logit that the head has for this label")
+        names.require(same, "label_logit is not the logit that the support has for this label")
         again = known[:, :j] & (rows.label[:, :j] == rows.label[:, j, None])
         names.require(
             ~again | (rows.label_logit[:, :j] == rows.label_logit[:, j, None]),
@@ -200,7 +200,7 @@ def _check_tail(spec: CacheSpec, rows: Rows, names: RowNames) -> None:
         )
     names.require(
         ~known | in_head | (rows.label_logit <= rows.logits[:, -1:]),
-        "label_logit is above the last logit of a head that lacks the label",
+        "label_logit is above the last logit of a support that lacks the label",
     )
 
 
@@ -216,7 +216,7 @@ def labels_outside(ids: Array, label: Array) -> Array:
 def tail_with_labels(
     tail_lse: Array, relative_label: Array, outside: Array, temperatures: tuple[str, ...]
 ) -> Array:
-    """float64 [N, T]: tail_lse [N, T] with labels outside the head [N, J] added back at each
+    """float64 [N, T]: tail_lse [N, T] with labels outside the support [N, J] added back at each
     temperature.
 
     `relative_label` float64 [N, J] is label_logit - max.

@@ -115,7 +115,7 @@ BAD = [
     (dict(label=((1, 0), -100)), "label -100"),
     (dict(label_logit=((1, 0), np.nan)), "label_logit is NaN"),
     (dict(label_logit=((1, 0), 0.5)), "above the last logit"),
-    (dict(label=((1, 0), 2), label_logit=((1, 0), 0.5)), "not the logit that the head has"),
+    (dict(label=((1, 0), 2), label_logit=((1, 0), 0.5)), "not the logit that the support has"),
     (dict(label_weight=((1, 0), -1)), "label_weight must be"),
     (dict(mean=(1, -np.inf)), "mean must be finite"),
     (dict(std=(1, np.nan)), "std must be"),

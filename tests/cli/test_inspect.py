@@ -31,7 +31,7 @@ def teacher_logits(n: int = N) -> Array:
 
 
 def labels(n: int = N) -> Array:
-    """A label that is in the head for some rows and outside for others, unknown for the last."""
+    """A label that is in the support for some rows and outside for others, unknown for the last."""
     out = np.random.default_rng(1).integers(0, V, (n, 1))
     out[-1] = -1
     return out
