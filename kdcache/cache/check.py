@@ -15,6 +15,7 @@ import numpy as np
 from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns, check_offsets
 from kdcache.cache.rawmap import level_rows
 from kdcache.cache.spec import CacheSpec
+from kdcache.cache.values import add_high
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
 
 CHUNK_ELEMENTS = 2**19  # ids looked at together: a few MiB of temporaries
@@ -251,19 +252,5 @@ def _assemble(spec: CacheSpec, parts: list[Array], k: int) -> Array:
     for tier, low, high in zip(spec.tiers, parts[::2], parts[1::2], strict=False):
         start, stop = spec.tier_range(tier)
         out[:, start:stop] = low
-        _add_high(out[:, start:stop], high, spec.high_bits)
+        add_high(out[:, start:stop], high, spec.high_bits)
     return out
-
-
-def _add_high(ids: Array, plane: Array, bits: int) -> None:
-    """Put the high bits of a plane (docs/format.md 7.2) into ids uint32 [n, count], without wide
-    temporaries.
-    """
-    if bits == 16:
-        ids |= np.ascontiguousarray(plane).view("<u2").astype(np.uint32) << np.uint32(16)
-        return
-    per_byte = 8 // bits
-    for j in range(min(per_byte, ids.shape[1])):
-        part = ids[:, j::per_byte]
-        byte = plane[:, : part.shape[1]] >> np.uint8(j * bits) & np.uint8((1 << bits) - 1)
-        part |= byte.astype(np.uint32) << np.uint32(16)

@@ -15,8 +15,7 @@ from kdcache.cache.columns import STORAGE, Array, Columns
 from kdcache.cache.measure import log_sum_exp, measure
 from kdcache.cache.rows import RowNames, Rows, check_rows, labels_outside, tail_with_labels
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.values import pack_high as pack_high
-from kdcache.cache.values import unpack_high as unpack_high
+from kdcache.cache.values import add_high, pack_high
 from kdcache.errors import UsageError
 
 
@@ -225,10 +224,9 @@ ENTRIES = {
 def _decode_ids(spec: CacheSpec, need: Callable[[str], Array], tiers: list[int]) -> Array:
     parts = []
     for k in tiers:
-        start, stop = spec.tier_range(k)
         part = need(f"ids_{k}").astype(np.int64)
         if spec.high_bits:
-            part += unpack_high(need(f"ids_{k}_high"), spec.high_bits, stop - start) << 16
+            add_high(part, need(f"ids_{k}_high"), spec.high_bits)
         parts.append(part)
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 

@@ -57,17 +57,18 @@ def pack_high(ids: Array, high_bits: int) -> Array:
     return out
 
 
-def unpack_high(plane: Array, high_bits: int, count: int) -> Array:
-    """The high parts int64 [N, count] of a plane uint8 [N, bytes]: ids are low + (high << 16)."""
-    plane = np.ascontiguousarray(plane, np.uint8)
+def add_high(ids: Array, plane: Array, high_bits: int) -> None:
+    """Put the high bits of a plane uint8 [N, bytes] into ids [N, count], which are the low 16 and of
+    any integer dtype that holds both. In place, without temporaries of that width.
+    """
     if high_bits == 16:
-        whole: Array = plane.view("<u2").astype(np.int64)
-        return whole
+        ids |= np.ascontiguousarray(plane, np.uint8).view("<u2").astype(np.uint32) << np.uint32(16)
+        return
     per_byte = 8 // high_bits
-    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(high_bits)
-    high = (plane[:, :, None] >> shifts) & np.uint8((1 << high_bits) - 1)
-    out: Array = high.reshape(len(plane), plane.shape[1] * per_byte)[:, :count].astype(np.int64)
-    return out
+    for j in range(min(per_byte, ids.shape[1])):
+        part = ids[:, j::per_byte]
+        byte = plane[:, : part.shape[1]] >> np.uint8(j * high_bits)
+        part |= (byte & np.uint8((1 << high_bits) - 1)).astype(np.uint32) << np.uint32(16)
 
 
 class StoredValues(NamedTuple):

@@ -24,11 +24,18 @@ from row_definitions import (
 )
 
 from kdcache.cache.catalog import KNOWN
-from kdcache.cache.codec import decode_rows, encode_rows, pack_high, unpack_high
+from kdcache.cache.codec import decode_rows, encode_rows
 from kdcache.cache.features import decode_feature, encode_feature
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, RECIPES, CacheSpec, FeatureSpec
-from kdcache.cache.values import CODECS, from_bfloat16, to_bfloat16, value_codec
+from kdcache.cache.values import (
+    CODECS,
+    add_high,
+    from_bfloat16,
+    pack_high,
+    to_bfloat16,
+    value_codec,
+)
 
 # One V below, at and above every change of id width and of high plane.
 CLASSES = (
@@ -85,7 +92,10 @@ def test_high_plane_is_a_bit_string(high_bits, count, seed):
     bits = [sum((int(i) >> 16) << (high_bits * j) for j, i in enumerate(row)) for row in ids]
     length = -(-count * high_bits // 8)
     assert [bytes(p) for p in plane] == [b.to_bytes(length, "little") for b in bits]
-    assert np.array_equal((unpack_high(plane, high_bits, count) << 16) + (ids & 0xFFFF), ids)
+    for dtype in (np.int64, np.uint32):
+        back = (ids & 0xFFFF).astype(dtype)
+        add_high(back, plane, high_bits)
+        assert np.array_equal(back, ids) and back.dtype == dtype
 
 
 # ---- values

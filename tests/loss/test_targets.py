@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.cache.codec import decode_rows, encode_rows, pack_high
+from kdcache.cache.codec import decode_rows, encode_rows
 from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec, FeatureSpec
+from kdcache.cache.values import pack_high
 from kdcache.errors import UsageError
 from kdcache.loss.arguments import check_temperature
 from kdcache.loss.targets import SoftTargets, _plane, soft_targets, targets_from_logits
