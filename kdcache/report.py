@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import CacheCorrupt, DataError, UsageError, near
-from kdcache.runs import (
+from kdcache.models.runs import (
     BEST,
     LAST,
     RECORDED,

@@ -85,8 +85,8 @@ def as_samples(
     seed: int | None = 0,
     labels: bool = True,
     prepared: Callable[[], str] | None = None,
-) -> Samples:
-    """The samples of a SPEC with its `args`, of a dataset, or `Samples` as they are.
+) -> Samples | None:
+    """The samples of a SPEC with its `args`, of a dataset, or `Samples` as they are; None for None.
 
     seed: decides the views; None takes any. labels: False leaves the labels unread. prepared: as
     `load_data` takes it. UsageError for `args` without a SPEC, and for `Samples` of another seed.
@@ -99,7 +99,7 @@ def as_samples(
             "a SPEC"
         )
     if not isinstance(data, Samples):
-        return Samples(data, seed=seed or 0, labels=labels)
+        return None if data is None else Samples(data, seed=seed or 0, labels=labels)
     if seed is not None and data.seed != seed:
         raise UsageError(
             f"the Samples make their views with seed {data.seed}; the seed here is {seed}: give "

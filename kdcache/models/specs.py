@@ -28,7 +28,7 @@ from kdcache.data.preprocessing import (
 from kdcache.data.user_code import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.data.views import seeded_generators
 from kdcache.errors import KDCacheError, UsageError, near
-from kdcache.runs import OPTIONS, RECORDED, is_run, read_options
+from kdcache.models.runs import OPTIONS, RECORDED, is_run, read_options
 from kdcache.user.guard import attribute, describe, let_through
 from kdcache.user.paths import local_path
 

@@ -23,6 +23,7 @@ from kdcache.data.padding import Inputs, Padding
 from kdcache.data.reading import Prefetch, data_batches, prefetchable, token_batch
 from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import extremes
+from kdcache.data.sources import as_samples
 from kdcache.errors import DataError, UsageError
 from kdcache.loss.arguments import (
     check_device,
@@ -50,7 +51,7 @@ from kdcache.student.batch import (
 )
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
-from kdcache.student.sources import as_cache, as_samples, cached_preprocessing
+from kdcache.student.sources import as_cache, cached_preprocessing
 from kdcache.user.guard import entrance, in_one_line
 
 if TYPE_CHECKING:

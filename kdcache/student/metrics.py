@@ -18,7 +18,7 @@ from typing import Any
 
 from kdcache.cache.store import Directory, explain
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError, near
-from kdcache.runs import METRICS as FILE
+from kdcache.models.runs import METRICS as FILE
 
 LONGEST = 2**20  # bytes of a line
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}

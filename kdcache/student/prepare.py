@@ -4,10 +4,9 @@ anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from kdcache.models.checks import (
     require_tokenizer,
     steadiness,
 )
-from kdcache.models.model import Model, Output, left_out, load_model, trying
+from kdcache.models.model import Model, Output, left_out, trying
 from kdcache.student.batch import MicroBatch, student_rows
 from kdcache.student.evaluate import cut_width, metric_names
 from kdcache.student.head import ChunkedLogits, WholeLogits
@@ -41,41 +40,6 @@ from kdcache.student.match import Matches
 from kdcache.student.settings import BEST_BY, Settings
 from kdcache.student.sources import Sources
 from kdcache.student.step import row_mask
-from kdcache.user.guard import attribute
-
-
-def load_student(
-    student: Any,
-    sources: Sources,
-    *,
-    args: Mapping[str, Any] | None,
-    weights: str | Path | None,
-    seed: int,
-) -> Model:
-    """The student from a SPEC (weights in float32), or a module or `Model` as it is."""
-    if isinstance(student, str | Path):
-        return load_model(
-            str(student),
-            args=args,
-            weights=weights,
-            seed=seed,
-            dtype="float32",
-            num_classes=sources.num_classes,
-        )
-    if args or weights is not None:
-        raise UsageError(
-            "student arguments or weights are given, but the student is an object; they belong to "
-            "a SPEC"
-        )
-    if isinstance(student, Model):
-        return student
-    if not isinstance(student, nn.Module):
-        raise UsageError(
-            f"the student is a {type(student).__name__}; expected a model SPEC or a torch.nn.Module"
-        )
-    # Of Hugging Face models: a folder that from_pretrained opens.
-    save = attribute(student, "save_pretrained", f"the student ({type(student).__name__})")
-    return Model(student, "", f"{type(student).__name__} as given", None, "", save)
 
 
 def check_text(model: Model, sources: Sources, accept: Sequence[str]) -> None:

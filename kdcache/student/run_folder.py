@@ -33,7 +33,7 @@ from kdcache.errors import (
     UsageError,
     near,
 )
-from kdcache.runs import (
+from kdcache.models.runs import (
     ARGUMENTS,
     BEST,
     CHANGES,

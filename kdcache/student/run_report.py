@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import CacheCorrupt
 from kdcache.loss.engines import check_engine
-from kdcache.runs import SUMMARY, is_number, is_texts
+from kdcache.models.runs import SUMMARY, is_number, is_texts
 from kdcache.student.head import ChunkedLogits
 from kdcache.student.run_folder import RunFolder
 from kdcache.student.sources import VIEW_KEY

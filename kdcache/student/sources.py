@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -13,7 +13,7 @@ from kdcache.data import classes
 from kdcache.data.collate import read_batch
 from kdcache.data.identify import identify
 from kdcache.data.samples import Samples, probe_ids
-from kdcache.data.sources import load_data
+from kdcache.data.sources import as_samples
 from kdcache.errors import DataError, NotBuilt, UsageError
 from kdcache.loss.arguments import check_type
 from kdcache.models.checks import UNSTEADY
@@ -101,37 +101,6 @@ def as_cache(cache: Cache | str | Path | None) -> Cache | None:
 def cached_preprocessing(cache: Cache | None) -> str:
     """How the pictures were prepared that a cache is about, "" unknown."""
     return "" if cache is None else str(cache.identity.data.get("preprocessing", ""))
-
-
-def as_samples(
-    data: Any,
-    args: Mapping[str, Any] | None = None,
-    *,
-    seed: int | None = 0,
-    labels: bool = True,
-    prepared: Callable[[], str] | None = None,
-) -> Samples | None:
-    """A dataset as `Samples`: from a SPEC with its `args`, or an object. `seed` decides its views;
-    None takes any. labels: False leaves its labels unread. prepared: as `load_data` takes it."""
-    if isinstance(data, str):
-        data = load_data(data, dict(args or {}), prepared)
-    elif args:
-        raise UsageError(
-            "data arguments are given, but the data is an object, or there is none; they belong to "
-            "a SPEC"
-        )
-    if isinstance(data, Samples):
-        if seed is not None and data.seed != seed:
-            raise UsageError(
-                f"the Samples have seed {data.seed}, the teacher saw views of seed {seed}; give "
-                f"Samples(dataset, seed={seed}), or the dataset itself"
-            )
-        return (
-            data
-            if labels or not data.labels
-            else Samples(data.dataset, seed=data.seed, labels=False)
-        )
-    return None if data is None else Samples(data, seed=seed or 0, labels=labels)
 
 
 def one_cache(cache: Any) -> Cache | None:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from kdcache.errors import CacheCorrupt
 from kdcache.models.model import Model
-from kdcache.runs import is_number
+from kdcache.models.runs import is_number
 from kdcache.student import checkpoint
 from kdcache.student.optim import optimizer_tensors, restore_optimizer
 from kdcache.user.guard import describe

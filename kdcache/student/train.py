@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from kdcache.loss.arguments import check_workers
-from kdcache.models.model import move, pick_device
+from kdcache.models.model import as_model, move, pick_device
+from kdcache.models.runs import plain_arguments
 from kdcache.process.ranks import refuse_ranks
 from kdcache.process.signals import Signals
-from kdcache.runs import plain_arguments
 from kdcache.student import checkpoint
 from kdcache.student.metrics import check_reporters
-from kdcache.student.prepare import check_classes, check_pictures, check_text, load_student
+from kdcache.student.prepare import check_classes, check_pictures, check_text
 from kdcache.student.run_folder import RunFolder
 from kdcache.student.run_report import TrainReport, finished_report
 from kdcache.student.settings import check_options, check_used, filled, resolve, texts
@@ -199,8 +199,14 @@ def train_student(
         report = None if folder.summary is None else finished_report(folder, say)
         if report is not None and (dry_run or isinstance(student, str | Path)):
             return report
-        model = load_student(
-            student, sources, args=student_args, weights=student_weights, seed=seed
+        model = as_model(
+            student,
+            role="student",
+            args=student_args,
+            weights=student_weights,
+            seed=seed,
+            dtype="float32" if isinstance(student, str | Path) else None,
+            num_classes=sources.num_classes,
         )
         check_text(model, sources, settings.accept)
         check_classes(model, sources, settings.accept, live_teacher, settings.classes)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kdcache.data.workers import WorkerDied
 from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch
 from kdcache.models.model import Model
+from kdcache.models.runs import BEST, LAST
 from kdcache.process.signals import Interrupted, Signals
-from kdcache.runs import BEST, LAST
 from kdcache.student import checkpoint
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import GlobalBatch, Loader

@@ -173,6 +173,8 @@ def dump_teacher(
             labels=labels is not False and kind != "none",
             prepared=lambda: model.preprocessing,
         )
+        if samples is None:
+            raise UsageError("dump-teacher needs data")
         samples.padding = padding_of(model.module, samples.dataset)
         overlooked = require_tokenizer(
             model, samples.tokenizer_identity, role="teacher", accept=accept

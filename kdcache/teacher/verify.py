@@ -167,6 +167,7 @@ def _ask_teacher(
         labels=bool(cache.spec.labels),
         prepared=lambda: str(cache.identity.data.get("preprocessing", "")),
     )
+    assert samples is not None
     samples.padding = padding_of(model.module, samples.dataset)
     move(model.module, found, "teacher")
     given = _identity(cache, model, samples)
