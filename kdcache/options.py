@@ -25,7 +25,7 @@ from kdcache.process.early import at_once, put_back
 from kdcache.process.ranks import this_rank
 from kdcache.process.signals import Signals
 from kdcache.process.streams import hold, lost
-from kdcache.user.arguments import is_unicode
+from kdcache.user.arguments import bytes_of, is_unicode
 from kdcache.user.guard import interrupted, printable
 from kdcache.user.paths import local_path
 
@@ -42,31 +42,16 @@ TYPE_NAMES: dict[type, str] = {
     dict: "a table",
 }
 MOST = 2**64  # of a number: more is no number of anything here
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 
 
 def size(value: str | int) -> int:
     """A number of bytes from 64MB, 1.5GiB or 1000000: an option type."""
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(value), re.ASCII)
-    if (
-        found is None
-        or found[2].upper() not in UNITS
-        or round(float(found[1]) * UNITS[found[2].upper()]) == 0
-    ):
+    if not (found := bytes_of(str(value))):
         raise click.BadParameter(
             f"{str(value)[:40]!r} is no size; expected a number of bytes such as 64MB, 1.5GiB or "
             "1000000"
         )
-    return round(float(found[1]) * UNITS[found[2].upper()])
+    return found
 
 
 class LocalPath(click.Path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import string
 from collections.abc import Callable, Iterator, Mapping, Set
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +17,16 @@ from kdcache.errors import UsageError
 P = ParamSpec("P")
 R = TypeVar("R")
 SHOWN = 40  # characters of a value in an error
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -28,6 +39,21 @@ WORDS = {
     "Mapping": "a dict",
     "dict": "a dict",
 }
+
+
+def bytes_of(text: str) -> int | None:
+    """Bytes of "512", "512 MB" (10^6) or "0.5 GiB" (2^30), rounded; None for what is no size.
+
+    By methods of str, which torch.compile follows: it does not follow `re`. At most 18 digits stand
+    on either side of the point.
+    """
+    text = text.strip()
+    number = text.rstrip(string.ascii_letters + string.whitespace)
+    unit, (whole, point, part) = text[len(number) :].strip().upper(), number.partition(".")
+    wrong = [d for d in (whole, part if point else "0") if not (d.isdecimal() and len(d) <= 18)]
+    if wrong or unit not in UNITS or not number.isascii():
+        return None
+    return round(float(number) * UNITS[unit])
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

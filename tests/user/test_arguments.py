@@ -18,7 +18,7 @@ from kdcache.errors import UsageError
 from kdcache.inspect import inspect
 from kdcache.student.evaluate import evaluate
 from kdcache.teacher.verify import verify
-from kdcache.user.arguments import check_arguments, seen
+from kdcache.user.arguments import bytes_of, check_arguments, seen
 
 Alias = Callable[[int], None] | None
 
@@ -197,3 +197,30 @@ def test_values_a_loader_cannot_use(options: dict[str, Any], said: str) -> None:
         ):
             with pytest.raises(UsageError, match=said):
                 call()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512 MB", 512 * 10**6),
+        ("1.5GiB", 3 * 2**29),
+        (" 7 ", 7),
+        ("2kb", 2000),
+        ("0.5", 0),
+        ("0 MB", 0),
+        ("much", None),
+        ("", None),
+        ("MB", None),
+        ("-1", None),
+        ("1.", None),
+        (".5 GB", None),
+        ("1 2", None),
+        ("1 TB", None),
+        ("1e3", None),
+        ("\u0667 MB", None),
+        ("1" * 19, None),
+        ("1." + "0" * 19, None),
+    ],
+)
+def test_sizes_are_read(text: str, expected: int | None) -> None:
+    assert bytes_of(text) == expected
