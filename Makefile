@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 OUT ?= bench/results
 WHEELS ?=
 STEPS ?=
-COMPILED := $(addprefix tests/kernels/test_,kd_loss.py terms.py ptx.py shards.py topk_lse.py)
+COMPILED := $(addprefix tests/kernels/test_,kd_loss.py terms.py ptx.py topk_lse.py)
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint docs bench gpu clean

@@ -12,12 +12,12 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdcache.bench.track import Entrant
+from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss import definitions
 from kdcache.loss import kd_loss as public
 from kdcache.loss.targets import SoftTargets
@@ -120,22 +120,22 @@ class Fused:
         )
         return Fused(problem, t.ids_NK.to(torch.int32), *scales.unbind())
 
-    def __call__(self, inplace: bool, **more: Any) -> Tensor:
+    def __call__(self, inplace: bool, parts: int | None = None) -> Tensor:
         from kdcache.kernels.kd_loss import kd_loss_rows
 
         p, t = self.problem, self.problem.targets
-        loss_N, _, _ = kd_loss_rows(
-            p.logits_NV,
-            labels=p.labels_N,
-            ids=self.ids_NK,
-            log_probs=t.log_probs_NK,
-            log_tail=t.log_tail_N,
+        rows = RowLoss(
+            p.logits_NV.shape[1],
+            p.labels_N[:, None],
+            ids_NK=self.ids_NK,
+            log_probs_NK=t.log_probs_NK,
+            log_tail_N=t.log_tail_N,
             temperature=t.temperature,
             ce_scale=self.ce_scale,
             kd_scale=self.kd_scale,
             inplace=inplace,
-            **more,
         )
+        loss_N, _, _ = kd_loss_rows(p.logits_NV, rows, parts=parts)
         return torch.autograd.grad(loss_N.sum(), p.logits_NV)[0]
 
 

@@ -23,7 +23,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,12 @@ from torch import Tensor
 from kdcache.bench.kd_contenders import ALPHA, CHECKED_ROWS, sparse_loss
 from kdcache.bench.race import command, finish, machine, table
 from kdcache.bench.track import Entrant, Track, choose_device
-from kdcache.kernels.kd_chunks import RowFunction, chunk_rows, memory_bytes
+from kdcache.kernels.kd_chunks import chunk_rows
 from kdcache.kernels.kd_linear import kd_linear_loss
-from kdcache.kernels.kd_loss import kd_loss_rows
-from kdcache.loss.kd_linear_loss import torch_rows
+from kdcache.kernels.row_loss import Engine, RowLoss
+from kdcache.loss.engines import fused_engine
+from kdcache.loss.kd_linear_loss import memory_size
+from kdcache.loss.torch_engine import torch_engine
 
 SAY_CPU = "the kernels were not timed: they need a CUDA device, and this run is on the CPU"
 BARE = "three bare products"
@@ -92,7 +94,12 @@ class Problem:
 
     hidden_NH: Tensor
     weight_VH: Tensor
-    keywords: dict[str, Any]  # as kd_loss_rows takes them
+    rows: RowLoss
+
+    @property
+    def labels_N(self) -> Tensor:
+        assert self.rows.labels_NJ is not None
+        return self.rows.labels_NJ[:, 0]
 
     @staticmethod
     def of(sizes: Sizes, device: torch.device) -> Problem:
@@ -114,36 +121,37 @@ class Problem:
             normal(
                 classes, sizes.width, scale=3 * sizes.width**-0.5, dtype=sizes.dtype
             ).requires_grad_(),
-            {
-                "labels": labels_N,
-                "ids": ids_NK,
-                "log_probs": outcomes[:, :-1].contiguous(),
-                "log_tail": outcomes[:, -1].contiguous(),
-                "temperature": sizes.temperature,
-                "ce_scale": scales[0],
-                "kd_scale": scales[1],
-            },
+            RowLoss(
+                classes,
+                labels_N[:, None],
+                ids_NK=ids_NK,
+                log_probs_NK=outcomes[:, :-1].contiguous(),
+                log_tail_N=outcomes[:, -1].contiguous(),
+                temperature=sizes.temperature,
+                ce_scale=scales[0],
+                kd_scale=scales[1],
+            ),
         )
 
 
 Gradients = tuple[Tensor, ...]
 
 
-def chunked(problem: Problem, rows: RowFunction, memory: str, frozen: bool = False) -> Gradients:
+def chunked(problem: Problem, engine: Engine, memory: str, frozen: bool = False) -> Gradients:
     """`kd_linear_loss`; `frozen`: the head gets no gradient."""
     weight_VH = problem.weight_VH.detach() if frozen else problem.weight_VH
     loss, _, _ = kd_linear_loss(
-        problem.hidden_NH, weight_VH, memory=memory, rows=rows, **problem.keywords
+        problem.hidden_NH, weight_VH, None, problem.rows, memory=memory_size(memory), engine=engine
     )
     return torch.autograd.grad(
         loss, (problem.hidden_NH,) if frozen else (problem.hidden_NH, weight_VH)
     )
 
 
-def whole(problem: Problem, rows: RowFunction) -> Gradients:
-    """The row function in place over all logits at once, the rest by autograd."""
+def whole(problem: Problem, engine: Engine) -> Gradients:
+    """The engine in place over all logits at once, the rest by autograd."""
     logits_NV = problem.hidden_NH @ problem.weight_VH.t()
-    loss_N, _, _ = rows(logits_NV, **problem.keywords, inplace=True)
+    loss_N, _, _ = engine(logits_NV, replace(problem.rows, inplace=True))
     return torch.autograd.grad(loss_N.sum(), (problem.hidden_NH, problem.weight_VH))
 
 
@@ -161,8 +169,8 @@ def liger(problem: Problem, teacher_NH: Tensor, teacher_VH: Tensor) -> Gradients
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - ALPHA,
         weight_soft_loss=ALPHA,
-        temperature=problem.keywords["temperature"],
-    )(problem.hidden_NH, problem.weight_VH, teacher_NH, teacher_VH, problem.keywords["labels"])
+        temperature=problem.rows.temperature,
+    )(problem.hidden_NH, problem.weight_VH, teacher_NH, teacher_VH, problem.labels_N)
     return torch.autograd.grad(
         loss[0] if isinstance(loss, tuple) else loss, (problem.hidden_NH, problem.weight_VH)
     )
@@ -171,14 +179,15 @@ def liger(problem: Problem, teacher_NH: Tensor, teacher_VH: Tensor) -> Gradients
 def contenders(problem: Problem, sizes: Sizes) -> dict[str, Entrant]:
     """All that can run on the problem's device: the kernels on CUDA only."""
     cuda = problem.hidden_NH.is_cuda
-    rows: RowFunction = kd_loss_rows if cuda else torch_rows
+    engine: Engine = fused_engine if cuda else torch_engine
     own: dict[str, Callable[[], Gradients]] = {
-        f"kd_linear, {budget}": partial(chunked, problem, rows, budget) for budget in sizes.budgets
+        f"kd_linear, {budget}": partial(chunked, problem, engine, budget)
+        for budget in sizes.budgets
     }
     own[f"kd_linear, {sizes.budgets[-1]}, frozen head"] = partial(
-        chunked, problem, rows, sizes.budgets[-1], True
+        chunked, problem, engine, sizes.budgets[-1], True
     )
-    own["whole logits"] = partial(whole, problem, rows)
+    own["whole logits"] = partial(whole, problem, engine)
     found = {name: Entrant(run, own=True) for name, run in own.items()}
     found[BARE] = Entrant(partial(bare_products, problem), own=True)
     if cuda and has_liger():
@@ -194,15 +203,17 @@ def has_liger() -> bool:
 def gradient_error(problem: Problem, found_NH: Tensor) -> float:
     """How far a few rows of the hidden states' gradient are from float64, over the greatest entry."""
     rows = torch.linspace(0, len(found_NH) - 1, CHECKED_ROWS, device=found_NH.device).long()
-    k, weight_VH = problem.keywords, problem.weight_VH.detach().double()
+    asked, weight_VH = problem.rows.rows(rows), problem.weight_VH.detach().double()
+    assert asked.ids_NK is not None and asked.log_probs_NK is not None
+    assert asked.log_tail_N is not None
     hidden = problem.hidden_NH.detach()[rows].double().requires_grad_()
     value = sparse_loss(
         hidden @ weight_VH.t(),
-        k["labels"][rows],
-        k["ids"][rows],
-        k["log_probs"][rows].double(),
-        k["log_tail"][rows].double(),
-        k["temperature"],
+        problem.labels_N[rows],
+        asked.ids_NK,
+        asked.log_probs_NK.double(),
+        asked.log_tail_N.double(),
+        asked.temperature,
     )
     truth = torch.autograd.grad(value * (len(rows) / len(found_NH)), hidden)[0]
     return float((found_NH[rows].double() - truth).abs().max() / truth.abs().max())
@@ -215,7 +226,7 @@ def operations(sizes: Sizes) -> int:
 
 def model_bytes(sizes: Sizes) -> int:
     """The least that moves, with chunks of the middle budget."""
-    budget = memory_bytes(sizes.budgets[len(sizes.budgets) // 2])
+    budget = memory_size(sizes.budgets[len(sizes.budgets) // 2])
     step = chunk_rows(sizes.rows, sizes.classes, sizes.dtype.itemsize, budget)
     chunks, head, size = -(-sizes.rows // step), sizes.classes * sizes.width, sizes.dtype.itemsize
     logits = 5 * sizes.rows * sizes.classes * size

@@ -6,8 +6,8 @@ flight must stay in L2 for the second read, registers decide how many programs a
 holds. This measures it, at N = 8192 rows of bfloat16 with K = 64, in place. "second_read_misses" is
 what a share f of the copy's rate means where bytes alone limit:
 (2 + misses) N V b bytes moved in the time of 2 / f of them, so 2 / f - 2. The tiles in use are
-raced without cache hints too, and rows that do not fit into L2 by two programs to a row, in one
-launch and in two. A machine with another L2 wants another table.
+raced without cache hints too, and rows that do not fit into L2 by two programs to a row. A machine
+with another L2 wants another table.
 
     python -m kdcache.bench.kd_tiles [--rounds N] [--results FOLDER]
 """
@@ -85,30 +85,27 @@ def candidates(classes: int, itemsize: int) -> list[Way]:
     few = SMALL if row <= 16_384 else MIDDLE if row <= 140_000 else LONG
     orders = (False, True) if row > 200_000 else (False,)
     found = [Way(Tiles(*one, reverse=reverse)) for one, reverse in product(few, orders)]
-    found += [Way(Tiles(*one), form) for one, form in product(LONG[:2], SHARED) if row > 400_000]
+    found += [Way(Tiles(*one), parts=2) for one in LONG[:2] if row > 400_000]
     usual = Way(Tiles.of(classes, itemsize))
     return [usual, Way(replace(usual.tiles, hints=False)), *(way for way in found if way != usual)]
 
 
-SHARED = ("one launch", "two launches")  # forms in which two programs share a row
-
-
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Tiles, and the form in which programs share a row, if they do."""
+    """Tiles, and how many programs share a row, if any do."""
 
     tiles: Tiles
-    form: str | None = None
+    parts: int | None = None
 
     def __str__(self) -> str:
         tiles = self.tiles
         said = [f"{tiles.rows} x {tiles.warps} warps", f"{tiles.registers} registers"]
         said += ["backwards"] * tiles.reverse + ["no cache hints"] * (not tiles.hints)
-        return ", ".join(said + ([f"2 parts in {self.form}"] if self.form else []))
+        return ", ".join(said + ([f"{self.parts} parts"] if self.parts else []))
 
     def run(self, fused: Fused) -> object:
         with walked_with(self.tiles):
-            return fused(inplace=True, **({"parts": 2, "form": self.form} if self.form else {}))
+            return fused(inplace=True, parts=self.parts)
 
 
 @contextmanager
@@ -160,7 +157,7 @@ def one_case(
         least,
     )
     for way, found in zip(tried, out["contenders"].values(), strict=True):
-        found["tiles"], found["form"] = astuple(way.tiles), way.form
+        found["tiles"], found["parts"] = astuple(way.tiles), way.parts
         if "failed" not in found:
             found["second_read_misses"] = 2 / found["share_of_copy"] - 2
     shares = {name: found.get("share_of_copy", 0) for name, found in out["contenders"].items()}

@@ -87,9 +87,7 @@ def split_over_devices(**tensors: Tensor | None) -> list[str]:
     """
     return [
         f"{name} is a DTensor with placements {tensor.placements}; expected a plain tensor: give "
-        f"{name}.full_tensor(), or {name}.to_local() where it is rows that are split; for split "
-        "columns there is "
-        f"vocab_parallel_loss of kernels/kd_shards.py"
+        f"{name}.full_tensor(), or {name}.to_local() where it is rows that are split"
         for name, tensor in tensors.items()
         if tensor is not None and hasattr(tensor, "placements")
     ]

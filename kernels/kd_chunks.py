@@ -1,36 +1,22 @@
 """The chunks of `kd_linear`: rows go through one buffer of logits, whose size is a budget of bytes.
 
-For each chunk of R rows one product writes its logits into the buffer, the row function turns them
-into the gradient in place, and two products read that. Under about 800 rows the float32 gradient of
-the head (8 V H bytes read and written a chunk) takes longer than the products of a chunk at H =
-4096, hence the default budget.
+For each chunk of R rows one product writes its logits into the buffer, an engine turns them into
+the gradient in place, and two products read that. Under about 800 rows the float32 gradient of the
+head (8 V H bytes read and written a chunk) takes longer than the products of a chunk at H = 4096,
+hence the default budget.
 """
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-RowFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]  # with the signature of kd_loss_rows
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+from kdcache.kernels.row_loss import Engine, RowLoss
+
 # rows of a chunk come in multiples of it, where that many fit: a tile of the products
 WHOLE = 128
-# What a row function need not know of.
-PLAIN = {"teacher_classes": None, "z_scale": None, "logit_scale": 1.0, "softcap": None}
 # float32 copies of a chunk's gradient, on a CPU, have a quarter of its columns
 BLOCKS = 4
 
@@ -39,15 +25,9 @@ BLOCKS = 4
 class Job:
     """One call, checked: all but hidden states and head."""
 
-    rows: RowFunction | None  # None: the fused kernels
-    # per row: labels, label_weight, ids, log_probs, log_tail, row_weight
-    given: dict[str, Tensor | None]
-    scales: dict[str, Tensor | None]  # ce_scale, kd_scale, z_scale
-    # num_classes, temperature, divergence, tail, beta, logit_scale, softcap
-    settings: dict[str, Any]
-    memory: int
-    skip: bool  # leave out rows that do not count
-    counted: int | None
+    rows: RowLoss
+    engine: Engine | None  # None: the fused kernels
+    memory: int  # bytes of the logits of a chunk
     dtype: torch.dtype  # of logits and products
     wants: tuple[bool, ...]  # gradients of hidden, weight, bias
 
@@ -61,65 +41,45 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Done:
     """The chunks: values and the gradients that are wanted."""
     h_NH, w_VH = hidden.detach().to(job.dtype), weight.detach().to(job.dtype)
     b_V = None if bias is None else bias.detach().to(job.dtype)
-    counts_N = _counts(len(hidden), job) if job.skip else None
-    index_M = None if counts_N is None else _rows_that_count(counts_N, job.counted)
-    given = (
-        job.given
-        if index_M is None
-        else {k: t if t is None else t[index_M] for k, t in job.given.items()}
-    )
-    total, width = len(h_NH) if index_M is None else len(index_M), len(w_VH)
+    total, width = len(h_NH), len(w_VH)
     step = chunk_rows(total, width, h_NH.element_size(), job.memory)
     # cuBLASLt adds a bias within the product where the result is contiguous; else torch writes the
     # bias into the chunk first, and the product reads it: 4 V bytes a row. Rows of whole vectors of
     # 16 bytes need no more between them.
     dense = b_V is not None and width * h_NH.element_size() % 16 == 0
     buffer = h_NH.new_empty((min(step, total), width if dense else row_stride(width)))
-    dh_NH, dw_VH, db_V = _gradients(h_NH, w_VH, job, index_M is not None)
+    dh_NH, dw_VH, db_V = _gradients(h_NH, w_VH, job)
     parts = []
     # without rows one chunk of none: all is checked and written
     for at in range(0, max(total, 1), step):
         chunk = slice(at, min(at + step, total))
-        h_RH = h_NH[chunk] if index_M is None else h_NH[index_M[chunk]]
+        h_RH = h_NH[chunk]
         x_RV = buffer[: len(h_RH), :width]
         torch.mm(h_RH, w_VH.t(), out=x_RV) if b_V is None else torch.addmm(
             b_V, h_RH, w_VH.t(), out=x_RV
         )
-        out, slope_RV = _chunk(
-            x_RV, {k: t if t is None else t[chunk] for k, t in given.items()}, job
-        )
+        out, slope_RV = _chunk(x_RV, job.rows.rows(chunk), job)
         parts.append(out)
         if dh_NH is not None:
-            if index_M is None:
-                torch.mm(slope_RV, w_VH, out=dh_NH[chunk])
-            else:
-                dh_NH.index_copy_(0, index_M[chunk], slope_RV @ w_VH)
+            torch.mm(slope_RV, w_VH, out=dh_NH[chunk])
         _add(dw_VH, db_V, slope_RV, h_RH, first=at == 0)
-    loss_M, ce_N, kd_N = (torch.cat(part) for part in zip(*parts, strict=True))
-    loss = loss_M.sum()
-    if index_M is not None:
-        ce_N, kd_N = (t.new_zeros(len(hidden)).index_copy_(0, index_M, t) for t in (ce_N, kd_N))
-    if counts_N is not None and job.counted is not None:
-        loss = torch.where(counts_N.sum() > job.counted, torch.nan, loss)
-    return loss, ce_N, kd_N, dh_NH, dw_VH, db_V
+    loss_N, ce_N, kd_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    return loss_N.sum(), ce_N, kd_N, dh_NH, dw_VH, db_V
 
 
 def _gradients(
-    h_NH: Tensor, w_VH: Tensor, job: Job, sparse: bool
+    h_NH: Tensor, w_VH: Tensor, job: Job
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Buffers of those that are wanted; the chunks fill them."""
     wide = torch.promote_types(job.dtype, torch.float32)
-    make = torch.zeros_like if sparse else torch.empty_like
     return (
-        make(h_NH, memory_format=torch.contiguous_format) if job.wants[0] else None,
+        torch.empty_like(h_NH, memory_format=torch.contiguous_format) if job.wants[0] else None,
         w_VH.new_empty(w_VH.shape, dtype=wide) if job.wants[1] else None,
         w_VH.new_zeros(len(w_VH), dtype=wide) if job.wants[2] else None,
     )
 
 
-def _chunk(
-    x_RV: Tensor, given: dict[str, Tensor | None], job: Job
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def _chunk(x_RV: Tensor, rows: RowLoss, job: Job) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """(loss, CE, D) of these rows, and the gradient of their loss in place of the logits, if one is
     wanted.
     """
@@ -128,13 +88,7 @@ def _chunk(
     # function again for a chunk.
     with torch.set_grad_enabled(wants), torch.autograd.graph.saved_tensors_hooks(_same, _same):
         leaf_RV = x_RV.detach().requires_grad_(wants)
-        options = {**job.scales, **job.settings}
-        asked = {
-            name: value
-            for name, value in options.items()
-            if name not in PLAIN or value != PLAIN[name]
-        }
-        out = (job.rows or _fused())(leaf_RV, **given, **asked, inplace=wants)
+        out = (job.engine or _fused())(leaf_RV, replace(rows, inplace=wants))
         slope_RV = (
             torch.autograd.grad(out[0], leaf_RV, torch.ones_like(out[0]))[0] if wants else x_RV
         )
@@ -145,8 +99,8 @@ def _same(saved: Tensor) -> Tensor:
     return saved
 
 
-def _fused() -> RowFunction:
-    """Imported where it is called: another row function does without triton."""
+def _fused() -> Engine:
+    """Imported where it is called: another engine does without triton."""
     from kdcache.kernels.kd_loss import kd_loss_rows
 
     return kd_loss_rows
@@ -183,50 +137,6 @@ def _add(
             torch.addmm(dw_VH, slope_RV.t(), h_RH, out_dtype=wide, out=dw_VH)
     if db_V is not None:
         db_V += slope_RV.sum(0, dtype=wide)
-
-
-def _counts(rows: int, job: Job) -> Tensor | None:
-    """[N] whether a row has a label or a teacher; None where all have one."""
-    labels, weight, teacher = (
-        job.given["labels"],
-        job.given["label_weight"],
-        job.given["row_weight"],
-    )
-    if job.given["log_probs"] is not None and teacher is None:
-        return None
-    counts_N = None if teacher is None or job.given["log_probs"] is None else teacher != 0
-    if labels is not None:
-        known = (labels >= 0) & (labels < job.settings["num_classes"])
-        known = known if weight is None else known & (weight != 0)
-        known_N = known.reshape(rows, -1).any(-1) if known.numel() else known.new_zeros(rows)
-        counts_N = known_N if counts_N is None else counts_N | known_N
-    return counts_N
-
-
-def _rows_that_count(counts_N: Tensor, counted: int | None) -> Tensor:
-    """Their indices in ascending order; with `counted` so many, the last of them maybe of rows that
-    do not count.
-    """
-    if counted is None:
-        return counts_N.nonzero()[:, 0]
-    return counts_N.to(torch.uint8).argsort(descending=True, stable=True)[:counted]
-
-
-def memory_bytes(memory: str) -> int:
-    """Bytes of "512", "512 MB" (10^6) or "512 MiB" (2^20). By methods of str, which torch.compile
-    follows: it does not follow `re`, and to mark this as a constant would import all of it with
-    this module, 2.7 s."""
-    number = memory.rstrip(string.ascii_letters + string.whitespace)
-    unit, number = memory[len(number) :].strip().upper(), number.strip()
-    if (
-        unit not in UNITS
-        or not number.replace(".", "0", 1).isdecimal()
-        or not (number[0] + number[-1]).isdecimal()
-    ):
-        raise ValueError(
-            f'memory is {memory!r}; expected bytes, as 536870912, "512 MB" or "0.5 GiB"'
-        )
-    return round(float(number) * UNITS[unit])
 
 
 def row_stride(width: int) -> int:

@@ -7,7 +7,7 @@ point, and longer rows are refused. A student with more classes than the teacher
 probability 0; for the conditional divergence they are left out of its softmax at T.
 
 Compiled for sm_90 nothing spills up to 8,192 classes (JSD with every term: up to 4,096). At 16,384
-forward KL spills 56 bytes a thread, JSD 192, with softcap, z-loss and statistics 580 and 510.
+forward KL spills 56 bytes a thread, JSD 192.
 """
 
 # mypy: ignore-errors
@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.kd_rows import ROW_POINTERS
-from kdcache.kernels.rows import LN2, outcome, row_start, sum_pair
-from kdcache.kernels.softcap import capped
+from kdcache.kernels.rows import LN2, capped, outcome, row_start, sum_pair
 
 
 @triton.jit
@@ -65,14 +64,12 @@ def kd_full(
     LOSS,
     CE,
     KD,
-    STATS,
     LABELS,
     LABEL_WEIGHT,
     LOG_Q,
     ROW_WEIGHT,
     CE_SCALE,
     KD_SCALE,
-    Z_SCALE,
     x_stride,
     g_stride,
     label_stride,
@@ -162,22 +159,17 @@ def kd_full(
     p = soft / z
     log_p = tl.where(compared, LN2 * c * (x - soft_top) - tl.log(z), -float("inf"))
     q_sum = tl.sum(tl.exp(log_q), axis=0)
-    value, slope = outcome(log_q, log_p, p, q_sum, beta, DIVERGENCE)
+    value, slope = outcome(log_q, log_p, p, q_sum, (DIVERGENCE, beta))
     kd, mean = sum_pair(value, p * slope)
     if DIVERGENCE != "forward_kl":
         slope = p * (slope - mean)
     kd = tl.where(row_weight != 0, row_weight * kd, 0.0)
     loss = 0.0
     g = tl.zeros([BLOCK], tl.float32)
-    lse = tl.log(z_one) + (top if unit is None else top * unit)
     if LABELS is not None and CE_SCALE is not None:
         ce_scale = tl.load(CE_SCALE).to(tl.float32)
         loss += ce_scale * ce
         g = tl.where(labelled, ce_scale * (weights * (one / z_one) - taken), 0.0)
-    if Z_SCALE is not None:
-        z_scale = tl.load(Z_SCALE).to(tl.float32)
-        loss += tl.where(labelled, z_scale * lse * lse, 0.0)
-        g += tl.where(labelled, 2 * z_scale * lse * (one / z_one), 0.0)
     if KD_SCALE is not None:
         kd_scale = tl.load(KD_SCALE).to(tl.float32)
         loss += kd_scale * kd
@@ -198,16 +190,3 @@ def kd_full(
     tl.store(LOSS + n, loss)
     tl.store(CE + n, ce)
     tl.store(KD + n, kd)
-    if STATS is not None:
-        counts = labelled | (row_weight != 0)
-        entropy = tl.log(z_one) - tl.sum(one * tl.maximum(below, -1000.0), axis=0) / z_one
-        mass = 1.0
-        if taught is not None:
-            at_t = tl.exp2((x - top) * c)
-            ours, all_of = sum_pair(tl.where(theirs, at_t, 0.0), at_t)
-            mass = ours / all_of
-        agrees = tl.max(tl.where(log_q == tl.max(log_q, axis=0), x, -float("inf")), axis=0) >= top
-        tl.store(STATS + n * 4, tl.where(counts, lse, 0.0))
-        tl.store(STATS + n * 4 + 1, tl.where(counts, entropy, 0.0))
-        tl.store(STATS + n * 4 + 2, tl.where(row_weight != 0, mass, 0.0))
-        tl.store(STATS + n * 4 + 3, tl.where(agrees & (row_weight != 0), 1.0, 0.0))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdcache.kernels.kd_full import kd_full
 from kdcache.kernels.kd_rows import kd_rows, scale_rows
+from kdcache.kernels.row_loss import RowLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,86 +67,47 @@ class Tiles:
         return Tiles(rows, warps, 80 if tallest == 4 else 128, reverse=row > 320_000)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call, checked: what the kernel needs besides the logits."""
-
-    num_classes: int
-    labels_NJ: Tensor | None
-    label_weight_NJ: Tensor | None
-    ids_NK: Tensor | None
-    log_probs_NK: Tensor | None
-    log_tail_N: Tensor | None
-    row_weight_N: Tensor | None
-    temperature: float
-    divergence: str
-    tail: str
-    beta: float
-    ce_scale: Tensor | None
-    kd_scale: Tensor | None
-    inplace: bool
-    # programs that share a row; None: more than one only where rows are few
-    parts: int | None = None
-    form: str = "two launches"  # how those meet
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    z_scale: Tensor | None = None
-    stats: bool = False
-    # of a teacher with ids, where it has fewer than the student
-    teacher_classes: int | None = None
-
-    @property
-    def taught(self) -> int | None:
-        """The teacher's classes where that are fewer than the student's and the kernel has to know;
-        None compiles to what it is without such classes: kept ids and a tail are given as they are.
-        """
-        if self.log_probs_NK is not None and self.ids_NK is None:
-            taught = self.log_probs_NK.shape[1]
-        else:
-            taught = (
-                self.teacher_classes
-                if self.tail == "uniform" and self.teacher_classes
-                else self.num_classes
-            )
-        return None if taught == self.num_classes else taught
-
-    @property
-    def temperatures(self) -> tuple[bool, bool]:
-        """Whether the kernel for a sparse teacher sums exponentials of all classes at 1, and at T."""
-        return (
-            self.labels_NJ is not None or self.stats,
-            self.ids_NK is not None and (self.tail != "conditional" or self.stats),
-        )
-
-    @property
-    def sums(self) -> bool:
-        """Whether the sweeps do more than sum and write exponentials."""
-        return self.softcap is not None or self.stats or self.tail == "uniform"
-
-    @property
-    def slow(self) -> bool:
-        """Whether the sweeps wait for arithmetic: of a softcap, or of a test of each class whether
-        it is the teacher's."""
-        return self.softcap is not None or (self.ids_NK is not None and self.taught is not None)
-
-    @property
-    def unit(self) -> float:
-        """What a logit, or the tanh of a capped one, is multiplied with."""
-        return self.logit_scale if self.softcap is None else self.softcap
-
-    @property
-    def gain(self) -> float | None:
-        """Factor of the gradient; None compiles to none."""
-        return None if self.logit_scale == 1 else self.logit_scale
-
-    @property
-    def rate(self) -> float | None:
-        """Factor of a logit within the tanh; None compiles to no tanh."""
-        return None if self.softcap is None else self.logit_scale / self.softcap
+Values = tuple[Tensor, Tensor, Tensor]  # loss, CE, D [N]
 
 
-# loss, CE, D [N]; stats [N, 4], if they are wanted
-Out = tuple[Tensor, Tensor, Tensor, Tensor | None]
+def taught(rows: RowLoss) -> int | None:
+    """The teacher's classes where they are fewer than the student's and the kernel has to know;
+    None compiles to what it is without such classes: kept ids and a tail are given as they are.
+    """
+    known = rows.ids_NK is not None and rows.divergence.tail != "uniform"
+    return None if known or rows.taught == rows.num_classes else rows.taught
+
+
+def temperatures(rows: RowLoss) -> tuple[bool, bool]:
+    """Whether the kernel for a sparse teacher sums exponentials of all classes at 1, and at T."""
+    return (
+        rows.labels_NJ is not None,
+        rows.ids_NK is not None and rows.divergence.tail != "conditional",
+    )
+
+
+def tiles_of(rows: RowLoss, length: int, itemsize: int) -> Tiles:
+    """How `length` classes of a row are walked."""
+    # The sweeps wait for arithmetic: of a softcap, or of a test of each class whether it is the
+    # teacher's.
+    slow = rows.softcap is not None or (rows.ids_NK is not None and taught(rows) is not None)
+    sums = rows.softcap is not None or rows.divergence.tail == "uniform"
+    return Tiles.of(length, itemsize, sums, slow)
+
+
+def unit(rows: RowLoss) -> float:
+    """What a logit, or the tanh of a capped one, is multiplied with."""
+    return rows.logit_scale if rows.softcap is None else rows.softcap
+
+
+def gain(rows: RowLoss) -> float | None:
+    """Factor of the gradient; None compiles to none."""
+    return None if rows.logit_scale == 1 else rows.logit_scale
+
+
+def rate(rows: RowLoss) -> float | None:
+    """Factor of a logit within the tanh; None compiles to no tanh."""
+    return None if rows.softcap is None else rows.logit_scale / rows.softcap
 
 
 def powers(temperature: float) -> tuple[int, int] | None:
@@ -207,65 +169,74 @@ def scaled_gradient(ctx: Any, factor_N: Tensor) -> Tensor:
     return out
 
 
-def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
+def launch(
+    x_NV: Tensor,
+    gradient: Tensor | None,
+    out: Values,
+    rows: RowLoss,
+    parts: int | None = None,
+) -> None:
+    """Writes loss, CE and D of each row and, where there is a buffer, its gradient, which may be
+    the logits. What is asked has been checked.
+
+    parts: programs that share a row; None: more than one only where rows are few.
+    """
     if len(x_NV) == 0:
         return
-    if call.ids_NK is None and call.log_probs_NK is not None:
-        return _launch_full(x_NV, gradient, out, call, call.log_probs_NK)
-    rows, itemsize = len(x_NV), x_NV.element_size()
+    if rows.ids_NK is None and rows.log_probs_NK is not None:
+        return _launch_full(x_NV, gradient, out, rows, rows.log_probs_NK)
+    itemsize = x_NV.element_size()
     part = (
-        part_length(rows, call.num_classes, itemsize)
-        if call.parts is None
-        else -(-call.num_classes // call.parts // 64) * 64
+        part_length(len(x_NV), rows.num_classes, itemsize)
+        if parts is None
+        else -(-rows.num_classes // parts // 64) * 64
     )
-    parts = -(-call.num_classes // part)
-    aligned = _aligned(x_NV, call.num_classes)
+    parts = -(-rows.num_classes // part)
+    aligned = _aligned(x_NV, rows.num_classes)
     constants = kernel_constants(
-        call, itemsize, gradient is not None, gradient is x_NV, aligned, part
+        rows, itemsize, gradient is not None, gradient is x_NV, aligned, part
     )
     split = parts > 1 and constants["P"] + constants["Q"] > 0
-    scratch: tuple[Tensor | None, ...] = (None, None, None, None)
+    scratch: tuple[Tensor | None, ...] = (None, None, None)
     if split:
-        slots = 7 if call.stats or call.tail == "uniform" else 4
+        slots = 6 if rows.divergence.tail == "uniform" else 4
         scratch = (
-            x_NV.new_empty((rows, parts, slots), dtype=torch.float32),
-            x_NV.new_empty((rows, constants["BK"])),
-            x_NV.new_empty((rows, constants["BJ"]), dtype=torch.float32),
-            _counters(x_NV, parts, call.form),
+            x_NV.new_empty((len(x_NV), parts, slots), dtype=torch.float32),
+            x_NV.new_empty((len(x_NV), constants["BK"])),
+            x_NV.new_empty((len(x_NV), constants["BJ"]), dtype=torch.float32),
         )
-    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.slow)
+    tiles = tiles_of(rows, min(part, rows.num_classes), itemsize)
     to = x_NV if gradient is None else gradient
     with _device_of(x_NV):
-        for stage in (0,) if not split else (1, 2) if scratch[3] is None else (3,):
-            kd_rows[(rows * parts,) if stage == 3 else (rows, parts if split else 1)](
+        for stage in (1, 2) if split else (0,):
+            kd_rows[(len(x_NV), parts if split else 1)](
                 x_NV,
                 to,
                 *out,
-                call.labels_NJ,
-                call.label_weight_NJ,
-                call.ids_NK,
-                call.log_probs_NK,
-                call.log_tail_N if call.tail in ("bucket", "uniform") else None,
-                call.row_weight_N,
-                call.ce_scale,
-                call.kd_scale,
-                call.z_scale,
+                rows.labels_NJ,
+                rows.label_weight_NJ,
+                rows.ids_NK,
+                rows.log_probs_NK,
+                rows.log_tail_N if rows.divergence.tail in ("bucket", "uniform") else None,
+                rows.row_weight_N,
+                rows.ce_scale,
+                rows.kd_scale,
                 x_NV.stride(0),
                 to.stride(0),
-                *(
-                    _stride(t)
-                    for t in (call.labels_NJ, call.label_weight_NJ, call.ids_NK, call.log_probs_NK)
-                ),
-                call.num_classes,
+                _stride(rows.labels_NJ),
+                _stride(rows.label_weight_NJ),
+                _stride(rows.ids_NK),
+                _stride(rows.log_probs_NK),
+                rows.num_classes,
                 x_NV.shape[1],
-                0 if call.ids_NK is None else call.ids_NK.shape[1],
-                0 if call.labels_NJ is None else call.labels_NJ.shape[1],
-                call.taught,
-                *exponents(call),
-                call.temperature,
-                call.beta,
-                call.gain,
-                call.rate,
+                _width(rows.ids_NK),
+                _width(rows.labels_NJ),
+                taught(rows),
+                *exponents(rows),
+                rows.temperature,
+                rows.divergence.teacher_share,
+                gain(rows),
+                rate(rows),
                 *scratch,
                 part,
                 parts,
@@ -275,22 +246,6 @@ def launch(x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call) -> None:
                 num_stages=1,
                 maxnreg=tiles.registers,
             )
-
-
-def _counters(x_NV: Tensor, parts: int, form: str) -> Tensor | None:
-    """What programs that meet within one launch count with; see `kd_parts` for why their number is
-    bounded.
-    """
-    if form != "one launch":
-        return None
-    most = torch.cuda.get_device_properties(x_NV.device).multi_processor_count
-    if parts > most:
-        raise ValueError(
-            f"{parts} programs share a row in one launch, but the device has {most} "
-            "multiprocessors and "
-            f"they have to run at once; give fewer parts or form='two launches'"
-        )
-    return torch.zeros(1 + len(x_NV), dtype=torch.int32, device=x_NV.device)
 
 
 def part_length(rows: int, num_classes: int, itemsize: int = 2) -> int:
@@ -312,42 +267,41 @@ def part_length(rows: int, num_classes: int, itemsize: int = 2) -> int:
 
 
 def _launch_full(
-    x_NV: Tensor, gradient: Tensor | None, out: Out, call: Call, log_probs_NV: Tensor
+    x_NV: Tensor, gradient: Tensor | None, out: Values, rows: RowLoss, log_probs_NV: Tensor
 ) -> None:
     to = x_NV if gradient is None else gradient
-    block = max(triton.next_power_of_2(call.num_classes), 32)
+    block = max(triton.next_power_of_2(rows.num_classes), 32)
     aligned = all(
-        _aligned(t, call.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV)
+        _aligned(t, rows.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV)
     )
     with _device_of(x_NV):
         kd_full[(len(x_NV),)](
             x_NV,
             to,
             *out,
-            call.labels_NJ,
-            call.label_weight_NJ,
+            rows.labels_NJ,
+            rows.label_weight_NJ,
             log_probs_NV,
-            call.row_weight_N,
-            call.ce_scale,
-            call.kd_scale,
-            call.z_scale,
+            rows.row_weight_N,
+            rows.ce_scale,
+            rows.kd_scale,
             x_NV.stride(0),
             to.stride(0),
-            _stride(call.labels_NJ),
-            _stride(call.label_weight_NJ),
+            _stride(rows.labels_NJ),
+            _stride(rows.label_weight_NJ),
             log_probs_NV.stride(0),
-            call.num_classes,
+            rows.num_classes,
             x_NV.shape[1],
-            0 if call.labels_NJ is None else call.labels_NJ.shape[1],
-            call.taught,
-            call.unit / (math.log(2) * call.temperature),
-            call.temperature,
-            call.beta,
-            None if call.unit == 1 else call.unit,
-            call.gain,
-            call.rate,
-            **full_constants(call, x_NV.element_size(), gradient is not None, aligned),
-            num_warps=full_warps(block, call.divergence),
+            _width(rows.labels_NJ),
+            taught(rows),
+            unit(rows) / (math.log(2) * rows.temperature),
+            rows.temperature,
+            rows.divergence.teacher_share,
+            None if unit(rows) == 1 else unit(rows),
+            gain(rows),
+            rate(rows),
+            **full_constants(rows, x_NV.element_size(), gradient is not None, aligned),
+            num_warps=full_warps(block, rows.divergence.name),
             num_stages=1,
         )
 
@@ -358,34 +312,34 @@ def full_warps(block: int, divergence: str) -> int:
     return min(16 if divergence == "forward_kl" else 32, max(1, block // 512))
 
 
-def full_constants(call: Call, itemsize: int, gradient: bool, aligned: bool) -> dict[str, Any]:
+def full_constants(rows: RowLoss, itemsize: int, gradient: bool, aligned: bool) -> dict[str, Any]:
     """What the kernel for a teacher over all classes is made for."""
     return {
-        "BJ": 1 if call.labels_NJ is None else call.labels_NJ.shape[1],
-        "DIVERGENCE": call.divergence,
-        "CONDITIONAL": call.tail == "conditional" and call.taught is not None,
+        "BJ": 1 if rows.labels_NJ is None else rows.labels_NJ.shape[1],
+        "DIVERGENCE": rows.divergence.name,
+        "CONDITIONAL": rows.divergence.tail == "conditional" and taught(rows) is not None,
         "GRADIENT": gradient,
-        "BLOCK": max(triton.next_power_of_2(call.num_classes), 32),
+        "BLOCK": max(triton.next_power_of_2(rows.num_classes), 32),
         "VEC": 16 // itemsize,
         "ALIGNED": aligned,
     }
 
 
 def kernel_constants(
-    call: Call, itemsize: int, gradient: bool, inplace: bool, aligned: bool, part: int
+    rows: RowLoss, itemsize: int, gradient: bool, inplace: bool, aligned: bool, part: int
 ) -> dict[str, Any]:
     """What a compiled kernel is made for; neither the number of rows nor the strides are among it."""
-    ratio = powers(call.temperature)
-    one, soft = call.temperatures
+    ratio = powers(rows.temperature)
+    one, soft = temperatures(rows)
     two = one and soft and ratio is None
     p, q = ratio if one and soft and ratio is not None else (int(one), int(soft))
-    tiles = Tiles.of(min(part, call.num_classes), itemsize, call.sums, call.slow)
+    tiles = tiles_of(rows, min(part, rows.num_classes), itemsize)
     vec = 16 // itemsize
     return {
-        "BK": 1 if call.ids_NK is None else triton.next_power_of_2(call.ids_NK.shape[1]),
-        "BJ": 1 if call.labels_NJ is None else triton.next_power_of_2(call.labels_NJ.shape[1]),
-        "TAIL": call.tail,
-        "DIVERGENCE": call.divergence,
+        "BK": 1 if rows.ids_NK is None else triton.next_power_of_2(rows.ids_NK.shape[1]),
+        "BJ": 1 if rows.labels_NJ is None else triton.next_power_of_2(rows.labels_NJ.shape[1]),
+        "TAIL": rows.divergence.tail,
+        "DIVERGENCE": rows.divergence.name,
         "P": p,
         "Q": q,
         "TWO": two,
@@ -400,16 +354,16 @@ def kernel_constants(
     }
 
 
-def exponents(call: Call) -> tuple[float, float]:
+def exponents(rows: RowLoss) -> tuple[float, float]:
     """What the kernel multiplies logits with: unit log2(e) / P, or over T where 1 is not wanted;
     and over T.
     """
-    log2e = call.unit / math.log(2)
-    soft = log2e / call.temperature
-    wanted = call.temperatures
+    log2e = unit(rows) / math.log(2)
+    soft = log2e / rows.temperature
+    wanted = temperatures(rows)
     if not wanted[0]:
         return soft, soft
-    ratio = powers(call.temperature) if wanted[1] else None
+    ratio = powers(rows.temperature) if wanted[1] else None
     return log2e / (1 if ratio is None else ratio[0]), soft
 
 
@@ -420,6 +374,10 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
+
+
+def _width(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.shape[1]
 
 
 def addressable(logits_NV: Tensor) -> Tensor:

@@ -45,14 +45,14 @@ def divergence_slopes(
     soft,
     scores,
     tail_size,
-    beta,
     valid_K,
+    divergence,
     TAIL: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
 ):
     """D, its slopes over the scores of the kept ids [BK], of the tail over the sum `soft` of its
     exponentials, and of each class of the tail besides (tail "uniform"; `scores` is the sum of the
     tail's scores, -inf where one is)."""
+    DIVERGENCE: tl.constexpr = divergence[0]
     # p is not formed as exp(log p): that would cost |log p| units in its last place.
     u_K = tl.exp2(score_K)
     u_tail = soft * tl.exp2(score_tail)
@@ -63,7 +63,7 @@ def divergence_slopes(
     total += tl.exp(log_q_tail)
     log_p_K = tl.where(valid_K, LN2 * score_K - tl.log(z), -float("inf"))
     p_K = tl.where(valid_K, u_K / z, 0.0)
-    value_K, slope_K = outcome(log_q_K, log_p_K, p_K, total, beta, DIVERGENCE)
+    value_K, slope_K = outcome(log_q_K, log_p_K, p_K, total, divergence)
     value, mean = sum_pair(value_K, p_K * slope_K)
     slope_tail = 0.0
     even = 0.0
@@ -81,7 +81,7 @@ def divergence_slopes(
     else:
         log_p_tail = LN2 * score_tail + tl.log(soft) - tl.log(z)
         p_tail = u_tail / z
-        value_tail, slope_tail = outcome(log_q_tail, log_p_tail, p_tail, total, beta, DIVERGENCE)
+        value_tail, slope_tail = outcome(log_q_tail, log_p_tail, p_tail, total, divergence)
         value += value_tail
         if DIVERGENCE != "forward_kl":
             mean += p_tail * slope_tail
@@ -111,21 +111,20 @@ def values_and_slopes(
     log_q_tail,
     ce_scale,
     kd_scale,
-    z_scale,
     c,
     c2,
     temperature,
-    beta,
+    divergence,
+    POWERS: tl.constexpr,
     BK: tl.constexpr,
     TAIL: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
 ):
     """(loss, CE, D) of a row, the two factors of its dense gradient, what every class of an even
     tail gets besides, and its gradient at the kept ids: all over the logits after scale and
     softcap. log_q_K, log_q_tail and the scales are None where they are not given."""
+    P: tl.constexpr = POWERS[0]
+    Q: tl.constexpr = POWERS[1]
+    TWO: tl.constexpr = POWERS[2]
     loss = 0.0
     ce = 0.0
     kd = 0.0
@@ -143,20 +142,12 @@ def values_and_slopes(
         if ce_scale is not None:
             loss += ce_scale * ce
             a_one = ce_scale * tl.sum(weight_J, axis=0) / z
-        if z_scale is not None:
-            counts = tl.max(tl.abs(weight_J), axis=0) != 0
-            lse = tl.log(z) + P * LN2 * top
-            loss += tl.where(counts, z_scale * lse * lse, 0.0)
-            a_one += tl.where(counts, 2 * z_scale * lse / z, 0.0)
-        if ce_scale is not None or z_scale is not None:
             g_K += a_one * power(u_K, P)
             a_one *= power(lift, P)
-        if ce_scale is not None:
             g_K -= ce_scale * tl.sum(
                 tl.where(label_J[:, None] == id_K[None, :], weight_J[:, None], 0.0), axis=0
             )
     if log_q_K is not None:
-        # the sum over the tail is there for the statistics alone
         if TAIL == "conditional":
             soft = 0.0
             score_tail = 0.0
@@ -177,10 +168,9 @@ def values_and_slopes(
             soft,
             scores,
             tail_size,
-            beta,
             valid_K,
+            divergence,
             TAIL,
-            DIVERGENCE,
         )
         kd = tl.where(row_weight != 0, row_weight * value, 0.0)
         if kd_scale is not None:
@@ -191,47 +181,3 @@ def values_and_slopes(
             )
             even = tl.where(row_weight != 0, kd_scale * row_weight / temperature * slope_even, 0.0)
     return loss, ce, kd, a_one, a_soft, even, g_K
-
-
-@triton.jit
-def row_stats(
-    x_K,
-    row_weight,
-    ref,
-    ref2,
-    one,
-    soft,
-    moment,
-    log_q_K,
-    c,
-    c2,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
-):
-    """(log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's greatest
-    is the row's).
-    """
-    top = tl.maximum(ref, tl.max(x_K, axis=0) * c)
-    score_K = tl.fma(x_K, c, -top)
-    u_K = tl.exp2(score_K)
-    lift = tl.exp2(ref - top)
-    z, moment_K = sum_pair(power(u_K, P), power(u_K, P) * tl.maximum(score_K, -1000.0))
-    z += one * power(lift, P)
-    moment = power(lift, P) * tl.fma(one, ref - top, moment) + moment_K
-    lse = tl.log(z) + P * LN2 * top
-    entropy = tl.log(z) - P * LN2 * (moment / z)
-    mass = 0.0
-    agrees = 0.0
-    if log_q_K is not None:
-        if TWO:
-            top2 = tl.maximum(ref2, tl.max(x_K, axis=0) * c2)
-            kept = tl.sum(tl.exp2(tl.fma(x_K, c2, -top2)), axis=0)
-            rest = soft * tl.exp2(ref2 - top2)
-        else:
-            kept = tl.sum(power(u_K, Q), axis=0)
-            rest = soft * power(lift, Q)
-        best = tl.max(tl.where(log_q_K == tl.max(log_q_K, axis=0), x_K, -float("inf")), axis=0) * c
-        mass = tl.where(row_weight != 0, kept / (kept + rest), 0.0)
-        agrees = tl.where((row_weight != 0) & (best >= top), 1.0, 0.0)
-    return lse, entropy, mass, agrees

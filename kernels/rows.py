@@ -12,11 +12,23 @@ FLOOR, 1e22) and not 0. So no such difference is written here, or a maximum keep
 below it count as
 -inf; it is far enough from the largest float that ref c2 / c is one too.
 
-Where they are wanted, sweep 1 keeps three more sums, of the score s = x c - ref: MOMENT the sum of
-u^P s, for the entropy at temperature 1; SCORES the sum of s (of s c2 / c with TWO) over the finite
-logits, and their number, for a teacher's tail that is spread evenly. They follow `ref` when it
+What belongs together goes together: POWERS is (P, Q, TWO); WALK is (R, C, VEC, ALIGNED), how a row
+is read: in tiles of R times C, with vectors of VEC.
+
+For a teacher's tail that is spread evenly sweep 1 keeps two more sums (SCORES): of the score s =
+x c - ref (of s c2 / c with TWO) over the finite logits, and their number. They follow `ref` when it
 rises, as the exponentials do. Where `taught` is given, SCORES are of the columns below it alone,
 and only these get a share of the even tail: the others are the student's own.
+
+Caps. A logit that is capped before the loss is y = cap * tanh(x * scale / cap). What follows works
+on tanh alone: the cap is part of the factor that every logit meets there (c and c2). By 2^x, as
+triton's interpreter has no tanh. With a = exp(-2 |z|), tanh |z| = (1 - a) / (1 + a), and its slope
+is 4 a / (1 + a)^2, which loses nothing as tanh nears 1. Where |z| < 1/2 and 1 - a would lose
+digits, tanh is z times an even polynomial (of least greatest relative error, 2^-26). 2 / (1 + a) is
+rsqrt squared and one step of Newton's: five instructions, where triton's division, which takes any
+divisor, is nine. Relative error in units of 2^-24: of tanh 3.6, of the slope 5 + 1.5 |z|, over a
+million |z| up to 200 in the interpreter; at most 8 and 11 + 4 |z| where 2^x is exact to 2^-22, as
+PTX promises of the instruction (torch.tanh: 1).
 """
 
 # mypy: ignore-errors
@@ -26,10 +38,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdcache.kernels.softcap import capped
-
 FLOOR = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
+C1 = tl.constexpr(-0.333331435918808)
+C2 = tl.constexpr(0.13325878977775574)
+C3 = tl.constexpr(-0.05304548144340515)
+C4 = tl.constexpr(0.017241468653082848)
+MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)
+
+
+@triton.jit
+def capped(x, rate, MASKED: tl.constexpr = True):
+    """(tanh(rate * x), 1 - its square). With MASKED a logit of -inf stays -inf: a class that is
+    masked stays out. Its slope is 0 in any case, which is all that a gradient needs of it."""
+    z = x * rate
+    a = tl.exp2(tl.abs(z) * MINUS_2_LOG2E)
+    half = 0.5 + 0.5 * a
+    r = tl.rsqrt(half)
+    r *= r
+    r = tl.fma(r, tl.fma(-half, r, 1.0), r)
+    w = z * z
+    polynomial = tl.fma(tl.fma(tl.fma(w, C4, C3), w, C2), w, C1)
+    size = tl.where(tl.abs(z) < 0.5, tl.fma(tl.abs(z) * w, polynomial, tl.abs(z)), 1.0 - a * r)
+    sign = z.to(tl.int32, bitcast=True) & -(2**31)
+    t = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    if MASKED:
+        t = tl.where(x == -float("inf"), x, t)
+    return t, a * r * r
 
 
 @triton.jit
@@ -53,38 +88,20 @@ def total(x):
 
 
 @triton.jit
-def add_tile(
-    x,
-    first,
-    ref,
-    one,
-    soft,
-    moment,
-    scores,
-    finite,
-    c,
-    ratio,
-    taught,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SCORES: tl.constexpr,
-):
-    """Adds a tile x [R, L, VEC] to the running state [L] of its lanes; all elements of a lane lie
+def add_tile(x, first, sums, c, ratio, taught, POWERS: tl.constexpr, SCORES: tl.constexpr):
+    """Adds a tile x [R, L, VEC] to the running sums [L] of its lanes; all elements of a lane lie
     in one thread.
     `first`: where its first element stands."""
+    ref, one, soft, scores, finite = sums
+    P: tl.constexpr = POWERS[0]
+    Q: tl.constexpr = POWERS[1]
+    TWO: tl.constexpr = POWERS[2]
     top = tl.max(tl.max(x, axis=2), axis=0)
     new = tl.maximum(ref, top * c)
     keep = tl.exp2(ref - new)
     s = tl.fma(x, c, -new[None, :, None])
     u = tl.exp2(s)
     rise = ref - new
-    # 0 * -inf is no number: a score is taken from -1000 on, where its exponential is long 0
-    if MOMENT:
-        moment = tl.fma(
-            power(keep, P), tl.fma(one, rise, moment), total(power(u, P) * tl.maximum(s, -1000.0))
-        )
     if P > 0:
         one = tl.fma(one, power(keep, P), total(power(u, P)))
     if TWO:
@@ -99,7 +116,7 @@ def add_tile(
             held = held & (first + places(x) < taught)
         scores = tl.fma(finite, rise, scores) + total(tl.where(held, s, 0.0))
         finite += total(held.to(tl.float32))
-    return new, one, soft, moment, scores, finite
+    return new, one, soft, scores, finite
 
 
 @triton.jit
@@ -120,21 +137,12 @@ def sum_pair(a, b):
 
 
 @triton.jit
-def merge(
-    ref,
-    one,
-    soft,
-    edge,
-    c,
-    c2,
-    ratio,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
-    EDGES: tl.constexpr,
-):
+def merge(ref, one, soft, edge, c, c2, ratio, POWERS: tl.constexpr, EDGES: tl.constexpr):
     """The state of all lanes and of the edge elements as scalars, by the only reductions across the
     program: the references at 1 and at T, what the latter's rounding left out, and both sums."""
+    P: tl.constexpr = POWERS[0]
+    Q: tl.constexpr = POWERS[1]
+    TWO: tl.constexpr = POWERS[2]
     at = tl.max(ref, axis=0)
     if EDGES:
         at = tl.maximum(at, tl.max(edge, axis=0) * c)
@@ -174,62 +182,24 @@ def merge(
 
 @triton.jit
 def merge_scores(
-    ref,
-    at,
-    left,
-    one,
-    moment,
-    scores,
-    finite,
-    edge,
-    column,
-    c,
-    ratio,
-    taught,
-    P: tl.constexpr,
-    EDGES: tl.constexpr,
-    MOMENT: tl.constexpr,
-    SCORES: tl.constexpr,
+    ref, at, left, scores, finite, edge, column, c, ratio, taught, EDGES: tl.constexpr
 ):
-    """(moment, scores, number of finite logits) of all lanes and of the edge elements, relative to
-    the references of
-    `merge`; `ratio` is 1 but with TWO."""
-    sum_moment = 0.0
-    sum_scores = 0.0
-    number = 0
-    if MOMENT:
-        sum_moment = tl.sum(power(tl.exp2(ref - at), P) * tl.fma(one, ref - at, moment), axis=0)
-        if EDGES:
-            s = tl.fma(edge, c, -at)
-            sum_moment += tl.sum(power(tl.exp2(s), P) * tl.maximum(s, -1000.0), axis=0)
-    if SCORES:
-        sum_scores = tl.sum(tl.fma(finite, (ref - at) * ratio, scores), axis=0)
-        number = tl.sum(finite.to(tl.int32), axis=0)
-        if EDGES:
-            held = edge > -float("inf")
-            if taught is not None:
-                held = held & (column < taught)
-            sum_scores += tl.sum(tl.where(held, tl.fma(edge, c, -at) * ratio, 0.0), axis=0)
-            number += tl.sum(held.to(tl.int32), axis=0)
-        sum_scores = tl.fma(number.to(tl.float32), left, sum_scores)
-    return sum_moment, sum_scores, number
+    """(scores, number of finite logits) of all lanes and of the edge elements, relative to the
+    references of `merge`; `ratio` is 1 but with TWO."""
+    sum_scores = tl.sum(tl.fma(finite, (ref - at) * ratio, scores), axis=0)
+    number = tl.sum(finite.to(tl.int32), axis=0)
+    if EDGES:
+        held = edge > -float("inf")
+        if taught is not None:
+            held = held & (column < taught)
+        sum_scores += tl.sum(tl.where(held, tl.fma(edge, c, -at) * ratio, 0.0), axis=0)
+        number += tl.sum(held.to(tl.int32), axis=0)
+    sum_scores = tl.fma(number.to(tl.float32), left, sum_scores)
+    return sum_scores, number
 
 
 @triton.jit
-def dense_gradient(
-    x,
-    ref,
-    ref2,
-    a_one,
-    a_soft,
-    c,
-    c2,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
-    even=None,
-    rate=None,
-):
+def dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, POWERS: tl.constexpr, even=None, rate=None):
     """a_one u^P + a_soft u^Q (+ even): the gradient of every class that is neither kept nor a
     label.
 
@@ -237,11 +207,11 @@ def dense_gradient(
     """
     if rate is not None:
         x, slope = capped(x, rate, False)
-        return slope * dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, even)
+        return slope * dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, POWERS, even)
     elif even is not None:
-        return dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO) + even
+        return dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, POWERS) + even
     else:
-        return two_powers(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO)
+        return two_powers(x, ref, ref2, a_one, a_soft, c, c2, POWERS)
 
 
 @triton.jit
@@ -258,10 +228,11 @@ def share_of(even, column, taught):
 
 
 @triton.jit
-def two_powers(
-    x, ref, ref2, a_one, a_soft, c, c2, P: tl.constexpr, Q: tl.constexpr, TWO: tl.constexpr
-):
+def two_powers(x, ref, ref2, a_one, a_soft, c, c2, POWERS: tl.constexpr):
     """a_one u^P + a_soft u^Q."""
+    P: tl.constexpr = POWERS[0]
+    Q: tl.constexpr = POWERS[1]
+    TWO: tl.constexpr = POWERS[2]
     u = tl.exp2(tl.fma(x, c, -ref))
     if TWO:
         return tl.fma(a_one, u, a_soft * tl.exp2(tl.fma(x, c2, -ref2)))
@@ -341,30 +312,27 @@ def sweep_sums(
     num_classes,
     c,
     c2,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    POWERS: tl.constexpr,
+    WALK: tl.constexpr,
     EVICT: tl.constexpr,
     rate=None,
-    MOMENT: tl.constexpr = False,
     SCORES: tl.constexpr = False,
     taught=None,
 ):
     """Both sums of exponentials of a row, relative to its maximum: (ref, ref2, sum_one, sum_soft).
 
-    With MOMENT or SCORES also (moment, scores, number of finite logits), 0 where not wanted;
-    `taught`: scores and number are of the columns below it.
+    With SCORES also (scores, number of finite logits); `taught`: these are of the columns below it.
     """
+    TWO: tl.constexpr = POWERS[2]
+    R: tl.constexpr = WALK[0]
+    C: tl.constexpr = WALK[1]
+    VEC: tl.constexpr = WALK[2]
+    ALIGNED: tl.constexpr = WALK[3]
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     L: tl.constexpr = C // VEC
     ref = tl.full([L], FLOOR, tl.float32)
     one = tl.zeros([L], tl.float32)
     soft = tl.zeros([L], tl.float32)
-    moment = tl.zeros([L], tl.float32)
     scores = tl.zeros([L], tl.float32)
     finite = tl.zeros([L], tl.float32)
     ratio = c2 / c if TWO else 1.0
@@ -372,46 +340,16 @@ def sweep_sums(
     whole = body // (R * C) * (R * C)
     for at in tl.range(0, whole, R * C):
         x = tl.reshape(logits_at(start + at + offsets, None, None, rate, EVICT), [R, L, VEC])
-        ref, one, soft, moment, scores, finite = add_tile(
-            x,
-            lead + at,
-            ref,
-            one,
-            soft,
-            moment,
-            scores,
-            finite,
-            c,
-            ratio,
-            taught,
-            P,
-            Q,
-            TWO,
-            MOMENT,
-            SCORES,
+        ref, one, soft, scores, finite = add_tile(
+            x, lead + at, (ref, one, soft, scores, finite), c, ratio, taught, POWERS, SCORES
         )
     if whole < body:
         x = tl.reshape(
             logits_at(start + whole + offsets, whole + offsets < body, -float("inf"), rate, EVICT),
             [R, L, VEC],
         )
-        ref, one, soft, moment, scores, finite = add_tile(
-            x,
-            lead + whole,
-            ref,
-            one,
-            soft,
-            moment,
-            scores,
-            finite,
-            c,
-            ratio,
-            taught,
-            P,
-            Q,
-            TWO,
-            MOMENT,
-            SCORES,
+        ref, one, soft, scores, finite = add_tile(
+            x, lead + whole, (ref, one, soft, scores, finite), c, ratio, taught, POWERS, SCORES
         )
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     column = tl.arange(0, 2 * VEC)
@@ -419,28 +357,13 @@ def sweep_sums(
         column, held = edge_columns(lead, body, num_classes, VEC)
         edge = logits_at(row + column, held, -float("inf"), rate, "")
     at, at2, left, sum_one, sum_soft = merge(
-        ref, one, soft, edge, c, c2, ratio, P, Q, TWO, not ALIGNED
+        ref, one, soft, edge, c, c2, ratio, POWERS, not ALIGNED
     )
-    if MOMENT or SCORES:
-        sum_moment, sum_scores, number = merge_scores(
-            ref,
-            at,
-            left,
-            one,
-            moment,
-            scores,
-            finite,
-            edge,
-            column,
-            c,
-            ratio,
-            taught,
-            P,
-            not ALIGNED,
-            MOMENT,
-            SCORES,
+    if SCORES:
+        sum_scores, number = merge_scores(
+            ref, at, left, scores, finite, edge, column, c, ratio, taught, not ALIGNED
         )
-        return at, at2, sum_one, sum_soft, sum_moment, sum_scores, number
+        return at, at2, sum_one, sum_soft, sum_scores, number
     else:
         return at, at2, sum_one, sum_soft
 
@@ -456,13 +379,8 @@ def sweep_gradient(
     a_soft,
     c,
     c2,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    TWO: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    POWERS: tl.constexpr,
+    WALK: tl.constexpr,
     REVERSE: tl.constexpr,
     even=None,
     rate=None,
@@ -471,6 +389,10 @@ def sweep_gradient(
 ):
     """Writes the dense gradient of a row to `out`, which may be the row itself. `taught`: `even` is
     for the columns below it."""
+    R: tl.constexpr = WALK[0]
+    C: tl.constexpr = WALK[1]
+    VEC: tl.constexpr = WALK[2]
+    ALIGNED: tl.constexpr = WALK[3]
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
     to = span_beside(out, lead, ALIGNED)
     offsets = tile_offsets(R, C)
@@ -479,7 +401,7 @@ def sweep_gradient(
         at = (tiles - 1 - i if REVERSE else i) * (R * C)
         x = tl.load(start + at + offsets, eviction_policy=EVICT).to(tl.float32)
         share = share_of(even, lead + at + offsets, taught)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, POWERS, share, rate)
         tl.store(to + at + offsets, g.to(out.dtype.element_ty), eviction_policy=EVICT)
     whole = tiles * (R * C)
     if whole < body:
@@ -488,7 +410,7 @@ def sweep_gradient(
             tl.float32
         )
         share = share_of(even, lead + whole + offsets, taught)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, POWERS, share, rate)
         tl.store(
             to + whole + offsets, g.to(out.dtype.element_ty), mask=inside, eviction_policy=EVICT
         )
@@ -496,15 +418,17 @@ def sweep_gradient(
         column, held = edge_columns(lead, body, num_classes, VEC)
         x = tl.load(row + column, mask=held, other=0.0).to(tl.float32)
         share = share_of(even, column, taught)
-        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, P, Q, TWO, share, rate)
+        g = dense_gradient(x, ref, ref2, a_one, a_soft, c, c2, POWERS, share, rate)
         tl.store(out + column, g.to(out.dtype.element_ty), mask=held)
 
 
 @triton.jit
-def fill_zeros(
-    out, num_classes, R: tl.constexpr, C: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr
-):
+def fill_zeros(out, num_classes, WALK: tl.constexpr):
     """Zeros over a row of `out`."""
+    R: tl.constexpr = WALK[0]
+    C: tl.constexpr = WALK[1]
+    VEC: tl.constexpr = WALK[2]
+    ALIGNED: tl.constexpr = WALK[3]
     start, lead, body = span(out, num_classes, VEC, ALIGNED)
     offsets = tile_offsets(R, C)
     zeros = tl.zeros([R, C], out.dtype.element_ty)
@@ -525,13 +449,15 @@ def log_sum_exp2(a, b):
 
 
 @triton.jit
-def outcome(log_q, log_p, p, total_q, beta, DIVERGENCE: tl.constexpr):
+def outcome(log_q, log_p, p, total_q, divergence):
     """Of each outcome: its part of D(q || p), and dD/dp as far as it is not common to all (forward
-    KL: its slope).
+    KL: its slope). `divergence` = (its name, beta).
 
     The slope over scores whose softmax is p is p_i (c_i - sum p c); for forward KL that is (sum q)
     p_i - q_i.
     """
+    DIVERGENCE: tl.constexpr = divergence[0]
+    beta = divergence[1]
     q = tl.exp(log_q)
     if DIVERGENCE == "forward_kl":
         return tl.where(q != 0, q * (log_q - log_p), 0.0), total_q * p - q

@@ -75,12 +75,12 @@ def on_the_machine(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     """Kernels take CPU tensors, and what was compiled for an architecture runs on them."""
     import ptx_driver
 
-    from kdcache.kernels import kd_loss, kd_shards, topk_lse
+    from kdcache.kernels import kd_loss, topk_lse
 
     ptx_driver.install(arch)
     monkeypatch.setattr(ptx_driver.BENCH, "slack", ptx_driver.Slack(1.0))
     monkeypatch.setattr(ptx_driver.BENCH, "fuse", True)
-    for module in (kd_loss, kd_shards, topk_lse):
+    for module in (kd_loss, topk_lse):
         monkeypatch.setattr(module, "INTERPRETED", True)
 
 

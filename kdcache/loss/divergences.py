@@ -14,27 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError, near
+from kdcache.kernels import row_loss
+from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss.arguments import check_number, check_type
 from kdcache.loss.targets import SoftTargets, readable
 
-if TYPE_CHECKING:
-    from kdcache.loss.torch_engine import RowLoss
-
-TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
-FORWARD_ONLY = {
-    "uniform": "the others are not built for an even tail; use tail 'bucket'",
-    "sampled": "weights of any sum estimate what is linear in the teacher, and are no distribution",
-}
-
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(row_loss.Divergence):
     """D(q || p) of the teacher's q and the student's p, checked when it is made.
 
     name           forward_kl, reverse_kl, jsd or tv
@@ -46,51 +38,29 @@ class Divergence:
     out of range or of another divergence.
     """
 
-    name: str = "forward_kl"
-    beta: float | None = None
-    tail: str = "bucket"
-
     def __post_init__(self) -> None:
         check_number("beta", self.beta, optional=True)
         for what, value, known in (
-            ("divergence", self.name, tuple(DIVERGENCES)),
-            ("tail", self.tail, TAILS),
+            ("divergence", self.name, row_loss.DIVERGENCES),
+            ("tail", self.tail, row_loss.TAILS),
         ):
             check_type(what, value, str, "a name")
             if value not in known:
                 raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
-        if self.tail in FORWARD_ONLY and self.name != "forward_kl":
-            raise UsageError(
-                f"tail {self.tail!r} goes with divergence 'forward_kl' alone, found "
-                f"{self.name!r}: {FORWARD_ONLY[self.tail]}"
-            )
-        if (self.name, self.tail) == ("reverse_kl", "renormalise"):
-            raise UsageError(
-                "divergence 'reverse_kl' with tail 'renormalise' is infinite: the teacher gives "
-                "the tail nothing, the student something; use tail 'bucket' or 'conditional'"
-            )
-        if self.beta is not None and self.name != "jsd":
-            raise UsageError(
-                f"beta is {self.beta}, but divergence {self.name!r} has none; it belongs to 'jsd'"
-            )
-        if self.beta is not None and not 0 < self.beta < 1:
-            raise UsageError(
-                f"beta is {self.beta}; expected between 0 and 1, where jsd is not 0 for every "
-                "student"
-            )
-
-    @property
-    def teacher_share(self) -> float:
-        """The teacher's part of the mixture that jsd compares with: beta, or 1/2."""
-        return 0.5 if self.beta is None else self.beta
+        try:
+            row_loss.Divergence.__post_init__(self)
+        except ValueError as e:
+            raise UsageError(str(e)) from None
 
 
 # (log q, log p, divergence, gradient wanted), logs [R, M] -> (D_R, gradient [R, M] or None)
-DivergenceFunction = Callable[[Tensor, Tensor, Divergence, bool], tuple[Tensor, Tensor | None]]
+DivergenceFunction = Callable[
+    [Tensor, Tensor, row_loss.Divergence, bool], tuple[Tensor, Tensor | None]
+]
 
 
 def forward_kl(
-    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+    log_q: Tensor, log_p: Tensor, divergence: row_loss.Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """sum q (log q - log p), where 0 log 0 = 0."""
     q = log_q.exp()
@@ -99,7 +69,7 @@ def forward_kl(
 
 
 def reverse_kl(
-    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+    log_q: Tensor, log_p: Tensor, divergence: row_loss.Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """sum p (log p - log q); infinite where the teacher rules out what the student does not."""
     p = log_p.exp()
@@ -108,7 +78,7 @@ def reverse_kl(
 
 
 def jsd(
-    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+    log_q: Tensor, log_p: Tensor, divergence: row_loss.Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
     beta = divergence.teacher_share
@@ -124,7 +94,7 @@ def jsd(
 
 
 def tv(
-    log_q: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+    log_q: Tensor, log_p: Tensor, divergence: row_loss.Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """1/2 sum |p - q|; where p = q the gradient is taken to be 0."""
     p = log_p.exp()
@@ -135,7 +105,7 @@ def tv(
 
 
 def sampled_kl(
-    log_w: Tensor, log_p: Tensor, divergence: Divergence, wants: bool
+    log_w: Tensor, log_p: Tensor, divergence: row_loss.Divergence, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Forward KL of weights w of any sum s, not renormalised: sum w (log w - log p), gradient s p -
     w.
@@ -207,28 +177,20 @@ def check_ruled_out(rows: RowLoss, logits_NV: Tensor | None) -> None:
 
     logits_NV: the student's, or [1, V] where those of all rows are -inf; None where none is.
     """
-    targets = rows.targets
-    if (
-        targets is None
-        or rows.divergence.name != "reverse_kl"
-        or not readable(targets.log_probs_NK)
-    ):
+    teacher, ids_NK = rows.log_probs_NK, rows.ids_NK
+    if teacher is None or rows.divergence.name != "reverse_kl" or not readable(teacher):
         return
-    out_NK = targets.log_probs_NK == -torch.inf
-    if targets.weight_N is not None:
-        out_NK &= targets.weight_N[:, None] != 0
+    out_NK = teacher == -torch.inf
+    if rows.row_weight_N is not None:
+        out_NK &= rows.row_weight_N[:, None] != 0
     if not bool(out_NK.any()):
         return
     if logits_NV is not None:
         too_NV = (logits_NV == -torch.inf).expand(len(out_NK), -1)
-        out_NK &= ~(
-            too_NV[:, : out_NK.shape[1]]
-            if targets.ids_NK is None
-            else too_NV.gather(1, targets.ids_NK)
-        )
+        out_NK &= ~(too_NV[:, : out_NK.shape[1]] if ids_NK is None else too_NV.gather(1, ids_NK))
     if bool(out_NK.any()):
         row, place = out_NK.nonzero()[0].tolist()
-        which = place if targets.ids_NK is None else int(targets.ids_NK[row, place])
+        which = place if ids_NK is None else int(ids_NK[row, place])
         raise UsageError(
             f"divergence 'reverse_kl' is infinite for row {row}: the teacher gives class {which} "
             "nothing, "

@@ -7,8 +7,10 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from kdcache.errors import UsageError, near
+from kdcache.kernels.row_loss import RowLoss
 
 ENGINES = ("auto", "torch", "triton")
 AUTO = "torch"  # on every device, until the kernels have passed `make gpu` on one
@@ -63,3 +65,26 @@ def _no_device(device: torch.device) -> str:
             "less"
         )
     return ""
+
+
+def check_fits(logits: Tensor, rows: RowLoss) -> None:
+    """UsageError where the kernels cannot take these rows; nothing falls back to another engine."""
+    # a graph cannot ask for a capability; the kernels look at the device
+    if not torch.compiler.is_compiling():
+        check_device(logits.device)  # and whether there is triton at all
+    from kdcache.kernels.kd_loss import DTYPES, MOST_FULL
+
+    if logits.dtype not in DTYPES:
+        refuse(f"the logits are {logits.dtype}")
+    if rows.log_probs_NK is not None and rows.ids_NK is None and rows.num_classes > MOST_FULL:
+        refuse(
+            f"a teacher over all of {rows.taught} classes and a student of {rows.num_classes}; "
+            f"the kernels hold at most {MOST_FULL}"
+        )
+
+
+def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused kernels as an `Engine`; triton is imported here."""
+    from kdcache.kernels.kd_loss import kd_loss_rows
+
+    return kd_loss_rows(logits, rows)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.kernels import kd_linear
-from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes
+from kdcache.kernels.kd_chunks import chunk_rows
 from kdcache.loss.arguments import check_number, check_tensor
-from kdcache.loss.divergences import Divergence, check_ruled_out
-from kdcache.loss.fused import check_fits, in_kernel_words
+from kdcache.loss.divergences import check_ruled_out
+from kdcache.loss.engines import check_fits
 from kdcache.loss.kd_loss import Asked, LossOptions, LossParts, build_row_loss
 from kdcache.loss.targets import SoftTargets
-from kdcache.loss.torch_engine import RowLoss, torch_engine
+from kdcache.loss.torch_engine import torch_engine
+from kdcache.user.arguments import bytes_of
 
 
 def kd_linear_loss(
@@ -113,24 +114,22 @@ def _run(
         )
     asked = build_row_loss(hidden, len(weight), labels, targets, report=report, **options)
     check_ruled_out(asked.rows, None if bias is None else bias.detach()[None])
-    rows = dataclasses.replace(asked.rows, logit_scale=logit_scale, softcap=softcap)
-    fused = asked.engine == "triton"
-    if fused:
-        check_fits(hidden, rows.num_classes, rows.targets)
+    rows = dataclasses.replace(
+        asked.rows,
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+    )
+    if asked.engine == "triton":
+        check_fits(hidden, rows)
     elif torch.compiler.is_compiling():  # with fullgraph=True an error, else a graph break
         raise UsageError(
             "engine 'torch' behind a head is nothing that torch.compile captures: call it outside "
-            "of the "
-            "compiled function, or use engine 'triton', which is one operator"
+            "of the compiled function, or use engine 'triton', which is one operator"
         )
+    engine = None if asked.engine == "triton" else torch_engine
     try:
         return asked, *kd_linear.kd_linear_loss(
-            hidden,
-            weight,
-            bias,
-            memory=memory_size(memory),
-            rows=None if fused else torch_rows,
-            **in_kernel_words(rows),
+            hidden, weight, bias, rows, memory=memory_size(memory), engine=engine
         )
     # of memory, or of shapes: it says what it found and what it expected
     except ValueError as e:
@@ -138,14 +137,14 @@ def _run(
 
 
 def memory_size(memory: int | str) -> int:
-    """Bytes of "512 MB"; UsageError for what is no size."""
-    try:
-        size: int = memory_bytes(str(memory))
-        return size
-    except OverflowError:  # a number beyond those of a float
-        raise UsageError(f"memory is {str(memory)[:20]}..., more bytes than there are") from None
-    except ValueError as e:
-        raise UsageError(str(e)) from None
+    """Bytes of "512 MB", or the number itself; UsageError for what is no size."""
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
+        return memory
+    if (found := bytes_of(str(memory))) is None:
+        raise UsageError(
+            f'memory is {str(memory)!r}; expected bytes, as 536870912, "512 MB" or "0.5 GiB"'
+        )
+    return found
 
 
 def rows_in(memory: int | str, rows: int, classes: int, dtype: torch.dtype) -> int:
@@ -154,55 +153,6 @@ def rows_in(memory: int | str, rows: int, classes: int, dtype: torch.dtype) -> i
         return chunk_rows(rows, classes, dtype.itemsize, memory_size(memory))
     except ValueError as e:
         raise UsageError(str(e)) from None
-
-
-def torch_rows(
-    logits: Tensor,
-    *,
-    labels: Tensor | None = None,
-    ids: Tensor | None = None,
-    log_probs: Tensor | None = None,
-    log_tail: Tensor | None = None,
-    temperature: float = 1.0,
-    ce_scale: Tensor | None = None,
-    kd_scale: Tensor | None = None,
-    num_classes: int | None = None,
-    label_weight: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    divergence: str = "forward_kl",
-    tail: str = "bucket",
-    beta: float = 0.5,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_classes: int | None = None,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The torch engine as a row function of `kernels/kd_linear.py`; ids must be valid."""
-    classes = logits.shape[1] if num_classes is None else num_classes
-    taught = classes if teacher_classes is None else teacher_classes
-    targets = (
-        None
-        if log_probs is None
-        else SoftTargets(
-            temperature, taught, ids, log_probs, log_tail, row_weight, ids_checked=True
-        )
-    )
-    labels_NJ = labels[:, None] if labels is not None and labels.dim() == 1 else labels
-    return torch_engine(
-        logits,
-        RowLoss(
-            classes,
-            labels_NJ,
-            label_weight,
-            targets,
-            Divergence(divergence, beta if divergence == "jsd" else None, tail),
-            ce_scale,
-            kd_scale,
-            inplace,
-            logit_scale,
-            softcap,
-        ),
-    )
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) -> None:

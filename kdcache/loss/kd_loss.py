@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError, near
+from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss.arguments import (
     check_integer,
     check_number,
@@ -31,17 +32,15 @@ from kdcache.loss.arguments import (
     check_type,
     plain_temperature,
 )
-from kdcache.loss.compiled import compiled_engine
 from kdcache.loss.divergences import (
     Divergence,
     check_reverse_kl,
     check_ruled_out,
     check_tails,
 )
-from kdcache.loss.engines import check_name, meant
-from kdcache.loss.fused import check_fits, fused_engine
+from kdcache.loss.engines import check_fits, check_name, fused_engine, meant
 from kdcache.loss.targets import SoftTargets, readable
-from kdcache.loss.torch_engine import Engine, RowLoss, torch_engine, wide
+from kdcache.loss.torch_engine import torch_engine, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 MOST_LABELS = 16  # of a row, as of a cache's (docs/format.md 3.1)
@@ -170,7 +169,9 @@ def _run(
         )
     asked = build_row_loss(logits, logits.shape[1], labels, targets, report=report, **options)
     check_ruled_out(asked.rows, logits)
-    run = _engine(asked.engine, logits, asked.rows)
+    if asked.engine == "triton":
+        check_fits(logits, asked.rows)
+    run = fused_engine if asked.engine == "triton" else torch_engine
     rows, factor = dataclasses.replace(asked.rows, inplace=inplace), None
     # The kernels have a wider dtype's scales in the gradient, and skip a backward of factor 1.
     if run is not fused_engine or logits.dtype == torch.float16:
@@ -191,13 +192,6 @@ def _of_order_1(rows: RowLoss, scales: tuple[Tensor, Tensor]) -> tuple[RowLoss, 
         ce_scale=None if rows.ce_scale is None else ce_scale,
         kd_scale=None if rows.kd_scale is None else kd_scale,
     ), factor
-
-
-def _engine(name: str, logits: Tensor, rows: RowLoss) -> Engine:
-    if name == "triton":
-        check_fits(logits, rows.num_classes, rows.targets)
-        return fused_engine
-    return compiled_engine if torch.compiler.is_compiling() else torch_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,15 +282,15 @@ def build_row_loss(
     kd_weight_T2 = kd_weight * (1.0 if targets is None else targets.temperature**2)
     ce_scale = _scale(ce_weight, ce_count if mean else 1.0, working, like)
     kd_scale = _scale(kd_weight_T2, kd_count if mean else 1.0, working, like)
+    teacher = {} if targets is None else _of_teacher(targets)
     rows = RowLoss(
         num_classes,
         labels_NJ,
         label_weight_NJ,
-        targets,
-        divergence,
-        ce_scale if ce_weight else None,
-        kd_scale if kd_weight else None,
-        False,
+        divergence=divergence,
+        ce_scale=ce_scale if ce_weight else None,
+        kd_scale=kd_scale if kd_weight else None,
+        **teacher,
     )
     return Asked(rows, (ce_scale, kd_scale), (ce_count, kd_count), reduction, meant(engine))
 
@@ -311,6 +305,18 @@ def _divergence(divergence: str | Divergence, beta: float | None, tail: str | No
             "give them to Divergence"
         )
     return divergence
+
+
+def _of_teacher(targets: SoftTargets) -> dict[str, Any]:
+    """The fields of a `RowLoss` that say what the teacher said."""
+    return {
+        "ids_NK": targets.ids_NK,
+        "log_probs_NK": targets.log_probs_NK,
+        "log_tail_N": targets.log_tail_N,
+        "row_weight_N": targets.weight_N,
+        "teacher_classes": targets.num_classes,
+        "temperature": float(targets.temperature),
+    }
 
 
 def row_counts(

@@ -24,7 +24,7 @@ gradient is over x.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,40 +33,13 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
-from kdcache.loss.divergences import DIVERGENCES, Divergence, row_sum, sampled_kl
-from kdcache.loss.targets import SoftTargets
+from kdcache.kernels.row_loss import SCHEMA, RowLoss
+from kdcache.loss.divergences import DIVERGENCES, row_sum, sampled_kl
 from kdcache.loss.topk import row_chunk
 
 # Elements of one temporary of a chunk; about four live at once, twice that for jsd over all
 # classes.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
-
-
-@dataclass(frozen=True, slots=True)
-class RowLoss:
-    """What an engine is asked: loss_N = ce_scale * CE_N + kd_scale * D_N, and its gradient.
-
-    num_classes: of the student, at least those of the targets; logits from there on are cut, with a
-    zero gradient. labels_NJ int64, negative where there is none; label_weight_NJ None for labels
-    that weigh alike, 1 in all. A scale is a tensor of no dimension on the logits' device, or None
-    for a part that is reported and not in the loss. D_N has the targets' weights in it, and no T^2.
-    `inplace`: the gradient takes the place of the logits. All is of `capped` logits.
-    """
-
-    num_classes: int
-    labels_NJ: Tensor | None
-    label_weight_NJ: Tensor | None
-    targets: SoftTargets | None
-    divergence: Divergence
-    ce_scale: Tensor | None
-    kd_scale: Tensor | None
-    inplace: bool
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-
-# logits [N, V' >= V] -> (loss_N, CE_N, D_N), of which only loss_N carries a gradient.
-Engine = Callable[[Tensor, RowLoss], tuple[Tensor, Tensor, Tensor]]
 
 
 def torch_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +48,8 @@ def torch_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]
     A row's results depend on that row alone: on the CPU the same bits in every chunk and batch.
     First derivatives only.
     """
+    if torch.compiler.is_compiling():
+        return _captured(logits, rows)
     if split := split_over_devices(logits=logits):
         raise UsageError(split[0])
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
@@ -132,11 +107,11 @@ def loss_rows(
     loss_N, ce_N, kd_N = (
         torch.zeros(len(logits), dtype=working, device=logits.device) for _ in range(3)
     )
-    for chunk in _chunks(logits, rows.num_classes):
+    for chunk in row_chunks(logits, rows.num_classes):
         x_RV = logits.detach()[chunk, : rows.num_classes]
         z_RV = capped(x_RV.to(working).contiguous(), rows.logit_scale, rows.softcap)
         dense_RV = _chunk(
-            z_RV, rows, chunk, (loss_N[chunk], ce_N[chunk], kd_N[chunk]), gradient is not None
+            z_RV, rows.rows(chunk), (loss_N[chunk], ce_N[chunk], kd_N[chunk]), gradient is not None
         )
         if gradient is not None:
             inside_RV = gradient[chunk, : rows.num_classes]
@@ -187,12 +162,13 @@ def scale_rows(gradient: Tensor, factor_N: Tensor, out: Tensor) -> Tensor:
     """out = gradient times a factor per row, in chunks: a half-precision product is formed in
     float32.
     """
-    for chunk in _chunks(gradient, gradient.shape[1]):
+    for chunk in row_chunks(gradient, gradient.shape[1]):
         torch.mul(gradient[chunk], factor_N[chunk, None].to(wide(gradient.dtype)), out=out[chunk])
     return out
 
 
-def _chunks(x: Tensor, num_classes: int) -> Iterator[slice]:
+def row_chunks(x: Tensor, num_classes: int) -> Iterator[slice]:
+    """Slices of rows that are worked on at a time."""
     step = row_chunk(num_classes, CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["cuda"]))
     return (slice(at, at + step) for at in range(0, len(x), step))
 
@@ -202,7 +178,7 @@ Softmax = tuple[Tensor, Tensor, Tensor]
 
 
 def _chunk(
-    x_RV: Tensor, rows: RowLoss, chunk: slice, out: tuple[Tensor, Tensor, Tensor], wants: bool
+    x_RV: Tensor, rows: RowLoss, out: tuple[Tensor, Tensor, Tensor], wants: bool
 ) -> Tensor | None:
     """Fills (loss, CE, D) of a chunk of rows; returns the gradient of its loss, None if it is zero
     or not wanted.
@@ -211,38 +187,34 @@ def _chunk(
     slope: _Slope | None = None
     softmax: Softmax | None = None
     dense_RV: Tensor | None = None
-    targets = None if rows.targets is None else rows.targets[chunk]
-    weight_R = (
-        None if targets is None or targets.weight_N is None else targets.weight_N.to(x_RV.dtype)
-    )
-    if targets is not None:
+    weight_R = None if rows.row_weight_N is None else rows.row_weight_N.to(x_RV.dtype)
+    if rows.log_probs_NK is not None:
         wants_slope = wants and rows.kd_scale is not None
-        if targets.ids_NK is None:
-            value_R, slope = _over_all(x_RV, targets, rows, wants_slope)
+        if rows.ids_NK is None:
+            value_R, slope = _over_all(x_RV, rows, rows.log_probs_NK, wants_slope)
         else:
-            value_R, slope, softmax = _over_support(x_RV, targets, rows, wants_slope)
+            value_R, slope, softmax = _over_support(x_RV, rows, rows.ids_NK, wants_slope)
         kd_R.copy_(
             value_R if weight_R is None else torch.where(weight_R == 0, 0, weight_R * value_R)
         )
         if rows.kd_scale is not None:
             loss_R += rows.kd_scale * kd_R
     if rows.labels_NJ is not None:
-        weight_RJ = None if rows.label_weight_NJ is None else rows.label_weight_NJ[chunk]
         value_R, dense_RV = _cross_entropy(
             x_RV,
             softmax or _softmax(x_RV),
-            rows.labels_NJ[chunk],
-            weight_RJ,
+            rows.labels_NJ,
+            rows.label_weight_NJ,
             rows.ce_scale if wants else None,
         )
         ce_R.copy_(value_R)
         if rows.ce_scale is not None:
             loss_R += rows.ce_scale * value_R
-    if slope is None or targets is None or rows.kd_scale is None:
+    if slope is None or rows.kd_scale is None:
         return dense_RV
     if dense_RV is None and slope.dense_RV is None:
         dense_RV = torch.zeros_like(x_RV)
-    return slope.added_to(dense_RV, rows.kd_scale / targets.temperature, weight_R)
+    return slope.added_to(dense_RV, rows.kd_scale / rows.temperature, weight_R)
 
 
 def _cross_entropy(
@@ -318,15 +290,15 @@ class _Slope:
 
 
 def _over_all(
-    x_RV: Tensor, targets: SoftTargets, rows: RowLoss, wants: bool
+    x_RV: Tensor, rows: RowLoss, log_q_RV: Tensor, wants: bool
 ) -> tuple[Tensor, _Slope | None]:
     """The divergence over all classes; for tail "conditional" over those of the teacher."""
-    log_q_RV, beyond = targets.log_probs_NK.to(x_RV.dtype), x_RV.shape[1] - targets.num_classes
+    log_q_RV, beyond = log_q_RV.to(x_RV.dtype), x_RV.shape[1] - rows.taught
     if beyond and rows.divergence.tail == "conditional":
-        x_RV = x_RV[:, : targets.num_classes].contiguous()
+        x_RV = x_RV[:, : rows.taught].contiguous()
     elif beyond:
         log_q_RV = torch.nn.functional.pad(log_q_RV, (0, beyond), value=-torch.inf)
-    score_RV = x_RV if targets.temperature == 1 else x_RV / targets.temperature
+    score_RV = x_RV if rows.temperature == 1 else x_RV / rows.temperature
     value_R, slope_RV = DIVERGENCES[rows.divergence.name](
         log_q_RV, torch.log_softmax(score_RV, -1), rows.divergence, wants
     )
@@ -338,32 +310,36 @@ def _over_all(
 
 
 def _over_support(
-    x_RV: Tensor, targets: SoftTargets, rows: RowLoss, wants: bool
+    x_RV: Tensor, rows: RowLoss, ids_RK: Tensor, wants: bool
 ) -> tuple[Tensor, _Slope | None, Softmax | None]:
     """The divergence over the kept classes, and over the tail where its treatment has one.
 
     At T = 1 the softmax of the tail, times the probability of the tail, is that of the row: given
     for cross-entropy.
+
+    Two buffers of the size of the chunk live here. `rest_RV` has the scores x / T relative to the
+    maximum of the row. Its kept classes are set to 0, for the sum of an even tail, then to -inf,
+    for the softmax of the tail; at T = 1 the softmax of the row is written over it at the end, and
+    the caller uses that up. `tail_RV` has the softmax within the tail, and is the dense part of the
+    slope: the caller scales it in place.
     """
-    assert targets.ids_NK is not None
-    ids_RK, compare = (
-        targets.ids_NK,
-        sampled_kl if rows.divergence.tail == "sampled" else DIVERGENCES[rows.divergence.name],
-    )
-    log_q = _teacher(targets, rows.divergence.tail, x_RV.dtype)
+    compare = sampled_kl if rows.divergence.tail == "sampled" else DIVERGENCES[rows.divergence.name]
+    log_q = _teacher(rows, x_RV.dtype)
     # Relative to the maximum of what is compared before the division: a large common offset costs
     # no digits.
     score_RK = x_RV.gather(1, ids_RK)
     max_R1 = (score_RK if rows.divergence.tail == "conditional" else x_RV).amax(-1, keepdim=True)
-    score_RK = score_RK.sub_(max_R1).div_(targets.temperature)
+    score_RK = score_RK.sub_(max_R1).div_(rows.temperature)
     if rows.divergence.tail == "conditional":
         value_R, slope_RK = compare(log_q, torch.log_softmax(score_RK, -1), rows.divergence, wants)
         return value_R, None if slope_RK is None else _Slope(None, None, ids_RK, slope_RK), None
+
+    # The outcomes: the kept classes, and the tail as one more.
     rest_RV = x_RV - max_R1
-    if targets.temperature != 1:
-        rest_RV.div_(targets.temperature)
-    others = targets.num_classes - ids_RK.shape[1] if rows.divergence.tail == "uniform" else 0
-    sum_R = row_sum(rest_RV.scatter_(1, ids_RK, 0)[:, : targets.num_classes]) if others else None
+    if rows.temperature != 1:
+        rest_RV.div_(rows.temperature)
+    others = rows.taught - ids_RK.shape[1] if rows.divergence.tail == "uniform" else 0
+    sum_R = row_sum(rest_RV.scatter_(1, ids_RK, 0)[:, : rows.taught]) if others else None
     tail_RV, tail_max_R1, log_sum_R1 = _softmax(rest_RV.scatter_(1, ids_RK, -torch.inf))
     # a tail without a finite score takes no part: its softmax is 0, not NaN
     empty_R1 = tail_max_R1 == -torch.inf
@@ -374,14 +350,16 @@ def _over_support(
         value_R += _within_tail(log_q[:, -1].exp(), outcome[:, -1], sum_R, others)
     if slope is None:
         return value_R, None, None
+
+    # The slopes: of the kept classes one by one, of the tail by its softmax.
     tail_RV, softmax, p = _zero_rows(tail_RV, empty_R1[:, 0]), None, log_p.exp()
-    if targets.temperature == 1:
+    if rows.temperature == 1:
         p_RV = torch.mul(tail_RV, p[:, -1:], out=rest_RV).scatter_(1, ids_RK, p[:, :-1])
         softmax = p_RV, max_R1, outcome.amax(-1, keepdim=True) - log_p.amax(-1, keepdim=True)
     # p_j - q_t / (V - K), where the bucket has (p_t - q_t) softmax_tail_j
     if others:
         even_R1 = log_q[:, -1:].exp() / others
-        tail_RV.mul_(p[:, -1:])[:, : targets.num_classes].sub_(even_R1)
+        tail_RV.mul_(p[:, -1:])[:, : rows.taught].sub_(even_R1)
         tail_RV.scatter_(1, ids_RK, 0)
     return (
         value_R,
@@ -400,16 +378,17 @@ def _within_tail(q_tail_R: Tensor, lse_R: Tensor, sum_R: Tensor, others: int) ->
     return torch.where(q_tail_R != 0, q_tail_R * gap_R, 0)
 
 
-def _teacher(targets: SoftTargets, tail: str, working: torch.dtype) -> Tensor:
+def _teacher(rows: RowLoss, working: torch.dtype) -> Tensor:
     """log q of the outcomes: of the kept classes and, but for tail "conditional", of the tail."""
-    log_q_RK = targets.log_probs_NK.to(working)
+    assert rows.log_probs_NK is not None
+    log_q_RK, tail = rows.log_probs_NK.to(working), rows.divergence.tail
     if tail in ("renormalise", "conditional"):
         log_q_RK = torch.log_softmax(log_q_RK, -1)
     if tail == "conditional":
         return log_q_RK
     if tail in ("bucket", "uniform"):
-        assert targets.log_tail_N is not None
-        return torch.cat([log_q_RK, targets.log_tail_N.to(working)[:, None]], 1)
+        assert rows.log_tail_N is not None
+        return torch.cat([log_q_RK, rows.log_tail_N.to(working)[:, None]], 1)
     return torch.nn.functional.pad(log_q_RK, (0, 1), value=-torch.inf)
 
 
@@ -433,3 +412,65 @@ def _zero_rows(x_RV: Tensor, rows_R: Tensor) -> Tensor:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What arithmetic on a floating dtype is done in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- in graphs that torch.compile captures
+# Captured as it is, the loop over chunks of rows would be unrolled: a graph for every number of
+# rows, and its temporaries fused into one for all of them. As an operator, opaque and functional,
+# it keeps its chunks and its bits, and one graph serves all batch sizes. Compiled code cannot write
+# over its inputs: the gradient has a buffer of its own, whatever `inplace` says.
+
+
+@torch.library.custom_op(
+    "kdcache::loss_rows",
+    mutates_args=(),
+    schema=f"(Tensor logits, {SCHEMA}, bool wants_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def loss_rows_op(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss_N, CE_N, D_N, gradient [N, V'], or [0] where none is wanted)."""
+    *asked, wants_gradient = others
+    gradient = gradient_like(logits) if wants_gradient else None
+    values = loss_rows(logits, RowLoss.of_arguments(asked), gradient)
+    return *values, logits.new_empty(0) if gradient is None else gradient
+
+
+@loss_rows_op.register_fake
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    working = wide(logits.dtype)
+    # len() is a constant
+    loss_N, ce_N, kd_N = (logits.new_empty(logits.shape[0], dtype=working) for _ in range(3))
+    return loss_N, ce_N, kd_N, gradient_like(logits) if others[-1] else logits.new_empty(0)
+
+
+@torch.library.custom_op(
+    "kdcache::scale_rows", mutates_args=(), schema="(Tensor gradient, Tensor factor) -> Tensor"
+)
+def scale_rows_op(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient [N, V'] times factor [N]."""
+    return scale_rows(gradient, factor, torch.empty_like(gradient))
+
+
+@scale_rows_op.register_fake
+def _(gradient: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[3])
+    ctx.inputs = len(inputs)
+
+
+@first_derivatives_only("kd_loss")
+def _backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+    (gradient,) = ctx.saved_tensors
+    return scale_rows_op(gradient, grad_outputs[0]), *(None for _ in range(ctx.inputs - 1))
+
+
+loss_rows_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _captured(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """The engine inside a graph that is being captured."""
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    loss_N, ce_N, kd_N, _ = loss_rows_op(logits, *rows.arguments(), wants_gradient)
+    return loss_N, ce_N.detach(), kd_N.detach()

@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_the_line_is_json(
 
 def test_a_wrong_gradient_is_noticed() -> None:
     problem = kd_linear.Problem.of(kd_linear.QUICK["cpu"], torch.device("cpu"))
-    hidden_NH, _ = kd_linear.whole(problem, kd_linear.torch_rows)
+    hidden_NH, _ = kd_linear.whole(problem, kd_linear.torch_engine)
     assert (
         kd_linear.gradient_error(problem, hidden_NH)
         < 1e-5

@@ -27,7 +27,7 @@ def test_the_tiles_in_use_are_among_the_candidates_and_all_differ(classes: int) 
     # of a multiprocessor
     assert all(way.tiles.warps * 32 * way.tiles.registers <= 65_536 for way in found)
     assert any(way.tiles.reverse for way in found) == (classes > 100_000)
-    assert {way.form for way in found} == ({None, *bench.SHARED} if classes > 200_000 else {None})
+    assert {way.parts for way in found} == ({None, 2} if classes > 200_000 else {None})
 
 
 def test_each_candidate_launches_with_its_own_tiles(
@@ -43,7 +43,7 @@ def test_each_candidate_launches_with_its_own_tiles(
 
     monkeypatch.setattr(kd_launch, "kernel_constants", noted)
     expected = fused(inplace=False)
-    for way in (*bench.candidates(131, 4)[:2], bench.Way(Tiles(2, 1), "two launches")):
+    for way in (*bench.candidates(131, 4)[:2], bench.Way(Tiles(2, 1), 2)):
         problem.restore()
         found = way.run(fused)
         assert isinstance(found, torch.Tensor)

@@ -19,6 +19,7 @@ import torch
 import triton
 
 from kdcache.kernels import kd_launch
+from kdcache.kernels.row_loss import Divergence, RowLoss
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 # bytes of those that 132 multiprocessors have under way, of an L2 of 50 MB
@@ -45,8 +46,6 @@ class Build:
     inplace: bool = True
     softcap: float | None = None
     logit_scale: float = 1.0
-    z_loss: bool = False
-    stats: bool = False
     beyond: int = 0  # classes of the student alone
     tiles: kd_launch.Tiles | None = None
     # whether the compiler is told that pointers are multiples of 16 bytes
@@ -54,7 +53,7 @@ class Build:
 
     @property
     def shape(self) -> kd_launch.Tiles:
-        sums = self.softcap is not None or self.stats or self.tail == "uniform"
+        sums = self.softcap is not None or self.tail == "uniform"
         return self.tiles or kd_launch.Tiles.of(
             self.num_classes, ELEMENT[self.dtype], sums, self.slow
         )
@@ -99,7 +98,6 @@ ARCHES = (80, 90, 100)
 # Besides the exponentials that a budget counts, the softcap takes one rsqrt per element and sweep.
 TERMS = [
     Build("kd-128k-T2-softcap", 128_256, (28.9, 29.1), softcap=30.0),
-    Build("kd-128k-T2-stats", 128_256, (10.8, 7.2), stats=True),
     Build("kd-128k-T2-uniform", 128_256, (12.9, 7.2), tail="uniform"),
     Build("kd-128k-T2-uniform-wider", 128_256, (20.4, 14.1), tail="uniform", beyond=128),
 ]
@@ -113,8 +111,6 @@ PARTS = [
         tail="uniform",
         softcap=30.0,
         logit_scale=0.5,
-        z_loss=True,
-        stats=True,
     ),
 ]
 
@@ -127,43 +123,27 @@ def request(build: Build, arch: int) -> dict[str, Any]:
     def some(width: int) -> torch.Tensor | None:
         return torch.empty(1, width) if width else None
 
-    call = kd_launch.Call(
+    rows = RowLoss(
         build.num_classes,
         some(build.labels),
-        None,
-        some(build.kept),
-        some(build.kept),
-        None,
-        None,
-        build.temperature,
-        build.divergence,
-        build.tail,
-        0.5,
-        None,
-        None,
-        build.inplace,
+        ids_NK=some(build.kept),
+        log_probs_NK=some(build.kept),
+        teacher_classes=build.num_classes - build.beyond,
+        temperature=build.temperature,
+        divergence=Divergence(build.divergence, tail=build.tail),
         logit_scale=build.logit_scale,
         softcap=build.softcap,
-        stats=build.stats,
-        teacher_classes=build.num_classes - build.beyond,
     )
     size = ELEMENT[build.dtype]
     constants = kd_launch.kernel_constants(
-        call, size, True, build.inplace, build.aligned, build.num_classes
+        rows, size, True, build.inplace, build.aligned, build.num_classes
     )
-    constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED", "COUNTERS"))
+    constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED"))
     if build.tiles:
         constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
-    absent = (
-        ["ROW_WEIGHT", "LABEL_WEIGHT"]
-        + ["STATS"] * (not build.stats)
-        + ["Z_SCALE"] * (not build.z_loss)
-    )
-    absent += (
-        ["gain"] * (call.gain is None)
-        + ["rate"] * (call.rate is None)
-        + ["taught"] * (call.taught is None)
-    )
+    absent = ["ROW_WEIGHT", "LABEL_WEIGHT"]
+    for name in ("gain", "rate", "taught"):
+        absent += [name] * (getattr(kd_launch, name)(rows) is None)
     absent += ["LABELS", "CE_SCALE"] * (not build.labels)
     absent += ["IDS", "LOG_Q", "LOG_TAIL", "KD_SCALE"] * (not build.kept)
     constants |= dict.fromkeys(absent)
@@ -175,14 +155,12 @@ def request(build: Build, arch: int) -> dict[str, Any]:
             "LOSS",
             "CE",
             "KD",
-            "STATS",
             "LABEL_WEIGHT",
             "LOG_Q",
             "LOG_TAIL",
             "ROW_WEIGHT",
             "CE_SCALE",
             "KD_SCALE",
-            "Z_SCALE",
             "STATE",
             "KEPT",
             "LABELLED",
@@ -227,37 +205,22 @@ def request(build: Build, arch: int) -> dict[str, Any]:
 
 def full_request(arch: int, name: str = "full", classes: int = 1000) -> dict[str, Any]:
     """A teacher over all classes, bfloat16 logits, one label, in place."""
-    call = kd_launch.Call(
-        classes,
-        torch.empty(1, 1),
-        None,
-        None,
-        torch.empty(1, classes),
-        None,
-        None,
-        4.0,
-        "forward_kl",
-        "bucket",
-        0.5,
-        None,
-        None,
-        True,
+    rows = RowLoss(
+        classes, torch.empty(1, 1), log_probs_NK=torch.empty(1, classes), temperature=4.0
     )
     absent = ["LABEL_WEIGHT", "ROW_WEIGHT", "taught"]
-    absent += ["STATS", "Z_SCALE", "unit", "gain", "rate"] * (name != "every term")
-    constants = kd_launch.full_constants(call, 2, True, True) | dict.fromkeys(absent)
+    absent += ["unit", "gain", "rate"] * (name != "every term")
+    constants = kd_launch.full_constants(rows, 2, True, True) | dict.fromkeys(absent)
     signature = {"X": "*bf16", "G": "*bf16", "LABELS": "*i64"} | dict.fromkeys(
         (
             "LOSS",
             "CE",
             "KD",
-            "STATS",
             "LABEL_WEIGHT",
             "LOG_Q",
             "ROW_WEIGHT",
             "CE_SCALE",
             "KD_SCALE",
-            "Z_SCALE",
         ),
         "*fp32",
     )

@@ -9,19 +9,18 @@ it: a build is seconds in the middle of a run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import triton
+from kernel_world import kd_loss_rows
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from kdcache.kernels import kd_launch, kd_shard_rows, kd_shards, topk_lse
-from kdcache.kernels.kd_loss import kd_loss_rows
+from kdcache.kernels import kd_launch, topk_lse
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 MOST = 48  # rows that batches are slices of
@@ -53,7 +52,6 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for module, names in (
         (kd_launch, ("kd_rows", "scale_rows", "kd_full")),
         (topk_lse, ("topk_rows",)),
-        (kd_shard_rows, ("shard_sums", "shard_gradient")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Binds(getattr(module, name), found))
@@ -89,9 +87,9 @@ def test_rows_of_any_number_and_place_take_one_build(keys: set[str]) -> None:
     """
     for logits, keywords in batches(1024):
         x = logits.clone().requires_grad_()
-        loss = kd_loss_rows(x, **keywords, temperature=2.0, stats=True)[0]
+        loss = kd_loss_rows(x, **keywords, temperature=2.0)[0]
         loss.backward(torch.ones(2 * MOST)[len(x) % 3 :][: len(x)])
-        loss = kd_loss_rows(x, **keywords, temperature=2.0, stats=True)[0]
+        loss = kd_loss_rows(x, **keywords, temperature=2.0)[0]
         loss.sum().backward()  # a factor of stride 0
     assert sorted(key.split(" ")[0] for key in keys) == ["kd_rows", "scale_rows"]
     for logits, keywords in batches(1024):
@@ -106,22 +104,11 @@ def test_a_teacher_over_all_classes_takes_one_build(keys: set[str]) -> None:
             for name, value in keywords.items()
             if name not in ("ids", "log_probs", "log_tail")
         }
-        kd_loss_rows(
-            logits, log_probs=torch.zeros(len(logits), 1024), **some, temperature=2.0, stats=True
-        )
+        kd_loss_rows(logits, log_probs=torch.zeros(len(logits), 1024), **some, temperature=2.0)
     assert len(keys) == 1
 
 
-def test_shards_and_teachers_take_one_build_of_each_kernel(keys: set[str]) -> None:
+def test_rows_of_a_teacher_take_one_build(keys: set[str]) -> None:
     for logits, keywords in batches(1024):
-        shard = kd_shards.VocabShard(first_class=0, num_classes=4096, **keywords)
-        kd_shards.sharded_loss(
-            logits.clone().requires_grad_(), torch.zeros(len(logits), kd_shards.SUMS), shard
-        )
-        kd_shards.shard_sums(logits, replace(shard, first_class=16))
         topk_lse.topk_lse(logits, 8, (1.0, 2.0), keywords["labels"], moments=True)
-    assert sorted(key.split(" ")[0] for key in keys) == [
-        "shard_gradient",
-        "shard_sums",
-        "topk_rows",
-    ]
+    assert [key.split(" ")[0] for key in keys] == ["topk_rows"]

@@ -16,11 +16,10 @@ import kernel_world as world
 import pytest
 import torch
 from kernel_cases import Case
-from kernel_world import on, run, same, usual
+from kernel_world import kd_loss_rows, on, run, same, usual
 from torch import Tensor
 
 from kdcache.kernels.kd_launch import part_length
-from kdcache.kernels.kd_loss import kd_loss_rows
 
 
 def test_a_part_without_a_scale_is_reported_and_not_in_the_loss(device: str) -> None:
@@ -99,11 +98,15 @@ def test_rows_that_no_program_can_own_are_copied(change: str, device: str) -> No
         ),
         ({"log_tail": None}, "log_tail belong together"),
         ({"log_probs": torch.zeros(3, 7)}, "must be alike"),
-        ({"labels": torch.zeros(2, dtype=torch.long)}, "labels is"),
-        ({"ids": torch.zeros(3, 8)}, "ids is"),
+        ({"labels": torch.zeros(2, dtype=torch.long)}, "labels_NJ is .2, 1. .* does not go"),
+        ({"ids": torch.zeros(3, 8)}, "ids_NK is .* expected integers"),
         ({"parts": 65}, "parts is 65"),
         ({"ids": None, "log_tail": None}, "expected .N, 123."),
-        ({"divergence": "reverse_kl", "tail": "sampled"}, "is infinite"),
+        (
+            {"divergence": "reverse_kl", "tail": "sampled"},
+            "goes with divergence 'forward_kl' alone",
+        ),
+        ({"divergence": "reverse_kl", "tail": "renormalise"}, "is infinite"),
         ({"row_weight": torch.ones(2)}, "does not go"),
     ],
 )
@@ -136,8 +139,8 @@ def test_rows_beyond_two_to_the_31_elements(device: str) -> None:
     ("changed", "parts"),
     [
         ({}, 1),
-        ({"layout": "strided", "tail": "uniform", "softcap": 30.0, "stats": True}, 1),
-        ({"layout": "padded", "logit_scale": 0.3, "z_scale": 0.02}, 2),
+        ({"layout": "strided", "tail": "uniform", "softcap": 30.0}, 1),
+        ({"layout": "padded", "logit_scale": 0.3}, 2),
     ],
     ids=str,
 )
@@ -222,33 +225,12 @@ def test_inductor_finds_the_strides_that_it_was_told(layout: str, device: str) -
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_operators_keep_their_promises_to_torch(layout: str, device: str) -> None:
-    from kdcache.kernels.kd_ops import kd_rows_op, scale_rows_op
+    from kdcache.kernels.kd_loss import kd_rows_op, scale_rows_op
 
     problem = usual(num_classes=1272)
-    k = on(device, problem.keywords)
     logits = rows_of(layout, problem.logits.to(device)).requires_grad_()
-    inputs = (
-        logits,
-        k["labels"][:, None],
-        None,
-        k["ids"],
-        k["log_probs"],
-        k["log_tail"],
-        None,
-        k["ce_scale"],
-        k["kd_scale"],
-        torch.tensor(0.1, device=device),
-        1272,
-        2.0,
-        "forward_kl",
-        "bucket",
-        0.5,
-        None,
-        1.5,
-        30.0,
-        None,
-        True,
-    )
+    asked = {**on(device, problem.keywords), "logit_scale": 1.5, "softcap": 30.0}
+    inputs = (logits, *world.asked(logits, asked).arguments(), None)
     torch.use_deterministic_algorithms(False)
     tests = (
         "test_schema",
@@ -257,7 +239,7 @@ def test_the_operators_keep_their_promises_to_torch(layout: str, device: str) ->
         "test_aot_dispatch_dynamic",
     )
     torch.library.opcheck(kd_rows_op, (*inputs, True), test_utils=tests)
-    gradient = kd_rows_op(*inputs, True)[4].detach()
+    gradient = kd_rows_op(*inputs, True)[3].detach()
     torch.library.opcheck(scale_rows_op, (gradient, torch.rand(3, device=device)), test_utils=tests)
 
 
@@ -284,3 +266,21 @@ def test_rows_are_split_only_where_they_are_few() -> None:
     assert part_length(1, 32_000) == 8192 and part_length(1, 1_000) == 8192
     for rows in (1, 2, 7, 64, 131):
         assert -(-262_144 // part_length(rows, 262_144)) <= 64
+
+
+@pytest.mark.parametrize(("classes", "most"), [(70_144, 285), (128_256, 155), (151_936, None)])
+def test_rows_are_split_where_that_ends_sooner(classes: int, most: int | None) -> None:
+    """By the work of the busiest of 132 multiprocessors, in rows: whole waves of them, or the parts
+    that fall to it. All rows have to be in L2 still when the second launch reads them: none of
+    151,936 classes are."""
+    lengths = {rows: part_length(rows, classes) for rows in range(132, 1000)}
+    parts = {rows: -(-classes // length) for rows, length in lengths.items() if length < classes}
+    assert max(parts, default=None) == most and 132 not in parts
+    for rows, many in parts.items():
+        assert (
+            rows * classes * 2 <= 40e6
+            and -(-rows * many // 132) * lengths[rows] < 0.97 * -(-rows // 132) * classes
+        )
+    assert most is None or -(-133 * parts[133] // 132) * lengths[133] < 0.6 * 2 * classes
+    # a second launch takes as long as it would save
+    assert part_length(133, 64_000) >= 64_000

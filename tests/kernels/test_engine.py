@@ -9,23 +9,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from kernel_world import compiled
 from loss_world import PAIRS
 from student_world import Net, Points, write_cache
-from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.kernels.kd_launch import powers
+from kdcache.kernels.row_loss import PER_ROW, SCALES, RowLoss
 from kdcache.loss.divergences import Divergence
-from kdcache.loss.engines import check_engine
-from kdcache.loss.fused import fused_engine
+from kdcache.loss.engines import check_engine, fused_engine
 from kdcache.loss.kd_linear_loss import kd_linear_loss
-from kdcache.loss.kd_loss import kd_loss, kd_loss_parts
+from kdcache.loss.kd_loss import _of_teacher, kd_loss, kd_loss_parts
 from kdcache.loss.targets import SoftTargets, targets_from_logits
-from kdcache.loss.torch_engine import RowLoss, torch_engine
+from kdcache.loss.torch_engine import torch_engine
 
 
 def asked() -> Iterator[tuple[str, int, RowLoss]]:
@@ -33,57 +33,31 @@ def asked() -> Iterator[tuple[str, int, RowLoss]]:
     rows, classes = 5, 257
     sparse = targets_from_logits(torch.randn(rows, classes) * 3, temperature=2.0, k=16)
     full = targets_from_logits(torch.randn(rows, classes) * 3, temperature=4.0)
-    weighted = SoftTargets(
-        2.0,
-        classes,
-        sparse.ids_NK,
-        sparse.log_probs_NK,
-        sparse.log_tail_N,
-        torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0]),
-    )
+    weighted = replace(sparse, weight_N=torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0]))
     labels = torch.tensor([[0], [256], [-1], [-1], [17]])
     two, weight = torch.randint(classes, (rows, 2)), torch.rand(rows, 2)
-    ce, kd = torch.tensor(0.25), torch.tensor(1.0)
+    draws = replace(weighted, log_probs_NK=sparse.log_probs_NK + 0.2, log_tail_N=None)
 
-    def of(name: str, tail: str = "bucket") -> Divergence:
+    def of(teacher: SoftTargets | None, **others: Any) -> RowLoss:
+        scales = {"ce_scale": torch.tensor(0.25), "kd_scale": torch.tensor(1.0)}
+        said = {} if teacher is None else _of_teacher(teacher)
+        return RowLoss(classes, **{"labels_NJ": labels, **scales, **said, **others})
+
+    def named(name: str, tail: str = "bucket") -> Divergence:
         return Divergence(name, 0.3 if name == "jsd" else None, tail)
 
-    draws = replace(weighted, log_probs_NK=sparse.log_probs_NK + 0.2, log_tail_N=None)
     for divergence, tail in PAIRS:
         teacher = draws if tail == "sampled" else weighted
-        yield (
-            f"{divergence}-{tail}",
-            257,
-            RowLoss(classes, labels, None, teacher, of(divergence, tail), ce, kd, False),
-        )
+        yield f"{divergence}-{tail}", 257, of(teacher, divergence=named(divergence, tail))
     for divergence in ("reverse_kl", "jsd", "tv"):
-        yield (
-            f"full-{divergence}",
-            260,
-            RowLoss(classes, labels, None, full, of(divergence), ce, kd, True),
-        )
-    yield (
-        "mixup-padded",
-        264,
-        RowLoss(classes, two, weight, sparse, Divergence(), ce, kd, True),
-    )
-    yield "full", 260, RowLoss(classes, labels, None, full, Divergence(), ce, kd, True)
+        rows_ = of(full, divergence=named(divergence), inplace=True)
+        yield f"full-{divergence}", 260, rows_
+    yield "mixup-padded", 264, of(sparse, labels_NJ=two, label_weight_NJ=weight, inplace=True)
+    yield "full", 260, of(full, inplace=True)
     for name, teacher, width in (("capped", weighted, 257), ("capped full", full, 260)):
-        yield (
-            name,
-            width,
-            RowLoss(classes, labels, None, teacher, Divergence(), ce, kd, True, 0.6, 4.0),
-        )
-    yield (
-        "labels only",
-        257,
-        RowLoss(classes, labels, None, None, Divergence(), ce, None, False),
-    )
-    yield (
-        "reported only",
-        257,
-        RowLoss(classes, labels, None, sparse, Divergence(), None, kd, False),
-    )
+        yield name, width, of(teacher, logit_scale=0.6, softcap=4.0, inplace=True)
+    yield "labels only", 257, of(None, kd_scale=None)
+    yield "reported only", 257, of(sparse, ce_scale=None)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +95,7 @@ def test_the_kernels_answer_as_the_torch_engine_does(
 
 
 def _to(rows: RowLoss, device: str) -> RowLoss:
-    moved = {
-        n: v.to(device) if isinstance(v := getattr(rows, n), Tensor | SoftTargets) else v
-        for n in RowLoss.__dataclass_fields__
-    }
-    return RowLoss(**moved)
+    return rows.each(lambda tensor: tensor.to(device), (*PER_ROW, *SCALES))
 
 
 @pytest.mark.parametrize(

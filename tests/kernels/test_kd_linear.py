@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import kernel_world as world
-import linear_world
 import pytest
 import torch
+from kernel_world import kd_loss_rows
 from linear_world import Found, Head, error, head, linear, whole
 from torch import Tensor
 
-from kdcache.kernels.kd_loss import kd_loss_rows
+from kdcache.loss.engines import fused_engine
+from kdcache.loss.torch_engine import torch_engine
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "rows": (7, 0, 1, 64),
@@ -30,7 +31,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "bias": (False, True),
     "chunks": (1, 2, 64),
-    "skip_ignored": (False, True),
     "factor": (1.0, 0.5, -3.0),
 }
 NAMES = ("loss", "ce", "kd", "hidden", "weight", "bias")
@@ -50,8 +50,8 @@ def cases() -> Iterator[dict[str, Any]]:
 def test_chunks_are_as_good_as_whole_logits(case: dict[str, Any], device: str) -> None:
     """Errors at most twice those of whole logits in the same dtype, and an ulp of it."""
     case = dict(case)
-    chunks, skip, factor = (case.pop(name) for name in ("chunks", "skip_ignored", "factor"))
-    # Many rows of few ids take the torch engine as row function, without the interpreter: it takes
+    chunks, factor = (case.pop(name) for name in ("chunks", "factor"))
+    # Many rows of few ids take the torch engine as engine, without the interpreter: it takes
     # 20 ms a row.
     engine = device == "cpu" and case["rows"] == 64 and case["kept"] < 31 and chunks > 1
     given = head(**case, padding=not engine)
@@ -60,8 +60,7 @@ def test_chunks_are_as_good_as_whole_logits(case: dict[str, Any], device: str) -
         device,
         given.memory(chunks),
         factor=factor,
-        skip_ignored=skip,
-        **({"rows": linear_world.torch_rows} if engine else {}),
+        engine=torch_engine if engine else None,
     )
     truth, dtype = whole(given, torch.float64, factor=factor), case["dtype"]
     shapes = (1, chunks, case["rows"]) if dtype == torch.float32 else (1,)
@@ -84,25 +83,26 @@ def as_good(found: Found, truth: Found, plain: list[Found], eps: float) -> None:
 
 
 def test_the_gradient_of_a_float64_head_is_that_of_whole_logits(device: str) -> None:
-    """With the torch engine as row function nothing is rounded: chunking and products alone, to the
+    """With the torch engine as engine nothing is rounded: chunking and products alone, to the
     last digits.
     """
     given = head(rows=11, classes=257, labels=2, bias=True, dtype=torch.float64, padding=False)
     for chunks in (1, 3, 11):
-        found = linear(
-            given, device, given.memory(chunks), rows=linear_world.torch_rows, factor=0.7
-        )
+        found = linear(given, device, given.memory(chunks), engine=torch_engine, factor=0.7)
         truth = whole(given, torch.float64, factor=0.7)
         assert max(error(found[name], value) for name, value in truth.items()) <= 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_row_function_gives_the_same(dtype: torch.dtype, device: str) -> None:
+def test_another_engine_gives_the_same(dtype: torch.dtype, device: str) -> None:
     given = head(rows=13, classes=257, bias=True, dtype=dtype, padding=False)
     truth, plain = whole(given, torch.float64), [whole(given, dtype, chunks=n) for n in (1, 3)]
-    for rows in (linear_world.torch_rows, kd_loss_rows):
+    for engine in (torch_engine, fused_engine):
         as_good(
-            linear(given, device, given.memory(3), rows=rows), truth, plain, torch.finfo(dtype).eps
+            linear(given, device, given.memory(3), engine=engine),
+            truth,
+            plain,
+            torch.finfo(dtype).eps,
         )
 
 
@@ -138,9 +138,9 @@ def test_classes_that_the_teacher_has_not(tail: str, device: str) -> None:
         whole(given, torch.float64),
         [whole(given, torch.float32, chunks=n) for n in (1, 3)],
     )
-    for rows in (None, linear_world.torch_rows):
+    for engine in (None, torch_engine):
         as_good(
-            linear(given, device, given.memory(3), rows=rows),
+            linear(given, device, given.memory(3), engine=engine),
             truth,
             plain,
             torch.finfo(torch.float32).eps,
@@ -155,13 +155,12 @@ def test_classes_that_the_teacher_has_not(tail: str, device: str) -> None:
     "asked",
     [
         {"softcap": 3.0, "logit_scale": 0.6},
-        {"logit_scale": 0.3, "z_scale": 0.01},
-        {"softcap": 5.0, "logit_scale": 1.7, "z_scale": 0.1},
+        {"logit_scale": 0.3},
+        {"softcap": 5.0, "logit_scale": 1.7},
     ],
     ids=str,
 )
-def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: str) -> None:
-    """Of the torch engine too, but for the z-loss, which it refuses."""
+def test_capped_and_scaled_logits(asked: dict[str, float], device: str) -> None:
     given = head(rows=9, bias=True, padding=False)
     truth = whole(given, torch.float64, **asked)
     plain = [whole(given, torch.float32, chunks=n, **asked) for n in (1, 3)]
@@ -173,12 +172,8 @@ def test_capped_and_scaled_logits_and_a_z_loss(asked: dict[str, float], device: 
     )
     other = linear(given, device, given.memory(3))
     assert error(other["hidden"], plain[0]["hidden"].double()) > 1e-3
-    if "z_scale" in asked:
-        with pytest.raises(TypeError, match="z_scale"):
-            linear(given, device, given.memory(3), rows=linear_world.torch_rows, **asked)
-    else:
-        found = linear(given, device, given.memory(3), rows=linear_world.torch_rows, **asked)
-        as_good(found, truth, plain, torch.finfo(torch.float32).eps)
+    found = linear(given, device, given.memory(3), engine=torch_engine, **asked)
+    as_good(found, truth, plain, torch.finfo(torch.float32).eps)
 
 
 def test_the_size_of_the_chunks_does_not_matter(device: str) -> None:
@@ -188,8 +183,7 @@ def test_the_size_of_the_chunks_does_not_matter(device: str) -> None:
     rows, width, classes = 24, 48, 1000
     given = head(rows, width, classes, padding=False)
     found = [
-        linear(given, device, given.memory(chunks), rows=linear_world.torch_rows)
-        for chunks in (1, 2, 5, 24)
+        linear(given, device, given.memory(chunks), engine=torch_engine) for chunks in (1, 2, 5, 24)
     ]
     k, h, w = given.keywords, given.hidden.double(), given.weight.double()
     x = h @ w.t()
@@ -227,8 +221,8 @@ def test_the_gradient_of_the_head_is_summed_in_float32(device: str) -> None:
         keywords,
         one.problem,
     )
-    single = linear(one, device, one.memory(1), rows=linear_world.torch_rows)["weight"].double()
-    found = linear(many, device, many.memory(rows), rows=linear_world.torch_rows)
+    single = linear(one, device, one.memory(1), engine=torch_engine)["weight"].double()
+    found = linear(many, device, many.memory(rows), engine=torch_engine)
     assert error(found["weight"], rows * single) <= 2 * torch.finfo(torch.bfloat16).eps
     total = torch.zeros_like(single, dtype=torch.bfloat16)
     for _ in range(rows):

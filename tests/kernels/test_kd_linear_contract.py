@@ -13,20 +13,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import kernel_world as world
 import linear_world
 import pytest
 import torch
-from linear_world import Allocations, error, head, linear
+from kernel_world import kd_loss_rows
+from linear_world import Allocations, error, head, kd_linear_loss, linear
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.kernels.kd_chunks import chunk_rows, memory_bytes, row_stride
-from kdcache.kernels.kd_linear import kd_linear_loss, kd_linear_op
-from kdcache.kernels.kd_loss import kd_loss_rows
+from kdcache.kernels.kd_chunks import chunk_rows, row_stride
+from kdcache.kernels.kd_linear import kd_linear_op
+from kdcache.kernels.row_loss import RowLoss
+from kdcache.loss.torch_engine import torch_engine
 
 NAMES = ("loss", "ce", "kd", "hidden", "weight", "bias")
 
@@ -57,42 +58,16 @@ def test_what_is_frozen_gets_no_gradient_and_no_product(device: str) -> None:
         )[0].requires_grad
 
 
-def test_rows_that_do_not_count_are_left_out(device: str) -> None:
-    given = head(rows=14, bias=True)
-    counted = int(((given.keywords["labels"] >= 0) | (given.keywords["row_weight"] > 0)).sum())
-    assert counted == 10
-    plain = linear(given, device, given.memory(3))
-    given.hidden[1::4] = torch.nan  # the rows without label and teacher
-    for more in ({"skip_ignored": True}, {"counted_rows": counted}, {"counted_rows": 11}):
-        hidden = given.hidden if more.get("counted_rows") != 11 else given.hidden.nan_to_num()
-        found = linear(replace(given, hidden=hidden), device, given.memory(3), **more)
-        assert not found["hidden"][1::4].any() and not found["ce"][1::4].any()
-        for name, value in plain.items():
-            assert error(found[name], value.double()) <= 1e-5
-    lost = kd_linear_loss(
-        given.hidden.nan_to_num().to(device),
-        given.weight.to(device),
-        **world.on(device, given.keywords),
-        counted_rows=counted - 1,
-    )[0]
-    assert bool(lost.isnan())
-
-
-@pytest.mark.parametrize(
-    "more", [{}, {"skip_ignored": True}, {"counted_rows": 3}, {"counted_rows": 0}], ids=str
-)
-def test_all_rows_ignored_give_zero(more: dict[str, Any], device: str) -> None:
+def test_all_rows_ignored_give_zero(device: str) -> None:
     given = head(bias=True)
     given.keywords.update(labels=torch.full((7,), -100), row_weight=torch.zeros(7))
     given.keywords.update(ce_scale=0.5 / torch.tensor(0).clamp(min=1), kd_scale=torch.tensor(0.0))
-    found = linear(given, device, given.memory(2), **more)
+    found = linear(given, device, given.memory(2))
     assert set(found) == set(NAMES) and not any(value.any() for value in found.values())
 
 
 def test_nothing_waits_for_the_device(device: str) -> None:
-    """The operations through which a host learns a number of the device; with skip_ignored it is
-    one.
-    """
+    """No operation through which a host learns a number of the device."""
     given = head(bias=True)
     asks = (
         "_local_scalar_dense",
@@ -103,16 +78,13 @@ def test_nothing_waits_for_the_device(device: str) -> None:
         "_unique2",
         "masked_select",
     )
-    for more, waits in (({}, 0), ({"counted_rows": 6}, 0), ({"skip_ignored": True}, 1)):
-        with Allocations() as seen:
-            linear(given, device, given.memory(3), **more)
-        assert sum(seen.operations[name] for name in asks) == waits
+    with Allocations() as seen:
+        linear(given, device, given.memory(3))
+    assert sum(seen.operations[name] for name in asks) == 0
 
 
-@pytest.mark.parametrize(
-    ("dtype", "skip"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
-)
-def test_memory_stays_within_the_budget(dtype: torch.dtype, skip: bool, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_stays_within_the_budget(dtype: torch.dtype, device: str) -> None:
     """No tensor but the gradients themselves is larger than the budget, all together little more."""
     rows, width, classes = 32, 16, 5003
     given = head(rows, width, classes, dtype=dtype, bias=True)
@@ -120,7 +92,7 @@ def test_memory_stays_within_the_budget(dtype: torch.dtype, skip: bool, device: 
     leaves = given.leaves(device)
     keywords = world.on(device, given.keywords)
     with Allocations((rows, width), (classes, width), (classes,)) as seen:
-        loss = kd_linear_loss(*leaves, memory=budget, skip_ignored=skip, **keywords)[0]
+        loss = kd_linear_loss(*leaves, memory=budget, **keywords)[0]
         # triton's interpreter holds its arguments in circles
         gc.collect()
         loss.backward()
@@ -164,13 +136,13 @@ def test_under_activation_checkpointing(reentrant: bool, device: str) -> None:
         assert leaf.grad is not None and torch.equal(leaf.grad.cpu(), expected[name])
 
 
-@pytest.mark.parametrize(("dtype", "skip"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_one_graph_under_torch_compile(dtype: torch.dtype, skip: bool, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph_under_torch_compile(dtype: torch.dtype, device: str) -> None:
     """No graph break, the bits of eager, and one graph for all batch sizes."""
     given = head(rows=9, classes=257, bias=True, dtype=dtype)
     compiled = torch.compile(kd_linear_loss, backend="aot_eager", fullgraph=True, dynamic=True)
     leaves = given.leaves(device)
-    keywords = world.on(device, given.keywords) | {"memory": given.memory(3), "skip_ignored": skip}
+    keywords = world.on(device, given.keywords) | {"memory": given.memory(3)}
     for rows in (9, 5):
         part = {
             k: v[:rows].clone() if isinstance(v, Tensor) and v.dim() else v
@@ -189,20 +161,19 @@ def test_one_graph_under_torch_compile(dtype: torch.dtype, skip: bool, device: s
         assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
     with pytest.raises(Exception, match=r"torch.compiler.disable"):
         torch.compile(kd_linear_loss, backend="aot_eager", fullgraph=True)(
-            *leaves, rows=linear_world.torch_rows, **keywords
+            *leaves, engine=torch_engine, **keywords
         )
 
 
 # torch's own, of inductor
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("left_out", [{}, {"skip_ignored": True}, {"counted_rows": 9}], ids=str)
-def test_inductor_finds_the_strides_that_it_was_told(left_out: dict[str, Any], device: str) -> None:
+def test_inductor_finds_the_strides_that_it_was_told(device: str) -> None:
     """It asserts them, of hidden states whose rows are apart or that are transposed too;
     `aot_eager` does not.
     """
     given = head(rows=9, classes=257, bias=True)
-    keywords = world.on(device, given.keywords) | {"memory": given.memory(3), **left_out}
+    keywords = world.on(device, given.keywords) | {"memory": given.memory(3)}
     compiled = torch.compile(kd_linear_loss, backend="inductor", fullgraph=True)
     leaves = given.leaves(device)
     for hidden in (
@@ -230,26 +201,8 @@ def test_the_operator_keeps_its_promises_to_torch(device: str) -> None:
                 h,
                 w.requires_grad_(wants[1]),
                 b,
-                k["labels"],
-                None,
-                k["ids"],
-                k["log_probs"],
-                k["log_tail"],
-                k["row_weight"],
-                k["ce_scale"],
-                k["kd_scale"],
-                None,
-                1000,
-                2.0,
-                "forward_kl",
-                "bucket",
-                0.5,
-                None,
-                1.0,
-                None,
+                *world.asked(h, {"num_classes": 1000, **k}).arguments(),
                 given.memory(2),
-                False,
-                None,
                 torch.float32,
                 wants,
             ),
@@ -271,11 +224,11 @@ def test_rows_of_a_chunk_that_a_bias_is_added_to_are_contiguous_where_vectors_st
     """Then cuBLASLt adds it within the product; 1002 float32 are no whole vectors of 16 bytes."""
     given, strides = head(rows=9, classes=classes, bias=bias, padding=False), []
 
-    def rows(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
         strides.append(logits.stride())
-        return linear_world.torch_rows(logits, **options)
+        return torch_engine(logits, rows)
 
-    found = linear(given, "cpu", given.memory(2), rows=rows)
+    found = linear(given, "cpu", given.memory(2), engine=engine)
     assert strides == [(stride, 1)] * 2
     assert (
         error(found["loss"], linear_world.whole(given, torch.float64)["loss"])
@@ -285,9 +238,9 @@ def test_rows_of_a_chunk_that_a_bias_is_added_to_are_contiguous_where_vectors_st
 
 def test_rows_of_a_chunk() -> None:
     # 5 chunks: 4 of these, one of 1536
-    assert chunk_rows(8192, 128_256, 2, memory_bytes("512 MB")) == 1664
-    assert chunk_rows(8192, 128_256, 2, memory_bytes("512 MiB")) == 2048
-    assert chunk_rows(100, 128_256, 2, memory_bytes("512 MB")) == 100
+    assert chunk_rows(8192, 128_256, 2, 512 * 10**6) == 1664
+    assert chunk_rows(8192, 128_256, 2, 512 * 2**20) == 2048
+    assert chunk_rows(100, 128_256, 2, 512 * 10**6) == 100
     assert chunk_rows(0, 1000, 4, 10**6) == 1
     chance = random.Random(0)
     for _ in range(2000):
@@ -305,23 +258,13 @@ def test_rows_of_a_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("512 MB", 512 * 10**6), ("1.5GiB", 3 * 2**29), ("7", 7), ("2kb", 2000)]
-)
-def test_sizes_are_read(text: str, expected: int) -> None:
-    assert memory_bytes(text) == expected
-
-
-@pytest.mark.parametrize(
     ("changed", "message"),
     [
         (
             {"memory": 1024 * 4 - 1},
             "memory is 4095 bytes, but the logits of a single row take 4096",
         ),
-        ({"memory": "much"}, "memory is 'much'"),
-        ({"memory": "-1"}, "memory is '-1'"),
-        ({"counted_rows": -1}, "counted_rows is -1"),
-        ({"labels": torch.zeros(9, dtype=torch.long)}, "labels is .9."),
+        ({"labels": torch.zeros(9, dtype=torch.long)}, "labels_NJ is .9, 1."),
         ({"bias": torch.zeros(7)}, "bias is .7.; expected .1000."),
         ({"weight": torch.zeros(1000, 17)}, "expected .N, H."),
         ({"weight": torch.zeros(1000, 16, dtype=torch.bfloat16)}, "expected one dtype"),
@@ -356,7 +299,7 @@ def test_a_language_model_head_on_the_device(device: str) -> None:
     before, _ = torch.cuda.memory_allocated(), torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kd_linear_loss(h, w, memory="64 MB", **keywords)[0].backward()
+        kd_linear_loss(h, w, memory=64 * 10**6, **keywords)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     held = torch.cuda.max_memory_allocated() - before
@@ -366,15 +309,17 @@ def test_a_language_model_head_on_the_device(device: str) -> None:
         assert error(found.cpu(), value.cpu().double()) <= 0.05
 
 
-def test_another_row_function_does_without_triton() -> None:
+def test_another_engine_does_without_triton() -> None:
     """macOS has none: nothing but the fused kernels imports it."""
-    code = (
-        "import sys; sys.modules['triton'] = None; import torch; from kdcache.loss.kd_linear_loss "
-        "import torch_rows; "
-        "from kdcache.kernels.kd_linear import kd_linear_loss; h = torch.ones(2, 3, "
-        "requires_grad=True); "
-        "kd_linear_loss(h, torch.ones(5, 3), labels=torch.tensor([0, 1]), "
-        "rows=torch_rows)[0].backward()"
-    )
+    code = """if True:
+        import sys; sys.modules["triton"] = None
+        import torch
+        from kdcache.kernels.kd_linear import kd_linear_loss
+        from kdcache.kernels.row_loss import RowLoss
+        from kdcache.loss.torch_engine import torch_engine
+        h, one = torch.ones(2, 3, requires_grad=True), torch.ones(())
+        rows = RowLoss(5, torch.tensor([[0], [1]]), ce_scale=one)
+        kd_linear_loss(h, torch.ones(5, 3), None, rows, engine=torch_engine)[0].backward()
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ CASES = covering()
 # tail.
 WIDER = [wider for case in CASES[::16] if (wider := replace(case, beyond=3)).sensible] + [
     Case(beyond=3, tail="uniform", labels="alike"),
-    Case(beyond=100, tail="uniform", labels="in", stats=True),
+    Case(beyond=100, tail="uniform", labels="in"),
     Case(
         num_classes=1272,
         beyond=500,
@@ -54,29 +54,26 @@ WIDER = [wider for case in CASES[::16] if (wider := replace(case, beyond=3)).sen
 def judge(
     case: Case, problem: Problem, ran: world.Ran, draw: Callable[[int], Problem] | None = None
 ) -> None:
-    """Values, gradient and statistics at most twice as wrong as plain float32 torch is in the worst
+    """Values and gradient at most twice as wrong as plain float32 torch is in the worst
     of six draws (one of three rows may be right by luck), and one unit in the last place; nothing
     written outside the rows."""
     out, gradient, buffer, logits = ran
     classes = case.num_classes
-    assert [t.dtype for t in out] == [torch.float32] * (
-        4 if case.stats else 3
-    ) and gradient.dtype == case.dtype
-    found = world.missed(problem, (*out[:3], gradient[:, :classes].cpu(), *out[3:]))
+    assert [t.dtype for t in out] == [torch.float32] * 3 and gradient.dtype == case.dtype
+    found = world.missed(problem, (*out, gradient[:, :classes].cpu()))
     draws = []
     for seed in range(6):
         drawn = world.problem(case, seed) if draw is None else draw(seed)
         *values, slope = world.define(drawn, torch.float32)
-        stats = [world.define_stats(drawn, torch.float32)] if case.stats else []
-        draws.append(world.missed(drawn, (*values, slope.to(case.dtype), *stats)))
+        draws.append(world.missed(drawn, (*values, slope.to(case.dtype))))
     single, own = (torch.finfo(t).eps for t in (torch.float32, case.dtype))
+    # backward's factor is a rounding of its own; triton's interpreter cuts off where it rounds
+    own *= 2 if case.grad_output == "each" else 1
     for name, one in found.items():
         most = max(plain[name] for plain in draws)
         assert one <= world.allowed(
             most, own if name == "gradient" else single, case.temperature
         ), name
-    if case.stats:
-        assert world.agreement_fits(out[3][:, 3], problem)
     assert bool((gradient[:, classes:] == 0).all())
     if not case.inplace:
         assert torch.equal(logits[:, :classes].cpu(), problem.logits)
@@ -129,7 +126,7 @@ def least_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         Case(temperature=3.0),
         Case(labels="two", logits="constant"),
         Case(temperature=4.0, logits="constant"),
-        Case(softcap=5.0, stats=True),
+        Case(softcap=5.0),
     ],
     ids=str,
 )
@@ -188,22 +185,20 @@ FULL = [
         logits="apart",
         temperature=1.37,
         weights="some",
-        stats=True,
     ),
-    Case(num_classes=10, logits="offset", rows=1, temperature=1.0, stats=True, z_scale=0.02),
+    Case(num_classes=10, logits="offset", rows=1, temperature=1.0),
     Case(num_classes=1, rows=3),
-    Case(rows=0, stats=True),
-    Case(num_classes=123, softcap=5.0, z_scale=0.02, labels="two"),
+    Case(rows=0),
+    Case(num_classes=123, softcap=5.0, labels="two"),
     Case(
         num_classes=1272,
         softcap=30.0,
         logit_scale=0.3,
-        stats=True,
         labels="some",
         weights="some",
         layout="padded",
     ),
-    Case(num_classes=128, beyond=5, stats=True, labels="alike"),
+    Case(num_classes=128, beyond=5, labels="alike"),
     Case(num_classes=1272, beyond=8, dtype=torch.bfloat16),
     Case(num_classes=40, beyond=33, divergence="jsd", layout="odd", temperature=1.0, softcap=5.0),
     Case(num_classes=123, beyond=5, divergence="tv", weights="some", inplace=True, logit_scale=0.3),
@@ -212,7 +207,6 @@ FULL = [
         beyond=5,
         divergence="reverse_kl",
         tail="conditional",
-        stats=True,
         logits="apart",
     ),
     Case(
@@ -414,7 +408,6 @@ SPLIT = [
         labels="two",
         inplace=True,
         kept=64,
-        stats=True,
         tail="uniform",
     ),
     Case(num_classes=1272, labels="in"),
@@ -426,7 +419,6 @@ SPLIT = [
         dtype=torch.bfloat16,
         grad_output="each",
         softcap=30.0,
-        stats=True,
     ),
     Case(
         num_classes=1272,
@@ -438,7 +430,6 @@ SPLIT = [
         kept=100,
     ),
     Case(num_classes=1271, layout="strided", labels="none", tail="conditional"),
-    Case(num_classes=1271, layout="strided", labels="none", tail="conditional", stats=True),
     Case(num_classes=123, labels="none", tail="uniform", kept=100, softcap=5.0, temperature=3.0),
     Case(
         num_classes=1272,
@@ -453,9 +444,7 @@ SPLIT = [
         logits="offset",
         tail="uniform",
         logit_scale=0.3,
-        z_scale=0.02,
         temperature=1.5,
-        stats=True,
     ),
     Case(
         num_classes=1271, layout="odd", tail="uniform", labels="alike", beyond=400, temperature=1.37

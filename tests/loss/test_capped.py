@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_world import allowed
+from kernel_world import asked as row_loss
 from linear_world import Allocations
 from lm_head_world import (
     CLASSES,
@@ -29,9 +30,8 @@ from torch import Tensor
 import kdcache
 from kdcache.errors import UsageError
 from kdcache.loss.definitions import kd_loss_reference
-from kdcache.loss.kd_linear_loss import torch_rows
 from kdcache.loss.targets import SoftTargets
-from kdcache.loss.torch_engine import CHUNK_ELEMENTS
+from kdcache.loss.torch_engine import CHUNK_ELEMENTS, torch_engine
 
 CAPS: list[dict[str, Any]] = [
     {"softcap": 3.0},
@@ -222,7 +222,7 @@ def asked(rows: int, classes: int, **more: Any) -> dict[str, Any]:
 def run(logits: Tensor, **keywords: Any) -> list[Tensor]:
     """Loss, CE, D and the gradient of the summed loss."""
     leaf = logits.detach().requires_grad_()
-    loss_N, ce_N, kd_N = torch_rows(leaf, **keywords)
+    loss_N, ce_N, kd_N = torch_engine(leaf, row_loss(leaf, keywords))
     return [loss_N.detach(), ce_N, kd_N, torch.autograd.grad(loss_N.sum(), leaf)[0]]
 
 

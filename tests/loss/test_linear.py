@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kdcache
 from kdcache.errors import UsageError
-from kdcache.loss.kd_linear_loss import torch_rows
 from kdcache.loss.kd_loss import LossParts
+from kdcache.loss.torch_engine import torch_engine
 
 
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
@@ -218,8 +218,8 @@ def test_activation_checkpointing_runs_each_chunk_twice(
     leaves, labels, targets = given()
     calls = []
     monkeypatch.setattr(
-        "kdcache.loss.kd_linear_loss.torch_rows",
-        lambda *a, **k: (calls.append(1), torch_rows(*a, **k))[1],
+        "kdcache.loss.kd_linear_loss.torch_engine",
+        lambda *a: (calls.append(1), torch_engine(*a))[1],
     )
 
     def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:

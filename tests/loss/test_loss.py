@@ -24,12 +24,13 @@ from loss_world import (
 )
 from torch import Tensor
 
+from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss.definitions import cross_entropy, kd_loss_reference
 from kdcache.loss.divergences import Divergence
-from kdcache.loss.fused import fused_engine
-from kdcache.loss.kd_loss import kd_loss
+from kdcache.loss.engines import fused_engine
+from kdcache.loss.kd_loss import _of_teacher, kd_loss
 from kdcache.loss.targets import SoftTargets, targets_from_logits
-from kdcache.loss.torch_engine import RowLoss, torch_engine
+from kdcache.loss.torch_engine import torch_engine
 
 FINITE = [pair for pair in PAIRS if pair[0] != "reverse_kl"]  # whatever the teacher rules out
 
@@ -404,13 +405,9 @@ def test_reverse_kl_from_a_teacher_without_a_tail_is_infinite_in_that_row_alone(
     targets.log_tail_N[1] = -torch.inf
     rows = RowLoss(
         9,
-        None,
-        None,
-        single(targets).to(device),
-        Divergence("reverse_kl"),
-        None,
-        torch.ones((), device=device),
-        False,
+        **_of_teacher(single(targets).to(device)),
+        divergence=Divergence("reverse_kl"),
+        kd_scale=torch.ones((), device=device),
     )
     loss = run(logits.float().to(device), rows)[0]
     assert [bool(x) for x in loss.isinf()] == [False, True, False] and bool(

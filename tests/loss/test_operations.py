@@ -17,8 +17,8 @@ from loss_world import problem, single
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss import kd_loss as public
-from kdcache.loss.torch_engine import RowLoss
 
 FREE = {"detach", "unsqueeze", "select", "unbind", "expand", "alias", "view", "slice", "t"}
 

@@ -251,27 +251,22 @@ def test_one_graph_under_torch_compile(
 
 
 def test_the_operators_keep_their_promises_to_torch() -> None:
-    from kdcache.loss.compiled import loss_rows_op, scale_rows_op
+    from kdcache.kernels.row_loss import RowLoss
+    from kdcache.loss.divergences import Divergence
+    from kdcache.loss.kd_loss import _of_teacher
+    from kdcache.loss.torch_engine import loss_rows_op, scale_rows_op
 
-    logits, labels, t, _ = given(("jsd", "bucket", 5), "cpu")
+    logits, labels, targets, _ = given(("jsd", "bucket", 5), "cpu")
     scale = torch.tensor(0.5)
-    inputs = (
-        logits.requires_grad_(),
+    rows = RowLoss(
+        40,
         labels[:, None],
-        None,
-        t.ids_NK,
-        t.log_probs_NK,
-        t.log_tail_N,
-        t.weight_N,
-        scale,
-        scale,
-        40,
-        40,
-        2.0,
-        "jsd",
-        "bucket",
-        0.3,
+        divergence=Divergence("jsd", 0.3),
+        ce_scale=scale,
+        kd_scale=scale,
+        **_of_teacher(targets),
     )
+    inputs = (logits.requires_grad_(), *rows.arguments())
     tests = (
         "test_schema",
         "test_autograd_registration",

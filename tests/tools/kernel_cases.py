@@ -28,8 +28,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "divergence": ("forward_kl", "reverse_kl", "jsd", "tv"),
     "softcap": (None, 5.0, 30.0),
     "logit_scale": (1.0, 0.3),
-    "z_scale": (None, 0.02),
-    "stats": (False, True),
 }
 
 
@@ -55,8 +53,6 @@ class Case:
     divergence: str = "forward_kl"
     softcap: float | None = None
     logit_scale: float = 1.0
-    z_scale: float | None = None
-    stats: bool = False
     # classes, the last ones, that the student has and the teacher has not
     beyond: int = 0
 
@@ -87,8 +83,6 @@ class Case:
             and self.kept >= self.taught
         ):
             # the teacher gives nothing to a tail in which the student has classes of its own
-            return False
-        if self.z_scale is not None and self.labels == "none":
             return False
         if self.divergence == "reverse_kl":
             return self.tail in ("bucket", "conditional") and self.tail_mass not in (0.0, 1.0)

@@ -16,8 +16,9 @@ import triton
 from kernel_cases import Case
 from torch import Tensor
 
+from kdcache.kernels import kd_loss
 from kdcache.kernels.kd_launch import powers
-from kdcache.kernels.kd_loss import kd_loss_rows
+from kdcache.kernels.row_loss import Divergence, RowLoss
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,46 @@ class Problem:
 
 Ran = tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]  # outputs, gradient, buffer, logits
 UNIT = 2.0**-23
+
+
+def asked(logits: Tensor, keywords: dict[str, Any]) -> RowLoss:
+    """A `RowLoss` of the words of these tests: labels may be [N], a scale a number."""
+
+    def matrix(name: str) -> Tensor | None:
+        tensor: Tensor | None = keywords.get(name)
+        return tensor[:, None] if tensor is not None and tensor.dim() == 1 else tensor
+
+    def scale(name: str) -> Tensor | None:
+        given = keywords.get(name, 1.0)
+        if given is None or isinstance(given, Tensor):
+            return given
+        return torch.full((), given, dtype=torch.float32, device=logits.device)
+
+    name = keywords.get("divergence", "forward_kl")
+    return RowLoss(
+        keywords.get("num_classes", logits.shape[-1]),
+        matrix("labels"),
+        matrix("label_weight"),
+        ids_NK=matrix("ids"),
+        log_probs_NK=keywords.get("log_probs"),
+        log_tail_N=keywords.get("log_tail"),
+        row_weight_N=keywords.get("row_weight"),
+        teacher_classes=keywords.get("teacher_classes"),
+        temperature=keywords.get("temperature", 1.0),
+        divergence=Divergence(name, keywords.get("beta"), keywords.get("tail", "bucket")),
+        ce_scale=scale("ce_scale"),
+        kd_scale=scale("kd_scale"),
+        logit_scale=keywords.get("logit_scale", 1.0),
+        softcap=keywords.get("softcap"),
+        inplace=keywords.get("inplace", False),
+    )
+
+
+def kd_loss_rows(
+    logits: Tensor, *, parts: int | None = None, **keywords: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' loss, by the words of these tests."""
+    return kd_loss.kd_loss_rows(logits, asked(logits, keywords), parts=parts)
 
 
 def problem(case: Case, seed: int = 0) -> Problem:
@@ -67,13 +108,11 @@ def problem(case: Case, seed: int = 0) -> Problem:
     }
     keywords |= {
         name: getattr(case, name)
-        for name in ("softcap", "logit_scale", "stats")
+        for name in ("softcap", "logit_scale")
         if getattr(case, name) != getattr(Case(), name)
     }
     if case.beyond:
         keywords["teacher_classes"] = case.taught
-    if case.z_scale is not None:
-        keywords["z_scale"] = torch.tensor(case.z_scale)
     factor = {
         "one": torch.ones(rows),
         "half": torch.full((rows,), 0.5),
@@ -167,53 +206,21 @@ def define(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     """(loss, CE, D) of each row and the gradient of sum(factor * loss), in `dtype`."""
     x = problem.logits.to(dtype, copy=True).requires_grad_()
     k = problem.keywords
-    ce, kd, z = ([x.new_zeros(())] * problem.case.rows for _ in range(3))
+    ce, kd = ([x.new_zeros(())] * problem.case.rows for _ in range(2))
     for n in range(problem.case.rows):
         row = transformed(x[n, : k["num_classes"]], problem)
         if k["labels"] is not None:
             weight = None if k["label_weight"] is None else k["label_weight"][n]
             ce[n] = _cross_entropy(row, k["labels"][n].reshape(-1), weight)
-            if "z_scale" in k and labelled(problem, n):
-                z[n] = k["z_scale"].to(dtype) * torch.logsumexp(row, 0) ** 2
         weight = 1.0 if k["row_weight"] is None else float(k["row_weight"][n])
         if weight:
             kd[n] = weight * _distillation(row, problem, n)
-    ce_N, kd_N, z_N = (torch.stack(t) if t else x.new_zeros(0) for t in (ce, kd, z))
-    loss = k["ce_scale"].to(dtype) * ce_N + k["kd_scale"].to(dtype) * kd_N + z_N
+    ce_N, kd_N = (torch.stack(t) if t else x.new_zeros(0) for t in (ce, kd))
+    loss = k["ce_scale"].to(dtype) * ce_N + k["kd_scale"].to(dtype) * kd_N
     if not loss.requires_grad:
         return loss, ce_N, kd_N, torch.zeros_like(x)
     (gradient,) = torch.autograd.grad((problem.factor.to(dtype) * loss).sum(), x)
     return loss.detach(), ce_N.detach(), kd_N.detach(), gradient
-
-
-def labelled(problem: Problem, n: int) -> bool:
-    """Whether a row has a label of non-zero weight."""
-    labels, weight = (problem.keywords[name] for name in ("labels", "label_weight"))
-    if labels is None:
-        return False
-    known = labels[n].reshape(-1) >= 0
-    return bool((known if weight is None else known & (weight[n].reshape(-1) != 0)).any())
-
-
-def define_stats(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """[N, 4]: log-sum-exp and entropy at T = 1, mass of the kept ids at T, whether the teacher's
-    best is the row's.
-    """
-    k, rows = problem.keywords, problem.case.rows
-    out = torch.zeros(rows, 4, dtype=dtype)
-    for n in range(rows):
-        row = transformed(problem.logits[n, : k["num_classes"]].to(dtype), problem)
-        taught = k["row_weight"] is None or bool(k["row_weight"][n] != 0)
-        if taught or labelled(problem, n):
-            log_p = torch.log_softmax(row, -1)
-            out[n, 0] = torch.logsumexp(row, -1)
-            out[n, 1] = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum()
-        if taught:
-            valid = k["ids"][n] >= 0
-            ids, log_q = k["ids"][n][valid], k["log_probs"][n][valid]
-            out[n, 2] = torch.softmax(row / problem.case.temperature, -1)[ids].sum()
-            out[n, 3] = float(row[ids][log_q == log_q.max()].max() == row.max())
-    return out
 
 
 def _cross_entropy(row: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
@@ -299,20 +306,6 @@ def run(problem: Problem, device: str, **changed: Any) -> Ran:
     return tuple(t.detach().cpu() for t in out), gradient, buffer, logits.detach()
 
 
-def agreement_fits(found_N: Tensor, problem: Problem) -> bool:
-    """Whether the agreements are the truth's, but for rows that the accuracy of a tanh in float32
-    leaves open.
-    """
-    truth_N, k = define_stats(problem, torch.float64)[:, 3], problem.keywords
-    for n, (one, agrees) in enumerate(zip(found_N.tolist(), truth_N.tolist(), strict=True)):
-        row = transformed(problem.logits[n].double(), problem)
-        best = row[k["ids"][n][k["log_probs"][n].nan_to_num(-torch.inf).argmax()]]
-        tied = row.max() - best <= 12 * UNIT * row.max().abs()
-        if one not in (0, 1) or (one != agrees and not (one == 1 and tied)):
-            return False
-    return True
-
-
 def error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
     """Largest error relative to the largest entry of its row, but to no less than `least`."""
     if not truth.numel():
@@ -323,21 +316,14 @@ def error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
 
 
 def missed(problem: Problem, found: tuple[Tensor, ...]) -> dict[str, float]:
-    """Errors of loss, CE, D, gradient and, where given, statistics. A divergence is a sum of terms
-    of about 1 nat that cancel: its unit is that of 1; so is that of an entropy and of a logarithm
-    of a sum. A mass is its own."""
+    """Errors of loss, CE, D and gradient. A divergence is a sum of terms of about 1 nat that cancel:
+    its unit is that of 1."""
     truth = define(problem, torch.float64)
     names = {"loss": 1.0, "CE": 1.0, "D": 1.0, "gradient": 0.0}
     out = {
         name: error(f, t, least)
         for (name, least), f, t in zip(names.items(), found, truth, strict=False)
     }
-    if len(found) > 4:
-        stats_N4, truth_N4 = found[4], define_stats(problem, torch.float64)
-        for i, (name, least) in enumerate(
-            {"log-sum-exp": 1.0, "entropy": 1.0, "mass": 0.0}.items()
-        ):
-            out[name] = error(stats_N4[:, i], truth_N4[:, i], least)
     return out
 
 

@@ -15,9 +15,9 @@ from kernel_world import Case, Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdcache.kernels import kd_linear
 from kdcache.kernels.kd_chunks import row_stride
-from kdcache.kernels.kd_linear import kd_linear_loss
-from kdcache.loss.kd_linear_loss import torch_rows as torch_rows
+from kdcache.kernels.row_loss import Engine
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,27 @@ def _fill(keywords: dict[str, Any], dtype: torch.dtype) -> None:
     keywords.update(log_probs=log_probs - total[:, None], log_tail=log_tail - total)
 
 
+def kd_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory: int = 512 * 10**6,
+    engine: Engine | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' loss behind a head, by the words of these tests."""
+    rows = world.asked(hidden, {"num_classes": len(weight), **keywords})
+    return kd_linear.kd_linear_loss(hidden, weight, bias, rows, memory=memory, engine=engine)
+
+
 Found = dict[str, Tensor]  # loss, ce, kd, and gradients hidden, weight, bias
 
 
 def linear(
     head: Head,
     device: str,
-    memory: int | str,
+    memory: int,
     *,
     factor: float = 1.0,
     wants: str = "hidden weight bias",
@@ -158,7 +172,6 @@ def whole(
     chunks: int = 1,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    z_scale: float = 0.0,
 ) -> Found:
     """The same by whole logits in `dtype` and autograd; the loss from the definition in float32, or
     float64.
@@ -174,9 +187,6 @@ def whole(
     loss, ce, kd, slope = world.define(replace(head.problem, logits=y.detach().clone()), wide)
     # The definition has its gradient at the logits: the rest is autograd's.
     linear = loss.sum() + (slope * (y - y.detach())).sum()
-    labels = head.keywords["labels"]
-    labelled = (labels if labels.dim() == 2 else labels[:, None]) >= 0
-    linear = linear + z_scale * (torch.logsumexp(y, 1)[labelled.any(1)] ** 2).sum()
     return _found(leaves, linear, ce, kd, factor)
 
 
