@@ -25,6 +25,7 @@ __all__ = [
     "kd_loss_parts",
     "open",
     "row_counts",
+    "row_statistics",
     "soft_targets",
     "targets_from_logits",
     "train_student",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from kdcache.loss.kd_loss import kd_loss as kd_loss
     from kdcache.loss.kd_loss import kd_loss_parts as kd_loss_parts
     from kdcache.loss.kd_loss import row_counts as row_counts
+    from kdcache.loss.row_statistics import row_statistics as row_statistics
     from kdcache.loss.targets import soft_targets as soft_targets
     from kdcache.loss.targets import targets_from_logits as targets_from_logits
     from kdcache.student.loader import Loader as Loader
@@ -62,6 +64,7 @@ _WHERE = {
     "kd_linear_loss": "loss.kd_linear_loss",
     "kd_linear_loss_parts": "loss.kd_linear_loss",
     "row_counts": "loss.kd_loss",
+    "row_statistics": "loss.row_statistics",
     "Loader": "student.loader",
     "dump_teacher": "teacher.dump",
     "train_student": "student.train",
