@@ -1,9 +1,8 @@
-"""What is kept of a teacher's logits: top-k in one exact order, log-sum-exps, tail, labels,
-moments; one read of a row.
+"""What is kept of a teacher's logits: top-k in one exact order, tail, labels, moments; one read of a
+row.
 
     order         logit descending, then id ascending, of the float32 upcast; -0.0 equals +0.0. The
                   same bits every run
-    lse_NT        log of the sum over all ids of exp(z / T)
     tail_lse_NT   log of the sum over ids neither in the head nor among the labels of exp((z - max)
                   / T), summed over those ids themselves, relative to their own maximum: it neither
                   cancels nor underflows
@@ -22,7 +21,7 @@ and as exact.
 Moments come from sums of differences from each lane's first logit, which the same sweep adds; rows
 with -inf, or whose squares no float32 holds, are read twice more, scaled.
 
-Bytes, at least (s of a logit, V classes, N rows): N V s read, N (12 k + 8 T + 4 J + 4) written. The
+Bytes, at least (s of a logit, V classes, N rows): N V s read, N (12 k + 4 T + 4 J + 4) written. The
 second look reads a 32-byte sector for each piece, about N k V / (L B) of them: for V = 128256,
 bf16, k = 64 a quarter of the row, for k = 256 as much as the row, from L2 while the rows in flight
 stay there. Finding a threshold and sweeping again would read all of it a second time. Phases meet
@@ -33,11 +32,11 @@ Exponentials per element: 1 + 1 / (A B) where the temperatures are one of them d
 else that for each group of them. Compiled for sm_90 (bf16, one label; triton 3.7.1), instructions
 per element of the sweep, and of the second look, which k in L elements take:
 
-    V = 128256, k = 64     T = 1, 2       16 warps, L = 512    51 registers     8.7, 14.6
-    V = 128256, k = 64     the same and moments                55 registers    11.8, 14.6
+    V = 128256, k = 64     T = 1, 2       16 warps, L = 512    50 registers     8.8, 14.6
+    V = 128256, k = 64     the same and moments                52 registers    11.8, 14.6
     V = 128256, k = 256    T = 1, 2       16 warps, L = 512    56 registers     8.7, 14.6
     V = 50257,  k = 64     T = 1, 2, 4    16 warps, L = 512    53 registers    10.8, 16.9
-    V = 32000,  k = 64     T = 1, 2, 4     8 warps, L = 256    72 registers    10.8, 16.8
+    V = 32000,  k = 64     T = 1, 2, 4     8 warps, L = 256    66 registers    10.8, 16.8
 
 128-bit loads alone, no barrier in either loop, no spill and no stack: tests/kernels/test_topk_aot.py
 holds it for three architectures. The code at T = 1, 2 has 87 barriers, all outside them, those of
@@ -77,8 +76,8 @@ NOT_A_NUMBER, INFINITE, EMPTY, BAD_LABEL = 1, 2, 4, 8  # what flag_N is made of
 class TopK:
     """What is kept of N rows, on their device. T temperatures, J labels.
 
-    ids_NK int64, values_NK float32 (the logits themselves); lse_NT, tail_lse_NT float32, tail -inf
-    where none is left; label_logit_NJ float32, -inf for no label, None without labels; mean_N,
+    ids_NK int64, values_NK float32 (the logits themselves); tail_lse_NT float32, -inf where none is
+    left; label_logit_NJ float32, -inf for no label, None without labels; mean_N,
     std_N float32 over the finite logits (population), None unless asked for.
 
     flag_N int32, 0 for a good row: NOT_A_NUMBER, INFINITE (+inf), EMPTY (no finite logit): its ids
@@ -88,7 +87,6 @@ class TopK:
 
     ids_NK: Tensor
     values_NK: Tensor
-    lse_NT: Tensor
     tail_lse_NT: Tensor
     flag_N: Tensor
     label_logit_NJ: Tensor | None = None
@@ -124,7 +122,6 @@ def topk_lse(
         new(k, dtype=torch.int64),
         new(k),
         new(len(temperatures)),
-        new(len(temperatures)),
         new(dtype=torch.int32),
         None if labels_NJ is None else new(many),
         *((new(), new()) if moments else ()),
@@ -141,7 +138,6 @@ def topk_lse(
             x_NV,
             out.ids_NK,
             out.values_NK,
-            out.lse_NT,
             out.tail_lse_NT,
             out.label_logit_NJ,
             out.mean_N,
@@ -233,12 +229,8 @@ def build(
     while warps * 32 * vec // piece < 2 * k and piece > 1:
         piece //= 2
     cap = max(32, triton.next_power_of_2(2 * k))
-    powers, groups, bases = plan(temperatures)
     constants = {
-        "POWERS": powers,
-        "GROUPS": groups,
-        "BASES": bases,
-        "TEMPERATURES": tuple(map(float, temperatures)),
+        "TEMPS": (*plan(temperatures), tuple(map(float, temperatures))),
         "J": labels,
         "CAP": cap,
         "A": 1 if size <= 4096 else 2,

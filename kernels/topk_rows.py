@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.rows import row_start, span
-from kdcache.kernels.topk_again import load_apart, look_again
-from kdcache.kernels.topk_lanes import choose_lanes, key_of, packed
+from kdcache.kernels.topk_lanes import choose_lanes, key_of, load_apart, look_again, packed
 from kdcache.kernels.topk_sweep import LEAST, exp_of, moments, sweep, zeros_each
 
 NOT_A_NUMBER, INFINITE, EMPTY, BAD_LABEL = (tl.constexpr(flag) for flag in (1, 2, 4, 8))
@@ -111,50 +110,39 @@ def store_sums(
     number,
     last,
     SUMS,
-    LSE,
     TAIL,
     n,
     LABELS,
     num_classes,
     J: tl.constexpr,
-    POWERS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BASES: tl.constexpr,
-    TEMPERATURES: tl.constexpr,
-    B: tl.constexpr,
-    PART: tl.constexpr,
-    EDGES: tl.constexpr,
-    SHIFT: tl.constexpr,
+    TEMPS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """Log-sum-exps of both rounds' sums and the elements of PIECES.
-
-    Of those the head, at or before `last`, and labels are no tail.
+    """Tails of both rounds' sums and the elements of PIECES, of which the head, at or before `last`,
+    and labels are none.
     """
-    T: tl.constexpr = len(POWERS)
+    B: tl.constexpr = SHAPE[1]
+    PART: tl.constexpr = SHAPE[3]
+    EDGES: tl.constexpr = SHAPE[4]
+    SHIFT: tl.constexpr = SHAPE[5]
+    T: tl.constexpr = len(TEMPS[0])
     top = tl.load(SUMS)
     best = tl.full([PART, B], -float("inf"), tl.float32)
     tails = zeros_each([PART, B], T)
-    heads = zeros_each([PART, B], T)
     # mostly once; each place of the tile has sums of its own: no reduction
     for at in tl.range(0, number, PART):
-        x, id, inside = load_apart(start, lead, PIECES, at, number, num_classes, B, PART, EDGES)
+        x, id, _ = load_apart(start, lead, PIECES, at, number, num_classes, B, PART, EDGES)
         kept = packed(key_of(x, SHIFT), id) >= last
         for j in tl.static_range(J):
             kept = kept | (id == tl.load(LABELS + j))
-        new = tl.maximum(best, tl.where(kept, -float("inf"), x))
+        x = tl.where(kept, -float("inf"), x)
+        new = tl.maximum(best, x)
         to = tl.maximum(new, LEAST)
-        old_tails = tails
-        old_heads = heads
+        old = tails
         tails = ()
-        heads = ()
         for i in tl.static_range(T):
             tails = tails + (
-                old_tails[i] * exp_of(tl.maximum(best, LEAST) - to, i, POWERS, GROUPS, BASES)
-                + exp_of(tl.where(kept, -float("inf"), x) - to, i, POWERS, GROUPS, BASES),
-            )
-            heads = heads + (
-                old_heads[i]
-                + exp_of(tl.where(kept & inside, x, -float("inf")) - top, i, POWERS, GROUPS, BASES),
+                old[i] * exp_of(tl.maximum(best, LEAST) - to, i, TEMPS) + exp_of(x - to, i, TEMPS),
             )
         best = new
     best = tl.reshape(best, [PART * B], can_reorder=True)
@@ -163,19 +151,13 @@ def store_sums(
     ref = tl.maximum(tl.max(best, axis=0), tl.maximum(first, second))
     fall = tl.maximum(best, LEAST) - ref
     for i in tl.static_range(T):
-        pairs = tl.join(
-            tl.reshape(tails[i], [PART * B], can_reorder=True)
-            * exp_of(fall, i, POWERS, GROUPS, BASES),
-            tl.reshape(heads[i], [PART * B], can_reorder=True),
-        )
-        of_tail, of_head = tl.split(tl.sum(pairs, axis=0))
-        of_tail += tl.load(SUMS + 2 + i) * factor(first - ref, TEMPERATURES[i])
-        of_tail += tl.load(SUMS + 3 + T + i) * factor(second - ref, TEMPERATURES[i])
-        total = of_tail * factor(ref - top, TEMPERATURES[i]) + of_head
-        tl.store(LSE + n * T + i, top / TEMPERATURES[i] + tl.log(total))
+        own = tl.reshape(tails[i], [PART * B], can_reorder=True) * exp_of(fall, i, TEMPS)
+        of_tail = tl.sum(own, axis=0)
+        of_tail += tl.load(SUMS + 2 + i) * factor(first - ref, TEMPS[3][i])
+        of_tail += tl.load(SUMS + 3 + T + i) * factor(second - ref, TEMPS[3][i])
         tl.store(
             TAIL + n * T + i,
-            tl.where(of_tail > 0, tl.log(of_tail) + (ref - top) / TEMPERATURES[i], -float("inf")),
+            tl.where(of_tail > 0, tl.log(of_tail) + (ref - top) / TEMPS[3][i], -float("inf")),
         )
 
 
@@ -183,7 +165,6 @@ def store_sums(
 def store_nothing(
     IDS,
     VALUES,
-    LSE,
     TAIL,
     MEAN,
     STD,
@@ -198,7 +179,6 @@ def store_nothing(
     tl.store(IDS + n * k + slot, tl.full([CAP], -1, tl.int64), mask=slot < k)
     tl.store(VALUES + n * k + slot, tl.full([CAP], float("nan"), tl.float32), mask=slot < k)
     for i in tl.static_range(T):
-        tl.store(LSE + n * T + i, float("nan"))
         tl.store(TAIL + n * T + i, float("nan"))
     if MOMENTS:
         tl.store(MEAN + n, float("nan"))
@@ -215,28 +195,24 @@ def keep_row(
     SCRATCH,
     IDS,
     VALUES,
-    LSE,
     TAIL,
     n,
     num_classes,
     id_bits,
     k,
-    POWERS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BASES: tl.constexpr,
-    TEMPERATURES: tl.constexpr,
+    TEMPS: tl.constexpr,
     J: tl.constexpr,
-    CAP: tl.constexpr,
-    L: tl.constexpr,
-    B: tl.constexpr,
-    PART: tl.constexpr,
     VEC: tl.constexpr,
-    EDGES: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """Head, log-sum-exps and tails of a good row, from the maxima and sums of its lanes."""
+    """Head and tails of a good row, from the maxima and sums of its lanes."""
+    L: tl.constexpr = SHAPE[0]
+    B: tl.constexpr = SHAPE[1]
+    CAP: tl.constexpr = SHAPE[2]
+    EDGES: tl.constexpr = SHAPE[4]
+    SHIFT: tl.constexpr = SHAPE[5]
     SUMS = SCRATCH.to(tl.pointer_type(tl.float32), bitcast=True)
-    LABELS = SCRATCH + 3 + 2 * len(POWERS)
+    LABELS = SCRATCH + 3 + 2 * len(TEMPS[0])
     LANES = LABELS + J
     FOUND = LANES + J + CAP
     chosen, bound, bound_id = choose_lanes(start, lead, body, best, k, L, B, CAP, SHIFT)
@@ -255,7 +231,7 @@ def keep_row(
         edge = tl.arange(0, EDGES)
         tl.store(FOUND + 2 * CAP + edge, edge_at(edge * B, body, VEC))
     rest = ()
-    for i in tl.static_range(len(POWERS)):
+    for i in tl.static_range(len(TEMPS[0])):
         rest = rest + (tl.where(chosen, 0.0, sums[i]),)
     best = tl.where(chosen, -float("inf"), best)
     tl.debug_barrier()
@@ -276,15 +252,8 @@ def keep_row(
         id_bits,
         k,
         J,
-        POWERS,
-        GROUPS,
-        BASES,
-        L,
-        B,
-        CAP,
-        PART,
-        EDGES,
-        SHIFT,
+        TEMPS,
+        SHAPE,
     )
     last = store_head(FOUND, found, IDS, VALUES, n, k, CAP, SHIFT)
     store_sums(
@@ -294,20 +263,13 @@ def keep_row(
         number,
         last,
         SUMS,
-        LSE,
         TAIL,
         n,
         LABELS,
         num_classes,
         J,
-        POWERS,
-        GROUPS,
-        BASES,
-        TEMPERATURES,
-        B,
-        PART,
-        EDGES,
-        SHIFT,
+        TEMPS,
+        SHAPE,
     )
 
 
@@ -318,7 +280,6 @@ def topk_rows(
     X,
     IDS,
     VALUES,
-    LSE,
     TAIL,
     LABEL_LOGIT,
     MEAN,
@@ -331,10 +292,7 @@ def topk_rows(
     num_classes,
     id_bits,
     k,
-    POWERS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BASES: tl.constexpr,
-    TEMPERATURES: tl.constexpr,
+    TEMPS: tl.constexpr,
     J: tl.constexpr,
     CAP: tl.constexpr,
     A: tl.constexpr,
@@ -349,11 +307,11 @@ def topk_rows(
     """One row. Every output is written; those of a row with NaN, +inf or no finite logit are NaN,
     its ids -1.
     """
-    T: tl.constexpr = len(POWERS)
+    T: tl.constexpr = len(TEMPS[0])
     n = tl.program_id(0).to(tl.int64)
     row = row_start(X, n, x_stride, VEC, ALIGNED)
     start, lead, body = span(row, num_classes, VEC, ALIGNED)
-    best, sums, base, shift, square = sweep(start, body, POWERS, GROUPS, BASES, A, L, B, MOMENTS)
+    best, sums, base, shift, square = sweep(start, body, TEMPS, A, L, B, MOMENTS)
     edge = tl.full([2 * VEC], -float("inf"), tl.float32)
     if not ALIGNED:
         edge = load_edges(start, lead, body, num_classes, VEC)[0]
@@ -377,7 +335,7 @@ def topk_rows(
         )
     tl.store(FLAG + n, tl.where(flag == 0, bad, flag))
     if flag != 0:
-        store_nothing(IDS, VALUES, LSE, TAIL, MEAN, STD, n, k, T, CAP, MOMENTS)
+        store_nothing(IDS, VALUES, TAIL, MEAN, STD, n, k, T, CAP, MOMENTS)
     else:
         if MOMENTS:
             m, std = moments(start, body, edge, base, shift, square, L, B)
@@ -392,22 +350,13 @@ def topk_rows(
             SCRATCH,
             IDS,
             VALUES,
-            LSE,
             TAIL,
             n,
             num_classes,
             id_bits,
             k,
-            POWERS,
-            GROUPS,
-            BASES,
-            TEMPERATURES,
+            TEMPS,
             J,
-            CAP,
-            L,
-            B,
-            PART,
             VEC,
-            0 if ALIGNED else 2 * VEC // B,
-            SHIFT,
+            (L, B, CAP, PART, 0 if ALIGNED else 2 * VEC // B, SHIFT),
         )

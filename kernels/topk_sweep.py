@@ -19,13 +19,13 @@ SMALLEST = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def exp_of(x, i: tl.constexpr, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr):
-    """exp(x / T) of the i-th temperature."""
-    return power(tl.exp2(x * BASES[GROUPS[i]]), POWERS[i])
+def exp_of(x, i: tl.constexpr, TEMPS: tl.constexpr):
+    """exp(x / T) of the i-th temperature. TEMPS: powers, groups and bases of `plan`, and T itself."""
+    return power(tl.exp2(x * TEMPS[2][TEMPS[1][i]]), TEMPS[0][i])
 
 
 @triton.jit
-def add_tile(x, best, sums, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: tl.constexpr):
+def add_tile(x, best, sums, TEMPS: tl.constexpr):
     """Adds x [A, L, B] to the lanes: maximum [L], and sums [L] of exp((x - maximum) / T), one for
     each temperature.
     """
@@ -34,9 +34,9 @@ def add_tile(x, best, sums, POWERS: tl.constexpr, GROUPS: tl.constexpr, BASES: t
     away = x - to[None, :, None]
     fall = tl.maximum(best, LEAST) - to
     out = ()
-    for i in tl.static_range(len(POWERS)):  # the compiler merges the exponentials of a group
-        keep = exp_of(fall, i, POWERS, GROUPS, BASES)
-        fresh = tl.sum(tl.sum(exp_of(away, i, POWERS, GROUPS, BASES), axis=2), axis=0)
+    for i in tl.static_range(len(TEMPS[0])):  # the compiler merges the exponentials of a group
+        keep = exp_of(fall, i, TEMPS)
+        fresh = tl.sum(tl.sum(exp_of(away, i, TEMPS), axis=2), axis=0)
         out = out + (tl.fma(sums[i], keep, fresh),)
     return new, out
 
@@ -53,9 +53,7 @@ def zeros_each(SHAPE: tl.constexpr, T: tl.constexpr):
 def sweep(
     start,
     body,
-    POWERS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BASES: tl.constexpr,
+    TEMPS: tl.constexpr,
     A: tl.constexpr,
     L: tl.constexpr,
     B: tl.constexpr,
@@ -66,7 +64,7 @@ def sweep(
     """
     C: tl.constexpr = L * B
     best = tl.full([L], -float("inf"), tl.float32)
-    sums = zeros_each([L], len(POWERS))
+    sums = zeros_each([L], len(TEMPS[0]))
     base = tl.zeros([L], tl.float32)
     shift = tl.zeros([L], tl.float32)
     square = tl.zeros([L], tl.float32)
@@ -76,7 +74,7 @@ def sweep(
     whole = body // (A * C) * (A * C)
     for at in tl.range(0, whole, A * C):
         x = tl.reshape(tl.load(start + at + tile_offsets(A, C)).to(tl.float32), [A, L, B])
-        best, sums = add_tile(x, best, sums, POWERS, GROUPS, BASES)
+        best, sums = add_tile(x, best, sums, TEMPS)
         if MOMENTS:
             shift, square = add_squares(x - base[None, :, None], shift, square)
     # row by row: a masked tile of A rows takes more registers than the loop
@@ -86,7 +84,7 @@ def sweep(
             tl.float32
         )
         x = tl.reshape(x, [1, L, B])
-        best, sums = add_tile(x, best, sums, POWERS, GROUPS, BASES)
+        best, sums = add_tile(x, best, sums, TEMPS)
         if MOMENTS:
             off = tl.where(tl.reshape(inside, [1, L, B]), x - base[None, :, None], 0.0)
             shift, square = add_squares(off, shift, square)

@@ -259,7 +259,13 @@ def build_row_loss(
     for name, value in (("reduction", reduction), ("engine", engine)):
         check_type(name, value, str, "a name")
     check_name(engine)
-    divergence = _divergence(divergence, beta, tail)
+    if not isinstance(divergence, Divergence):
+        divergence = Divergence(divergence, beta, "bucket" if tail is None else tail)
+    elif beta is not None or tail is not None:
+        raise UsageError(
+            f"beta is {beta} and tail {tail!r} beside {divergence}, which has its own; "
+            "give them to Divergence"
+        )
     _check_reduction(reduction, normalizer)
     ce_weight, kd_weight = _weights(alpha, ce_weight, kd_weight)
     num_classes = _num_classes(width, classes, targets)
@@ -293,18 +299,6 @@ def build_row_loss(
         **teacher,
     )
     return Asked(rows, (ce_scale, kd_scale), (ce_count, kd_count), reduction, meant(engine))
-
-
-def _divergence(divergence: str | Divergence, beta: float | None, tail: str | None) -> Divergence:
-    """The value, or one of these names; UsageError for a beta or a tail beside a value."""
-    if not isinstance(divergence, Divergence):
-        return Divergence(divergence, beta, "bucket" if tail is None else tail)
-    if beta is not None or tail is not None:
-        raise UsageError(
-            f"beta is {beta} and tail {tail!r} beside {divergence}, which has its own; "
-            "give them to Divergence"
-        )
-    return divergence
 
 
 def _of_teacher(targets: SoftTargets) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def request(build: Build, arch: int) -> dict[str, Any]:
         "FLAG": "*i32",
         "SCRATCH": "*i32",
     }
-    signature |= dict.fromkeys(("VALUES", "LSE", "TAIL", "LABEL_LOGIT", "MEAN", "STD"), "*fp32")
+    signature |= dict.fromkeys(("VALUES", "TAIL", "LABEL_LOGIT", "MEAN", "STD"), "*fp32")
     signature |= dict.fromkeys(("x_stride", "label_stride", "num_classes", "id_bits", "k"), "i32")
     sizes = ["x_stride", "num_classes"] if build.classes % 16 == 0 else []
     return {
@@ -127,7 +127,7 @@ def complaints(build: Build, report: aot.Report) -> list[str]:
     vector, lane, groups = (
         constants["VEC"],
         constants["A"] * constants["B"],
-        len(constants["BASES"]),
+        len(constants["TEMPS"][2]),
     )
     found = []
     if report.registers > registers or report.spills or report.stack or report.shared > 4096:
