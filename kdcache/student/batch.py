@@ -5,8 +5,8 @@ keys compared, rows and labels aligned; then sent to the device, in one copy.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -103,20 +103,28 @@ class MicroBatch:
         return 0 if self.rows is None else len(self.rows[0])
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceBatch:
-    """A micro-batch on the device: what `LoaderBatch` says of each part.
+class LoaderBatch(TypedDict):
+    """What a `Loader` yields; tensors on its device.
 
-    columns: of the cache, as they are stored.
+    inputs: a tensor, or named tensors for `model(**inputs)`. labels: int64 [N] or [N, J], negative
+    where unknown, or None. label_weight: float32 [N, J] or None. targets: SoftTargets of N rows, or
+    None. features: float32 by name. rows: None where each record is one row; for logits (B, L, V)
+    the (record, position) of each row, int64 [N]:
+    `logits[rows]` is [N, V], aligned with labels and targets. sample_ids, views: int64 [B], on the
+    CPU. epoch: of the first record. position: samples of this iteration consumed after this batch,
+    the `start` of a Loader that continues.
     """
 
     inputs: Inputs
-    rows: Rows | None
     labels: Tensor | None
     label_weight: Tensor | None
-    columns: Mapping[str, Tensor]
-    targets: SoftTargets | None = None
-    features: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: SoftTargets | None
+    features: dict[str, Tensor]
+    rows: Rows | None
+    sample_ids: Tensor
+    views: Tensor
+    epoch: int
+    position: int
 
 
 def needed_columns(
@@ -316,45 +324,43 @@ def _check_counts(output: Output, micro: MicroBatch, record_N: Tensor) -> None:
         )
 
 
-def to_device(micro: MicroBatch, device: torch.device) -> DeviceBatch:
-    """All of a micro-batch that the student's step needs, on the device, in one copy that nobody
-    waits for; the labels once, also where the targets ask for them.
+def to_device(micro: MicroBatch, device: torch.device) -> tuple[LoaderBatch, dict[str, Tensor]]:
+    """A micro-batch on the device, without targets and features yet, and the columns of the cache
+    that these are made of, as they are stored; in one copy that nobody waits for.
+
+    The labels cross once, also where the targets ask for them.
     """
     inputs = micro.collated.inputs
+    named = inputs if isinstance(inputs, dict) else {"": inputs}
     cached = {} if micro.cached is None else micro.cached.columns
-    parts: dict[str, Mapping[str, Tensor | None]] = {
-        "inputs": inputs if isinstance(inputs, dict) else {"": inputs},
-        "rows": dict(zip(("record", "position"), micro.rows or (), strict=False)),
-        "labels": {"label": micro.labels, "label_weight": micro.label_weight},
-        "columns": {
-            name: stored_tensor(column)
-            for name, column in cached.items()
-            if name not in OF_THE_HOST
-        },
+    rows = dict(zip(("record", "position"), micro.rows or (), strict=False))
+    other = {"label": micro.labels, "label_weight": micro.label_weight, **rows}
+    fields = {("input", name): x for name, x in named.items()}
+    fields |= {
+        ("column", name): stored_tensor(column)
+        for name, column in cached.items()
+        if name not in OF_THE_HOST
     }
-    there = send(
-        {
-            (part, name): x
-            for part, some in parts.items()
-            for name, x in some.items()
-            if x is not None
-        },
-        device,
-    )
-    sent = {
-        part: {name: there[part, name] for name in parts[part] if (part, name) in there}
-        for part in parts
-    }
-    rows, label, columns = sent["rows"], sent["labels"].get("label"), sent["columns"]
+    fields |= {("", name): x for name, x in other.items() if x is not None}
+    sent = send(fields, device)
+    named = {name: x for (part, name), x in sent.items() if part == "input"}
+    columns = {name: x for (part, name), x in sent.items() if part == "column"}
+    label = sent.get(("", "label"))
     if label is not None and "label" in cached:
         columns["label"] = label if label.dim() == 2 else label[:, None]
-    return DeviceBatch(
-        inputs=sent["inputs"] if isinstance(inputs, dict) else sent["inputs"][""],
-        rows=(rows["record"], rows["position"]) if rows else None,
+    batch = LoaderBatch(
+        inputs=named if isinstance(inputs, dict) else named[""],
         labels=label,
-        label_weight=sent["labels"].get("label_weight"),
-        columns=columns,
+        label_weight=sent.get(("", "label_weight")),
+        targets=None,
+        features={},
+        rows=(sent["", "record"], sent["", "position"]) if rows else None,
+        sample_ids=torch.from_numpy(micro.index.sample_ids),
+        views=torch.from_numpy(micro.index.views),
+        epoch=int(micro.index.epochs[0]),
+        position=micro.index.stop,
     )
+    return batch, columns
 
 
 def send(fields: Mapping[Name, Tensor], device: torch.device) -> dict[Name, Tensor]:
@@ -385,8 +391,8 @@ def pack(tensors: Sequence[Tensor], *, pin: bool = False) -> tuple[Tensor, list[
         starts.append(size)
         size += -(-x.numel() * x.element_size() // ALIGNMENT) * ALIGNMENT
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-    for x, field_ in zip(tensors, unpack(buffer, starts, tensors), strict=True):
-        field_.copy_(x)
+    for x, field in zip(tensors, unpack(buffer, starts, tensors), strict=True):
+        field.copy_(x)
     return buffer, starts
 
 

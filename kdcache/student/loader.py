@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from kdcache.models.model import forward, move, trying
 from kdcache.process.ranks import refuse_ranks
 from kdcache.student.batch import (
     BatchIndex,
-    DeviceBatch,
+    LoaderBatch,
     MicroBatch,
     Rows,
     assemble,
@@ -59,30 +59,6 @@ if TYPE_CHECKING:
 
 # of a token cache, among which the shortest and the longest are looked for
 TOKEN_RECORDS = 64
-
-
-class LoaderBatch(TypedDict):
-    """What a `Loader` yields; tensors on its device.
-
-    inputs: a tensor, or named tensors for `model(**inputs)`. labels: int64 [N] or [N, J], negative
-    where unknown, or None. label_weight: float32 [N, J] or None. targets: SoftTargets of N rows, or
-    None. features: float32 by name. rows: None where each record is one row; for logits (B, L, V)
-    the (record, position) of each row, int64 [N]:
-    `logits[rows]` is [N, V], aligned with labels and targets. sample_ids, views: int64 [B], on the
-    CPU. epoch: of the first record. position: samples of this iteration consumed after this batch,
-    the `start` of a Loader that continues.
-    """
-
-    inputs: Inputs
-    labels: Tensor | None
-    label_weight: Tensor | None
-    targets: SoftTargets | None
-    features: dict[str, Tensor]
-    rows: Rows | None
-    sample_ids: Tensor
-    views: Tensor
-    epoch: int
-    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +237,7 @@ class Loader:
         with closing(self.global_batches(base, start)) as batches:
             while (batch := self._guarded(batches)) is not None:
                 for micro in batch.micro_batches:
-                    yield self._public(micro, self.to_device(micro))
+                    yield self.to_device(micro)
 
     @in_one_line
     def _guarded(self, batches: Generator[GlobalBatch, None, None]) -> GlobalBatch | None:
@@ -284,40 +260,28 @@ class Loader:
                     yield GlobalBatch(at // self.batch_size, epoch, at, stop, micros, counts)
                     at, micros = stop, []
 
-    def to_device(self, micro: MicroBatch) -> DeviceBatch:
+    def to_device(self, micro: MicroBatch) -> LoaderBatch:
         """A micro-batch on the device, with features, and with targets unpacked there or made by
         the live teacher.
         """
-        batch, device = to_device(micro, self.device), self.device
-        columns: Any = batch.columns
-        cached: Any = None if micro.cached is None else replace(micro.cached, columns=columns)
-        features = {}
+        batch, columns = to_device(micro, self.device)
+        cached: Any = (
+            None if micro.cached is None else replace(micro.cached, columns=cast(Any, columns))
+        )
         if self.features:
             names = [feature.name for feature in self.features]
-            features = feature_tensors(cached, names, spec=self.spec, device=device)
-        targets = None
+            batch["features"] = feature_tensors(cached, names, spec=self.spec, device=self.device)
         if self.teacher is not None:
-            targets = self._live(self.teacher, micro, batch.inputs, batch.rows)
+            batch["targets"] = self._live(self.teacher, micro, batch["inputs"], batch["rows"])
         elif self.reads_targets:
-            targets = soft_targets(
-                cached, spec=self.spec, temperature=self.temperature, k=self.k, device=device
+            batch["targets"] = soft_targets(
+                cached,
+                spec=self.spec,
+                temperature=self.temperature,
+                k=self.k,
+                device=self.device,
             )
-        return replace(batch, targets=targets, features=features)
-
-    @staticmethod
-    def _public(micro: MicroBatch, batch: DeviceBatch) -> LoaderBatch:
-        return LoaderBatch(
-            inputs=batch.inputs,
-            labels=batch.labels,
-            label_weight=batch.label_weight,
-            targets=batch.targets,
-            features=dict(batch.features),
-            rows=batch.rows,
-            sample_ids=torch.from_numpy(micro.index.sample_ids),
-            views=torch.from_numpy(micro.index.views),
-            epoch=int(micro.index.epochs[0]),
-            position=micro.index.stop,
-        )
+        return batch
 
     def indices(self, start: int | None = None, base: int = 0) -> Iterator[BatchIndex]:
         """What stands where: the records of every micro-batch, from position `start` on, counted

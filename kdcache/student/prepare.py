@@ -151,11 +151,11 @@ def prepare_student(
     batch = loader.to_device(micro)
 
     def run() -> Output:
-        with _trying(module, batch.inputs):
-            return student.forward(module, batch.inputs)
+        with _trying(module, batch["inputs"]):
+            return student.forward(module, batch["inputs"])
 
     output = run()
-    said = _check_logits(student.width(output), settings, loader, batch.targets)
+    said = _check_logits(student.width(output), settings, loader, batch["targets"])
     width = cut_width(student.width(output), settings.classes)
     # nobody knew V: from here on the labels are looked at with it
     if loader.num_classes is None:
@@ -169,8 +169,8 @@ def prepare_student(
             "asks"
         )
     said += [f"own loss: {line}" for line in left_out(module, output.own_loss)]
-    if micro.labels is not None or batch.targets is not None:
-        student_rows(output, micro, batch.rows)
+    if micro.labels is not None or batch["targets"] is not None:
+        student_rows(output, micro, batch["rows"])
     gives = [f"eval_{name}" for name in metric_names(loader.convention == NEXT_TOKEN, width)]
     best_by = _best_by(best_by, gives, evaluated)
     _check_steady(student, loader, settings)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.models.model import Output
-from kdcache.student.batch import DeviceBatch, MicroBatch, student_rows
+from kdcache.student.batch import LoaderBatch, MicroBatch, student_rows
 from kdcache.student.head import WholeLogits
 from kdcache.student.loader import GlobalBatch, Loader
 from kdcache.student.match import Matches
@@ -70,6 +70,9 @@ class TrainStep:
                 "micro-batches match one or the other"
             )
         self._by_row = "row" in levels
+        kinds = () if matches is None else dict.fromkeys(map(str, matches.matches))
+        # of the numbers that `run` gives, as metrics.jsonl has them
+        self.names = ["loss", "ce", "kd", *(f"match {kind}" for kind in kinds), "aux", "grad_norm"]
         self._run: Any = torch.compile(student.module) if settings.compile else student.module
         device = loader.device
         self.scaler = torch.amp.GradScaler(device.type) if settings.precision == "float16" else None
@@ -81,16 +84,6 @@ class TrainStep:
         self._stop = torch.zeros((), device=device) if fused else None
         # the buffers that a pass in training mode changes, once `rehearse` has seen one
         self._statistics: list[tuple[nn.Module, str]] = []
-
-    @property
-    def match_names(self) -> list[str]:
-        matches = () if self.matches is None else self.matches.matches
-        return [f"match {name}" for name in dict.fromkeys(map(str, matches))]
-
-    @property
-    def names(self) -> list[str]:
-        """Of the numbers that `run` gives, as metrics.jsonl has them."""
-        return ["loss", "ce", "kd", *self.match_names, "aux", "grad_norm"]
 
     def run(self, batch: GlobalBatch) -> Tensor:
         """Forward, backward and update over one global batch; its numbers, as `names` has them, on
@@ -106,7 +99,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         kept = [module._buffers[name] for module, name in self._statistics]
         kept = [None if value is None else value.detach().clone() for value in kept]
-        numbers = torch.zeros(4 + len(self.match_names), device=self.loader.device)
+        numbers = torch.zeros(len(self.names) - 1, device=self.loader.device)
         for micro in batch.micro_batches:
             numbers += self._backward(micro, batch, self._run)
         norm = self._update(numbers[0])
@@ -118,15 +111,15 @@ class TrainStep:
         KD, each match, own loss).
         """
         there = self.loader.to_device(micro)
-        output = self.student.forward(run, there.inputs)
+        output = self.student.forward(run, there["inputs"])
         zero = torch.zeros((), device=self.loader.device)
         loss, parts = zero, [zero, zero]
-        if there.labels is not None or there.targets is not None:
+        if there["labels"] is not None or there["targets"] is not None:
             loss, parts = self._soft_and_hard(output, micro, there, batch)
         if self.matches is not None:
             share = self._share(micro, batch)
             loss = loss + share * self.matches(
-                there.features, real=micro.collated.real, row_mask=row_mask(there, output.logits)
+                there["features"], real=micro.collated.real, row_mask=row_mask(there, output.logits)
             )
             parts += [share * value.to(zero) for value in self.matches.losses.values()]
         parts.append(zero)
@@ -139,18 +132,18 @@ class TrainStep:
         return torch.stack([loss.detach().to(zero), *parts])
 
     def _soft_and_hard(
-        self, output: Output, micro: MicroBatch, there: DeviceBatch, batch: GlobalBatch
+        self, output: Output, micro: MicroBatch, there: LoaderBatch, batch: GlobalBatch
     ) -> tuple[Tensor, list[Tensor]]:
         settings = self.settings
         parts = self.student.loss(
-            student_rows(output, micro, there.rows),
-            there.labels,
-            there.targets,
+            student_rows(output, micro, there["rows"]),
+            there["labels"],
+            there["targets"],
             # a selection of rows is a copy that nobody else reads
-            inplace=there.rows is not None,
+            inplace=there["rows"] is not None,
             ce_weight=settings.ce_weight,
             kd_weight=settings.kd_weight,
-            label_weight=there.label_weight,
+            label_weight=there["label_weight"],
             divergence=settings.divergence,
             normalizer=batch.counts,
             engine=settings.engine,
@@ -257,12 +250,12 @@ class TrainStep:
                 )
 
 
-def row_mask(batch: DeviceBatch, logits: Tensor) -> Tensor | None:
+def row_mask(batch: LoaderBatch, logits: Tensor) -> Tensor | None:
     """bool (B, L): the positions that have a row; None where each record is one."""
-    if batch.rows is None:
+    if batch["rows"] is None:
         return None
     mask_BL = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    mask_BL[batch.rows] = True
+    mask_BL[batch["rows"]] = True
     return mask_BL
 
 

@@ -222,9 +222,9 @@ def test_labels_cross_once(tmp_path: Path) -> None:
     loader, _ = loaders(tmp_path, "cpu")["topk"]
     micro = loader.peek()
     assert micro.cached is not None and "label" in micro.cached.columns
-    there = to_device(micro, torch.device("cpu"))
-    assert there.labels is not None
-    assert there.columns["label"].data_ptr() == there.labels.data_ptr()
-    assert there.columns["label"].shape == (3, 1)
-    assert not {"sample_key", "pos", "token"} & set(there.columns)
-    assert np.array_equal(there.labels.numpy(), micro.cached.columns["label"][:, 0])
+    there, columns = to_device(micro, torch.device("cpu"))
+    assert there["labels"] is not None
+    assert columns["label"].data_ptr() == there["labels"].data_ptr()
+    assert columns["label"].shape == (3, 1)
+    assert not {"sample_key", "pos", "token"} & set(columns)
+    assert np.array_equal(there["labels"].numpy(), micro.cached.columns["label"][:, 0])
