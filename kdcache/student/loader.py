@@ -172,7 +172,7 @@ class Loader:
             self.padding = padding_of(model, None if self.samples is None else self.samples.dataset)
         self.device = check_device(device)
         check_workers(workers)
-        self.batch_size, self.micro_batch_size = _sizes(batch_size, micro_batch_size)
+        self.batch_size, self.micro_batch_size = check_sizes(batch_size, micro_batch_size)
         self.workers, self.accept, self.classes = workers, tuple(accept), classes
         first, last = self.spec.samples if self.spec is not None else (0, len(self.samples or ()))
         self.first, self.num_samples = first, last - first
@@ -580,7 +580,7 @@ def default_temperature(spec: CacheSpec | None) -> float:
     return 1.0 if spec is not None and spec.rows == "ragged" else 2.0
 
 
-def _sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
+def check_sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
     check_integer("batch_size", batch_size)
     check_integer("micro_batch_size", micro, optional=True)
     if batch_size < 1 or (micro is not None and not 1 <= micro <= batch_size):

@@ -26,7 +26,7 @@ from kdcache.loss.divergences import Divergence
 from kdcache.loss.engines import check_engine, meant
 from kdcache.loss.kd_linear_loss import memory_size
 from kdcache.models.checks import check_convention
-from kdcache.student.loader import default_temperature
+from kdcache.student.loader import check_sizes, default_temperature
 from kdcache.student.match import Match, parse_match
 from kdcache.student.optim import OPTIMIZERS
 
@@ -144,9 +144,14 @@ def check_options(given: Mapping[str, Any], device: torch.device) -> dict[str, A
 
     Repeatable ones are tuples, numbers of numpy, which have arithmetic of their own, Python's.
     """
-    repeated = {name: texts(given[name]) for name in ("match", "accept")}
-    given = {**given, **repeated, "device": str(device)}
-    options = {name: given[name] for name in OPTIONS}
+    memory = given["logits_memory"]
+    as_text = {
+        "match": texts(given["match"]),
+        "accept": texts(given["accept"]),
+        "logits_memory": None if memory is None else str(memory),
+        "device": str(device),
+    }
+    options = {name: {**given, **as_text}[name] for name in OPTIONS}
     for name, check in OPTIONS.items():
         check(name, options[name])
         if isinstance(value := options[name], np.generic):
@@ -174,6 +179,7 @@ def check_options(given: Mapping[str, Any], device: torch.device) -> dict[str, A
         value = options[name]
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1")
+    check_sizes(options["batch_size"], options["micro_batch_size"])
     if not 0 <= options["seed"] < 2**63:
         raise UsageError(f"seed is {options['seed']}; expected 0 <= seed < 2^63")
     _check_weights(options)
@@ -244,53 +250,57 @@ def resolve(
     from, and for options that would do nothing.
     """
     weights, defaults = _default_weights(options, spec, live_teacher)
-    options = {**options, **weights}
-    memory, divergence = options["logits_memory"], _divergence(options)
-    table = {
-        **options,
-        "divergence": divergence.name,
-        "tail": divergence.tail,
-        "logits_memory": None if memory is None else str(memory),
-    }
-    table = {
-        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-        for name, value in table.items()
-        if value is not None
-    }
-    if "ce-weight" in table:
-        table.pop("alpha", None)
+    options, divergence = {**options, **weights}, _divergence(options)
+    table = _by_flag({**options, "divergence": divergence.name, "tail": divergence.tail})
     full = {name.replace("-", "_"): value for name, value in filled(table, spec).items()}
-    soft = full["kd_weight"] > 0
+    soft, memory = full["kd_weight"] > 0, options["logits_memory"]
     _check_teachers(full, soft, spec, live_teacher)
     if not soft:
         _check_idle(options, full, live_teacher, evaluated)
-        table = {name: value for name, value in table.items() if name not in SOFT}
-    if not evaluated:
-        table.pop("best-by", None)
-    if soft and options["temperature"] is None:
-        kind = "one row per record" if spec is None or spec.rows == "one" else "rows of tokens"
-        defaults.append(f"temperature {full['temperature']:g}, the default for {kind}")
-    if soft and options["k"] is None and spec is not None and spec.kind == "topk":
-        defaults.append(f"k {spec.k}, the largest tier of the cache")
-    if options["weight_decay"] is None:
-        defaults.append(f"weight decay {full['weight_decay']:g}, none on biases and norms")
-    chosen: dict[str, Any] = {
-        field.name: full.get(field.name) for field in dataclasses.fields(Settings)
-    }
-    if not soft:
-        chosen |= {"temperature": None, "k": None}
+        full |= {"temperature": None, "k": None}
     elif live_teacher is not None:
-        chosen["k"] = options["k"]
-    chosen |= {
+        full["k"] = options["k"]
+    unused = [*([] if soft else SOFT), *([] if evaluated else ["best-by"])]
+    chosen = {field.name: full.get(field.name) for field in dataclasses.fields(Settings)}
+    made: dict[str, Any] = {
         "divergence": divergence,
         "matches": tuple(map(parse_match, options["match"])),
         "logits_memory": None if memory is None else memory_size(memory),
         "device": torch.device(options["device"]),
         "accept": options["accept"],
-        "options": table,
-        "defaults": tuple(defaults),
+        "options": {flag: value for flag, value in table.items() if flag not in unused},
+        "defaults": (*defaults, *_defaults(options, full, spec)),
     }
-    return Settings(**chosen)
+    return Settings(**{**chosen, **made})
+
+
+def _by_flag(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their flags, as run.toml holds them: no None, lists, and of alpha and the weights
+    the one that was given.
+    """
+    table = {
+        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value is not None
+    }
+    if "ce-weight" in table:
+        table.pop("alpha", None)
+    return table
+
+
+def _defaults(
+    options: Mapping[str, Any], full: Mapping[str, Any], spec: CacheSpec | None
+) -> list[str]:
+    """A sentence about each number that was not given, and is used."""
+    said = []
+    if full["temperature"] is not None and options["temperature"] is None:
+        kind = "one row per record" if spec is None or spec.rows == "one" else "rows of tokens"
+        said.append(f"temperature {full['temperature']:g}, the default for {kind}")
+    if full["k"] is not None and options["k"] is None and spec is not None and spec.is_sparse:
+        said.append(f"k {spec.k}, the largest tier of the cache")
+    if options["weight_decay"] is None:
+        said.append(f"weight decay {full['weight_decay']:g}, none on biases and norms")
+    return said
 
 
 def filled(table: Mapping[str, Any], spec: CacheSpec | None) -> dict[str, Any]:
