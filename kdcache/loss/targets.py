@@ -193,19 +193,12 @@ def soft_targets(
             f"batch is a {type(batch).__name__}; expected what cache.read(records) gives"
         )
     spec = batch.spec if spec is None else spec
-    name = check_temperature(temperature)
     device = check_device(device)
     if not spec.has_rows:
         raise UsageError(
             "the cache is of kind 'none': it has features and no rows, so no soft targets"
         )
-    if spec.is_sparse and name not in spec.temperatures:
-        raise UsageError(
-            f"temperature {name} was not stored in the cache; stored: "
-            f"{', '.join(spec.temperatures)}; "
-            f"take one of these, or dump again with --temperature {name}"
-        )
-    kept = _tier(spec, k)
+    name, kept = stored_temperature(spec, temperature), stored_tier(spec, k)
     unpack = _Unpack(spec, batch, device)
     weight_N = unpack.column("weight") if spec.row_weights else None
     values_NK = unpack.values(kept)
@@ -327,8 +320,20 @@ def _with_labels(
     return row_logsumexp(torch.stack(terms, 1))
 
 
-def _tier(spec: CacheSpec, k: int | None) -> int:
-    """`k` if the cache has it, its largest if None."""
+def stored_temperature(spec: CacheSpec, temperature: float | str) -> str:
+    """The name of a temperature; UsageError for one at which a cache gives no targets."""
+    name = check_temperature(temperature)
+    if spec.is_sparse and name not in spec.temperatures:
+        raise UsageError(
+            f"temperature {name} was not stored in the cache; stored: "
+            f"{', '.join(spec.temperatures)}; take one of these, or dump again with --temperature "
+            f"{name}"
+        )
+    return name
+
+
+def stored_tier(spec: CacheSpec, k: int | None) -> int:
+    """`k`, the largest tier of the cache if None; UsageError if it is none of them."""
     tiers = spec.tiers if spec.is_sparse else (spec.num_classes,)
     check_integer("k", k, optional=True)
     if k is not None and k not in tiers:

@@ -33,7 +33,14 @@ from kdcache.loss.arguments import (
     check_type,
     check_workers,
 )
-from kdcache.loss.targets import SoftTargets, readable, soft_targets, targets_from_logits
+from kdcache.loss.targets import (
+    SoftTargets,
+    readable,
+    soft_targets,
+    stored_temperature,
+    stored_tier,
+    targets_from_logits,
+)
 from kdcache.models.checks import check_convention, padding_of, telling_records
 from kdcache.models.model import forward, move, trying
 from kdcache.process.ranks import refuse_ranks
@@ -492,8 +499,7 @@ class Loader:
             if name != "view_key" or self.spec is None or not (self.spec.view_keys or collates):
                 raise UsageError(
                     f'accept is {name!r}; expected "view_key", of a cache that has view keys or of '
-                    "data "
-                    "with a collate_fn"
+                    "data with a collate_fn"
                 )
 
     def _check_sources(self) -> None:
@@ -521,28 +527,15 @@ class Loader:
             )
 
     def _temperature(self, asked: float | str | None) -> float:
-        name = check_temperature(default_temperature(self.spec) if asked is None else asked)
-        stored = (
-            self.spec.temperatures
-            if self.spec is not None and self.spec.kind == "topk"
-            else (name,)
-        )
-        if self.reads_targets and name not in stored:
-            raise UsageError(
-                f"temperature {name} was not stored in the cache; stored: {', '.join(stored)}; "
-                f"take one of these, or dump again with --temperature {name}"
-            )
-        return float(name)
+        temperature = default_temperature(self.spec) if asked is None else asked
+        if self.spec is not None and self.reads_targets:
+            return float(stored_temperature(self.spec, temperature))
+        return float(check_temperature(temperature))
 
     def _k(self, k: int | None) -> int | None:
         check_integer("k", k, optional=True)
-        if k is None or not self.reads_targets or self.spec is None:
-            return k
-        tiers = self.spec.tiers if self.spec.kind == "topk" else (self.spec.num_classes,)
-        if k not in tiers:
-            raise UsageError(
-                f"k is {k}, which is no tier of the cache; tiers: {', '.join(map(str, tiers))}"
-            )
+        if self.spec is not None and self.reads_targets:
+            stored_tier(self.spec, k)
         return k
 
 
