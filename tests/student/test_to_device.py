@@ -188,7 +188,7 @@ def test_a_step_copies_each_micro_batch_once_and_waits_for_nothing(
         lambda: ["meta"],
     )
     # else a student of the meta device is refused, which answers nothing
-    monkeypatch.setattr(Tensor, "is_meta", False, raising=False)
+    monkeypatch.setattr(Tensor, "is_meta", property(lambda self: False), raising=False)
     loader, student = loaders(tmp_path, "meta")[kind]
     student.to("meta")
     parameters = trainable(("", student))
