@@ -36,8 +36,8 @@ class TrainStep:
 
     CE is averaged over the labelled rows and KD over the teacher's rows of the whole global batch,
     whatever the micro-batches; hint losses are averaged over its records (its rows, for features of
-    level row). A loss of the student's own (models/own_losses.py) is of each micro-batch, and
-    averaged by records.
+    level row). A loss of the student's own (`models.model.OwnLoss`) is of each micro-batch,
+    and averaged by records.
 
     A loss that is not finite, or a gradient of NaN, stops the training before the update:
     parameters, optimizer and statistics of batch norms are then as they were before that step. On
