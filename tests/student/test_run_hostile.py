@@ -22,9 +22,10 @@ import tomli_w
 from cli_world import run as cli
 from student_world import Net, Points
 
-from kdcache import report, runs
+from kdcache import report
 from kdcache.cache.canonical import digest
 from kdcache.errors import CacheCorrupt, KDCacheError, SpecMismatch, UsageError
+from kdcache.models import runs
 from kdcache.process.signals import Interrupted
 from kdcache.student import checkpoint, metrics
 from kdcache.student.evaluate import evaluate
