@@ -23,7 +23,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.sources import as_samples
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
-from kdcache.loss.arguments import check_integer, check_workers
+from kdcache.loss.arguments import check_workers
 from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
 from kdcache.models.model import Model, Output, load_model, move, pick_device, trying
 from kdcache.models.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
@@ -175,7 +175,6 @@ def evaluate_module(
     check_workers(workers)
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}; expected at least 1")
-    check_integer("classes", classes, optional=True)
     batches = data_batches(
         samples, _in_order(min(first or len(samples), len(samples)), batch_size), workers
     )

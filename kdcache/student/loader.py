@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -28,9 +27,7 @@ from kdcache.errors import DataError, UsageError
 from kdcache.loss.arguments import (
     check_device,
     check_integer,
-    check_number,
     check_temperature,
-    check_type,
     check_workers,
 )
 from kdcache.loss.targets import (
@@ -151,7 +148,6 @@ class Loader:
         refuse_ranks("a Loader")
         self.cache = cache = as_cache(cache)
         self.spec: CacheSpec | None = None if cache is None else cache.spec
-        check_type("labels", labels, bool, "True or False")
         self.samples = as_samples(
             data,
             data_args,
@@ -171,7 +167,6 @@ class Loader:
             raise UsageError(
                 f"--rows {rows}: those of the cache are by {self.spec.convention}; leave it out"
             )
-        check_type("model", model, (nn.Module, NoneType), "a module, or None")
         self._padding = Padding()
         if self.samples is not None:
             self.samples.compares_raw = self.spec is not None and not self.spec.view_keys
@@ -474,8 +469,6 @@ class Loader:
         self, num_classes: int | None, temperature: float | str | None, k: int | None
     ) -> None:
         """UsageError for what is no such name or number, and for what would have no effect."""
-        check_integer("num_classes", num_classes, optional=True)
-        check_integer("classes", self.classes, optional=True)
         taught = 0 if self.spec is None else self.spec.num_classes
         if num_classes is not None and (num_classes < 1 or taught):
             raise UsageError(
@@ -533,7 +526,6 @@ class Loader:
         return float(check_temperature(temperature))
 
     def _k(self, k: int | None) -> int | None:
-        check_integer("k", k, optional=True)
         if self.spec is not None and self.reads_targets:
             stored_tier(self.spec, k)
         return k
@@ -574,8 +566,6 @@ def default_temperature(spec: CacheSpec | None) -> float:
 
 
 def check_sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
-    check_integer("batch_size", batch_size)
-    check_integer("micro_batch_size", micro, optional=True)
     if batch_size < 1 or (micro is not None and not 1 <= micro <= batch_size):
         raise UsageError(
             f"batch size {batch_size}, micro-batch size {micro}; expected at least 1, and the "
@@ -586,8 +576,6 @@ def check_sizes(batch_size: int, micro: int | None) -> tuple[int, int]:
 
 def _total(epochs: float | None, max_steps: int | None, num_samples: int, batch_size: int) -> int:
     """Positions in all."""
-    check_number("epochs", epochs, optional=True)
-    check_integer("max_steps", max_steps, optional=True)
     if epochs is not None and max_steps is not None:
         raise UsageError(f"epochs is {epochs} and max_steps {max_steps}; give one of them")
     if max_steps is not None:

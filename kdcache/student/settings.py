@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from torch import nn
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import NotBuilt, UsageError, near
-from kdcache.loss.arguments import check_integer, check_number, check_type
 from kdcache.loss.divergences import Divergence
 from kdcache.loss.engines import check_engine, meant
 from kdcache.loss.kd_linear_loss import memory_size
@@ -36,53 +33,13 @@ ALPHA = 0.5  # the weight of the soft loss where there are labels beside it
 BEST_BY = {"eval_loss": -1, "eval_perplexity": -1, "eval_accuracy": 1, "eval_accuracy_top5": 1}
 SOFT = ("temperature", "k", "divergence", "beta", "tail")  # options of the soft loss alone
 
-_number, _integer = check_number, check_integer
-_number_or_none = partial(check_number, optional=True)
-_integer_or_none = partial(check_integer, optional=True)
-_name = partial(check_type, kind=str, expected="a name")
-_name_or_none = partial(check_type, kind=(str, NoneType), expected="a name")
-_flag = partial(check_type, kind=bool, expected="True or False")
-
-
-def _anything(name: str, value: Any) -> None:
-    """No check of the type: the value was made here, or is checked beside others below."""
-
-
-# The options that are plain values, in the order of run.toml -> what each may be given as.
-OPTIONS: dict[str, Callable[[str, Any], None]] = {
-    "temperature": _number_or_none,
-    "k": _integer_or_none,
-    "classes": _integer_or_none,
-    "alpha": _number_or_none,
-    "ce_weight": _number_or_none,
-    "kd_weight": _number_or_none,
-    "divergence": _name_or_none,
-    "beta": _number_or_none,
-    "tail": _name_or_none,
-    "match": _anything,
-    "engine": _name,
-    "logits_memory": _anything,
-    "epochs": _number_or_none,
-    "max_steps": _integer_or_none,
-    "batch_size": _integer,
-    "micro_batch_size": _integer_or_none,
-    "optimizer": _name,
-    "lr": _number,
-    "weight_decay": _number_or_none,
-    "warmup": _number,
-    "clip": _number,
-    "precision": _name,
-    "compile": _flag,
-    "device": _anything,
-    "seed": _integer,
-    "shuffle": _flag,
-    "deterministic": _flag,
-    "eval_every": _integer_or_none,
-    "save_every": _integer_or_none,
-    "best_by": _name_or_none,
-    "accept": _anything,
-    "rows": _anything,
-}
+# the arguments of `train_student` that are plain values, in the order of run.toml
+OPTIONS = (
+    "temperature k classes alpha ce_weight kd_weight divergence beta tail match engine "
+    "logits_memory epochs max_steps batch_size micro_batch_size optimizer lr weight_decay warmup "
+    "clip precision compile device seed shuffle deterministic eval_every save_every best_by accept "
+    "rows"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,9 +109,8 @@ def check_options(given: Mapping[str, Any], device: torch.device) -> dict[str, A
         "device": str(device),
     }
     options = {name: {**given, **as_text}[name] for name in OPTIONS}
-    for name, check in OPTIONS.items():
-        check(name, options[name])
-        if isinstance(value := options[name], np.generic):
+    for name, value in options.items():
+        if isinstance(value, np.generic):
             options[name] = value.item()
     if (options["epochs"] is None) == (options["max_steps"] is None):
         raise UsageError("give either epochs or max_steps: how long to train")
