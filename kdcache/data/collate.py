@@ -213,13 +213,6 @@ def collated_tokens(
     )
 
 
-def to_device(inputs: Inputs, device: torch.device | str, non_blocking: bool = False) -> Inputs:
-    """`inputs` on `device`, tensor by tensor."""
-    if isinstance(inputs, dict):
-        return {name: value.to(device, non_blocking=non_blocking) for name, value in inputs.items()}
-    return inputs.to(device, non_blocking=non_blocking)
-
-
 Parts = tuple[Inputs, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Real]
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from kdcache.data.classes import model_names
-from kdcache.data.collate import to_device
 from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import Preprocessing
+from kdcache.data.transfer import to_device
 from kdcache.data.user_code import accepts
 from kdcache.errors import DataError, UsageError, near
 from kdcache.models.fingerprint import architecture, weights_digest
@@ -418,7 +418,7 @@ def forward_on(
     """`forward` of inputs that are brought to `device`; what the user's model raises is a DataError
     in one line (see `trying`). run: another way to run it, for hidden states in place of logits.
     """
-    inputs = to_device(inputs, device, non_blocking=True)
+    inputs = to_device(inputs, device)
     with trying(role, module, inputs, where):
         return run(module, inputs)
 

@@ -4,9 +4,9 @@ keys compared, rows and labels aligned; then sent to the device, in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from kdcache.data.rows import (
     row_starts,
     select_rows,
 )
+from kdcache.data.transfer import send
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loss.targets import SoftTargets, stored_tensor
 from kdcache.models.model import Output
@@ -35,7 +36,6 @@ from kdcache.models.model import Output
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch
 
-Name = TypeVar("Name", bound=Hashable)
 Int64s = npt.NDArray[np.int64]
 # (record, position) of each row, int64 [N]: logits[rows] is [N, V]
 Rows = tuple[Tensor, Tensor]
@@ -49,7 +49,6 @@ OF_THE_HOST = {
     "token",
     "document_start",
 }
-ALIGNMENT = 64  # bytes; of a field in a packed buffer, for the wide loads of kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,67 +360,6 @@ def to_device(micro: MicroBatch, device: torch.device) -> tuple[LoaderBatch, dic
         position=micro.index.stop,
     )
     return batch, columns
-
-
-def send(fields: Mapping[Name, Tensor], device: torch.device) -> dict[Name, Tensor]:
-    """`fields` on a device, in one copy of the host's plain tensors, whose bytes are put together in
-    pinned memory; nothing waits for it.
-
-    What is on the device already stays as it is; so does all on the CPU. What is not plain (sparse,
-    a subclass, a tensor of another device) goes by itself.
-    """
-    if device.type == "cpu":
-        return {name: x.to(device) for name, x in fields.items()}
-    plain = {name: x for name, x in fields.items() if _is_plain(x)}
-    buffer, starts = pack(list(plain.values()), pin=device.type == "cuda")
-    there = buffer.to(device, non_blocking=True)
-    sent = dict(zip(plain, unpack(there, starts, list(plain.values())), strict=True))
-    return {
-        name: sent[name] if name in sent else x.to(device, non_blocking=True)
-        for name, x in fields.items()
-    }
-
-
-def pack(tensors: Sequence[Tensor], *, pin: bool = False) -> tuple[Tensor, list[int]]:
-    """(uint8 [bytes], where each begins): plain tensors of the host, one after another at multiples
-    of ALIGNMENT bytes.
-    """
-    starts, size = [], 0
-    for x in tensors:
-        starts.append(size)
-        size += -(-x.numel() * x.element_size() // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-    for x, field in zip(tensors, unpack(buffer, starts, tensors), strict=True):
-        field.copy_(x)
-    return buffer, starts
-
-
-def unpack(buffer: Tensor, starts: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in a packed buffer, of the dtypes, shapes and order of axes of `like`. Nothing is
-    copied.
-
-    Each is a tensor of its own over the memory of the buffer, no view of it: what a model writes
-    into one of its inputs is no change of the others to autograd.
-    """
-    storage = buffer.untyped_storage()
-    return [
-        torch.empty(0, dtype=x.dtype, device=buffer.device).set_(
-            storage,
-            start // x.element_size(),
-            x.shape,
-            torch.empty_like(x, device="meta").stride(),
-        )
-        for start, x in zip(starts, like, strict=True)
-    ]
-
-
-def _is_plain(x: Tensor) -> bool:
-    return (
-        type(x) is Tensor
-        and x.layout == torch.strided
-        and x.device.type == "cpu"
-        and not (x.requires_grad or x.is_quantized or x.is_conj() or x.is_neg() or x.is_nested)
-    )
 
 
 def _where(index: BatchIndex, cached: Batch, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from kdcache.data.classes import check as check_names
 from kdcache.data.classes import check_number, model_names
-from kdcache.data.collate import Collated, to_device
+from kdcache.data.collate import Collated
 from kdcache.data.reading import Pairs, data_batches
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.data.sources import as_samples
+from kdcache.data.transfer import to_device
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
 from kdcache.loss.arguments import check_workers
@@ -186,7 +187,7 @@ def evaluate_module(
     try:
         with torch.inference_mode():
             for collated in batches:
-                inputs = to_device(collated.inputs, device, non_blocking=True)
+                inputs = to_device(collated.inputs, device)
                 with trying("student", module, inputs):
                     output = student.forward(module, inputs)
                 wide = cut_width(student.width(output), classes)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from kdcache.data import classes
-from kdcache.data.collate import Collated, to_device
+from kdcache.data.collate import Collated
 from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import in_words
 from kdcache.data.rows import NEXT_TOKEN
+from kdcache.data.transfer import to_device
 from kdcache.errors import DataError, UsageError
 from kdcache.loss.divergences import check_reverse_kl
 from kdcache.loss.targets import SoftTargets

@@ -17,10 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from kdcache.cache.columns import ROOT
 from kdcache.cache.spec import FEATURE_DTYPES, RECIPES, FeatureSpec
 from kdcache.data.padding import Real
+from kdcache.data.transfer import send
 from kdcache.errors import DataError, NotBuilt, UsageError, near
 from kdcache.models.model import find_module
 from kdcache.models.recipes import reduce_activation
-from kdcache.teacher.reduce import send
 
 FORM = "MODULE[:RECIPE[:DTYPE]]"
 
@@ -140,8 +140,8 @@ class FeatureHooks:
                         "another recipe"
                     )
                 # By index: by a mask of its own device, its length would be waited for.
-                record_N, position_N = send(rows_BL.nonzero().T.contiguous(), activation.device)
-                activation = activation[record_N, position_N]
+                rows_2N = send({"rows": rows_BL.nonzero().T}, activation.device)["rows"]
+                activation = activation[rows_2N[0], rows_2N[1]]
             out[request.name] = activation.float()
         self._taken = {}
         return out

@@ -19,12 +19,13 @@ from kdcache.data.collate import Collated, beyond_tokens
 from kdcache.data.reading import data_batches
 from kdcache.data.rows import NEXT_TOKEN
 from kdcache.data.samples import Samples
+from kdcache.data.transfer import fetch, wait
 from kdcache.errors import DataError
 from kdcache.process.signals import Signals
 from kdcache.teacher.answer import BatchRows, answer, convention_of, row_namer
 from kdcache.teacher.hooks import FeatureHooks, check_shapes, requests_of
 from kdcache.teacher.progress import Progress
-from kdcache.teacher.reduce import fetch, reduce_rows, wait
+from kdcache.teacher.reduce import reduce_rows
 from kdcache.teacher.sink import HostBatch, Sink, Span, Totals
 from kdcache.user.arguments import at_least
 

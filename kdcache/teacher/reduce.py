@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.padding import IGNORED
+from kdcache.data.transfer import fetch, send, wait
 from kdcache.errors import DataError
 from kdcache.loss.engines import check_device, refuse
 from kdcache.loss.topk import exact_topk, row_chunk, tail_lse
@@ -81,7 +82,8 @@ def reduce_rows(
     if engine == "triton" and spec.is_sparse:
         kept, flag_N = fused_rows(logits_MV, labels_NJ, spec, index_N)
     else:
-        labels_NJ, index_N = (None if x is None else send(x, device) for x in (labels_NJ, index_N))
+        sent = send({"labels": labels_NJ, "index": index_N}, device)
+        labels_NJ, index_N = sent.get("labels"), sent.get("index")
         flag_N = _flags(logits_MV, index_N)
         if spec.is_sparse:
             flag_N = flag_N.cpu()
@@ -272,7 +274,7 @@ def fused_rows(
             labels_NJ = labels_NJ.new_full((len(logits_MV), labels_NJ.shape[1]), -1).index_copy_(
                 0, index_N, labels_NJ
             )
-        labels_NJ = send(labels_NJ, device)
+        labels_NJ = send({"labels": labels_NJ}, device)["labels"]
     kept = topk_lse(logits_MV, spec.k, temperatures, labels_NJ, spec.moments)
     tails = tier_tails(kept, spec.tiers, temperatures, labels_NJ)
     columns: list[Any] = [
@@ -286,33 +288,10 @@ def fused_rows(
         kept.flag_N,
     ]
     if index_N is not None:
-        index_N = send(index_N, device)
+        index_N = send({"index": index_N}, device)["index"]
         columns = [None if x is None else x[index_N] for x in columns]
     return Reduced(*columns[:-1]), columns[-1]
 
 
 def _temperatures(spec: CacheSpec) -> list[float]:
     return [float(t) for t in spec.temperatures]
-
-
-# ---- between host and device without waiting: what is sent and fetched is under way until `wait`
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` of the CPU on `device`. A plain copy to a GPU would first wait for all that was asked of
-    it.
-    """
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def fetch(x: Tensor) -> Tensor:
-    """`x` on the CPU, in pinned memory if it comes from a GPU: it is there after `wait`."""
-    return x.to("cpu", non_blocking=x.is_cuda)
-
-
-def wait(device: torch.device) -> None:
-    """Until all that was asked of `device` is done; other devices than GPUs have never put anything
-    off.
-    """
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()

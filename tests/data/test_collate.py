@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.data.collate import collate, to_device
+from kdcache.data.collate import collate
 from kdcache.data.padding import Real
 from kdcache.data.rows import next_token_rows, position_rows, select_rows
 from kdcache.data.samples import Samples
+from kdcache.data.transfer import to_device
 from kdcache.errors import DataError
 
 
@@ -74,7 +75,7 @@ def test_sequences_are_padded_and_their_lengths_kept():
         "frames"
     ].shape == (2, 4, 3)
     assert frames.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert to_device(batch.inputs, "cpu")["input_ids"] is batch.inputs["input_ids"]
+    assert to_device(batch.inputs, torch.device("cpu"))["input_ids"] is batch.inputs["input_ids"]
 
 
 def test_a_record_is_trimmed_to_its_own_positions_on_every_axis_of_them():

@@ -19,8 +19,9 @@ from student_world import BODY, Net, Points, TinyLM, Windows, settings_of, write
 from torch import Tensor
 from waits import Crossings
 
+from kdcache.data.transfer import ALIGNMENT, pack, send, unpack
 from kdcache.student import batch as batches
-from kdcache.student.batch import ALIGNMENT, pack, send, to_device, unpack
+from kdcache.student.batch import to_device
 from kdcache.student.head import WholeLogits
 from kdcache.student.loader import Loader
 from kdcache.student.optim import Schedule, make_optimizer, trainable

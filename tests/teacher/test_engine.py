@@ -17,10 +17,11 @@ from teacher_world import Broken, Points, Sentences, Speaker, files, mlp
 from test_reduce import Looks, normal, oracle_order, oracle_tail, spec_of
 
 import kdcache
+from kdcache.data.transfer import wait
 from kdcache.errors import DataError, KDCacheError, UsageError
 from kdcache.teacher import reduce as module
 from kdcache.teacher.dump import DumpReport, dump_teacher
-from kdcache.teacher.reduce import Reduced, reduce_rows, wait
+from kdcache.teacher.reduce import Reduced, reduce_rows
 from kdcache.teacher.verify import verify
 
 EPS = torch.finfo(torch.float32).eps
