@@ -4,7 +4,7 @@ meets it.
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,39 +13,15 @@ from torch import Tensor
 
 from kdcache.cache.spec import temperature_name
 from kdcache.errors import UsageError
-
-
-def check_type(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
-    """UsageError unless `value` is of a type (None too if it is among them)."""
-    if not isinstance(value, kind):
-        raise UsageError(f"{name} is {_seen(value)}; expected {expected}")
+from kdcache.user.arguments import seen
 
 
 def check_tensor(name: str, value: Any, expected: str, *, optional: bool = False) -> None:
     """UsageError for what is no tensor: a list, an array of numpy."""
     if not (isinstance(value, Tensor) or (optional and value is None)):
         raise UsageError(
-            f"{name} is {_seen(value)}; expected {expected}: torch.as_tensor makes a tensor of it"
+            f"{name} is {seen(value)}; expected {expected}: torch.as_tensor makes a tensor of it"
         )
-
-
-def check_number(name: str, value: Any, *, optional: bool = False) -> None:
-    """UsageError for what is no real number; a tensor is none, as its value may be on a device."""
-    if not (isinstance(value, Real) or (optional and value is None)):
-        raise UsageError(f"{name} is {_seen(value)}; expected a number")
-
-
-def check_integer(name: str, value: Any, *, optional: bool = False) -> None:
-    """UsageError for what is no whole number by its type: 5.0 is none."""
-    if isinstance(value, bool) or not (isinstance(value, Integral) or (optional and value is None)):
-        raise UsageError(f"{name} is {_seen(value)}; expected an integer")
-
-
-def check_workers(workers: Any) -> None:
-    """UsageError for a number of processes that is none."""
-    check_integer("workers", workers)
-    if workers < 0:
-        raise UsageError(f"workers is {workers}; expected at least 0")
 
 
 def check_device(device: Any) -> torch.device:
@@ -54,7 +30,7 @@ def check_device(device: Any) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError) as e:
         raise UsageError(
-            f'device is {_seen(device)}; expected one as "cpu" or "cuda:0" ({_line(e)})'
+            f'device is {seen(device)}; expected one as "cpu" or "cuda:0" ({_line(e)})'
         ) from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f'device is {str(found)!r}, and torch sees no CUDA device here; use "cpu"')
@@ -75,17 +51,8 @@ def plain_temperature(value: Any) -> float:
 def check_temperature(value: Any) -> str:
     """The name of a temperature, given as a number or as text; UsageError for what is none."""
     if not isinstance(value, Real | str):
-        raise UsageError(f"temperature is {_seen(value)}; expected a number")
+        raise UsageError(f"temperature is {seen(value)}; expected a number")
     return temperature_name(value if isinstance(value, str) else plain_temperature(value))
-
-
-def _seen(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {value.dtype}"
-    if isinstance(value, np.ndarray):
-        return f"a numpy array {list(value.shape)} of {value.dtype}"
-    text = repr(value)
-    return f"{text} ({type(value).__name__})" if len(text) <= 40 else f"a {type(value).__name__}"
 
 
 def _line(error: Exception) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor
 from kdcache.errors import UsageError, near
 from kdcache.kernels import row_loss
 from kdcache.kernels.row_loss import RowLoss
-from kdcache.loss.arguments import check_number, check_type
 from kdcache.loss.targets import SoftTargets, readable
+from kdcache.user.arguments import check_number, check_type
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError, near
 from kdcache.kernels.row_loss import RowLoss
-from kdcache.loss.arguments import (
-    check_integer,
-    check_number,
-    check_tensor,
-    check_type,
-    plain_temperature,
-)
+from kdcache.loss.arguments import check_tensor, plain_temperature
 from kdcache.loss.divergences import (
     Divergence,
     check_reverse_kl,
@@ -41,6 +35,7 @@ from kdcache.loss.divergences import (
 from kdcache.loss.engines import check_fits, check_name, fused_engine, meant
 from kdcache.loss.targets import SoftTargets, readable
 from kdcache.loss.torch_engine import torch_engine, wide
+from kdcache.user.arguments import check_integer, check_number, check_type
 
 REDUCTIONS = ("mean", "sum", "none")
 MOST_LABELS = 16  # of a row, as of a cache's (docs/format.md 3.1)

@@ -24,7 +24,6 @@ from kdcache.data.sources import as_samples
 from kdcache.data.transfer import to_device
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
-from kdcache.loss.arguments import check_workers
 from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
 from kdcache.models.model import Model, Output, load_model, move, pick_device, trying
 from kdcache.models.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
@@ -33,6 +32,7 @@ from kdcache.student import checkpoint
 from kdcache.student.head import WholeLogits
 from kdcache.student.run_folder import weights_folder
 from kdcache.student.settings import PRECISIONS
+from kdcache.user.arguments import check_workers
 from kdcache.user.guard import entrance, printable, users_code
 from kdcache.user.paths import local_path
 

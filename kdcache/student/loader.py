@@ -24,12 +24,7 @@ from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import extremes
 from kdcache.data.sources import as_samples
 from kdcache.errors import DataError, UsageError
-from kdcache.loss.arguments import (
-    check_device,
-    check_integer,
-    check_temperature,
-    check_workers,
-)
+from kdcache.loss.arguments import check_device, check_temperature
 from kdcache.loss.targets import (
     SoftTargets,
     readable,
@@ -56,6 +51,7 @@ from kdcache.student.batch import (
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
 from kdcache.student.sources import as_cache, cached_preprocessing
+from kdcache.user.arguments import check_integer, check_workers
 from kdcache.user.guard import entrance, in_one_line
 
 if TYPE_CHECKING:

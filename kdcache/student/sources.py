@@ -15,10 +15,10 @@ from kdcache.data.identify import identify
 from kdcache.data.samples import Samples, probe_ids
 from kdcache.data.sources import as_samples
 from kdcache.errors import DataError, NotBuilt, UsageError
-from kdcache.loss.arguments import check_type
 from kdcache.models.checks import UNSTEADY
 from kdcache.models.specs import own_preprocessing, spec_folder
 from kdcache.student.run_folder import check_accept
+from kdcache.user.arguments import check_type
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache

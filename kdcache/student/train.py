@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kdcache.loss.arguments import check_workers
 from kdcache.models.model import as_model, move, pick_device
 from kdcache.models.runs import plain_arguments
 from kdcache.process.ranks import refuse_ranks
@@ -28,6 +27,7 @@ from kdcache.student.sources import one_cache, open_sources
 from kdcache.student.state import deterministic as deterministic_mode
 from kdcache.student.state import own_generators
 from kdcache.student.trainer import NOTHING_YET, StepInfo, Trainer
+from kdcache.user.arguments import check_workers
 from kdcache.user.guard import callback, entrance
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
-"""Arguments of the public functions against their annotations: one rule for plain types, one error
-that names them.
+"""Arguments of the public functions: against their annotations by one rule for plain types, and by
+checks of one value each. One error names what is wrong.
 """
 
 from __future__ import annotations
@@ -102,6 +102,30 @@ def _expected(annotation: str) -> str:
         kinds = ["Path", *(one for one in kinds if one not in ("Path", "os.PathLike[str]", "str"))]
     words = [WORDS.get(one, WORDS.get(_head(one), _listed(one))) for one in kinds]
     return ", or ".join(dict.fromkeys(words))
+
+
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """UsageError unless `value` is of a type (None too if it is among them)."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} is {seen(value)}; expected {expected}")
+
+
+def check_number(name: str, value: Any, *, optional: bool = False) -> None:
+    """UsageError for what is no real number; a tensor is none, as its value may be on a device."""
+    if not (isinstance(value, Real) or (optional and value is None)):
+        raise UsageError(f"{name} is {seen(value)}; expected a number")
+
+
+def check_integer(name: str, value: Any, *, optional: bool = False) -> None:
+    """UsageError for what is no whole number by its type: 5.0 is none."""
+    if isinstance(value, bool) or not (isinstance(value, Integral) or (optional and value is None)):
+        raise UsageError(f"{name} is {seen(value)}; expected an integer")
+
+
+def check_workers(workers: Any) -> None:
+    """UsageError for a number of processes that is none."""
+    check_integer("workers", workers)
+    at_least("workers", workers, 0)
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
