@@ -101,8 +101,8 @@ def sums_of_part(
     SCORES: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sweep 1 over `count` columns from `begin` on, the kept ids knocked out: (ref, ref2, one, soft,
-    scores, classes of the tail), the last two 0 but with SCORES."""
+    """Sweep 1 over `count` columns from `begin` on, the kept ids knocked out: (ref, ref2, one,
+    soft, scores, classes of the tail), the last two 0 but with SCORES."""
     if IDS is not None:
         tl.debug_barrier()  # every warp has its copy of the kept logits
         tl.store(

@@ -180,7 +180,7 @@ def wrong_numbers(rows: RowLoss) -> Iterator[str]:
             "above 0"
         )
     if not 1 <= rows.taught <= rows.num_classes:
-        yield f"teacher_classes is {rows.taught}; expected 1 to the {rows.num_classes} of the logits"
+        yield f"teacher_classes is {rows.taught}; expected 1 to {rows.num_classes}, of the logits"
 
 
 def wrong_parts(rows: RowLoss) -> Iterator[str]:

@@ -10,9 +10,9 @@ at again; PIECES, the pieces of them that may hold what is kept or a label; FOUN
 may be kept; SUMS, the greatest logit and the sums of both rounds. A second round writes PIECES and
 FOUND again, behind a barrier after their last reading.
 
-SHAPE is (L, B, CAP, PART, EDGES, SHIFT): lanes, columns of a piece, places of what is collected, how
-many pieces are read at a time, edges beside the vectors, and low bits that a logit's dtype never
-uses.
+SHAPE is (L, B, CAP, PART, EDGES, SHIFT): lanes, columns of a piece, places of what is collected,
+how many pieces are read at a time, edges beside the vectors, and low bits that a logit's dtype
+never uses.
 """
 
 # mypy: ignore-errors

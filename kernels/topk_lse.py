@@ -1,5 +1,5 @@
-"""What is kept of a teacher's logits: top-k in one exact order, tail, labels, moments; one read of a
-row.
+"""What is kept of a teacher's logits: top-k in one exact order, tail, labels, moments; one read of
+a row.
 
     order         logit descending, then id ascending, of the float32 upcast; -0.0 equals +0.0. The
                   same bits every run

@@ -118,8 +118,8 @@ def store_sums(
     TEMPS: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Tails of both rounds' sums and the elements of PIECES, of which the head, at or before `last`,
-    and labels are none.
+    """Tails of both rounds' sums and the elements of PIECES, of which the head, at or before
+    `last`, and labels are none.
     """
     B: tl.constexpr = SHAPE[1]
     PART: tl.constexpr = SHAPE[3]

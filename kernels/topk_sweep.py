@@ -20,7 +20,7 @@ SMALLEST = tl.constexpr(2.0**-100)
 
 @triton.jit
 def exp_of(x, i: tl.constexpr, TEMPS: tl.constexpr):
-    """exp(x / T) of the i-th temperature. TEMPS: powers, groups and bases of `plan`, and T itself."""
+    """exp(x / T) of the i-th temperature; TEMPS: powers, groups, bases of `plan`, and each T."""
     return power(tl.exp2(x * TEMPS[2][TEMPS[1][i]]), TEMPS[0][i])
 
 

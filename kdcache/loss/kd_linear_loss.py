@@ -23,7 +23,7 @@ from kdcache.kernels.kd_chunks import chunk_rows
 from kdcache.loss.arguments import check_tensor
 from kdcache.loss.divergences import check_ruled_out
 from kdcache.loss.engines import check_fits
-from kdcache.loss.kd_loss import Asked, LossOptions, LossParts, build_row_loss
+from kdcache.loss.kd_loss import LossOptions, LossParts, LossRequest, build_row_loss
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.torch_engine import torch_engine
 from kdcache.user.arguments import bytes_of, check_number
@@ -79,16 +79,16 @@ def kd_linear_loss_parts(
     logit_scale: float = 1.0,
     **options: Unpack[LossOptions],
 ) -> LossParts:
-    """`kd_linear_loss` with its parts: the loss, which carries the gradients, and CE and D, which do
-    not.
+    """`kd_linear_loss` with its parts: the loss, which carries the gradients, and CE and D, which
+    do not.
 
     Arguments and errors are those of `kd_linear_loss`. A part of weight 0 is computed too.
     """
     head = (hidden, weight, bias)
-    asked, *values = _run(
+    request, *values = _run(
         *head, labels, targets, memory, softcap, logit_scale, options, report=True
     )
-    return asked.parts(*values)
+    return request.parts(*values)
 
 
 def _run(
@@ -103,7 +103,7 @@ def _run(
     options: LossOptions,
     *,
     report: bool,
-) -> tuple[Asked, Tensor, Tensor, Tensor]:
+) -> tuple[LossRequest, Tensor, Tensor, Tensor]:
     """What was asked, and (loss, CE_N, D_N) of it."""
     _check(hidden, weight, bias, options.get("reduction", "mean"))
     check_number("logit_scale", logit_scale)
@@ -112,23 +112,23 @@ def _run(
         raise UsageError(
             f"logit_scale is {logit_scale}, softcap {softcap}; expected finite numbers above 0"
         )
-    asked = build_row_loss(hidden, len(weight), labels, targets, report=report, **options)
-    check_ruled_out(asked.rows, None if bias is None else bias.detach()[None])
+    request = build_row_loss(hidden, len(weight), labels, targets, report=report, **options)
+    check_ruled_out(request.rows, None if bias is None else bias.detach()[None])
     rows = dataclasses.replace(
-        asked.rows,
+        request.rows,
         logit_scale=float(logit_scale),
         softcap=None if softcap is None else float(softcap),
     )
-    if asked.engine == "triton":
+    if request.engine == "triton":
         check_fits(hidden, rows)
     elif torch.compiler.is_compiling():  # with fullgraph=True an error, else a graph break
         raise UsageError(
             "engine 'torch' behind a head is nothing that torch.compile captures: call it outside "
             "of the compiled function, or use engine 'triton', which is one operator"
         )
-    engine = None if asked.engine == "triton" else torch_engine
+    engine = None if request.engine == "triton" else torch_engine
     try:
-        return asked, *kd_linear.kd_linear_loss(
+        return request, *kd_linear.kd_linear_loss(
             hidden, weight, bias, rows, memory=memory_size(memory), engine=engine
         )
     # of memory, or of shapes: it says what it found and what it expected

@@ -102,17 +102,17 @@ def kd_loss(
     divergence     D(q || p): forward_kl (default), reverse_kl, tv (1/2 sum |p - q|), or jsd: beta
                    KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, beta 0.5 if not
                    given (arXiv 2306.13649). Or a `Divergence`, which has its beta and tail in it
-    tail           bucket (default): all classes not kept are one outcome. renormalise: the teacher is
-                   renormalised over the kept. conditional: both are. uniform: the teacher's tail is
-                   even. All the same where nothing is left out. sampled: of targets that are draws,
-                   whose weights stay as they are (arXiv 2503.16870)
+    tail           bucket (default): all classes not kept are one outcome. renormalise: the teacher
+                   is renormalised over the kept. conditional: both are. uniform: the teacher's tail
+                   is even. All the same where nothing is left out. sampled: of targets that are
+                   draws, whose weights stay as they are (arXiv 2503.16870)
     classes        cuts the logits to the first so many, at least V: the rest are no classes, and
                    have a zero gradient
     engine         auto (default), torch or triton
-    reduction      mean (default) | sum | none (per row, [N]). With targets' weights, D is averaged by them.
+    reduction      mean (default) | sum | none (per row, [N]). With targets' weights, D is averaged
+                   by them
     normalizer     (CE count, KD count), numbers or tensors, that the sums are divided by instead of
-                   this call's own:
-                   the counts over all ranks and micro-batches, see `row_counts`.
+                   this call's own: the counts over all ranks and micro-batches, see `row_counts`.
                    DistributedDataParallel averages gradients over the ranks: multiply the loss by
                    the world size then
     inplace        when a gradient is wanted, write it over the logits: their values are gone after
@@ -141,8 +141,8 @@ def kd_loss_parts(
 
     Arguments and errors are those of `kd_loss`. A part of weight 0 is computed too.
     """
-    asked, *values = _run(logits, labels, targets, inplace, options, report=True)
-    return asked.parts(*values)
+    request, *values = _run(logits, labels, targets, inplace, options, report=True)
+    return request.parts(*values)
 
 
 def _run(
@@ -153,7 +153,7 @@ def _run(
     options: LossOptions,
     *,
     report: bool,
-) -> tuple[Asked, Tensor, Tensor, Tensor]:
+) -> tuple[LossRequest, Tensor, Tensor, Tensor]:
     """What was asked, and (loss, CE_N, D_N) of it."""
     check_tensor("logits", logits, "floating [N, V]")
     check_type("inplace", inplace, bool, "True or False")
@@ -162,18 +162,18 @@ def _run(
             f"logits are {list(logits.shape)} of {logits.dtype}; expected floating [N, V]: "
             f"select the rows of a sequence first (the loss never shifts labels)"
         )
-    asked = build_row_loss(logits, logits.shape[1], labels, targets, report=report, **options)
-    check_ruled_out(asked.rows, logits)
-    if asked.engine == "triton":
-        check_fits(logits, asked.rows)
-    run = fused_engine if asked.engine == "triton" else torch_engine
-    rows, factor = dataclasses.replace(asked.rows, inplace=inplace), None
+    request = build_row_loss(logits, logits.shape[1], labels, targets, report=report, **options)
+    check_ruled_out(request.rows, logits)
+    if request.engine == "triton":
+        check_fits(logits, request.rows)
+    run = fused_engine if request.engine == "triton" else torch_engine
+    rows, factor = dataclasses.replace(request.rows, inplace=inplace), None
     # The kernels have a wider dtype's scales in the gradient, and skip a backward of factor 1.
     if run is not fused_engine or logits.dtype == torch.float16:
-        rows, factor = _of_order_1(rows, asked.scales)
+        rows, factor = _of_order_1(rows, request.scales)
     loss_N, ce_N, kd_N = run(logits, rows)
-    loss = loss_N if asked.reduction == "none" else loss_N.sum()
-    return asked, loss if factor is None else factor * loss, ce_N, kd_N
+    loss = loss_N if request.reduction == "none" else loss_N.sum()
+    return request, loss if factor is None else factor * loss, ce_N, kd_N
 
 
 def _of_order_1(rows: RowLoss, scales: tuple[Tensor, Tensor]) -> tuple[RowLoss, Tensor]:
@@ -190,7 +190,7 @@ def _of_order_1(rows: RowLoss, scales: tuple[Tensor, Tensor]) -> tuple[RowLoss, 
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LossRequest:
     """Arguments of a call that fit together, as one `RowLoss` and what is done with its results.
 
     rows: what an engine is asked. Its scales are those of the whole loss: weight, T^2 and, for a
@@ -233,7 +233,7 @@ def build_row_loss(
     normalizer: tuple[Count, Count] | None = None,
     engine: str = "auto",
     classes: int | None = None,
-) -> Asked:
+) -> LossRequest:
     """The arguments of a call, checked, for a student's rows `like` [N, ...] of `width` classes.
 
     report: both parts are wanted, also one of weight 0; without it such a part is not computed.
@@ -269,7 +269,8 @@ def build_row_loss(
         labels, label_weight, ignore_index, num_classes, like.device
     )
     # A part of weight 0 is never multiplied into the loss (0 * inf).
-    labels_NJ = labels_NJ if ce_weight or report else None
+    if not (ce_weight or report):
+        labels_NJ = label_weight_NJ = None
     targets = (
         _teacher(targets, num_classes, divergence, like.device) if kd_weight or report else None
     )
@@ -293,7 +294,7 @@ def build_row_loss(
         kd_scale=kd_scale if kd_weight else None,
         **teacher,
     )
-    return Asked(rows, (ce_scale, kd_scale), (ce_count, kd_count), reduction, meant(engine))
+    return LossRequest(rows, (ce_scale, kd_scale), (ce_count, kd_count), reduction, meant(engine))
 
 
 def _of_teacher(targets: SoftTargets) -> dict[str, Any]:
@@ -316,9 +317,8 @@ def row_counts(
 
     Two tensors of no dimension on the device of the targets, without targets of the labels; of
     float64, which adds counts exactly; 0 of what is None. Sum them over micro-batches, and by
-    `dist.all_reduce` over ranks, for
-    `normalizer`. DistributedDataParallel averages gradients over the ranks: multiply the loss by
-    the world size then.
+    `dist.all_reduce` over ranks, for `normalizer`. DistributedDataParallel averages gradients over
+    the ranks: multiply the loss by the world size then.
     """
     _check_given(labels, targets)
     check_integer("ignore_index", ignore_index)
@@ -371,7 +371,7 @@ def _check_reduction(reduction: str, normalizer: tuple[Count, Count] | None) -> 
 
 
 def _is_count(n: Any) -> bool:
-    """Whether it is a number of at least 0; a tensor's value may be on a device, and is not asked
+    """Whether it is a number of at least 0; a tensor's value may be on a device, and is not request
     for.
     """
     if isinstance(n, Tensor):

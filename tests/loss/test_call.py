@@ -4,6 +4,7 @@ refusals.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,15 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.loss import torch_engine as engine
 from kdcache.loss.divergences import Divergence
-from kdcache.loss.kd_loss import LossParts, kd_loss, kd_loss_parts, row_counts
+from kdcache.loss.kd_linear_loss import kd_linear_loss, kd_linear_loss_parts
+from kdcache.loss.kd_loss import (
+    LossOptions,
+    LossParts,
+    build_row_loss,
+    kd_loss,
+    kd_loss_parts,
+    row_counts,
+)
 from kdcache.loss.targets import SoftTargets, targets_from_logits
 
 KINDS = [(d, "bucket", None) for d in DIVERGENCES] + [(d, t, 5) for d, t in PAIRS]
@@ -436,3 +445,14 @@ def test_counts_are_two_tensors_that_add_exactly() -> None:
     assert (
         row_counts(torch.zeros(1, dtype=torch.int8).expand(2**24 + 1), None)[0].item() == 2**24 + 1
     )
+
+
+def test_the_options_of_all_calls_are_those_that_are_checked() -> None:
+    taken = inspect.signature(build_row_loss).parameters.values()
+    named = [p.name for p in taken if p.kind is p.KEYWORD_ONLY and p.name != "report"]
+    assert list(LossOptions.__annotations__) == named
+    for call in (kd_loss, kd_loss_parts, kd_linear_loss, kd_linear_loss_parts):
+        last = list(inspect.signature(call).parameters.values())[-1]
+        assert last.kind is last.VAR_KEYWORD and "LossOptions" in str(last.annotation)
+        with pytest.raises(TypeError, match="gamma"):
+            call(*[torch.zeros(2, 2)] * 2, gamma=1.0)  # type: ignore[operator]

@@ -146,3 +146,13 @@ def test_a_tail_that_neither_has_counts_for_nothing(tail: str, run: Any) -> None
     )
     for a, b in zip(found, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=8 * EPS, atol=8 * EPS)
+
+
+@pytest.mark.parametrize("weights", [{"alpha": 1.0}, {"ce_weight": 0.0, "kd_weight": 0.5}], ids=str)
+def test_weights_of_labels_that_are_not_in_the_loss_change_nothing(
+    weights: dict[str, float], run: Any
+) -> None:
+    logits, labels, targets = problem(13, 2, 8, 2.0, 3)
+    weighed = run(logits, labels, targets, label_weight=torch.tensor([0.5, 2.0]), **weights)
+    plain = run(logits, None, targets, **weights)
+    assert all(torch.equal(a, b) for a, b in zip(weighed, plain, strict=True))
