@@ -81,6 +81,23 @@ class _Wall(torch.autograd.Function):
         )
 
 
+def register_gradient(operator: Any, scale: Callable[[Tensor, Tensor], Tensor], call: str) -> None:
+    """Backward of an operator (logits, ...) -> (loss_N, ..., gradient): `scale` of the gradient that
+    it left and a factor per row, under the name of `call`.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(output[-1])
+        ctx.inputs = len(inputs)
+
+    @first_derivatives_only(call)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        (gradient,) = ctx.saved_tensors
+        return scale(gradient, grad_outputs[0]), *(None for _ in range(ctx.inputs - 1))
+
+    operator.register_autograd(backward, setup_context=setup)
+
+
 def split_over_devices(**tensors: Tensor | None) -> list[str]:
     """One line for each that is a DTensor, known by its placements: nothing of torch.distributed is
     imported.

@@ -131,7 +131,7 @@ def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> Non
         return
     vec = 16 // gradient_NV.element_size()
     tiles = Tiles.of(width, gradient_NV.element_size())
-    with _device_of(gradient_NV):
+    with device_of(gradient_NV):
         scale_rows[(rows,)](
             gradient_NV,
             out_NV,
@@ -143,7 +143,7 @@ def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> Non
             tiles.rows,
             vec * 32 * tiles.warps,
             vec,
-            _aligned(gradient_NV, width),
+            aligned(gradient_NV, width),
             out_NV is gradient_NV,
             num_warps=tiles.warps,
             num_stages=1,
@@ -192,9 +192,13 @@ def launch(
         else -(-rows.num_classes // parts // 64) * 64
     )
     parts = -(-rows.num_classes // part)
-    aligned = _aligned(x_NV, rows.num_classes)
     constants = kernel_constants(
-        rows, itemsize, gradient is not None, gradient is x_NV, aligned, part
+        rows,
+        itemsize,
+        gradient is not None,
+        gradient is x_NV,
+        aligned(x_NV, rows.num_classes),
+        part,
     )
     split = parts > 1 and constants["P"] + constants["Q"] > 0
     scratch: tuple[Tensor | None, ...] = (None, None, None)
@@ -207,7 +211,7 @@ def launch(
         )
     tiles = tiles_of(rows, min(part, rows.num_classes), itemsize)
     to = x_NV if gradient is None else gradient
-    with _device_of(x_NV):
+    with device_of(x_NV):
         for stage in (1, 2) if split else (0,):
             kd_rows[(len(x_NV), parts if split else 1)](
                 x_NV,
@@ -271,10 +275,10 @@ def _launch_full(
 ) -> None:
     to = x_NV if gradient is None else gradient
     block = max(triton.next_power_of_2(rows.num_classes), 32)
-    aligned = all(
-        _aligned(t, rows.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV)
+    vectors = all(
+        aligned(t, rows.num_classes, 16 // x_NV.element_size()) for t in (x_NV, to, log_probs_NV)
     )
-    with _device_of(x_NV):
+    with device_of(x_NV):
         kd_full[(len(x_NV),)](
             x_NV,
             to,
@@ -300,7 +304,7 @@ def _launch_full(
             None if unit(rows) == 1 else unit(rows),
             gain(rows),
             rate(rows),
-            **full_constants(rows, x_NV.element_size(), gradient is not None, aligned),
+            **full_constants(rows, x_NV.element_size(), gradient is not None, vectors),
             num_warps=full_warps(block, rows.divergence.name),
             num_stages=1,
         )
@@ -367,7 +371,7 @@ def exponents(rows: RowLoss) -> tuple[float, float]:
     return log2e / (1 if ratio is None else ratio[0]), soft
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; the tensors may be on another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
@@ -402,7 +406,7 @@ def gradient_like(x_NV: Tensor) -> Tensor:
     return x_NV.new_empty(len(x_NV) * stride + phase).as_strided(x_NV.shape, (stride, 1), phase)
 
 
-def _aligned(x_NV: Tensor, num_classes: int, vec: int = 0) -> bool:
+def aligned(x_NV: Tensor, num_classes: int, vec: int = 0) -> bool:
     """Every row starts at 16 bytes and is whole vectors long."""
     vec = vec or 16 // x_NV.element_size()
     return (

@@ -50,7 +50,13 @@ import torch
 import triton
 from torch import Tensor
 
-from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
+from kdcache.kernels.kd_autograd import (
+    Gradients,
+    first_derivatives_only,
+    link,
+    register_gradient,
+    split_over_devices,
+)
 from kdcache.kernels.kd_launch import (
     addressable,
     gradient_like,
@@ -179,18 +185,7 @@ def _(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient.new_empty_strided(gradient.shape, (gradient_stride(gradient), 1))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[3])
-    ctx.inputs = len(inputs)
-
-
-@first_derivatives_only("kd_loss_rows")
-def _backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
-    (gradient,) = ctx.saved_tensors
-    return scale_rows_op(gradient, grad_outputs[0]), *(None for _ in range(ctx.inputs - 1))
-
-
-kd_rows_op.register_autograd(_backward, setup_context=_setup)
+register_gradient(kd_rows_op, scale_rows_op, "kd_loss_rows")
 
 
 def _check(logits: Tensor, rows: RowLoss, parts: int | None) -> None:

@@ -53,7 +53,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +60,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdcache.kernels.kd_launch import addressable
+from kdcache.kernels.kd_launch import addressable, aligned, device_of
 from kdcache.kernels.topk_rows import topk_rows
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # settled when triton was imported
@@ -129,11 +128,10 @@ def topk_lse(
     if rows == 0:
         return out
     constants, warps, registers = build(
-        x_NV.shape[1], x_NV.dtype, k, temperatures, many, moments, aligned(x_NV)
+        x_NV.shape[1], x_NV.dtype, k, temperatures, many, moments, aligned(x_NV, x_NV.shape[1])
     )
     scratch = new(4 * constants["CAP"] + 2 * many + 2 * len(temperatures) + 3, dtype=torch.int32)
-    # triton launches on the current one
-    with torch.cuda.device(x_NV.device) if x_NV.is_cuda else nullcontext():
+    with device_of(x_NV):
         topk_rows[(rows,)](
             x_NV,
             out.ids_NK,
@@ -264,16 +262,6 @@ def plan(
     ]
     power = tuple(int(bases[g] / t) for g, t in zip(group, temperatures, strict=True))
     return power, tuple(group), tuple(1 / (math.log(2) * base) for base in bases)
-
-
-def aligned(x_NV: Tensor) -> bool:
-    """Every row starts at 16 bytes and is whole vectors long."""
-    vec = 16 // x_NV.element_size()
-    return (
-        x_NV.shape[1] % vec == 0
-        and x_NV.data_ptr() % 16 == 0
-        and (len(x_NV) == 1 or x_NV.stride(0) % vec == 0)
-    )
 
 
 def _check(logits: Tensor, k: int, temperatures: Sequence[float], labels_NJ: Tensor | None) -> None:

@@ -32,7 +32,13 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.kernels.kd_autograd import Gradients, first_derivatives_only, link, split_over_devices
+from kdcache.kernels.kd_autograd import (
+    Gradients,
+    first_derivatives_only,
+    link,
+    register_gradient,
+    split_over_devices,
+)
 from kdcache.kernels.row_loss import SCHEMA, RowLoss
 from kdcache.loss.divergences import DIVERGENCES, row_sum, sampled_kl
 from kdcache.loss.topk import row_chunk
@@ -455,18 +461,7 @@ def _(gradient: Tensor, factor: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[3])
-    ctx.inputs = len(inputs)
-
-
-@first_derivatives_only("kd_loss")
-def _backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
-    (gradient,) = ctx.saved_tensors
-    return scale_rows_op(gradient, grad_outputs[0]), *(None for _ in range(ctx.inputs - 1))
-
-
-loss_rows_op.register_autograd(_backward, setup_context=_setup)
+register_gradient(loss_rows_op, scale_rows_op, "kd_loss")
 
 
 def _captured(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
