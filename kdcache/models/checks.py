@@ -1,5 +1,5 @@
-"""What a model is asked before work begins: whether it is for these tokens and this loss, which rows
-it gives, and whether it gives one answer to one question.
+"""What a model is asked before work begins: whether it is for these tokens and this loss, which
+rows it gives, and whether it gives one answer to one question.
 
 Teachers are asked before their first shard, students before their first step. It costs a few
 forward passes of one small batch, in eval mode, and no gradient.

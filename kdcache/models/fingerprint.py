@@ -1,5 +1,5 @@
-"""Which model it is: the digest of its weights, and what turns equal weights into other answers, its
-configuration and the tree of its modules.
+"""Which model it is: the digest of its weights, and what turns equal weights into other answers,
+its configuration and the tree of its modules.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Built:
 
 
 def build(spec: str, wanted: BuildOptions, args: Mapping[str, Any]) -> Built:
-    """The module that `spec` names, made with `args`; UsageError for an unknown SPEC or argument."""
+    """The module that `spec` names, made with `args`; UsageError for what is unknown of them."""
     prefix, _, rest = spec.partition(":")
     if prefix in MODELS:
         if not rest:

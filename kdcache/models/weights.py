@@ -1,9 +1,9 @@
 """Weights: from a file as training scripts leave it into a module, and out of a module for a file.
 
 What the tensors of a file are wrapped in, and what stands before their names, is taken off and
-said. Nothing in a file is run: safetensors, or torch's unpickler for weights alone, which besides tensors
-and plain values is let build an argparse.Namespace, the options that timm and many others save
-beside the weights.
+said. Nothing in a file is run: safetensors, or torch's unpickler for weights alone, which besides
+tensors and plain values is let build an argparse.Namespace, the options that timm and many others
+save beside the weights.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 may be raised.
 
 An exception in the midst of an import is wrapped by the library whose import it was, or ends the
-process in C. So until a command has begun its work (kdcache/process/signals.py) SIGINT and SIGTERM end the
-process here, in one line. Imports next to nothing: whatever is imported before `at_once` is called
-has no such protection.
+process in C. So until a command has begun its work (kdcache/process/signals.py) SIGINT and SIGTERM
+end the process here, in one line. Imports next to nothing: whatever is imported before `at_once` is
+called has no such protection.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 1: run a teacher once over a dataset and keep what it says; the same call again continues."""
+"""Stage 1: run a teacher once over a dataset and keep what it says; the same call goes on."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Compute:
 
 
 def spans(spec: CacheSpec, shards: Sequence[int], batch_size: int) -> list[Span]:
-    """The batches of some shards: they start at a shard's first record and never span two shards."""
+    """The batches of some shards; they start at a shard's first record and never span two."""
     out = []
     for index in shards:
         shard = spec.shard(index)

@@ -1,4 +1,4 @@
-"""How far a dump has come, and what it did: values for any caller, and one line on standard error."""
+"""How far a dump has come and what it did: values for any caller, one line on standard error."""
 
 from __future__ import annotations
 

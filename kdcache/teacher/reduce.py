@@ -218,7 +218,7 @@ def _reduce_chunk(logits_NV: Tensor, labels_NJ: Tensor | None, spec: CacheSpec) 
 
 
 def _moments(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Population mean and standard deviation of the finite logits of each row, summed in float64."""
+    """Population mean and standard deviation of each row's finite logits, summed in float64."""
     # A lone row's sum is split over threads, two rows' are not: the bits of a row must not depend
     # on its chunk.
     x_NV = logits_NV.double() if len(logits_NV) != 1 else logits_NV.double().repeat(2, 1)
