@@ -80,13 +80,17 @@ def test_they_are_the_definition(
 
 
 def test_rows_that_are_known() -> None:
-    """All classes alike, one alone, and two greatest logits of which the teacher prefers one."""
-    logits = torch.tensor([[0.0] * 4, [0, 200, 0, 0], [1, 3, 3, 0]]).double()
-    targets = double_targets(torch.tensor([[0.0, 1, 2, 3], [0, 9, 0, 0], [0, 1, 2, 0]]), 1.0, 2)
+    """All classes alike, one alone, two greatest logits of which the teacher prefers one, the
+    greatest among the kept classes and not of all, and the other of two that are kept."""
+    logits = torch.tensor(
+        [[0.0] * 4, [0, 200, 0, 0], [1, 3, 3, 0], [0, 3, 2, 9], [0, 2, 3, 0]]
+    ).double()
+    teacher = torch.tensor([[0.0, 1, 2, 3], [0, 9, 0, 0], [0, 1, 2, 0], [0, 5, 4, 0], [0, 5, 4, 0]])
+    targets = double_targets(teacher, 1.0, 2)
     found = kdcache.row_statistics(logits, targets)
     assert found.entropy_N[:2].tolist() == pytest.approx([math.log(4), 0], abs=1e-80)
     assert found.mass_N[:2].tolist() == pytest.approx([0.5, 1])
-    assert found.agrees_N.tolist() == [True, True, True]
+    assert found.agrees_N.tolist() == [True, True, True, False, False]
     assert kdcache.row_statistics(logits[:0], targets[:0]).mass_N.shape == (0,)
 
 
