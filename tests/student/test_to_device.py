@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from student_world import BODY, Net, Points, TinyLM, Windows, settings_of, write_cache
 from torch import Tensor
-from waits import Crossings
+from waits import Crossings, NoHostTensorsThere
 
 from kdcache.data.transfer import ALIGNMENT, pack, send, unpack
 from kdcache.student import batch as batches
@@ -178,6 +178,30 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def a_step(kind: str, path: Path, device: str, name: str) -> TrainStep:
+    """Of a student and a loader of that kind, with the optimizer that CUDA has."""
+    loader, student = loaders(path, device)[kind]
+    student.to(device)
+    parameters = trainable(("", student))
+    step = TrainStep(
+        WholeLogits(student, torch.device(device), "float32"),
+        loader,
+        settings_of(
+            None if loader.cache is None else loader.cache.spec,
+            live_teacher=Net(4) if kind == "live" else None,
+            epochs=1,
+            clip=1.0,
+            alpha=0.0 if kind == "labels" else 0.5,
+        ),
+        optimizer=make_optimizer(name, parameters, lr=0.1, weight_decay=0.1, fused=True),
+        parameters=parameters,
+        schedule=Schedule(0.1, 4),
+    )
+    if isinstance(student, Net) and kind == "full":  # as a rehearsal finds them
+        step._statistics = [(student.norm, name) for name in ("running_mean", "running_var")]
+    return step
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["adamw", "adam"])
 def test_a_step_copies_each_micro_batch_once_and_waits_for_nothing(
@@ -190,32 +214,29 @@ def test_a_step_copies_each_micro_batch_once_and_waits_for_nothing(
     )
     # else a student of the meta device is refused, which answers nothing
     monkeypatch.setattr(Tensor, "is_meta", property(lambda self: False), raising=False)
-    loader, student = loaders(tmp_path, "meta")[kind]
-    student.to("meta")
-    parameters = trainable(("", student))
-    options: dict[str, Any] = {"alpha": 0.0} if kind == "labels" else {"alpha": 0.5}
-    live = kind == "live"
-    step = TrainStep(
-        WholeLogits(student, torch.device("meta"), "float32"),
-        loader,
-        settings_of(
-            None if loader.cache is None else loader.cache.spec,
-            live_teacher=Net(4) if live else None,
-            epochs=1,
-            clip=1.0,
-            **options,
-        ),
-        optimizer=make_optimizer(name, parameters, lr=0.1, weight_decay=0.1, fused=True),
-        parameters=parameters,
-        schedule=Schedule(0.1, 4),
-    )
-    if isinstance(student, Net) and kind == "full":  # as a rehearsal finds them
-        step._statistics = [(student.norm, name) for name in ("running_mean", "running_var")]
-    for batch in list(loader.global_batches()):
-        with Crossings() as seen:
+    step = a_step(kind, tmp_path, "meta", name)
+    for batch in list(step.loader.global_batches()):
+        with NoHostTensorsThere(), Crossings() as seen:
             numbers = step.run(batch)
         assert numbers.shape == (5,) and numbers.device.type == "meta" and not step.stopped
         assert [x.dtype for x in seen.copies] == [torch.uint8] * len(batch.micro_batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_cuda_is_not_waited_for(kind: str, name: str, tmp_path: Path) -> None:
+    """As torch itself notices it, once the first step has set up what there is once."""
+    step = a_step(kind, tmp_path, "cuda", name)
+    first, *others = step.loader.global_batches()
+    step.run(first)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        numbers = [step.run(batch) for batch in others]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(values.isfinite().all()) for values in numbers)
 
 
 def test_labels_cross_once(tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ def nothing_waits() -> Iterator[None]:
         yield
 
 
+class NoHostTensorsThere(NoHostTensors):
+    """`NoHostTensors`, where the host has tensors of its own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.device((kwargs or {}).get("device") or "cpu").type == "cpu":
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 class Crossings(NoWaiting):
     """Where the host works too: its own operations pass, copies from it to the device are kept in
     `copies`, and all else between the two is refused.
