@@ -135,6 +135,20 @@ def test_batches_join_to_whole_epochs(n: int, size: int, epochs: int, shuffle: b
     assert not list(order.batches(n * epochs, n * epochs, size))
 
 
+@settings(max_examples=50, deadline=None)
+@given(start=st.integers(0, 40), size=st.integers(1, 9), base=st.integers(0, 60))
+def test_batches_end_at_multiples_wherever_they_begin(start: int, size: int, base: int) -> None:
+    """Whatever is asked of the order at once, which is a block of them."""
+    order = Order(17, 3)
+    batches = list(order.batches(start, 50, size, base))
+    ends = start + np.cumsum([len(samples) for _, samples in batches])
+    assert all(end % size == 0 for end in ends[:-1]) and ends[-1] == 50
+    assert all(1 <= len(samples) <= size for _, samples in batches)
+    expected = order.sample(np.arange(base + start, base + 50))
+    for found, right in zip(zip(*batches, strict=True), expected, strict=True):
+        assert np.array_equal(np.concatenate(found), right)
+
+
 def test_shape_is_kept() -> None:
     positions = np.arange(24).reshape(2, 3, 4)
     epochs, samples = Order(7, 0).sample(positions)
