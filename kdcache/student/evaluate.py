@@ -21,11 +21,10 @@ from kdcache.data.reading import Pairs, data_batches
 from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.data.sources import as_samples
-from kdcache.data.transfer import to_device
 from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, near
 from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
-from kdcache.models.model import Model, Output, load_model, move, pick_device, trying
+from kdcache.models.model import Model, Output, forward_on, load_model, move, pick_device
 from kdcache.models.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
 from kdcache.models.specs import MODELS, names_in
 from kdcache.student import checkpoint
@@ -187,9 +186,9 @@ def evaluate_module(
     try:
         with torch.inference_mode():
             for collated in batches:
-                inputs = to_device(collated.inputs, device)
-                with trying("student", module, inputs):
-                    output = student.forward(module, inputs)
+                output = forward_on(
+                    module, collated.inputs, device, role="student", run=student.forward
+                )
                 wide = cut_width(student.width(output), classes)
                 if look is not None:
                     look(wide)
