@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from kdcache.errors import KDCacheError, UsageError
+from kdcache.loss.row_statistics import row_statistics
+from kdcache.loss.targets import SoftTargets
 from kdcache.models.model import Output
 from kdcache.student.batch import LoaderBatch, MicroBatch, student_rows
 from kdcache.student.head import WholeLogits
@@ -27,6 +29,10 @@ from kdcache.student.settings import Settings
 from kdcache.student.state import generators, restore_generators
 from kdcache.user.guard import describe, let_through
 
+# What `row_statistics` says of rows, as metrics.jsonl names their means: of the first LOOK_ROWS rows
+# of every LOOK_EVERY-th step. That is two softmaxes more in twenty steps.
+STATISTICS = ("entropy", "support_mass", "top1_agreement")
+LOOK_EVERY, LOOK_ROWS = 20, 1024
 # of an nn.Module: they are not plain attributes
 NN_TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -72,7 +78,9 @@ class TrainStep:
         self._by_row = "row" in levels
         kinds = () if matches is None else dict.fromkeys(map(str, matches.matches))
         # of the numbers that `run` gives, as metrics.jsonl has them
-        self.names = ["loss", "ce", "kd", *(f"match {kind}" for kind in kinds), "aux", "grad_norm"]
+        names = ["loss", "ce", "kd", *(f"match {kind}" for kind in kinds), "aux", "grad_norm"]
+        self.names = [*names, *STATISTICS]
+        self._means: Tensor | None = None  # of STATISTICS, in a step that looks
         self._run: Any = torch.compile(student.module) if settings.compile else student.module
         device = loader.device
         self.scaler = torch.amp.GradScaler(device.type) if settings.precision == "float16" else None
@@ -99,14 +107,20 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         kept = [module._buffers[name] for module, name in self._statistics]
         kept = [None if value is None else value.detach().clone() for value in kept]
-        numbers = torch.zeros(len(self.names) - 1, device=self.loader.device)
-        for micro in batch.micro_batches:
-            numbers += self._backward(micro, batch, self._run)
+        numbers = torch.zeros(self.names.index("grad_norm"), device=self.loader.device)
+        for at, micro in enumerate(batch.micro_batches):
+            look = at == 0 and batch.step % LOOK_EVERY == 0
+            numbers += self._backward(micro, batch, self._run, look=look)
         norm = self._update(numbers[0])
         self._put_back(kept)
-        return torch.cat([numbers, norm.to(numbers)[None]])
+        means, self._means = self._means, None
+        if means is None:
+            means = torch.full((len(STATISTICS),), math.nan, device=numbers.device)
+        return torch.cat([numbers, norm.to(numbers)[None], means.to(numbers)])
 
-    def _backward(self, micro: MicroBatch, batch: GlobalBatch, run: Any) -> Tensor:
+    def _backward(
+        self, micro: MicroBatch, batch: GlobalBatch, run: Any, *, look: bool = False
+    ) -> Tensor:
         """Gradients of one micro-batch, with the student as it is to `run`; its part of (loss, CE,
         KD, each match, own loss).
         """
@@ -115,7 +129,7 @@ class TrainStep:
         zero = torch.zeros((), device=self.loader.device)
         loss, parts = zero, [zero, zero]
         if there["labels"] is not None or there["targets"] is not None:
-            loss, parts = self._soft_and_hard(output, micro, there, batch)
+            loss, parts = self._soft_and_hard(output, micro, there, batch, look)
         if self.matches is not None:
             share = self._share(micro, batch)
             loss = loss + share * self.matches(
@@ -132,13 +146,22 @@ class TrainStep:
         return torch.stack([loss.detach().to(zero), *parts])
 
     def _soft_and_hard(
-        self, output: Output, micro: MicroBatch, there: LoaderBatch, batch: GlobalBatch
+        self,
+        output: Output,
+        micro: MicroBatch,
+        there: LoaderBatch,
+        batch: GlobalBatch,
+        look: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        settings = self.settings
+        settings, targets = self.settings, there["targets"]
+        rows_N = student_rows(output, micro, there["rows"])
+        # before the loss, which may write its gradient over them
+        if look and targets is not None and len(rows_N):
+            self._means = self._look(rows_N[:LOOK_ROWS], targets[:LOOK_ROWS])
         parts = self.student.loss(
-            student_rows(output, micro, there["rows"]),
+            rows_N,
             there["labels"],
-            there["targets"],
+            targets,
             # a selection of rows is a copy that nobody else reads
             inplace=there["rows"] is not None,
             ce_weight=settings.ce_weight,
@@ -150,6 +173,19 @@ class TrainStep:
             classes=settings.classes,
         )
         return parts.loss, [parts.ce.to(torch.float32), parts.kd.to(torch.float32)]
+
+    @torch.no_grad()
+    def _look(self, rows_N: Tensor, targets: SoftTargets) -> Tensor:
+        """Means of STATISTICS over the rows that have a teacher; NaN where none has."""
+        sums = torch.zeros(len(STATISTICS) + 1, device=rows_N.device)
+        for part, logits in self.student.chunks(rows_N, self.settings.classes):
+            teacher = targets[part]
+            seen = row_statistics(logits, teacher)
+            each = [seen.entropy_N, seen.mass_N, seen.agrees_N, torch.ones_like(seen.agrees_N)]
+            if teacher.weight_N is not None:
+                each = [x.where(teacher.weight_N != 0, 0) for x in each]
+            sums += torch.stack([x.sum() for x in each]).to(sums)
+        return sums[:-1] / sums[-1]
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clip and step, where the loss is a number; the norm of the gradient before clipping."""

@@ -30,7 +30,7 @@ from kdcache.student.run_report import TrainReport, numbers, start_lines, versio
 from kdcache.student.settings import BEST_BY, Settings
 from kdcache.student.sources import VIEW_KEY, Sources
 from kdcache.student.state import Progress, RunState, checked_state, seed_generators
-from kdcache.student.step import TrainStep
+from kdcache.student.step import STATISTICS, TrainStep
 from kdcache.user.guard import describe, passes
 
 log = logging.getLogger("kdcache")
@@ -376,9 +376,12 @@ class Trainer:
         passed: the run or a whole epoch is over.
         """
         lines, counts = self.pending.read()
-        if not self.train_step.has_own_loss:
-            for line in lines:
+        for line in lines:
+            if not self.train_step.has_own_loss:
                 del line["aux"]
+            for name in STATISTICS:  # of steps that looked alone
+                if math.isnan(line[name]):
+                    del line[name]
         for line in lines:
             metrics.write(line)
         self._check_learning(lines, counts, passed)
