@@ -106,7 +106,10 @@ def test_a_flag_changes_no_good_step(name: str) -> None:
     plain, _ = made(Net(8, norm=True), Points(48), name, True)
     plain._stop = None  # its loss is read
     for batch in loader.global_batches():
-        assert torch.equal(told.run(batch), plain.run(batch))
+        # NaN: statistics of steps that do not look
+        torch.testing.assert_close(
+            told.run(batch), plain.run(batch), rtol=0, atol=0, equal_nan=True
+        )
     assert all(
         torch.equal(a, b) for a, b in zip(state(told).values(), state(plain).values(), strict=True)
     )
