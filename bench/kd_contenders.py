@@ -121,7 +121,7 @@ class Fused:
         return Fused(problem, t.ids_NK.to(torch.int32), *scales.unbind())
 
     def __call__(self, inplace: bool, parts: int | None = None) -> Tensor:
-        from kdcache.kernels.kd_loss import kd_loss_rows
+        from kdcache.kernels.kd_loss_rows import kd_loss_rows
 
         p, t = self.problem, self.problem.targets
         rows = RowLoss(

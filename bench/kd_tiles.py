@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from kdcache.bench.kd_contenders import Fused, make_problem
-from kdcache.bench.kd_loss import model_bytes
+from kdcache.bench.loss_speed import model_bytes
 from kdcache.bench.race import command, finish, machine, save, table
 from kdcache.bench.track import Entrant, Track, choose_device, each_case
 from kdcache.errors import UsageError

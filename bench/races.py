@@ -36,20 +36,20 @@ RACES = (
     ),
     Race(
         "loss",
-        "kd_loss",
+        "loss_speed",
         "The distillation loss and its gradient: the fused kernel against the copy bandwidth and "
         "its rivals; on a CPU the torch engine against the definition.",
         ("device", "plot"),
     ),
     Race(
         "kd-linear",
-        "kd_linear",
+        "lm_head_speed",
         "The loss behind an LM head, its logits never whole, against its bare products.",
         ("device",),
     ),
     Race(
         "topk-lse",
-        "topk_lse",
+        "topk_speed",
         "What is kept of a teacher's logits: the kernel against the copy bandwidth and torch.",
         ("device",),
     ),

@@ -101,7 +101,7 @@ def _same(saved: Tensor) -> Tensor:
 
 def _fused() -> Engine:
     """Imported where it is called: another engine does without triton."""
-    from kdcache.kernels.kd_loss import kd_loss_rows
+    from kdcache.kernels.kd_loss_rows import kd_loss_rows
 
     return kd_loss_rows
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.kd_rows import ROW_POINTERS
-from kdcache.kernels.rows import LN2, capped, outcome, row_start, sum_pair
+from kdcache.kernels.sweeps import LN2, capped, outcome, row_start, sum_pair
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kdcache.kernels.kd_values import given_teacher, values_and_slopes
-from kdcache.kernels.rows import (
+from kdcache.kernels.sweeps import (
     FLOOR,
     capped,
     dense_gradient,

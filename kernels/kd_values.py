@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdcache.kernels.rows import FLOOR, LN2, outcome, power, sum_pair
+from kdcache.kernels.sweeps import FLOOR, LN2, outcome, power, sum_pair
 
 
 @triton.jit

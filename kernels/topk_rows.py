@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdcache.kernels.rows import row_start, span
+from kdcache.kernels.sweeps import row_start, span
 from kdcache.kernels.topk_lanes import choose_lanes, key_of, load_apart, look_again, packed
 from kdcache.kernels.topk_sweep import LEAST, exp_of, moments, sweep, zeros_each
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdcache.kernels.rows import power, tile_offsets
+from kdcache.kernels.sweeps import power, tile_offsets
 
 LEAST = tl.constexpr(-3.4028234663852886e38)
 # of a variance whose squares, down to 2^-149 each, were all counted

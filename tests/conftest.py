@@ -75,7 +75,8 @@ def on_the_machine(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     """Kernels take CPU tensors, and what was compiled for an architecture runs on them."""
     import ptx_driver
 
-    from kdcache.kernels import kd_loss, topk_lse
+    from kdcache.kernels import kd_loss_rows as kd_loss
+    from kdcache.kernels import topk_lse
 
     ptx_driver.install(arch)
     monkeypatch.setattr(ptx_driver.BENCH, "slack", ptx_driver.Slack(1.0))

@@ -14,7 +14,7 @@ from student_world import Net, Points
 
 import kdcache
 from kdcache.errors import UsageError
-from kdcache.loss.arguments import check_device
+from kdcache.loss.tensor_arguments import check_device
 
 
 def test_all_is_what_init_offers_and_each_name_is_there() -> None:

@@ -52,7 +52,7 @@ def refuse(why: str) -> NoReturn:
 
 def _no_device(device: torch.device) -> str:
     try:
-        from kdcache.kernels.kd_loss import INTERPRETED
+        from kdcache.kernels.kd_loss_rows import INTERPRETED
     except ImportError as e:
         return f"triton cannot be imported ({e})"
     if INTERPRETED:  # TRITON_INTERPRET=1: slow, on any device, for tests
@@ -72,7 +72,7 @@ def check_fits(logits: Tensor, rows: RowLoss) -> None:
     # a graph cannot ask for a capability; the kernels look at the device
     if not torch.compiler.is_compiling():
         check_device(logits.device)  # and whether there is triton at all
-    from kdcache.kernels.kd_loss import DTYPES, MOST_FULL
+    from kdcache.kernels.kd_loss_rows import DTYPES, MOST_FULL
 
     if logits.dtype not in DTYPES:
         refuse(f"the logits are {logits.dtype}")
@@ -85,6 +85,6 @@ def check_fits(logits: Tensor, rows: RowLoss) -> None:
 
 def fused_engine(logits: Tensor, rows: RowLoss) -> tuple[Tensor, Tensor, Tensor]:
     """The fused kernels as an `Engine`; triton is imported here."""
-    from kdcache.kernels.kd_loss import kd_loss_rows
+    from kdcache.kernels.kd_loss_rows import kd_loss_rows
 
     return kd_loss_rows(logits, rows)

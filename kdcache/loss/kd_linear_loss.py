@@ -20,11 +20,11 @@ from torch import Tensor
 from kdcache.errors import UsageError
 from kdcache.kernels import kd_linear
 from kdcache.kernels.kd_chunks import chunk_rows
-from kdcache.loss.arguments import check_tensor
 from kdcache.loss.divergences import check_ruled_out
 from kdcache.loss.engines import check_fits
 from kdcache.loss.kd_loss import LossOptions, LossParts, LossRequest, build_row_loss
 from kdcache.loss.targets import SoftTargets
+from kdcache.loss.tensor_arguments import check_tensor
 from kdcache.loss.torch_engine import torch_engine
 from kdcache.user.arguments import bytes_of, check_number
 

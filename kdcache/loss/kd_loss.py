@@ -25,7 +25,6 @@ from torch import Tensor
 
 from kdcache.errors import UsageError, near
 from kdcache.kernels.row_loss import RowLoss
-from kdcache.loss.arguments import check_tensor, plain_temperature
 from kdcache.loss.divergences import (
     Divergence,
     check_reverse_kl,
@@ -34,6 +33,7 @@ from kdcache.loss.divergences import (
 )
 from kdcache.loss.engines import check_fits, check_name, fused_engine, meant
 from kdcache.loss.targets import SoftTargets, readable
+from kdcache.loss.tensor_arguments import check_tensor, plain_temperature
 from kdcache.loss.torch_engine import torch_engine, wide
 from kdcache.user.arguments import check_integer, check_number, check_type
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.loss.arguments import check_tensor
 from kdcache.loss.divergences import row_sum
 from kdcache.loss.targets import SoftTargets
+from kdcache.loss.tensor_arguments import check_tensor
 from kdcache.loss.torch_engine import row_chunks, wide
 from kdcache.user.arguments import check_type
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdcache.cache.columns import Array
 from kdcache.cache.spec import CacheSpec
 from kdcache.errors import UsageError
-from kdcache.loss.arguments import check_device, check_temperature, check_tensor
+from kdcache.loss.tensor_arguments import check_device, check_temperature, check_tensor
 from kdcache.loss.topk import exact_topk, row_logsumexp, tail_lse
 from kdcache.user.arguments import check_integer, check_number
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kdcache.data.collate import Collated
 from kdcache.data.padding import Inputs, Padding, decoder_inputs
-from kdcache.data.rows import (
+from kdcache.data.row_selection import (
     CONVENTIONS,
     NEXT_TOKEN,
     POSITION,

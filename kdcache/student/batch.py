@@ -18,7 +18,7 @@ from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import Collated
 from kdcache.data.identify import check_same_key
 from kdcache.data.padding import IGNORED, Inputs
-from kdcache.data.rows import (
+from kdcache.data.row_selection import (
     NEXT_TOKEN,
     RECORD,
     RowSelection,
@@ -77,7 +77,7 @@ class BatchIndex:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A micro-batch in host memory, whose rows are by `convention` (data/rows.py).
+    """A micro-batch in host memory, whose rows are by `convention` (data/row_selection.py).
 
     selection: the rows of the data, None where each record is one or its labels do not say them.
     rows: those of the cache, else of the data; None where each record is one. labels [N] or [N, J],

@@ -18,7 +18,7 @@ from kdcache.data.classes import check as check_names
 from kdcache.data.classes import check_number, model_names
 from kdcache.data.collate import Collated
 from kdcache.data.reading import Pairs, data_batches
-from kdcache.data.rows import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
+from kdcache.data.row_selection import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.data.sources import as_samples
 from kdcache.data.user_code import is_code
@@ -75,7 +75,7 @@ def evaluate(
     by a UsageError that says what to give. data: a dataset, `Samples` or data SPEC. precision:
     float32 by default, or the run's. All logits are classes, unless `classes` cuts them to the
     first so many; a run that was trained with `classes` is cut to them, and takes no others. rows:
-    "record", "position" or "next-token" (data/rows.py); by default as a run knows, or as a dump
+    "record", "position" or "next-token" (data/row_selection.py); by default as a run knows, or as a dump
     finds them. accept: "class_names" or "tokenizer", whose difference is harmless; what was found
     and accepted is in the answer as
     `accepted`. IdentityMismatch where one differs and is not: the class names of a model or run, or

@@ -20,11 +20,10 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, read_batch
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.reading import Prefetch, data_batches, prefetchable, token_batch
-from kdcache.data.rows import NEXT_TOKEN, POSITION, RECORD, label_evidence
+from kdcache.data.row_selection import NEXT_TOKEN, POSITION, RECORD, label_evidence
 from kdcache.data.samples import extremes
 from kdcache.data.sources import as_samples
 from kdcache.errors import DataError, UsageError
-from kdcache.loss.arguments import check_device, check_temperature
 from kdcache.loss.targets import (
     SoftTargets,
     readable,
@@ -33,6 +32,7 @@ from kdcache.loss.targets import (
     stored_tier,
     targets_from_logits,
 )
+from kdcache.loss.tensor_arguments import check_device, check_temperature
 from kdcache.models.checks import check_convention, padding_of, telling_records
 from kdcache.models.model import forward, move, trying
 from kdcache.process.ranks import refuse_ranks
@@ -48,9 +48,9 @@ from kdcache.student.batch import (
     student_rows,
     to_device,
 )
+from kdcache.student.cache_and_data import as_cache, cached_preprocessing
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
-from kdcache.student.sources import as_cache, cached_preprocessing
 from kdcache.user.arguments import check_integer, check_workers
 from kdcache.user.guard import entrance, in_one_line
 
@@ -94,7 +94,7 @@ class Loader:
     features       names of cached features to read
     targets        False reads nothing of the teacher's rows
     live_teacher   a module that is run on each batch, its logits in place of the cache's rows
-    rows           "record", "position" or "next-token" (data/rows.py) where no cache says so; by
+    rows           "record", "position" or "next-token" (data/row_selection.py) where no cache says so; by
                    default what the labels of the first records say: of tokens with a label each,
                    "next-token" if these are the tokens
     model          the module that the batches are for: what its config says of padding and of a

@@ -16,7 +16,7 @@ from kdcache.data import classes
 from kdcache.data.collate import Collated
 from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import in_words
-from kdcache.data.rows import NEXT_TOKEN
+from kdcache.data.row_selection import NEXT_TOKEN
 from kdcache.data.transfer import to_device
 from kdcache.errors import DataError, UsageError
 from kdcache.loss.divergences import check_reverse_kl
@@ -34,12 +34,12 @@ from kdcache.models.checks import (
 )
 from kdcache.models.model import Model, Output, left_out, trying
 from kdcache.student.batch import MicroBatch, student_rows
+from kdcache.student.cache_and_data import Sources
 from kdcache.student.evaluate import cut_width, metric_names
 from kdcache.student.head import ChunkedLogits, WholeLogits
 from kdcache.student.loader import Loader
 from kdcache.student.match import Matches
 from kdcache.student.settings import BEST_BY, Settings
-from kdcache.student.sources import Sources
 from kdcache.student.step import row_mask
 
 

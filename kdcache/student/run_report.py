@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kdcache.errors import CacheCorrupt
 from kdcache.loss.engines import check_engine
 from kdcache.models.runs import SUMMARY, is_number, is_texts
+from kdcache.student.cache_and_data import VIEW_KEY
 from kdcache.student.head import ChunkedLogits
 from kdcache.student.run_folder import RunFolder
-from kdcache.student.sources import VIEW_KEY
 
 if TYPE_CHECKING:
     from kdcache.student.trainer import Trainer

@@ -18,12 +18,12 @@ from kdcache.models.runs import plain_arguments
 from kdcache.process.ranks import refuse_ranks
 from kdcache.process.signals import Signals
 from kdcache.student import checkpoint
+from kdcache.student.cache_and_data import one_cache, open_sources
 from kdcache.student.metrics import check_reporters
 from kdcache.student.prepare import check_classes, check_pictures, check_text
 from kdcache.student.run_folder import RunFolder
 from kdcache.student.run_report import TrainReport, finished_report
 from kdcache.student.settings import check_options, check_used, filled, resolve, texts
-from kdcache.student.sources import one_cache, open_sources
 from kdcache.student.state import deterministic as deterministic_mode
 from kdcache.student.state import own_generators
 from kdcache.student.trainer import NOTHING_YET, StepInfo, Trainer

@@ -20,6 +20,7 @@ from kdcache.models.model import Model
 from kdcache.models.runs import BEST, LAST
 from kdcache.process.signals import Interrupted, Signals
 from kdcache.student import checkpoint
+from kdcache.student.cache_and_data import VIEW_KEY, Sources
 from kdcache.student.evaluate import evaluate_module
 from kdcache.student.loader import GlobalBatch, Loader
 from kdcache.student.metrics import Metrics, OnMetrics
@@ -28,7 +29,6 @@ from kdcache.student.prepare import prepare_student
 from kdcache.student.run_folder import RunFolder
 from kdcache.student.run_report import TrainReport, numbers, start_lines, versions
 from kdcache.student.settings import BEST_BY, Settings
-from kdcache.student.sources import VIEW_KEY, Sources
 from kdcache.student.state import Progress, RunState, checked_state, seed_generators
 from kdcache.student.step import STATISTICS, TrainStep
 from kdcache.user.guard import describe, passes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdcache.cache.spec import CacheSpec
 from kdcache.data.collate import Collated, read_batch
 from kdcache.data.padding import IGNORED
-from kdcache.data.rows import NEXT_TOKEN, record_labels, select_rows
+from kdcache.data.row_selection import NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.errors import DataError, UsageError
 from kdcache.models.model import Output, forward_on

@@ -112,7 +112,7 @@ def dump_teacher(
     engine: what reduces the rows of kind topk, "torch" or "triton" (a fused kernel); "auto" is
     torch so far. labels: store those of the data; None: if it has any; False, like kind "none",
     does not look at them, whatever they are. rows: "record", "position" or "next-token" (see
-    data/rows.py); None: as the shape of the logits, the task or a look at the teacher says. tokens:
+    data/row_selection.py); None: as the shape of the logits, the task or a look at the teacher says. tokens:
     keep the token ids, so that stage 2 needs no data; None: where they are all that the teacher is
     given. shard_size: wanted bytes of a shard, or `records_per_shard` instead; by default a 64th of
     the dump, of 128 KiB to 256 MiB, and one for every rank. accept: fields of the identity whose

@@ -17,7 +17,7 @@ from kdcache.cache.spec import CacheSpec
 from kdcache.cache.writer import Writer
 from kdcache.data.collate import Collated, beyond_tokens
 from kdcache.data.reading import data_batches
-from kdcache.data.rows import NEXT_TOKEN
+from kdcache.data.row_selection import NEXT_TOKEN
 from kdcache.data.samples import Samples
 from kdcache.data.transfer import fetch, wait
 from kdcache.errors import DataError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdcache.data.collate import collate
 from kdcache.data.padding import Real
-from kdcache.data.rows import next_token_rows, position_rows, select_rows
+from kdcache.data.row_selection import next_token_rows, position_rows, select_rows
 from kdcache.data.samples import Samples
 from kdcache.data.transfer import to_device
 from kdcache.errors import DataError

@@ -225,7 +225,7 @@ def test_inductor_finds_the_strides_that_it_was_told(layout: str, device: str) -
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_operators_keep_their_promises_to_torch(layout: str, device: str) -> None:
-    from kdcache.kernels.kd_loss import kd_rows_op, scale_rows_op
+    from kdcache.kernels.kd_loss_rows import kd_rows_op, scale_rows_op
 
     problem = usual(num_classes=1272)
     logits = rows_of(layout, problem.logits.to(device)).requires_grad_()

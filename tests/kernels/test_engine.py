@@ -167,7 +167,7 @@ def test_without_a_device_the_kernels_are_refused_before_anything_is_written(
 ) -> None:
     from kdcache.student.train import train_student
 
-    monkeypatch.setattr("kdcache.kernels.kd_loss.INTERPRETED", False)
+    monkeypatch.setattr("kdcache.kernels.kd_loss_rows.INTERPRETED", False)
     assert check_engine("auto", torch.device("cpu")) == "torch"
     cache = write_cache(tmp_path / "cache", Points(16), Net(8))
     with pytest.raises(UsageError, match="need a CUDA device, and this is cpu; use engine 'torch'"):
@@ -205,7 +205,7 @@ def test_a_run_on_the_kernels_is_the_run_on_torch(tmp_path: Path, device: str) -
 
 def test_without_triton_the_kernels_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """None in sys.modules is how an import fails where a package is not installed."""
-    monkeypatch.setitem(sys.modules, "kdcache.kernels.kd_loss", None)
+    monkeypatch.setitem(sys.modules, "kdcache.kernels.kd_loss_rows", None)
     logits, head, labels = torch.randn(3, 7), torch.randn(7, 4), torch.tensor([1, -1, 6])
     for call in (
         lambda engine: kd_loss(logits, labels, engine=engine),

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdcache.kernels.softcap import capped
+from kdcache.kernels.sweeps import capped
 
 UNIT = 2**-24
 

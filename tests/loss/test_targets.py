@@ -17,8 +17,8 @@ from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.cache.values import pack_high
 from kdcache.errors import UsageError
-from kdcache.loss.arguments import check_temperature
 from kdcache.loss.targets import SoftTargets, _plane, soft_targets, targets_from_logits
+from kdcache.loss.tensor_arguments import check_temperature
 from kdcache.loss.topk import exact_topk, tail_lse
 
 VALUES = ("float32", "bfloat16", "float16", "uint8")

@@ -398,7 +398,7 @@ def test_what_the_kernel_cannot_do_is_refused_before_anything_is_written(
 def test_without_a_device_for_it_the_kernel_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.kernels.kd_loss.INTERPRETED", False)
+    monkeypatch.setattr("kdcache.kernels.kd_loss_rows.INTERPRETED", False)
     for kind in ("topk", "full"):
         with pytest.raises(
             UsageError, match="the kernels need a CUDA device, and this is cpu; use engine 'torch'"

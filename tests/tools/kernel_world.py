@@ -16,7 +16,7 @@ import triton
 from kernel_cases import Case
 from torch import Tensor
 
-from kdcache.kernels import kd_loss
+from kdcache.kernels import kd_loss_rows as kd_loss
 from kdcache.kernels.kd_launch import powers
 from kdcache.kernels.row_loss import Divergence, RowLoss
 

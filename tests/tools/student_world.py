@@ -23,7 +23,7 @@ from kdcache.cache.rows import Rows
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import Collated, collate
 from kdcache.data.identify import identify
-from kdcache.data.rows import next_token_rows
+from kdcache.data.row_selection import next_token_rows
 from kdcache.data.samples import Samples
 from kdcache.loss.topk import exact_topk, tail_lse
 from kdcache.models.model import forward

@@ -14,7 +14,7 @@ stands here as what people use.
 On a CPU the kernels cannot be timed: there the torch engine is raced, in chunks and over whole
 logits.
 
-    python -m kdcache.bench.kd_linear [--quick]
+    python -m kdcache.bench.lm_head_speed [--quick]
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def model_bytes(sizes: Sizes) -> int:
     )
 
 
-def kd_linear(
+def lm_head_speed(
     quick: bool = False, rounds: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """Race and return one JSON object: times, rates, peak memory, errors, machine.
@@ -335,4 +335,4 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    finish(kd_linear(quick="--quick" in sys.argv[1:]), render)
+    finish(lm_head_speed(quick="--quick" in sys.argv[1:]), render)

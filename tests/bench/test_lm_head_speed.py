@@ -12,12 +12,12 @@ import sys
 import pytest
 import torch
 
-from kdcache.bench import kd_linear
+from kdcache.bench import lm_head_speed
 
 
 def test_it_runs_as_a_module_and_says_that_no_kernel_was_timed() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kdcache.bench.kd_linear", "--quick"],
+        [sys.executable, "-m", "kdcache.bench.lm_head_speed", "--quick"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -27,7 +27,7 @@ def test_it_runs_as_a_module_and_says_that_no_kernel_was_timed() -> None:
     *lines, last = done.stdout.splitlines()
     found = json.loads(last)
     assert (
-        lines[-1] == found["note"] == kd_linear.SAY_CPU
+        lines[-1] == found["note"] == lm_head_speed.SAY_CPU
         and not found["kernels_timed"]
         and found["errors"] == []
     )
@@ -35,39 +35,39 @@ def test_it_runs_as_a_module_and_says_that_no_kernel_was_timed() -> None:
         "kd_linear, 64 KB",
         "kd_linear, 64 KB, frozen head",
         "whole logits",
-        kd_linear.BARE,
+        lm_head_speed.BARE,
     }
     for name, one in found["contenders"].items():
         assert one["seconds"]["min"] > 0 and one["flop_per_second"] > 0
-        assert name == kd_linear.BARE or one["gradient_error"] < 1e-5
+        assert name == lm_head_speed.BARE or one["gradient_error"] < 1e-5
     assert found["operations"] == 6 * 64 * 1000 * 32
 
 
 def test_the_floor_is_what_can_be_counted() -> None:
-    sizes = kd_linear.SIZES["cuda"]
+    sizes = lm_head_speed.SIZES["cuda"]
     assert (
-        round(kd_linear.operations(sizes) / 1e12, 1) == 25.8
-        and round(kd_linear.model_bytes(sizes) / 1e9) == 43
+        round(lm_head_speed.operations(sizes) / 1e12, 1) == 25.8
+        and round(lm_head_speed.model_bytes(sizes) / 1e9) == 43
     )
-    said = " ".join((kd_linear.__doc__ or "").split())
+    said = " ".join((lm_head_speed.__doc__ or "").split())
     assert "25.8 TFLOP" in said and "43 GB" in said and "floor" in said
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_and_the_line_is_json(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kd_linear, "gradient_error", lambda *_: float("nan"))
-    found = kd_linear.kd_linear(quick=True, rounds=1, device="cpu")
+    monkeypatch.setattr(lm_head_speed, "gradient_error", lambda *_: float("nan"))
+    found = lm_head_speed.lm_head_speed(quick=True, rounds=1, device="cpu")
     assert len(found["errors"]) == 3 and "gradient is off by nan" in found["errors"][0]
     json.dumps(found, allow_nan=False)
 
 
 def test_a_wrong_gradient_is_noticed() -> None:
-    problem = kd_linear.Problem.of(kd_linear.QUICK["cpu"], torch.device("cpu"))
-    hidden_NH, _ = kd_linear.whole(problem, kd_linear.torch_engine)
+    problem = lm_head_speed.Problem.of(lm_head_speed.QUICK["cpu"], torch.device("cpu"))
+    hidden_NH, _ = lm_head_speed.whole(problem, lm_head_speed.torch_engine)
     assert (
-        kd_linear.gradient_error(problem, hidden_NH)
+        lm_head_speed.gradient_error(problem, hidden_NH)
         < 1e-5
         < 0.01
-        < kd_linear.gradient_error(problem, hidden_NH * 2)
+        < lm_head_speed.gradient_error(problem, hidden_NH * 2)
     )

@@ -108,7 +108,7 @@ def model_bytes(rows: int, classes: int, kept: int, itemsize: int) -> int:
     return rows * (2 * classes * itemsize + teacher + 8 + 3 * 4)
 
 
-def kd_loss(
+def loss_speed(
     quick: bool = False, rounds: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """Race over every case and return one JSON object: cases, times, rates, shares, memory, errors,
@@ -290,4 +290,4 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    finish(kd_loss(quick="--quick" in sys.argv[1:]), render)
+    finish(loss_speed(quick="--quick" in sys.argv[1:]), render)

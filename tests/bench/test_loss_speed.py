@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from kdcache.bench import kd_contenders as world
-from kdcache.bench import kd_loss, track
+from kdcache.bench import loss_speed, track
 from kdcache.bench.races import RACES
 from kdcache.cli import main
 from kdcache.errors import UsageError
@@ -50,7 +50,7 @@ def test_on_a_cpu_the_torch_engine_is_raced_and_the_kernels_are_said_to_be_untim
     *lines, last = result.stdout.splitlines()
     found = json.loads(last)
     assert (
-        lines[-1] == found["note"] == kd_loss.SAY_CPU
+        lines[-1] == found["note"] == loss_speed.SAY_CPU
         and found["kernels_timed"] is False
         and found["errors"] == []
     )
@@ -78,16 +78,25 @@ def test_on_a_cpu_the_torch_engine_is_raced_and_the_kernels_are_said_to_be_untim
 
 def test_the_least_bytes_at_the_size_that_is_named() -> None:
     assert (
-        kd_loss.model_bytes(8192, 128_256, 64, 2)
+        loss_speed.model_bytes(8192, 128_256, 64, 2)
         == 8192 * (4 * 128_256 + 64 * 8 + 24)
         == 4_207_083_520
     )
 
 
 def test_the_cases_are_those_that_were_promised() -> None:
-    assert kd_loss.CUDA.classes == (1000, 4096, 10_000, 32_000, 50_257, 128_256, 151_936, 262_144)
-    assert len(list(kd_loss.CUDA.cases())) == 8 * 2 * 3 and kd_loss.CUDA.rows == 8192
-    assert kd_loss.CUDA.dtype == torch.bfloat16 and kd_loss.CUDA.flush_bytes > 126 * 2**20
+    assert loss_speed.CUDA.classes == (
+        1000,
+        4096,
+        10_000,
+        32_000,
+        50_257,
+        128_256,
+        151_936,
+        262_144,
+    )
+    assert len(list(loss_speed.CUDA.cases())) == 8 * 2 * 3 and loss_speed.CUDA.rows == 8192
+    assert loss_speed.CUDA.dtype == torch.bfloat16 and loss_speed.CUDA.flush_bytes > 126 * 2**20
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +123,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
     )
-    monkeypatch.setattr(kd_loss, "kd_loss", lambda **_: pytest.fail("it was timed"))
+    monkeypatch.setattr(loss_speed, "loss_speed", lambda **_: pytest.fail("it was timed"))
     result = bench("--plot", str(tmp_path / "p.png"))
     assert result.exit_code == 2 and "--plot needs matplotlib" in result.stderr
 
@@ -261,8 +270,10 @@ def test_a_wrong_gradient_of_ours_is_an_error_after_all_is_kept(
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kd_loss, "gradient_errors", lambda *_: {"max": 0.0, "tail": float("nan")})
-    found = kd_loss.kd_loss(quick=True, rounds=1, device="cpu")
+    monkeypatch.setattr(
+        loss_speed, "gradient_errors", lambda *_: {"max": 0.0, "tail": float("nan")}
+    )
+    found = loss_speed.loss_speed(quick=True, rounds=1, device="cpu")
     assert len(found["errors"]) == 2 * 2 and found["cases"][0]["contenders"]["torch engine"][
         "gradient_error"
     ] == {"max": 0.0, "tail": None}
@@ -279,15 +290,15 @@ def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(
             raise RuntimeError("illegal memory access")
         return make(rows, classes, *others)
 
-    monkeypatch.setattr(kd_loss, "make_problem", broken)
-    found = kd_loss.kd_loss(quick=True, rounds=1, device="cpu")
+    monkeypatch.setattr(loss_speed, "make_problem", broken)
+    found = loss_speed.loss_speed(quick=True, rounds=1, device="cpu")
     assert found["errors"] == ["V=127 T=2 K=8: RuntimeError: illegal memory access"]
     assert (
         "contenders" in found["cases"][0] and found["cases"][1]["failed"] == "illegal memory access"
     )
-    assert "illegal memory access" in kd_loss.render(
+    assert "illegal memory access" in loss_speed.render(
         found
-    ) and "V=100 T=2 K=8  definition" in kd_loss.render(found)
+    ) and "V=100 T=2 K=8  definition" in loss_speed.render(found)
     json.dumps(found, allow_nan=False)
 
 
@@ -301,11 +312,13 @@ def test_a_race_that_takes_too_long_leaves_the_rest_out_and_keeps_what_it_has(
         found == [{"n": 1}]
         and "left out, as 420 s are over: [(2,), (3,)]" in capsys.readouterr().out
     )
-    cases = kd_loss.CUDA.cases()
-    assert {k for _, _, k in cases[:12]} == {kd_loss.CUDA.compiled_at} and len(set(cases)) == len(
-        cases
+    cases = loss_speed.CUDA.cases()
+    assert {k for _, _, k in cases[:12]} == {loss_speed.CUDA.compiled_at} and len(
+        set(cases)
+    ) == len(cases)
+    loss_speed.draw(
+        {"cases": [], "rows": 1, "dtype": "", "kernels_timed": False}, tmp_path / "p.png"
     )
-    kd_loss.draw({"cases": [], "rows": 1, "dtype": "", "kernels_timed": False}, tmp_path / "p.png")
 
 
 def test_table_and_plot_of_a_race_on_a_device(tmp_path: Path) -> None:
@@ -339,12 +352,12 @@ def test_table_and_plot_of_a_race_on_a_device(tmp_path: Path) -> None:
         "errors": [],
         "machine": {"gpus": ["made up"]},
     }
-    text = kd_loss.render(result)
+    text = loss_speed.render(result)
     assert "V=32000 T=2 K=64  definition: OutOfMemoryError: 9 GB" in text
     assert "liger-kernel is not installed: not raced" in text
     (line,) = (line for line in text.splitlines() if line.startswith("V=1000 T=1 K=64  kernel"))
     assert line.split()[-8:] == ["kernel", "2", "1000", "25", "3", "2.0e-03", "not", "finite"]
-    kd_loss.draw(result, tmp_path / "p.png")
+    loss_speed.draw(result, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

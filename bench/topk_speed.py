@@ -109,7 +109,7 @@ def differs(logits: Tensor, kept: int, labels: Tensor) -> list[str]:
     return [f"{name} differ from the exact torch form" for name, well in same.items() if not well]
 
 
-def topk_lse(
+def topk_speed(
     quick: bool = False, rounds: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """Race over every case and return one JSON object: cases, times, rates, shares, memory,
@@ -223,4 +223,4 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    finish(topk_lse(quick="--quick" in sys.argv[1:]), render)
+    finish(topk_speed(quick="--quick" in sys.argv[1:]), render)

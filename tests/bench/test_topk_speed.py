@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kdcache.bench import topk_lse as module
+from kdcache.bench import topk_speed as module
 from kdcache.cli import main
 
 
@@ -54,7 +54,7 @@ def test_a_case_that_breaks_ends_the_race_and_keeps_what_was_measured(
         return race(track, sizes, rounds, classes, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "race_shape", broken)
-    found = module.topk_lse(quick=True, rounds=1, device="cpu")
+    found = module.topk_speed(quick=True, rounds=1, device="cpu")
     assert (
         found["errors"] == ["V=127 k=8: RuntimeError: illegal memory access"]
         and found["left_out"] == 0
