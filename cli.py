@@ -27,14 +27,14 @@ from kdcache.options import (
     Door,
     Once,
     StderrLog,
-    answer,
     at_work,
     config_and_json,
-    given,
+    given_options,
     lines,
+    print_line,
+    print_result,
     shown,
     size,
-    tell,
 )
 from kdcache.process.ranks import this_rank
 
@@ -237,8 +237,7 @@ def main() -> None:
     metavar="FIELD",
     help="A difference in this field is harmless; unsteady: keep "
     "the answers of a teacher that are left to chance; answers: go on though it says something "
-    "else about "
-    "committed records. Repeatable.",
+    "else about committed records. Repeatable.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be written and how large, and write nothing."
@@ -251,12 +250,12 @@ def dump_teacher(as_json: bool, **options: Any) -> None:
     from kdcache.teacher.dump import dump_teacher as function
     from kdcache.teacher.progress import StderrProgress
 
-    chosen = given(
+    chosen = given_options(
         options, tier="tiers", temperature="temperatures", feature="features", format="container"
     )
     with at_work():
         result = function(**chosen, progress=StderrProgress(rank=this_rank().rank))
-    answer(result, as_json, partial(lines, only=DUMPED))
+    print_result(result, as_json, partial(lines, only=DUMPED))
 
 
 @main.command("train-student")
@@ -386,8 +385,8 @@ def train_student(as_json: bool, **options: Any) -> None:
     from kdcache.student.train import train_student as function
 
     with at_work():
-        result = function(**given(options), say=tell)
-    answer(result, as_json, partial(lines, only=TRAINED))
+        result = function(**given_options(options), say=print_line)
+    print_result(result, as_json, partial(lines, only=TRAINED))
 
 
 @main.command()
@@ -433,8 +432,8 @@ def evaluate(as_json: bool, **options: Any) -> None:
     from kdcache.student.evaluate import evaluate as function
 
     with at_work():
-        result = function(**given(options))
-    answer(result, as_json, lines)
+        result = function(**given_options(options))
+    print_result(result, as_json, lines)
 
 
 @main.command()
@@ -457,8 +456,8 @@ def verify(as_json: bool, **options: Any) -> None:
     from kdcache.teacher.verify import verify as function
 
     with at_work():
-        result = function(**given(options))
-    answer(result, as_json, lines)
+        result = function(**given_options(options))
+    print_result(result, as_json, lines)
     if not result.ok:
         said = "; ".join([*result.problems, *([result.advice] if result.advice else [])])
         click.echo(f"Error: {options['cache']} is not as it should be: {shown(said)}", err=True)
@@ -493,8 +492,8 @@ def inspect(as_json: bool, **options: Any) -> None:
     from kdcache import inspect as module
 
     with at_work():
-        result = module.inspect(**given(options))
-    answer(result, as_json, module.render)
+        result = module.inspect(**given_options(options))
+    print_result(result, as_json, module.render)
 
 
 @main.command()
@@ -510,10 +509,10 @@ def convert(as_json: bool, **options: Any) -> None:
     """Copy CACHE to OUT in the other container: lossless, and with the same content id."""
     from kdcache.cache.convert import convert as function
 
-    chosen = given(options)
+    chosen = given_options(options)
     with at_work():
         content_id = function(chosen["cache"], chosen["out"], container=chosen.get("format"))
-    answer({"out": chosen["out"], "content_id": content_id}, as_json, lines)
+    print_result({"out": chosen["out"], "content_id": content_id}, as_json, lines)
 
 
 @main.command()
@@ -540,8 +539,8 @@ def report(as_json: bool, **options: Any) -> None:
     from kdcache import report as module
 
     with at_work():
-        result = module.report(**given(options))
-    answer(result, as_json, module.render)
+        result = module.report(**given_options(options))
+    print_result(result, as_json, module.render)
 
 
 @main.command()
@@ -560,8 +559,8 @@ def demo(as_json: bool, **options: Any) -> None:
     from kdcache import demo as module
 
     with at_work():
-        result = module.demo(**given(options), say=tell)
-    answer(result, as_json, module.render)
+        result = module.demo(**given_options(options), say=print_line)
+    print_result(result, as_json, module.render)
 
 
 @main.command()
@@ -570,7 +569,7 @@ def env(as_json: bool) -> None:
     """Versions, CPUs, GPUs, and the engine that would run."""
     from kdcache import env as module
 
-    answer(module.env(), as_json, module.render)
+    print_result(module.env(), as_json, module.render)
 
 
 @main.group()
@@ -601,9 +600,9 @@ def _race_command(race: Race) -> click.Command:
             raise UsageError("--plot needs matplotlib: pip install 'kdcache[plot]'")
         module = importlib.import_module(f"kdcache.bench.{race.module}")
         with at_work():
-            result = getattr(module, race.module)(**given(options))
+            result = getattr(module, race.module)(**given_options(options))
         if results is not None:
-            tell(f"kept in {save(result, results)}")
+            print_line(f"kept in {save(result, results)}")
         if not as_json:
             click.echo(shown(module.render(result)))
         click.echo(json_line(result))

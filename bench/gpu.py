@@ -84,8 +84,7 @@ def install(wheels: Path | None, run: Run) -> list[str]:
     if absent := missing(needed()):
         failed.append(
             f"modules: {', '.join(absent)} not installed; put their wheels into a folder and give "
-            "it: "
-            f"make gpu WHEELS=FOLDER"
+            "it: make gpu WHEELS=FOLDER"
         )
     return failed
 

@@ -158,8 +158,7 @@ def _finished(folder: Path, seeds: int, shorten: int) -> dict[str, Any] | None:
     except ValueError as e:
         raise CacheCorrupt(
             f"{folder / RESULT}: not readable as JSON ({e}); delete it, and the same command makes "
-            "it "
-            "again from the runs"
+            "it again from the runs"
         ) from e
     return result if (result.get("seeds"), result.get("shorten")) == (seeds, shorten) else None
 

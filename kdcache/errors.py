@@ -72,7 +72,7 @@ class IdentityMismatch(KDCacheError):
         self.fields = fields
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`' (did you mean "x"?)'` for the closest of `known`, or the whole list when nothing is close."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)

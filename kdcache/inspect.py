@@ -427,8 +427,8 @@ def _facts_text(found: Mapping[str, Any]) -> str:
         (
             "size",
             f"{_count(found['num_records'], 'record')}, {_count(found['num_rows'], 'row')}, "
-            f"{_count(found['num_shards'], 'shard')}, samples {_span(found['samples'])}, "
-            f"views {_span(found['views'])}",
+            f"{_count(found['num_shards'], 'shard')}, samples {_span(found['samples'])}, views "
+            f"{_span(found['views'])}",
         ),
         (
             "bytes",
@@ -518,8 +518,7 @@ def _losses_text(found: Mapping[str, Any]) -> list[str]:
 def _record_text(found: Mapping[str, Any]) -> str:
     out = [
         f"record {found['record']} of {found['cache']}: sample {found['sample_id']}, view "
-        f"{found['view']}, "
-        f"key {found['sample_key']}"
+        f"{found['view']}, key {found['sample_key']}"
     ]
     if "tokens" in found:
         out.append("tokens " + " ".join(found["tokens"]))
@@ -564,8 +563,8 @@ def _comparison_text(found: Mapping[str, Any]) -> str:
             ", ..." if len(shards["differ"]) > 10 else ""
         )
         out.append(
-            f"  {len(shards['differ'])} of {shards['of']} shards differ ({first}), "
-            f"in {', '.join(shards['columns'])}"
+            f"  {len(shards['differ'])} of {shards['of']} shards differ ({first}), in "
+            f"{', '.join(shards['columns'])}"
         )
     return "\n".join(out)
 

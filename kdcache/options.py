@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import click
 from click.core import ParameterSource
 
-from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.errors import KDCacheError, UsageError, did_you_mean
 from kdcache.process.early import at_once, put_back
 from kdcache.process.ranks import this_rank
 from kdcache.process.signals import Signals
@@ -256,7 +256,7 @@ def read_config(path: Path, command: click.Command, commands: Iterable[str]) -> 
                 f"{path}: {name!r} stands outside a table; put it under [{command.name}]"
             )
         if name not in {*commands, RECORDED}:
-            raise UsageError(f"{path}: table [{name}] is no command{near(name, commands)}")
+            raise UsageError(f"{path}: table [{name}] is no command{did_you_mean(name, commands)}")
     if command.name not in document:
         raise UsageError(
             f"{path}: there is no table [{command.name}]; it has "
@@ -267,7 +267,7 @@ def read_config(path: Path, command: click.Command, commands: Iterable[str]) -> 
     for key, value in document[command.name].items():
         where = f"{path} [{command.name}] {key}"
         if key not in options:
-            raise UsageError(f"{where}: unknown key{near(key, options)}")
+            raise UsageError(f"{where}: unknown key{did_you_mean(key, options)}")
         values[str(options[key].name)] = _checked(options[key], value, where)
     return values
 
@@ -342,7 +342,7 @@ def _toml_types(option: click.Option) -> tuple[type, ...]:
     return (str,)
 
 
-def given(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
+def given_options(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
     """Those of a command's `options` that were given, in a file or on the command line: the
     functions own the defaults.
 
@@ -375,13 +375,13 @@ def at_work() -> Iterator[None]:
         yield
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """A line of progress on standard error; rank 0 only."""
     if this_rank().rank == 0:
         click.echo(shown(text), err=True)
 
 
-def answer(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+def print_result(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """Print a command's result, as one JSON object or as text for people; rank 0 only."""
     if this_rank().rank != 0:
         return

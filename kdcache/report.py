@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import CacheCorrupt, DataError, UsageError, near
+from kdcache.errors import CacheCorrupt, DataError, UsageError, did_you_mean
 from kdcache.models.runs import (
     BEST,
     LAST,
@@ -80,7 +80,7 @@ def report(
     if sort is not None:  # as the table names them
         sort = sort.replace(f"{BEST}/", f"{BEST}.").removeprefix(f"{LAST}/")
     if sort is not None and sort not in metrics:
-        raise UsageError(f"--sort {sort}: no run has this metric{near(sort, metrics)}")
+        raise UsageError(f"--sort {sort}: no run has this metric{did_you_mean(sort, metrics)}")
     rows.sort(key=lambda row: _order(row, keys, sort))
     result = {
         "by": list(keys),
@@ -143,7 +143,7 @@ def _checked_by(by: Sequence[str], runs: Sequence[Run]) -> list[str]:
     known = {name for run in runs for name in run.options}
     for name in by:
         if name not in known:
-            raise UsageError(f"--by {name}: no run has this option{near(name, known)}")
+            raise UsageError(f"--by {name}: no run has this option{did_you_mean(name, known)}")
     return list(by)
 
 
@@ -256,14 +256,12 @@ def render(result: Mapping[str, Any]) -> str:
         elif len(set(row["seeds"])) < row["n"]:
             out.append(
                 f"line {number} counts a seed more than once (seeds "
-                f"{', '.join(map(str, row['seeds']))}): "
-                "the spread is too small"
+                f"{', '.join(map(str, row['seeds']))}): the spread is too small"
             )
     if any(name.startswith(f"{BEST}.") for name in shown):
         out.append(
             f"{LAST}/: the weights that a run ended with; {BEST}/: its best ones (by best-by), "
-            "which `kdcache "
-            "evaluate --student RUN` takes"
+            "which `kdcache evaluate --student RUN` takes"
         )
     out += [f"not finished: {path}" for path in result["unfinished"]]
     return "\n".join(out + ([f"plot: {result['plot']}"] if "plot" in result else []))

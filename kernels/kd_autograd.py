@@ -76,8 +76,7 @@ class _Wall(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         raise RuntimeError(
             f"{ctx.call} has first derivatives only, and one of its gradients was differentiated; "
-            "for a "
-            f"gradient penalty or a Hessian write the loss in plain torch operations"
+            "for a gradient penalty or a Hessian write the loss in plain torch operations"
         )
 
 

@@ -156,8 +156,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: RowLoss) -
     ):
         wrong.append(
             f"hidden is {hidden.dtype}, the head {[str(t.dtype) for t in head]}; expected one "
-            "dtype, or "
-            f"autocast"
+            "dtype, or autocast"
         )
     wrong += [
         f"{name} is {list(t.shape)} for hidden of {list(hidden.shape)}; expected {len(hidden)} rows"

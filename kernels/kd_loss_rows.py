@@ -203,7 +203,7 @@ def _check(logits: Tensor, rows: RowLoss, parts: int | None) -> None:
     if not logits.is_cuda and not INTERPRETED:
         wrong.append(
             f"logits are on {logits.device}; the kernels need a CUDA device, or TRITON_INTERPRET=1 "
-            f"set before triton is imported"
+            "set before triton is imported"
         )
     if logits.shape[1] >= 2**31 - 2**16:
         wrong.append(f"the logits have {logits.shape[1]} columns; expected fewer than 2^31 - 2^16")

@@ -54,8 +54,8 @@ class Divergence:
                 raise ValueError(f"{what} {value!r} is unknown (known: {', '.join(known)})")
         if self.tail in FORWARD_ONLY and self.name != "forward_kl":
             raise ValueError(
-                f"tail {self.tail!r} goes with divergence 'forward_kl' alone, found "
-                f"{self.name!r}: {FORWARD_ONLY[self.tail]}"
+                f"tail {self.tail!r} goes with divergence 'forward_kl' alone, found {self.name!r}: "
+                f"{FORWARD_ONLY[self.tail]}"
             )
         if (self.name, self.tail) == ("reverse_kl", "renormalise"):
             raise ValueError(

@@ -271,15 +271,13 @@ def _check(logits: Tensor, k: int, temperatures: Sequence[float], labels_NJ: Ten
     if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] < 2**30:
         raise ValueError(
             f"logits are {list(logits.shape)} of {logits.dtype}; expected [N, V] of float16, "
-            "bfloat16 or "
-            "float32, V from 1 to 2^30 - 1"
+            "bfloat16 or float32, V from 1 to 2^30 - 1"
         )
     wrong = []
     if not logits.is_cuda and not (INTERPRETED and logits.device.type == "cpu"):
         wrong.append(
             f"logits are on {logits.device}; the kernel needs a CUDA device, or TRITON_INTERPRET=1 "
-            "set before "
-            "triton is imported"
+            "set before triton is imported"
         )
     if not 1 <= k <= min(logits.shape[1], MOST_K):
         wrong.append(f"k is {k}; expected 1 to {min(logits.shape[1], MOST_K)}")
@@ -298,8 +296,8 @@ def _check(logits: Tensor, k: int, temperatures: Sequence[float], labels_NJ: Ten
     ):
         wrong.append(
             f"labels are {list(labels_NJ.shape)} of {labels_NJ.dtype} on {labels_NJ.device}; "
-            "expected "
-            f"integers [{len(logits)}] or [{len(logits)}, 1 to {MOST_LABELS}] on {logits.device}"
+            f"expected integers [{len(logits)}] or [{len(logits)}, 1 to {MOST_LABELS}] on "
+            f"{logits.device}"
         )
     if wrong:
         raise ValueError("; ".join(wrong))

@@ -138,9 +138,9 @@ def test_a_value_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: An
         plain = torch.log_softmax(torch.from_numpy(rows.relative), -1)
         torch.testing.assert_close(found.log_probs_NK, plain, rtol=0, atol=1e-6)
     assert verify(tmp_path / "c", teacher=teacher, data=data, device="cpu").ok
-    near = kdcache.open(tmp_path / "c")
+    did_you_mean = kdcache.open(tmp_path / "c")
     exact, *_ = dump(tmp_path / "exact", values="float32", **kind)
-    a, b = train(tmp_path / "a", near, data), train(tmp_path / "b", exact, data)
+    a, b = train(tmp_path / "a", did_you_mean, data), train(tmp_path / "b", exact, data)
     assert a == pytest.approx(b, rel=0.02) and a != b
     refused_without(tmp_path / "c", values.CODECS, "steps", "values")
     monkeypatch.delitem(targets.UNPACKED, "steps")

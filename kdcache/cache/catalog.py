@@ -18,7 +18,7 @@ from kdcache.cache.rawmap import Extent, Facts, check_extents, facts_records
 from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES, CacheSpec
 from kdcache.cache.store import MAX_JSON
 from kdcache.cache.values import CODECS
-from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, near
+from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, did_you_mean
 from kdcache.user.guard import printable
 
 FORMAT = 1
@@ -82,7 +82,7 @@ def header_bytes(
 ) -> bytes:
     """The bytes of header.json. UsageError for a container or a number of shards that cannot be."""
     if container not in SUFFIXES:
-        raise UsageError(f"container {container!r} is unknown{near(container, SUFFIXES)}")
+        raise UsageError(f"container {container!r} is unknown{did_you_mean(container, SUFFIXES)}")
     check_shards(spec)
     data = seal(_header_document(spec, identity, container, recorded))
     if (
@@ -92,8 +92,7 @@ def header_bytes(
     ):
         raise UsageError(
             f"a header of {len(data)} bytes with about {data.count(b',')} values is more than a "
-            "reader "
-            f"takes ({MAX_JSON} and {MAX_VALUES}): fewer class names or features"
+            f"reader takes ({MAX_JSON} and {MAX_VALUES}): fewer class names or features"
         )
     return data
 
@@ -111,9 +110,8 @@ def check_shards(spec: CacheSpec) -> None:
     if spec.num_shards > most:
         raise UsageError(
             f"{spec.num_views} views of {spec.num_samples} samples in shards of "
-            f"{spec.records_per_shard} "
-            f"are {spec.num_shards} shards; a manifest holds {most}: take larger shards or fewer "
-            "views"
+            f"{spec.records_per_shard} are {spec.num_shards} shards; a manifest holds {most}: take "
+            "larger shards or fewer views"
         )
 
 

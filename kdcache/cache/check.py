@@ -16,7 +16,7 @@ from kdcache.cache.columns import MAX_ELEMENTS, STORAGE, Array, Column, Columns,
 from kdcache.cache.rawmap import level_rows
 from kdcache.cache.spec import CacheSpec
 from kdcache.cache.values import add_high
-from kdcache.errors import CacheCorrupt, DataError, UsageError, near
+from kdcache.errors import CacheCorrupt, DataError, UsageError, did_you_mean
 
 CHUNK_ELEMENTS = 2**19  # ids looked at together: a few MiB of temporaries
 Get = Callable[[str], Array]  # a column of the shard by name, its bytes already proven
@@ -46,7 +46,7 @@ def prepare(
         if name not in columns:
             raise UsageError(f"column {name} is missing; this spec needs {', '.join(names)}")
         if name not in valid:
-            raise UsageError(f"column {name} is not of this spec{near(name, names)}")
+            raise UsageError(f"column {name} is not of this spec{did_you_mean(name, names)}")
     rows = {}
     counts = {"record": records}
     for level in known.levels.values():
@@ -69,7 +69,7 @@ def prepare(
         if array.size >= MAX_ELEMENTS:
             raise UsageError(
                 f"column {column.name} has {array.size} elements; a shard holds fewer than 2^31: "
-                f"take a smaller records_per_shard"
+                "take a smaller records_per_shard"
             )
         out[column.name] = np.ascontiguousarray(array)
     return out, rows

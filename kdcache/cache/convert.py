@@ -7,7 +7,7 @@ import os
 from kdcache.cache import reader
 from kdcache.cache.catalog import SUFFIXES
 from kdcache.cache.writer import create
-from kdcache.errors import CacheCorrupt, CacheExists, UsageError, near
+from kdcache.errors import CacheCorrupt, CacheExists, UsageError, did_you_mean
 from kdcache.user.paths import local_path
 
 
@@ -24,7 +24,7 @@ def convert(
     with reader.open(src) as cache:
         target = container or next(name for name in SUFFIXES if name != cache.container)
         if target not in SUFFIXES:
-            raise UsageError(f"container {target!r} is unknown{near(target, SUFFIXES)}")
+            raise UsageError(f"container {target!r} is unknown{did_you_mean(target, SUFFIXES)}")
         if os.path.realpath(cache.path) == os.path.realpath(local_path(dst, "OUT")):
             raise UsageError(f"{dst}: a cache cannot be converted into itself")
         with create(
@@ -37,8 +37,7 @@ def convert(
     if made != cache.content_id:
         raise CacheCorrupt(
             f"{dst}: its content id is {made}, that of {src} was {cache.content_id}: the cache "
-            "changed "
-            "while it was read; remove the copy and convert again"
+            "changed while it was read; remove the copy and convert again"
         )
     return made
 

@@ -29,8 +29,8 @@ def encode_feature(
     """
     if activation.dtype != np.float32 or activation.shape[1:] != feature.shape:
         raise UsageError(
-            f"feature {feature.name}: {activation.dtype} {list(activation.shape)} given; "
-            f"expected float32 [N, {', '.join(map(str, feature.shape))}]"
+            f"feature {feature.name}: {activation.dtype} {list(activation.shape)} given; expected "
+            f"float32 [N, {', '.join(map(str, feature.shape))}]"
         )
 
     names = RowNames(first_record, offsets)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.cache.canonical import dumps
-from kdcache.errors import FieldDifference, IdentityMismatch, UsageError, near
+from kdcache.errors import FieldDifference, IdentityMismatch, UsageError, did_you_mean
 
 
 class _Absent:
@@ -183,7 +183,9 @@ def require_same(
     )
     for name in accept:
         if name not in known:
-            raise UsageError(f"--accept {name}: no such field of an identity{near(name, known)}")
+            raise UsageError(
+                f"--accept {name}: no such field of an identity{did_you_mean(name, known)}"
+            )
     refused = [
         d
         for d in found

@@ -73,16 +73,15 @@ def check_extents(spec: CacheSpec, facts: Facts, where: str) -> None:
     """
     if facts.records != facts_records(spec, facts.shard):
         raise CacheCorrupt(
-            f"{where}: shard {facts.shard} has {facts.records} records; "
-            f"the header gives it {facts_records(spec, facts.shard)}"
+            f"{where}: shard {facts.shard} has {facts.records} records; the header gives it "
+            f"{facts_records(spec, facts.shard)}"
         )
     counts = level_rows(spec, facts.records, facts.rows)
     for level in spec.layout.levels.values():
         if level.count is not None and counts[level.name] != counts[level.parent] * level.count:
             raise CacheCorrupt(
                 f"{where}: {counts[level.name]} rows of level {level.name!r}; expected "
-                f"{level.count} "
-                f"for each of {counts[level.parent]}"
+                f"{level.count} for each of {counts[level.parent]}"
             )
     end, last = 0, "the start of the file"
     lengths = expected_lengths(spec, facts.records, facts.rows)

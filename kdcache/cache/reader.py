@@ -24,8 +24,8 @@ from kdcache.cache.identity import Identity, require_same
 from kdcache.cache.rawmap import Facts
 from kdcache.cache.shard import Proof, Shard
 from kdcache.cache.spec import CacheSpec
-from kdcache.cache.store import Directory, explain
-from kdcache.errors import CacheCorrupt, CacheIncomplete, UsageError, near
+from kdcache.cache.store import Directory, as_cache_errors
+from kdcache.errors import CacheCorrupt, CacheIncomplete, UsageError, did_you_mean
 from kdcache.user.arguments import checked
 
 
@@ -64,15 +64,14 @@ def open(
     KDCacheError if there is no cache.
     """
     directory = Directory(path)
-    with explain(path, "opening the cache"):
+    with as_cache_errors(path, "opening the cache"):
         data = directory.read(HEADER)
         if data is None:
             if any(directory.names(folder) for folder in repair.FOLDERS):
                 raise CacheCorrupt(
                     f"{directory.full(HEADER)}: missing, and the folder has other files of a "
-                    "cache; "
-                    "nothing else says what they are: put back a copy of it, or dump to another "
-                    "place"
+                    "cache; nothing else says what they are: put back a copy of it, or dump to "
+                    "another place"
                 )
             raise CacheIncomplete(
                 f"{directory.path}: no cache here (no {HEADER}); dump-teacher makes one"
@@ -89,8 +88,8 @@ def open(
             present = len([n for n in directory.names("commit") if repair.NUMBERED.fullmatch(n)])
             raise CacheIncomplete(
                 f"{directory.path}: not finished: {present} of {header.spec.num_shards} shards are "
-                "committed and it is not sealed; run its dump-teacher command again, which "
-                "writes what is missing alone"
+                "committed and it is not sealed; run its dump-teacher command again, which writes "
+                "what is missing alone"
             )
         return Cache(directory, header, chain[-1] if chain else None, accepted)
 
@@ -151,7 +150,7 @@ class Cache:
             raise UsageError(f"shard {shard}: the cache has 0 to {self.spec.num_shards - 1}")
         if self._manifest is not None:
             return self._manifest.facts(shard)
-        with explain(self.path, "reading a commit record"), repair.mendable():
+        with as_cache_errors(self.path, "reading a commit record"), repair.mendable():
             found = repair.read_commit(self._directory, self._header, shard)
         if found is None:
             raise CacheIncomplete(f"{self.path}: shard {shard} is not committed yet")
@@ -208,7 +207,9 @@ class Cache:
         names = list(self._columns) if columns is None else list(dict.fromkeys(columns))
         for name in names:
             if name not in self._columns:
-                raise UsageError(f"{self.path}: no column {name!r}{near(name, self._columns)}")
+                raise UsageError(
+                    f"{self.path}: no column {name!r}{did_you_mean(name, self._columns)}"
+                )
         wanted = np.asarray(records)
         if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and wanted.size):
             raise UsageError(
@@ -226,7 +227,7 @@ class Cache:
                 f"{mapping.MOST} can be mapped at once: read fewer at a time"
             )
         levels = self._layout.levels
-        with explain(self.path, "reading"), repair.mendable():
+        with as_cache_errors(self.path, "reading"), repair.mendable():
             used = {self._columns[name].level for name in names}
             offsets = [key for key, level in self._layout.offsets.items() if level.name in used]
             shards = [self._shard(part.shard) for part in parts]
@@ -260,7 +261,7 @@ class Cache:
 
         For who finds that what was read of them cannot be. CacheCorrupt naming file and column.
         """
-        with explain(self.path, "proving"), repair.mendable():
+        with as_cache_errors(self.path, "proving"), repair.mendable():
             for number in np.unique(self.spec.locate(records)[0]).tolist():
                 shard = self._shard(number)
                 shard.forget()
@@ -270,12 +271,12 @@ class Cache:
         """Every column of one shard as read-only views of the mapped file, and the offsets of its
         ragged levels.
         """
-        with explain(self.path, "reading"), repair.mendable():
+        with as_cache_errors(self.path, "reading"), repair.mendable():
             return self._shard(shard).get(self._layout.names)
 
     def shard_measured(self, shard: int) -> dict[str, float]:
         """What the writer measured of one shard."""
-        with explain(self.path, "reading"), repair.mendable():
+        with as_cache_errors(self.path, "reading"), repair.mendable():
             return {name: float(text) for name, text in self._shard(shard).measured().items()}
 
     def _shard(self, shard: int) -> Shard:

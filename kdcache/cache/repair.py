@@ -50,8 +50,7 @@ def outside_caches(path: str | os.PathLike[str]) -> None:
         if (above / catalog.HEADER).is_file() and (above / "commit").is_dir():
             raise UsageError(
                 f"{path}: lies inside the cache {above}, whose repair would put it aside; choose a "
-                "place "
-                "outside of it"
+                "place outside of it"
             )
 
 

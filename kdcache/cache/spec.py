@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcache.cache.columns import MAX_ELEMENTS, NAME, ROOT, Array, Column, Level
 from kdcache.cache.values import CODECS, ValueCodec, value_codec
-from kdcache.errors import FieldDifference, NotBuilt, UsageError, near
+from kdcache.errors import FieldDifference, NotBuilt, UsageError, did_you_mean
 
 KINDS_LATER = ("topp", "sampled", "hybrid", "given")
 RECIPES = ["raw", "map", "pool", "cls", "last", "energy"]
@@ -183,8 +183,7 @@ class CacheSpec:
             ):
                 raise UsageError(
                     f"predicts is {self.predicts!r}, with rows {self.rows!r} and tokens "
-                    f"{self.tokens}; "
-                    "expected it for ragged rows, and where tokens do not say it"
+                    f"{self.tokens}; expected it for ragged rows, and where tokens do not say it"
                 )
         _between("vocabulary", self.vocabulary, 0, MAX_CLASSES)
         if self.vocabulary and (not self.tokens or self.vocabulary == self.num_classes):
@@ -536,7 +535,7 @@ def _one_of(what: str, value: str, known: Sequence[str], later: tuple[str, ...] 
         built = ", ".join(k for k in known if k not in later)
         raise NotBuilt(f"{what} {value!r} is not built yet; this version has {built}")
     if value not in known:
-        raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+        raise UsageError(f"{what} {value!r} is unknown{did_you_mean(value, known)}")
 
 
 def _between(what: str, value: int, low: int, high: int) -> None:

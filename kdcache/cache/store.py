@@ -69,7 +69,7 @@ class Temporary:
 
 class Directory:
     """The folder of a cache. Names are relative, with `/`. OSError from the system passes through;
-    see `explain`.
+    see `as_cache_errors`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -100,8 +100,7 @@ class Directory:
             if e.errno in NO_FILE:
                 raise CacheCorrupt(
                     f"{path}: not a folder, or a link that leads to none ({e.strerror}); put the "
-                    "folder "
-                    "back, or mount the disk that it is on"
+                    "folder back, or mount the disk that it is on"
                 ) from e
             raise
 
@@ -373,10 +372,10 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def explain(
-    path: str | os.PathLike[str], doing: str, standing: Callable[[], str] = str
+def as_cache_errors(
+    path: str | os.PathLike[str], doing: str, what_is_saved: Callable[[], str] = str
 ) -> Iterator[None]:
-    """Turn an OSError into one line that says what to do; `standing` adds how far the cache is."""
+    """Turn an OSError into one line that says what to do; `what_is_saved` adds how far the cache is."""
     try:
         yield
     except OSError as e:
@@ -384,15 +383,14 @@ def explain(
         if e.errno in FULL:
             raise KDCacheError(
                 f"{path}: disk full while {doing} ({why}); free space and run the same command "
-                f"again{standing()}"
+                f"again{what_is_saved()}"
             ) from e
         if e.errno in DENIED:
             raise KDCacheError(
                 f"{e.filename or path}: not allowed while {doing} ({why}); check the permissions "
-                "of the "
-                f"folder and its files{standing()}"
+                f"of the folder and its files{what_is_saved()}"
             ) from e
-        raise KDCacheError(f"{e.filename or path}: {why} while {doing}{standing()}") from e
+        raise KDCacheError(f"{e.filename or path}: {why} while {doing}{what_is_saved()}") from e
 
 
 class Hold:

@@ -22,7 +22,7 @@ from kdcache.cache.identity import Identity, difference, first_lines, require_sa
 from kdcache.cache.mapping import map_file
 from kdcache.cache.rawmap import Facts, digest, facts_records, rest_digest, survey
 from kdcache.cache.spec import CacheSpec, spec_difference
-from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, Hold, explain
+from kdcache.cache.store import QUARANTINE, TEMPORARY, Directory, Hold, as_cache_errors
 from kdcache.errors import (
     CacheCorrupt,
     CacheExists,
@@ -66,19 +66,19 @@ def create(
         raise UsageError("recorded: expected strings only")
     header_bytes = catalog.header_bytes(spec, identity, container, recorded)
     directory = Directory(path)
-    with explain(path, "creating the cache"):
+    with as_cache_errors(path, "creating the cache"):
         repair.outside_caches(directory.path)
         header, hold = _claim(directory, header_bytes, spec, identity, container)
         repair.sweep(directory, header, share)
         return Writer(directory, header, hold)
 
 
-def standing(path: str | os.PathLike[str]) -> Header | None:
+def existing_header(path: str | os.PathLike[str]) -> Header | None:
     """The header of the cache at `path` that `create` would continue, or refuse to replace:
     something is committed, or a writer is at work. None if there is none, or none that can be read.
     """
     directory = Directory(path)
-    with explain(path, "looking for a cache"):
+    with as_cache_errors(path, "looking for a cache"):
         try:
             data = directory.read(HEADER)
             header = None if data is None else catalog.parse_header(data, directory.full(HEADER))
@@ -125,12 +125,12 @@ def _standing_header(directory: Directory, data: bytes, replaced: bool) -> bytes
         if foreign in repair.FOLDERS:
             raise CacheCorrupt(
                 f"{where}: missing, but {foreign}/ holds files of a cache; put the header back or "
-                f"choose another place"
+                "choose another place"
             )
         if foreign:
             raise CacheExists(
-                f"{directory.path}: not a cache, and not empty (it holds {foreign!r}); "
-                f"choose another place"
+                f"{directory.path}: not a cache, and not empty (it holds {foreign!r}); choose "
+                "another place"
             )
         for folder in ("", *repair.FOLDERS):
             directory.make(folder)
@@ -167,8 +167,7 @@ def _accepted(
     if not repair.anything_committed(directory):
         alive = (
             "\n  nothing is committed there yet, but another dump into it seems to be alive: let "
-            "it end, or "
-            f"remove {directory.path} if it has"
+            f"it end, or remove {directory.path} if it has"
         )
     different = spec_difference(header.spec, spec)
     if header.container != container or different:
@@ -277,7 +276,7 @@ class Writer:
             for each in judged_with(self.spec, name):
                 unjudged.pop(each, None)
         texts = {name: catalog.number_text(value) for name, value in (measured or {}).items()}
-        with self._lock, explain(self.path, f"writing shard {shard}", self._standing):
+        with self._lock, as_cache_errors(self.path, f"writing shard {shard}", self._what_is_saved):
             facts, created = self._store(shard, records, rows, ready, texts)
             self._commit(facts, created)
 
@@ -285,7 +284,7 @@ class Writer:
         """Write the manifest, if it is not there yet; the content id. CacheIncomplete lists missing
         shards.
         """
-        with self._lock, explain(self.path, "sealing the cache", self._standing):
+        with self._lock, as_cache_errors(self.path, "sealing the cache", self._what_is_saved):
             shards = []
             absent = self.missing()
             if absent:
@@ -302,8 +301,7 @@ class Writer:
                 if self._directory.size(f"data/{facts.file}") != facts.size:
                     raise CacheCorrupt(
                         f"{self._directory.full('data/' + facts.file)}: missing, or not of "
-                        f"{facts.size} "
-                        f"bytes; run the same command again to rewrite shard {shard}"
+                        f"{facts.size} bytes; run the same command again to rewrite shard {shard}"
                     )
                 shards.append(facts)
             content_id = self._publish(shards)
@@ -348,7 +346,7 @@ class Writer:
             except Exception as e:
                 raise KDCacheError(
                     f"{self.path}: shard {shard} read back is not what was written ({e}); the disk "
-                    f"loses data, write to another{self._standing()}"
+                    f"loses data, write to another{self._what_is_saved()}"
                 ) from e
             file_digest = digest(data)
             facts = Facts(
@@ -392,7 +390,7 @@ class Writer:
             f"{self._directory.full(name)}: a bad commit record keeps this name; remove it"
         )
 
-    def _standing(self) -> str:
+    def _what_is_saved(self) -> str:
         try:
             done = self.spec.num_shards - len(self.missing())
         except OSError:

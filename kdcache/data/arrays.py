@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from kdcache.data.keys import UNSIGNED, array_header, byte_parts, elements
-from kdcache.errors import DataError, UsageError, near
-from kdcache.user.guard import describe, let_through
+from kdcache.errors import DataError, UsageError, did_you_mean
+from kdcache.user.guard import describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -79,7 +79,9 @@ def digits(*, split: str = "train") -> ArrayData:
             f"data digits needs scikit-learn ({e}): pip install 'kdcache[demo]'"
         ) from e
     if split not in DIGITS_SPLITS:
-        raise UsageError(f"data digits has no split {split!r}{near(str(split), DIGITS_SPLITS)}")
+        raise UsageError(
+            f"data digits has no split {split!r}{did_you_mean(str(split), DIGITS_SPLITS)}"
+        )
     bunch, rows = load_digits(), DIGITS_SPLITS[split]
     x = (bunch.images[rows, None] / 16).astype(np.float32)  # the pixels are counts 0..16
     return ArrayData(
@@ -129,7 +131,7 @@ def npz(path: str, /) -> ArrayData:
                 _check_plain(name, array)
     # numpy, zipfile and zlib each raise their own for damaged and for foreign files
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         raise DataError(f"{path} is no .npz file of plain arrays: {describe(e)}") from e
     names = arrays.pop("class_names", None)
     if not arrays or any(array.ndim == 0 for array in arrays.values()):

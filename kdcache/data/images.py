@@ -18,7 +18,7 @@ import xxhash
 from kdcache.data.folders import ClassFolders, class_folders
 from kdcache.data.preprocessing import Preprocessing, channels, read_preprocessing, size_of
 from kdcache.errors import DataError, UsageError
-from kdcache.user.guard import describe, let_through
+from kdcache.user.guard import describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 log = logging.getLogger("kdcache")
@@ -97,7 +97,7 @@ class ImageFolder:
             raise DataError(f"{file}: {e}") from e
         # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
         except Exception as e:
-            let_through(e)
+            reraise_interrupt(e)
             raise DataError(f"{file} cannot be decoded: {describe(e)}") from e
 
     def _revision(self) -> str:

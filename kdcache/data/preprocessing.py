@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.user_code import no_foreign_code
-from kdcache.errors import UsageError, near
-from kdcache.user.guard import describe, let_through
+from kdcache.errors import UsageError, did_you_mean
+from kdcache.user.guard import describe, reraise_interrupt
 
 # what a Hugging Face folder says it in
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -114,7 +114,7 @@ class Preprocessing:
         if interpolation not in INTERPOLATIONS:
             raise UsageError(
                 f"{where}: interpolation is "
-                f"{interpolation!r}{near(str(interpolation), INTERPOLATIONS)}"
+                f"{interpolation!r}{did_you_mean(str(interpolation), INTERPOLATIONS)}"
             )
         if resize != COVER and type(resize) is not int:
             resize = size_of(resize, f"{where}: resize")
@@ -222,7 +222,7 @@ def of_folder(folder: Path) -> Preprocessing:
     except UsageError:
         raise
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         raise UsageError(f"{where} cannot be read: {describe(e)}; {ADVICE}") from e
     for candidate in _readings(processor):
         if _same(candidate, processor):
@@ -359,7 +359,7 @@ def _same(candidate: Preprocessing, processor: Any) -> bool:
         try:
             theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"])[0]
         except Exception as e:
-            let_through(e)
+            reraise_interrupt(e)
             return False
         ours = candidate.apply(image)
         if ours.shape != theirs.shape or not np.allclose(ours, theirs, atol=1e-3):

@@ -18,7 +18,7 @@ import xxhash
 
 from kdcache.data.folders import check_name
 from kdcache.data.user_code import no_foreign_code
-from kdcache.errors import DataError, UsageError, near
+from kdcache.errors import DataError, UsageError, did_you_mean
 from kdcache.user.guard import users_code
 from kdcache.user.paths import local_path
 
@@ -222,7 +222,7 @@ def _check_options(
     if max_files is not None and (type(max_files) is not int or max_files < 1):
         raise UsageError(f"--data-arg max_files is {max_files!r}; expected a number, at least 1")
     if split not in SPLITS:
-        raise UsageError(f"--data-arg split is {split!r}{near(str(split), SPLITS)}")
+        raise UsageError(f"--data-arg split is {split!r}{did_you_mean(str(split), SPLITS)}")
     if not isinstance(eval_fraction, int | float) or not 0 < eval_fraction < 1:
         raise UsageError(
             f"--data-arg eval_fraction is {eval_fraction!r}; expected a number between 0 and 1"

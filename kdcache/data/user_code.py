@@ -19,9 +19,9 @@ from typing import Any
 
 import xxhash
 
-from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.errors import KDCacheError, UsageError, did_you_mean
 from kdcache.user.arguments import is_unicode
-from kdcache.user.guard import describe, is_the_users, let_through, users_code
+from kdcache.user.guard import describe, is_the_users, reraise_interrupt, users_code
 from kdcache.user.paths import local_path
 
 FILES = "kdcache_user_"  # how the names of modules begin that are files of users
@@ -74,14 +74,14 @@ def resolve(spec: str) -> Any:
         if hasattr(module, name):
             return getattr(module, name)
     public = [known for known in vars(module) if not known.startswith("_")]
-    raise UsageError(f"{left} has no {name!r}{near(name, public)}")
+    raise UsageError(f"{left} has no {name!r}{did_you_mean(name, public)}")
 
 
 def resolve_spec(spec: str, prefixes: Iterable[str], known: Iterable[str], kind: str) -> Any:
     """`resolve` for a SPEC with none of the `prefixes`; UsageError says which SPECs are `known`
     where none is meant.
     """
-    hint = near(spec.partition(":")[0], prefixes)
+    hint = did_you_mean(spec.partition(":")[0], prefixes)
     hint = (hint if "did you mean" in hint else "") + f"; expected one of {', '.join(known)}"
     if not is_code(spec):
         raise UsageError(f"{kind} {spec}: no such {kind} SPEC{hint}")
@@ -113,7 +113,7 @@ def call(
     if foreign:
         raise UsageError(
             f"{where} takes no argument {foreign[0]!r}"
-            + (near(foreign[0], named) or " (it takes none)")
+            + (did_you_mean(foreign[0], named) or " (it takes none)")
         )
     missing = [key for key, required in named.items() if required and key not in given]
     if missing:
@@ -256,7 +256,7 @@ def _named_module(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as e:
-        let_through(e)
+        reraise_interrupt(e)
         if e.name is not None and (name == e.name or name.startswith(e.name + ".")):
             raise UsageError(
                 f"there is no module {e.name!r} to import (install it, or use file.py:name)"

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kdcache.data.collate import Collated
 from kdcache.errors import KDCacheError
 from kdcache.process.signals import CAUGHT
-from kdcache.user.guard import describe, let_through, message, translated, users_code
+from kdcache.user.guard import describe, message, reraise_interrupt, translated, users_code
 
 POLL_SECONDS = 0.5  # how soon a signal or a dead worker is noticed
 # that a process whose socket is closed already may still seem to live
@@ -154,7 +154,7 @@ def _next(
             return next(batches)
         # of torch, and of a pipe whose other end is gone
         except (RuntimeError, EOFError, OSError) as e:
-            let_through(e)
+            reraise_interrupt(e)
             gone = _gone(processes)
             if not gone and not str(e).startswith(TIMED_OUT):
                 raise
@@ -194,7 +194,7 @@ def _unpacked(found: Any, processes: list[BaseProcess], check: Callable[[], obje
         return pickle.loads(found.data)
     # the process that holds its shared memory gives it no more
     except (RuntimeError, OSError, EOFError) as e:
-        let_through(e)
+        reraise_interrupt(e)
         said = describe(e)
     deadline = time.monotonic() + DEATH_SECONDS
     while not (gone := _gone(processes)) and time.monotonic() < deadline:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError, near
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.kernels import row_loss
 from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss.targets import SoftTargets, readable
@@ -46,7 +46,7 @@ class Divergence(row_loss.Divergence):
         ):
             check_type(what, value, str, "a name")
             if value not in known:
-                raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+                raise UsageError(f"{what} {value!r} is unknown{did_you_mean(value, known)}")
         try:
             row_loss.Divergence.__post_init__(self)
         except ValueError as e:
@@ -143,9 +143,8 @@ def check_reverse_kl(num_classes: int, taught: int, divergence: Divergence) -> N
     if (divergence.name, divergence.tail) == ("reverse_kl", "bucket") and num_classes > taught:
         raise UsageError(
             f"divergence 'reverse_kl' is infinite: the student has {num_classes} classes, and the "
-            "teacher "
-            f"gives those from its {taught} on nothing; cut them (classes {taught}), or use tail "
-            "'conditional' or another divergence"
+            f"teacher gives those from its {taught} on nothing; cut them (classes {taught}), or "
+            "use tail 'conditional' or another divergence"
         )
 
 
@@ -166,8 +165,7 @@ def check_tails(targets: SoftTargets) -> None:
     if bool(empty_N.any()):
         raise UsageError(
             f"divergence 'reverse_kl' is infinite for row {int(empty_N.nonzero()[0])}: the teacher "
-            "gives "
-            "its tail nothing; use tail 'conditional', or another divergence"
+            "gives its tail nothing; use tail 'conditional', or another divergence"
         )
 
 
@@ -193,6 +191,5 @@ def check_ruled_out(rows: RowLoss, logits_NV: Tensor | None) -> None:
         which = place if ids_NK is None else int(ids_NK[row, place])
         raise UsageError(
             f"divergence 'reverse_kl' is infinite for row {row}: the teacher gives class {which} "
-            "nothing, "
-            "and the student something; use another divergence"
+            "nothing, and the student something; use another divergence"
         )

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError, near
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.kernels.row_loss import RowLoss
 
 ENGINES = ("auto", "torch", "triton")
@@ -24,10 +24,10 @@ def check_engine(engine: str, device: torch.device) -> str:
     check_name(engine)
     if engine == "triton":
         check_device(device)
-    return meant(engine)
+    return resolve_engine(engine)
 
 
-def meant(engine: str) -> str:
+def resolve_engine(engine: str) -> str:
     """The engine that a name stands for."""
     return AUTO if engine == "auto" else engine
 
@@ -35,7 +35,7 @@ def meant(engine: str) -> str:
 def check_name(engine: str) -> None:
     """UsageError for an engine that there is not."""
     if engine not in ENGINES:
-        raise UsageError(f"engine {engine!r} is unknown{near(engine, ENGINES)}")
+        raise UsageError(f"engine {engine!r} is unknown{did_you_mean(engine, ENGINES)}")
 
 
 def check_device(device: torch.device) -> None:
@@ -78,8 +78,8 @@ def check_fits(logits: Tensor, rows: RowLoss) -> None:
         refuse(f"the logits are {logits.dtype}")
     if rows.log_probs_NK is not None and rows.ids_NK is None and rows.num_classes > MOST_FULL:
         refuse(
-            f"a teacher over all of {rows.taught} classes and a student of {rows.num_classes}; "
-            f"the kernels hold at most {MOST_FULL}"
+            f"a teacher over all of {rows.taught} classes and a student of {rows.num_classes}; the "
+            f"kernels hold at most {MOST_FULL}"
         )
 
 

@@ -161,8 +161,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) 
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise UsageError(
             f"hidden is {list(hidden.shape)} of {hidden.dtype}; expected floating [N, H]: select "
-            "the rows "
-            f"of a sequence first (the loss never shifts labels)"
+            "the rows of a sequence first (the loss never shifts labels)"
         )
     if weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UsageError(
@@ -172,6 +171,5 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: str) 
     if reduction == "none":
         raise UsageError(
             "reduction 'none' is not there behind a head, whose gradient is a sum over the rows; "
-            "use "
-            "'mean' or 'sum', and kd_linear_loss_parts for what is reported"
+            "use 'mean' or 'sum', and kd_linear_loss_parts for what is reported"
         )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.errors import UsageError, near
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.kernels.row_loss import RowLoss
 from kdcache.loss.divergences import (
     Divergence,
@@ -31,7 +31,7 @@ from kdcache.loss.divergences import (
     check_ruled_out,
     check_tails,
 )
-from kdcache.loss.engines import check_fits, check_name, fused_engine, meant
+from kdcache.loss.engines import check_fits, check_name, fused_engine, resolve_engine
 from kdcache.loss.targets import SoftTargets, readable
 from kdcache.loss.tensor_arguments import check_tensor, plain_temperature
 from kdcache.loss.torch_engine import torch_engine, wide
@@ -159,8 +159,8 @@ def _run(
     check_type("inplace", inplace, bool, "True or False")
     if logits.dim() != 2 or not logits.is_floating_point():
         raise UsageError(
-            f"logits are {list(logits.shape)} of {logits.dtype}; expected floating [N, V]: "
-            f"select the rows of a sequence first (the loss never shifts labels)"
+            f"logits are {list(logits.shape)} of {logits.dtype}; expected floating [N, V]: select "
+            "the rows of a sequence first (the loss never shifts labels)"
         )
     request = build_row_loss(logits, logits.shape[1], labels, targets, report=report, **options)
     check_ruled_out(request.rows, logits)
@@ -181,7 +181,7 @@ def _of_order_1(rows: RowLoss, scales: tuple[Tensor, Tensor]) -> tuple[RowLoss, 
     backward multiplies, where 1 / N would sink it below the smallest float16."""
     scale_2 = torch.stack(scales)
     factor = scale_2.max()
-    ce_scale, kd_scale = over(scale_2, factor).unbind()
+    ce_scale, kd_scale = safe_divide(scale_2, factor).unbind()
     return dataclasses.replace(
         rows,
         ce_scale=None if rows.ce_scale is None else ce_scale,
@@ -209,7 +209,7 @@ class LossRequest:
         ce_count, kd_count = (_number(count, ce_N.dtype, ce_N) for count in self.counts)
         ce, kd = (ce_N, kd_N) if self.reduction == "none" else (ce_N.sum(), kd_N.sum())
         if self.reduction == "mean":
-            ce, kd = over(ce, ce_count), over(kd, kd_count)
+            ce, kd = safe_divide(ce, ce_count), safe_divide(kd, kd_count)
         return LossParts(loss, ce, kd, ce_count, kd_count)
 
 
@@ -258,8 +258,8 @@ def build_row_loss(
         divergence = Divergence(divergence, beta, "bucket" if tail is None else tail)
     elif beta is not None or tail is not None:
         raise UsageError(
-            f"beta is {beta} and tail {tail!r} beside {divergence}, which has its own; "
-            "give them to Divergence"
+            f"beta is {beta} and tail {tail!r} beside {divergence}, which has its own; give them "
+            "to Divergence"
         )
     _check_reduction(reduction, normalizer)
     ce_weight, kd_weight = _weights(alpha, ce_weight, kd_weight)
@@ -294,7 +294,9 @@ def build_row_loss(
         kd_scale=kd_scale if kd_weight else None,
         **teacher,
     )
-    return LossRequest(rows, (ce_scale, kd_scale), (ce_count, kd_count), reduction, meant(engine))
+    return LossRequest(
+        rows, (ce_scale, kd_scale), (ce_count, kd_count), reduction, resolve_engine(engine)
+    )
 
 
 def _of_teacher(targets: SoftTargets) -> dict[str, Any]:
@@ -338,8 +340,7 @@ def _check_given(labels: Tensor | None, targets: SoftTargets | None) -> None:
     if isinstance(targets, Tensor):
         raise UsageError(
             f"targets is a tensor {list(targets.shape)}; expected SoftTargets: of a teacher's "
-            "logits by "
-            "targets_from_logits(logits, temperature=...)"
+            "logits by targets_from_logits(logits, temperature=...)"
         )
     check_type(
         "targets",
@@ -353,7 +354,7 @@ def _check_given(labels: Tensor | None, targets: SoftTargets | None) -> None:
 
 def _check_reduction(reduction: str, normalizer: tuple[Count, Count] | None) -> None:
     if reduction not in REDUCTIONS:
-        raise UsageError(f"reduction {reduction!r} is unknown{near(reduction, REDUCTIONS)}")
+        raise UsageError(f"reduction {reduction!r} is unknown{did_you_mean(reduction, REDUCTIONS)}")
     if normalizer is not None and reduction != "mean":
         raise UsageError(
             f"normalizer is given, but reduction {reduction!r} divides by nothing; use reduction "
@@ -406,10 +407,8 @@ def _num_classes(width: int, classes: int | None, targets: SoftTargets | None) -
     if width < taught:
         raise UsageError(
             f"the student has {width} classes, the teacher {taught}; where the teacher's last ones "
-            "are "
-            f"padding that nothing uses, cut its logits to the student's {width} first "
-            "(dump-teacher "
-            f"--classes {width})"
+            f"are padding that nothing uses, cut its logits to the student's {width} first "
+            f"(dump-teacher --classes {width})"
         )
     if classes is not None and not taught <= classes <= width:
         raise UsageError(
@@ -430,10 +429,8 @@ def check_num_classes(num_classes: int, whose: str) -> None:
     if num_classes == 1:
         raise UsageError(
             f"{whose} has one logit, and a softmax over one class is 1 whatever the logit is: loss "
-            "and "
-            "gradient would be 0. It is a sigmoid or a regression head, which this loss is not "
-            "for; a "
-            "sigmoid of z is the softmax of the two logits (0, z)"
+            "and gradient would be 0. It is a sigmoid or a regression head, which this loss is not "
+            "for; a sigmoid of z is the softmax of the two logits (0, z)"
         )
 
 
@@ -479,8 +476,7 @@ def _check_rows(
     ):
         raise UsageError(
             f"temperature is {temperature}, but the targets are at {targets.temperature}; leave it "
-            "out, "
-            f"or take targets at temperature {temperature}"
+            f"out, or take targets at temperature {temperature}"
         )
 
 
@@ -492,15 +488,13 @@ def _check_columns(labels_NJ: Tensor, classes: set[int], weight: Tensor | None) 
     if 1 < count and count in classes and weight is None:
         raise UsageError(
             f"labels are {list(labels_NJ.shape)}, one for each of {count} classes, which looks "
-            "one-hot; "
-            "expected the class of each row: labels.argmax(1). Where they are classes, give "
-            "label_weight"
+            "one-hot; expected the class of each row: labels.argmax(1). Where they are classes, "
+            "give label_weight"
         )
     if count > MOST_LABELS:
         raise UsageError(
             f"labels are {list(labels_NJ.shape)}; expected at most {MOST_LABELS} labels a row: of "
-            "one-hot "
-            "rows give the class, labels.argmax(1)"
+            "one-hot rows give the class, labels.argmax(1)"
         )
 
 
@@ -512,8 +506,8 @@ def _teacher(
         return None
     if targets.drawn and divergence.tail != "sampled":
         raise UsageError(
-            "the targets are draws with weights (ids without log_tail_N); expected tail "
-            f"'sampled', found {divergence.tail!r}"
+            "the targets are draws with weights (ids without log_tail_N); expected tail 'sampled', "
+            f"found {divergence.tail!r}"
         )
     if divergence.tail == "sampled" and not targets.drawn:
         kept = "all classes" if targets.ids_NK is None else "the largest classes and a tail"
@@ -550,7 +544,7 @@ def _number(n: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def _scale(weight: float, count: Count, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """`over` of two numbers, on a device; divided on the host if both are there, to the bits of a
+    """`safe_divide` of two numbers, on a device; divided on the host if both are there, to the bits of a
     division in `dtype`.
 
     That is one operation of the device in place of five. A quotient of two float32 rounded from
@@ -558,7 +552,7 @@ def _scale(weight: float, count: Count, dtype: torch.dtype, like: Tensor) -> Ten
     """
     # what a graph captures has no numbers of rows
     if isinstance(count, Tensor) or torch.compiler.is_compiling():
-        return over(_number(weight, dtype, like), _number(count, dtype, like))
+        return safe_divide(_number(weight, dtype, like), _number(count, dtype, like))
     a, b = (float(np.float32(n)) if dtype == torch.float32 else float(n) for n in (weight, count))
     return _number(a / b if b > 0 else 0.0, dtype, like)
 
@@ -585,8 +579,7 @@ def _labels(
             row = int(wrong_N.nonzero()[0])
             raise UsageError(
                 f"labels of row {row} are {labels_NJ[row].tolist()}; expected 0 to "
-                f"{num_classes - 1}, "
-                f"or {ignore_index} or -1 for no label"
+                f"{num_classes - 1}, or {ignore_index} or -1 for no label"
             )
     if weight is None:
         return labels_NJ, None
@@ -594,8 +587,7 @@ def _labels(
     if weight_NJ.shape != labels_NJ.shape or not weight.is_floating_point():
         raise UsageError(
             f"label_weight is {list(weight.shape)} of {weight.dtype}, labels are "
-            f"{list(labels.shape)}; "
-            "expected one shape, and a floating dtype"
+            f"{list(labels.shape)}; expected one shape, and a floating dtype"
         )
     _check_weights("label_weight", weight_NJ)
     return labels_NJ, weight_NJ
@@ -615,6 +607,6 @@ def _columns(x: Tensor) -> Tensor:
     return x[:, None] if x.dim() == 1 else x
 
 
-def over(a: Tensor, b: Tensor) -> Tensor:
+def safe_divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0: nothing was counted."""
     return (a / b).masked_fill_(b <= 0, 0)

@@ -89,8 +89,7 @@ class SoftTargets:
         if self.log_probs_NK.dim() != 2 or not self.log_probs_NK.is_floating_point():
             raise UsageError(
                 f"log_probs_NK is {list(self.log_probs_NK.shape)} of {self.log_probs_NK.dtype}; "
-                "expected "
-                "floating [N, K]"
+                "expected floating [N, K]"
             )
 
     def __repr__(self) -> str:
@@ -99,8 +98,7 @@ class SoftTargets:
         log_probs = self.log_probs_NK
         return (
             f"SoftTargets({len(self)} rows at temperature {self.temperature}, {log_probs.shape[1]} "
-            "of "
-            f"{self.num_classes} classes ({what}){weights}, {log_probs.dtype} on "
+            f"of {self.num_classes} classes ({what}){weights}, {log_probs.dtype} on "
             f"{log_probs.device})"
         )
 
@@ -162,8 +160,7 @@ def _check_ids(ids_NK: Tensor, num_classes: int) -> None:
         )
         raise UsageError(
             f"soft targets of {len(ids_NK)} rows: row {row} has the id {wrong}; expected each of 0 "
-            "to "
-            f"{num_classes - 1} at most once"
+            f"to {num_classes - 1} at most once"
         )
 
 
@@ -235,8 +232,7 @@ def targets_from_logits(
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point():
         raise UsageError(
             f"teacher logits are {list(logits_NV.shape)} of {logits_NV.dtype}; expected floating "
-            "[N, V]: "
-            "select the rows first"
+            "[N, V]: select the rows first"
         )
     value = float(check_temperature(temperature))
     num_classes = logits_NV.shape[1]
@@ -261,8 +257,7 @@ def _check_logits(logits_NV: Tensor) -> None:
         found = "are all -inf" if largest < 0 else f"have {largest}"
         raise UsageError(
             f"teacher logits of row {row} {found}; expected finite ones, or -inf for classes that "
-            "are "
-            "ruled out: look at the teacher's input and precision"
+            "are ruled out: look at the teacher's input and precision"
         )
 
 

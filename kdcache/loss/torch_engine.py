@@ -90,8 +90,7 @@ class _TorchRows(torch.autograd.Function):
         if ctx.used:
             raise RuntimeError(
                 "kd_loss(inplace=True) was differentiated twice, but its gradient took the place "
-                "of the "
-                "logits and is used up; call it with inplace=False"
+                "of the logits and is used up; call it with inplace=False"
             )
         (gradient,) = ctx.saved_tensors
         ctx.used = ctx.inplace

@@ -29,7 +29,7 @@ from kdcache.data.row_selection import (
     select_rows,
 )
 from kdcache.data.samples import evenly_spaced, pad_id_of
-from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, near
+from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageError, did_you_mean
 from kdcache.models.model import Model, Output, forward, forward_on
 from kdcache.models.specs import own_tokenizer, position_limit
 from kdcache.models.weights import weights_dtype
@@ -184,7 +184,7 @@ def check_convention(asked: str | None) -> None:
     """UsageError for rows by a convention that there is not."""
     if asked is not None and asked not in CONVENTIONS:
         raise UsageError(
-            f"--rows {asked!r} is unknown{near(str(asked), CONVENTIONS)}; expected one of "
+            f"--rows {asked!r} is unknown{did_you_mean(str(asked), CONVENTIONS)}; expected one of "
             f"{', '.join(CONVENTIONS)}"
         )
 

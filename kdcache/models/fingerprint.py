@@ -16,7 +16,7 @@ from torch import nn
 from kdcache.cache.canonical import MAX_INT
 from kdcache.data.keys import array_header
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.user.guard import let_through, users_code
+from kdcache.user.guard import reraise_interrupt, users_code
 
 # Fields of a configuration that no answer in eval mode depends on: where it came from and by which
 # version it was written, names of classes (which the data's identity has), what is returned beside
@@ -65,7 +65,7 @@ def _config(config: Any) -> dict[str, Any] | None:
         raise
     # a configuration that cannot be told: the modules and the answers are compared
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         return None
     attention = getattr(config, "_attn_implementation", None)
     return {**out, "attn_implementation": attention} if isinstance(attention, str) else out
@@ -112,7 +112,7 @@ def _extra(part: nn.Module) -> str:
     try:
         text = part.extra_repr()
     except Exception as e:  # a module that cannot describe itself is known by its name
-        let_through(e)
+        reraise_interrupt(e)
         return "?"
     return ADDRESS.sub("", str(text))[:MOST_TEXT]
 

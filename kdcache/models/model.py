@@ -21,7 +21,7 @@ from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import Preprocessing
 from kdcache.data.transfer import to_device
 from kdcache.data.user_code import accepts
-from kdcache.errors import DataError, UsageError, near
+from kdcache.errors import DataError, UsageError, did_you_mean
 from kdcache.models.fingerprint import architecture, weights_digest
 from kdcache.models.specs import (
     BuildOptions,
@@ -33,7 +33,7 @@ from kdcache.models.specs import (
     recorded_by,
 )
 from kdcache.models.weights import load_weights, plain_state, weights_dtype
-from kdcache.user.guard import attribute, let_through, message, printable, users_code
+from kdcache.user.guard import attribute, message, printable, reraise_interrupt, users_code
 from kdcache.user.paths import local_path
 
 DTYPES = {
@@ -235,7 +235,7 @@ def as_model(
     `load_model`. UsageError for what is none of these, and for arguments or weights without a SPEC.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is unknown{near(dtype, DTYPES)}")
+        raise UsageError(f"--dtype {dtype!r} is unknown{did_you_mean(dtype, DTYPES)}")
     if isinstance(given, str | Path):
         return load_model(
             str(given), args=args, weights=weights, seed=seed, dtype=dtype, num_classes=num_classes
@@ -293,7 +293,7 @@ def pick_device(device: str | torch.device | None = None, local_rank: int = 0) -
         torch.empty(1, device=found)
     # torch built without CUDA asserts; other backends import a module that is not there
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         raise UsageError(
             f"--device {printable(str(device))[:40]} cannot be used here ({message(e)[:120]})"
         ) from e
@@ -394,7 +394,7 @@ def forward(module: nn.Module, inputs: Inputs) -> Output:
 
 
 @contextmanager
-def trying(role: str, module: nn.Module, inputs: Inputs, where: str = "") -> Iterator[None]:
+def model_errors(role: str, module: nn.Module, inputs: Inputs, where: str = "") -> Iterator[None]:
     """A forward pass of the user's model, which has that role: DataError in one line for whatever
     it raises.
 
@@ -416,10 +416,10 @@ def forward_on(
     run: Callable[[nn.Module, Inputs], Output] = forward,
 ) -> Output:
     """`forward` of inputs that are brought to `device`; what the user's model raises is a DataError
-    in one line (see `trying`). run: another way to run it, for hidden states in place of logits.
+    in one line (see `model_errors`). run: another way to run it, for hidden states in place of logits.
     """
     inputs = to_device(inputs, device)
-    with trying(role, module, inputs, where):
+    with model_errors(role, module, inputs, where):
         return run(module, inputs)
 
 
@@ -437,14 +437,16 @@ def find_module(module: nn.Module, name: str) -> nn.Module:
         known: found for known, found in module.named_modules() if known
     }
     if name not in modules:
-        raise UsageError(f"{type(module).__name__} has no module {name!r}{near(name, modules)}")
+        raise UsageError(
+            f"{type(module).__name__} has no module {name!r}{did_you_mean(name, modules)}"
+        )
     return modules[name]
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise UsageError(f"dtype is {dtype!r}{near(dtype, DTYPES)}")
+            raise UsageError(f"dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}")
         return DTYPES[dtype]
     return dtype
 

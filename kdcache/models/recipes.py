@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcache.data.padding import Real
-from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.errors import NotBuilt, UsageError, did_you_mean
 
 # A class token and four registers: the most that a ViT of wide use puts before its grid (arXiv
 # 2309.16588).
@@ -107,7 +107,7 @@ def apply_recipe(recipe: str, activation: Tensor, mask: Tensor | None = None) ->
     if recipe == "gram":
         raise NotBuilt(f"recipe 'gram' is not built yet; this version has {', '.join(RECIPES)}")
     if recipe not in RECIPES:
-        raise UsageError(f"recipe {recipe!r} is unknown{near(recipe, RECIPES)}")
+        raise UsageError(f"recipe {recipe!r} is unknown{did_you_mean(recipe, RECIPES)}")
     return RECIPES[recipe](activation, mask)
 
 

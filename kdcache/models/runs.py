@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache.canonical import load_object
-from kdcache.cache.store import explain, read_plain
+from kdcache.cache.store import as_cache_errors, read_plain
 from kdcache.data.user_code import parse_args
 from kdcache.errors import CacheCorrupt, UsageError, short
 from kdcache.user.arguments import is_unicode
@@ -42,7 +42,7 @@ def is_run(path: str | Path) -> bool:
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes | None:
     """All bytes of a plain file, None if there is none; CacheCorrupt for what is no plain file or
     too large, KDCacheError for what cannot be read."""
-    with explain(path, "reading it"):
+    with as_cache_errors(path, "reading it"):
         try:
             return read_plain(str(path), limit)
         except NotADirectoryError:

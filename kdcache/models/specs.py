@@ -27,9 +27,9 @@ from kdcache.data.preprocessing import (
 )
 from kdcache.data.user_code import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.data.views import seeded_generators
-from kdcache.errors import KDCacheError, UsageError, near
+from kdcache.errors import KDCacheError, UsageError, did_you_mean
 from kdcache.models.runs import OPTIONS, RECORDED, is_run, read_options
-from kdcache.user.guard import attribute, describe, let_through
+from kdcache.user.guard import attribute, describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 # Task -> the transformers classes that build it, the first that knows the kind of config. Where an
@@ -164,7 +164,7 @@ def _timm(name: str, wanted: BuildOptions, /, *, pretrained: bool = False, **arg
     timm = _import("timm", "kdcache[vision]")
     # with a colon it names a hub, as in hf-hub:timm/...
     if ":" not in name and not timm.is_model(name):
-        raise UsageError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+        raise UsageError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     with wanted.seeded():
         module = timm.create_model(name, pretrained=pretrained, **{**wanted.classes, **args})
     prepared = None
@@ -185,7 +185,9 @@ def _torchvision(
 ) -> Built:
     models = _import("torchvision.models", "kdcache[vision]")
     if name not in models.list_models():
-        raise UsageError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
+        raise UsageError(
+            f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}"
+        )
     if not pretrained:
         # pretrained weights fix the number of classes themselves
         args = {**wanted.classes, **args}
@@ -274,7 +276,7 @@ def _hf_config(
     ]
     if foreign:
         raise UsageError(
-            f"hf-config:{path} has no field {foreign[0]!r}{near(foreign[0], config.to_dict())}"
+            f"hf-config:{path} has no field {foreign[0]!r}{did_you_mean(foreign[0], config.to_dict())}"
         )
     task = _task(config, task, f"hf-config:{path}")
     if task not in LANGUAGE_TASKS and wanted.num_classes is not None:
@@ -477,7 +479,7 @@ def _config(path: str, prefix: str, overrides: Mapping[str, Any]) -> Any:
         raise
     # OSError, ValueError, and for damaged files what the reading library raises
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         raise UsageError(
             f"model {prefix}:{path} has no config that transformers can read: {describe(e)}"
         ) from e
@@ -501,7 +503,7 @@ def _task(config: Any, asked: str | None, where: str) -> str:
     """
     if asked is not None:
         if asked not in TASKS:
-            raise UsageError(f"{where}: task is {asked!r}{near(str(asked), TASKS)}")
+            raise UsageError(f"{where}: task is {asked!r}{did_you_mean(str(asked), TASKS)}")
         return asked
     architectures, kinds = config.architectures or [], _kinds(config)
     for task, names in kinds.items():
@@ -562,7 +564,7 @@ def _import(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     # a torchvision built for another torch fails with RuntimeError, not ImportError
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         if (
             isinstance(e, ModuleNotFoundError)
             and (e.name or "").partition(".")[0] == name.partition(".")[0]

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from kdcache.data.views import seeded_generators
 from kdcache.errors import UsageError
 from kdcache.models.specs import first_few
-from kdcache.user.guard import describe, let_through
+from kdcache.user.guard import describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 State = dict[str, torch.Tensor]
@@ -57,7 +57,7 @@ def read_weights(path: Path) -> tuple[State, list[str]]:
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
     # each library and version raises its own for damaged and for foreign files
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         code, reason = FOREIGN.search(str(e)), REASON.search(str(e))
         why = (
             f"it holds a {code[1]}, and making one may run anything"
@@ -168,9 +168,9 @@ def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
             raise UsageError(
                 f"the {type(module).__name__} cannot be saved: its state_dict has {name!r}, {why}"
             )
-        if value.numel() and place(value) in kept:
+        if value.numel() and storage_of(value) in kept:
             continue
-        kept.add(place(value))
+        kept.add(storage_of(value))
         storage = value.untyped_storage()
         plain = value.detach().cpu().contiguous()
         # Parts of one storage: each is written alone, as a copy.
@@ -253,13 +253,13 @@ def _misfits(
     """
     own = module.state_dict()
     # A tied weight is one tensor with two names, and a file may hold it under either.
-    present = {place(own[name]) for name in state if name in own}
+    present = {storage_of(own[name]) for name in state if name in own}
     return (
         [
             name
             for name, value in own.items()
             if name not in state
-            and (is_lazy(value) or place(value) not in present)
+            and (is_lazy(value) or storage_of(value) not in present)
             and not _is_counter(name, own, state)
         ],
         [name for name in state if name not in own],
@@ -297,6 +297,6 @@ def _listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> s
     return "; ".join(f"{len(names)} {what}: {first_few(names)}" for names, what in kinds if names)
 
 
-def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+def storage_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for two names of one tensor, and not for two parts of one storage."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

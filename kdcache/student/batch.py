@@ -29,7 +29,7 @@ from kdcache.data.row_selection import (
     select_rows,
 )
 from kdcache.data.transfer import send
-from kdcache.errors import DataError, UsageError, near
+from kdcache.errors import DataError, UsageError, did_you_mean
 from kdcache.loss.targets import SoftTargets, stored_tensor
 from kdcache.models.model import Output
 
@@ -148,7 +148,7 @@ def find_features(spec: CacheSpec, names: Sequence[str]) -> list[FeatureSpec]:
     for name in names:
         if name not in known:
             raise UsageError(
-                f"the cache has no feature {name!r}{near(name, known) or ' (it has none)'}"
+                f"the cache has no feature {name!r}{did_you_mean(name, known) or ' (it has none)'}"
             )
     return [known[name] for name in names]
 

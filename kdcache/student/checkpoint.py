@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 from kdcache.cache import mapping, rawmap
 from kdcache.cache.canonical import DIGEST_KEY, digest, load_object
-from kdcache.cache.store import explain, read_plain, sync_folder
+from kdcache.cache.store import as_cache_errors, read_plain, sync_folder
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
 from kdcache.models.model import Model
-from kdcache.models.weights import fit_weights, materialise, place
-from kdcache.user.guard import describe, let_through, printable
+from kdcache.models.weights import fit_weights, materialise, storage_of
+from kdcache.user.guard import describe, printable, reraise_interrupt
 
 T = TypeVar("T")
 
@@ -69,17 +69,17 @@ def save(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
     *,
-    standing: Callable[[], str] = str,
+    what_is_saved: Callable[[], str] = str,
 ) -> None:
     """Put a checkpoint at `folder` in place of the one there; a crash at any moment leaves one that
     `find` finds.
 
-    KDCacheError for a full disk and the like, with what `standing` says of the checkpoints that are
+    KDCacheError for a full disk and the like, with what `what_is_saved` says of the checkpoints that are
     there; UsageError for a student that cannot be saved.
     """
     new, old = _siblings(folder)
     try:
-        with explain(folder, "saving a checkpoint", standing), _as_os_errors():
+        with as_cache_errors(folder, "saving a checkpoint", what_is_saved), _as_os_errors():
             if find(folder) is None:
                 clear(new)
             new.mkdir()
@@ -108,7 +108,7 @@ def _write(
         raise
     # the student's own state_dict or save_pretrained may raise anything
     except Exception as e:
-        let_through(e)
+        reraise_interrupt(e)
         raise UsageError(
             f"the student ({type(model.module).__name__}) cannot be saved: {describe(e)}"
         ) from e
@@ -254,7 +254,7 @@ def beside_saves(folder: Path, use: Callable[[Path], T], *, once: bool = False) 
                 raise CacheCorrupt(f"{folder}: there is no such checkpoint")
             made = use(found)
         except Exception as e:
-            let_through(e)
+            reraise_interrupt(e)
             if before == _identity(look(folder)):
                 raise
         else:
@@ -299,7 +299,7 @@ def step_of(folder: Path) -> int | None:
     try:
         step = (values_of(folder) or {}).get("step")
     except (KDCacheError, OSError) as e:
-        let_through(e)
+        reraise_interrupt(e)
         return None
     return step if type(step) is int else None
 
@@ -359,10 +359,10 @@ def check_same(folder: Path, module: nn.Module) -> None:
                         )
                         if value is not None and _equal(tensors.get_tensor(name), value):
                             right.add(name.removeprefix(prefix))
-    places = {place(own[name]) for name in right}
+    places = {storage_of(own[name]) for name in right}
     for name, value in own.items():
         # nor tied to one that is there
-        if name not in right and (place(value) not in places or not value.numel()):
+        if name not in right and (storage_of(value) not in places or not value.numel()):
             raise UsageError(
                 f"the student ({type(module).__name__}) cannot be saved: its {name} "
                 f"({value.dtype}, {list(value.shape)}) does not come back from its own checkpoint"
@@ -402,7 +402,7 @@ def _held(folder: Path, held: ExitStack, wanted: Callable[[str], bool]) -> Opene
         with ExitStack() as mine:
             return _open(folder, found, mine, wanted), mine.pop_all()
 
-    with explain(folder, "reading a checkpoint"):
+    with as_cache_errors(folder, "reading a checkpoint"):
         one, files = beside_saves(folder, use, once=True)
     held.push(files)
     return one
@@ -533,16 +533,16 @@ def _unsaved(folder: Path, module: nn.Module) -> dict[str, Tensor]:
 def _left(module: nn.Module, names: Set[str]) -> dict[str, Tensor]:
     """The weights of `module`, each once, that are none of `names` nor tied to one."""
     own = module.state_dict()
-    done = {place(own[name]) for name in names}
+    done = {storage_of(own[name]) for name in names}
     out = {}
     for name, value in own.items():
         if (
             name not in names
             and isinstance(value, Tensor)
-            and (place(value) not in done or not value.numel())
+            and (storage_of(value) not in done or not value.numel())
         ):
             out[name] = value
-            done.add(place(value))
+            done.add(storage_of(value))
     return out
 
 

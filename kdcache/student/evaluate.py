@@ -22,7 +22,7 @@ from kdcache.data.row_selection import CONVENTIONS, NEXT_TOKEN, record_labels, s
 from kdcache.data.samples import Samples
 from kdcache.data.sources import as_samples
 from kdcache.data.user_code import is_code
-from kdcache.errors import DataError, UsageError, near
+from kdcache.errors import DataError, UsageError, did_you_mean
 from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
 from kdcache.models.model import Model, Output, forward_on, load_model, move, pick_device
 from kdcache.models.runs import BEST, LAST, OPTIONS, RECORDED, TABLE, is_run, read_options
@@ -114,7 +114,7 @@ def evaluate(
         if name not in ACCEPTED:
             raise UsageError(
                 f"--accept {name}: evaluation compares "
-                f"{' and '.join(ACCEPTED)}{near(name, ACCEPTED)}"
+                f"{' and '.join(ACCEPTED)}{did_you_mean(name, ACCEPTED)}"
             )
     accepted: list[str] = []
     if isinstance(found, Model):

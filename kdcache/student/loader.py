@@ -34,7 +34,7 @@ from kdcache.loss.targets import (
 )
 from kdcache.loss.tensor_arguments import check_device, check_temperature
 from kdcache.models.checks import check_convention, padding_of, telling_records
-from kdcache.models.model import forward, move, trying
+from kdcache.models.model import forward, model_errors, move
 from kdcache.process.ranks import refuse_ranks
 from kdcache.student.batch import (
     BatchIndex,
@@ -189,7 +189,7 @@ class Loader:
             move(live_teacher, self.device, "live teacher")
             live_teacher.eval()
         self.reads_targets = (
-            targets and self.teacher is None and self.spec is not None and self.spec.kind != "none"
+            targets and self.teacher is None and self.spec is not None and self.spec.has_rows
         )
         self._check_names(num_classes, temperature, k)
         self.temperature = self._temperature(temperature)
@@ -314,7 +314,7 @@ class Loader:
     @property
     def has_rows(self) -> bool:
         """Whether the cache says which rows there are."""
-        return self.spec is not None and (self.spec.kind != "none" or self.spec.rows == "ragged")
+        return self.spec is not None and (self.spec.has_rows or self.spec.rows == "ragged")
 
     @property
     def convention(self) -> str:
@@ -448,7 +448,7 @@ class Loader:
     def _live(
         self, teacher: nn.Module, micro: MicroBatch, inputs: Inputs, rows: Rows | None
     ) -> SoftTargets:
-        with trying("live teacher", teacher, inputs):
+        with model_errors("live teacher", teacher, inputs):
             output = forward(teacher, inputs)
         logits_NV = student_rows(output, micro, rows)
         taught = self.spec.num_classes if self.spec is not None else 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.padding import Real
-from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.errors import NotBuilt, UsageError, did_you_mean
 from kdcache.loss.targets import column_tensor
 from kdcache.loss.torch_engine import wide
 from kdcache.models.recipes import reduce_activation
@@ -98,7 +98,7 @@ def parse_match(text: str) -> Match:
             f"{', '.join(LOSSES)}"
         )
     if loss not in LOSSES:
-        raise UsageError(f"--match {text!r}: loss {loss!r} is unknown{near(loss, LOSSES)}")
+        raise UsageError(f"--match {text!r}: loss {loss!r} is unknown{did_you_mean(loss, LOSSES)}")
     try:
         weight = float(options[1]) if len(options) == 2 else 1.0
     except ValueError:
@@ -133,12 +133,12 @@ class Matches(nn.Module):
             if match.feature not in known:
                 raise UsageError(
                     f"--match {match}: the cache has no feature "
-                    f"{match.feature!r}{near(match.feature, known)}"
+                    f"{match.feature!r}{did_you_mean(match.feature, known)}"
                 )
             if match.module not in modules:
                 raise UsageError(
                     f"--match {match}: the student has no module "
-                    f"{match.module!r}{near(match.module, (name for name in modules if name))}"
+                    f"{match.module!r}{did_you_mean(match.module, (name for name in modules if name))}"
                 )
         self.features = {match.feature: known[match.feature] for match in self.matches}
         self.seed = seed
@@ -300,7 +300,7 @@ def feature_tensors(
     device, out = torch.device(device), {}
     for name in names:
         if name not in known:
-            raise UsageError(f"the cache has no feature {name!r}{near(name, known)}")
+            raise UsageError(f"the cache has no feature {name!r}{did_you_mean(name, known)}")
         feature = known[name]
         stored = column_tensor(batch, feature.column, device)
         if feature.dtype not in ("float32", "float16", "bfloat16", "int8"):

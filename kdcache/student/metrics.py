@@ -16,8 +16,8 @@ from os.path import samestat
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.store import Directory, explain
-from kdcache.errors import CacheCorrupt, KDCacheError, UsageError, near
+from kdcache.cache.store import Directory, as_cache_errors
+from kdcache.errors import CacheCorrupt, KDCacheError, UsageError, did_you_mean
 from kdcache.models.runs import METRICS as FILE
 
 LONGEST = 2**20  # bytes of a line
@@ -30,7 +30,7 @@ def check_reporters(names: Sequence[str]) -> None:
     """UsageError for an unknown name, or with the pip line for a package that is not installed."""
     for name in names:
         if name not in PACKAGES:
-            raise UsageError(f"--report-to {name!r} is unknown{near(name, PACKAGES)}")
+            raise UsageError(f"--report-to {name!r} is unknown{did_you_mean(name, PACKAGES)}")
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError as e:
@@ -50,12 +50,12 @@ class Metrics:
         report_to: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
         on_metrics: OnMetrics | None = None,
-        standing: Callable[[], str] = str,
+        what_is_saved: Callable[[], str] = str,
     ) -> None:
-        self.path, self._standing = folder / FILE, standing
+        self.path, self._standing = folder / FILE, what_is_saved
         for name in report_to:
             _check_folder(folder / name)
-        with explain(self.path, "writing metrics", standing):
+        with as_cache_errors(self.path, "writing metrics", what_is_saved):
             truncate(self.path, step)
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             self._file = open(handle, "a", encoding="utf-8")
@@ -71,7 +71,7 @@ class Metrics:
             key: None if isinstance(v, float) and not abs(v) < float("inf") else v
             for key, v in line.items()
         }
-        with explain(self.path, "writing metrics", self._standing):
+        with as_cache_errors(self.path, "writing metrics", self._standing):
             self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         numbers = {
             key: v for key, v in line.items() if isinstance(v, int | float) and key != "step"
@@ -84,7 +84,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Flush the lines to disk: before a checkpoint that counts on them."""
-        with explain(self.path, "writing metrics", self._standing):
+        with as_cache_errors(self.path, "writing metrics", self._standing):
             self._file.flush()
             os.fsync(self._file.fileno())
             try:
@@ -111,7 +111,7 @@ class Metrics:
 
     def _explained(self, name: str) -> AbstractContextManager[None]:
         """A block of a reporter, whose errors of the operating system need not name its folder."""
-        return explain(self.path.parent / name, f"reporting to {name}", self._standing)
+        return as_cache_errors(self.path.parent / name, f"reporting to {name}", self._standing)
 
 
 def truncate(path: Path, step: int) -> None:

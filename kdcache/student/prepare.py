@@ -32,7 +32,7 @@ from kdcache.models.checks import (
     require_tokenizer,
     steadiness,
 )
-from kdcache.models.model import Model, Output, left_out, trying
+from kdcache.models.model import Model, Output, left_out, model_errors
 from kdcache.student.batch import MicroBatch, student_rows
 from kdcache.student.cache_and_data import Sources
 from kdcache.student.evaluate import cut_width, metric_names
@@ -231,7 +231,7 @@ def _check_labels(micro: MicroBatch, loader: Loader, settings: Settings) -> None
         return
     without = (
         "leave alpha and the weights out, for match alone"
-        if loader.spec and loader.spec.kind == "none"
+        if loader.spec and not loader.spec.has_rows
         else "there is nothing to learn from without a cache"
         if loader.spec is None and not settings.kd_weight
         else "give alpha 1 (or ce_weight 0)"
@@ -343,7 +343,7 @@ def _trying(module: nn.Module, inputs: Inputs) -> Iterator[None]:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), trying("student", module, inputs):
+        with torch.no_grad(), model_errors("student", module, inputs):
             yield
     finally:
         module.train(training)

@@ -22,7 +22,7 @@ from typing import Any
 import tomli_w
 
 from kdcache.cache.repair import outside_caches
-from kdcache.cache.store import NO_LOCKS, TEMPORARY, Directory, explain
+from kdcache.cache.store import NO_LOCKS, TEMPORARY, Directory, as_cache_errors
 from kdcache.data.classes import CLASS_NAMES
 from kdcache.errors import (
     CacheCorrupt,
@@ -31,7 +31,7 @@ from kdcache.errors import (
     KDCacheError,
     SpecMismatch,
     UsageError,
-    near,
+    did_you_mean,
 )
 from kdcache.models.runs import (
     ARGUMENTS,
@@ -148,7 +148,7 @@ class RunFolder:
         """Make the folder and run.toml, with `more` among what is recorded, unless they are there."""
         if self.exists:
             return
-        with explain(self.path, "creating the run"):
+        with as_cache_errors(self.path, "creating the run"):
             self.files.make()
             self._take_lock()
             if os.path.lexists(self.path / OPTIONS):
@@ -180,7 +180,7 @@ class RunFolder:
                 *before,
                 *(f"after step {step}: {line}" for line in said),
             ]
-            with explain(self.path / OPTIONS, "writing it"):
+            with as_cache_errors(self.path / OPTIONS, "writing it"):
                 self._write_options({**document, TABLE: self.options})
 
     def check(self) -> None:
@@ -241,7 +241,7 @@ class RunFolder:
             return None
         return where
 
-    def standing(self) -> str:
+    def what_is_saved(self) -> str:
         """What checkpoints there are, to end an error with."""
         steps = [
             f"{name}/ of step {step}"
@@ -264,7 +264,7 @@ class RunFolder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: the run is finished."""
         self.check()
-        with explain(self.path / SUMMARY, "writing it"):
+        with as_cache_errors(self.path / SUMMARY, "writing it"):
             self.files.replace(SUMMARY, (json.dumps(plain(summary), indent=1) + "\n").encode())
         self.check()
 
@@ -340,7 +340,7 @@ class RunFolder:
         """Hold the lock until the `with` block ends; the open file also says later whether the
         folder is still ours.
         """
-        with explain(self.path / LOCK, "locking the run"):
+        with as_cache_errors(self.path / LOCK, "locking the run"):
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             try:
                 fd = os.open(self.path / LOCK, flags, 0o666)
@@ -424,7 +424,7 @@ def check_accept(accept: Sequence[str]) -> None:
         if name not in known:
             raise UsageError(
                 f"accept {name!r}: there is no cache whose identity could differ, and no such "
-                f"field of the data{near(name, known)}"
+                f"field of the data{did_you_mean(name, known)}"
             )
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from kdcache.cache.spec import CacheSpec
-from kdcache.errors import NotBuilt, UsageError, near
+from kdcache.errors import NotBuilt, UsageError, did_you_mean
 from kdcache.loss.divergences import Divergence
-from kdcache.loss.engines import check_engine, meant
+from kdcache.loss.engines import check_engine, resolve_engine
 from kdcache.loss.kd_linear_loss import memory_size
 from kdcache.models.checks import check_convention
 from kdcache.student.loader import check_sizes, default_temperature
@@ -264,12 +264,12 @@ def filled(table: Mapping[str, Any], spec: CacheSpec | None) -> dict[str, Any]:
     run's are compared as they come out here.
     """
     out = dict(table)
-    if spec is not None and spec.kind in ("topk", "full"):
-        out.setdefault("k", spec.k if spec.kind == "topk" else spec.num_classes)
+    if spec is not None and spec.has_rows:
+        out.setdefault("k", spec.k)
     out.setdefault("temperature", default_temperature(spec))
     out.setdefault("weight-decay", OPTIMIZERS.get(out.get("optimizer", ""), (None, None))[1])
     out.setdefault("micro-batch-size", out.get("batch-size"))
-    out["engine"] = meant(out.get("engine", "auto"))
+    out["engine"] = resolve_engine(out.get("engine", "auto"))
     if out.get("divergence") == "jsd":
         out.setdefault("beta", 0.5)
     alpha = out.pop("alpha", None)
@@ -291,7 +291,7 @@ def _default_weights(
         return {}, []
     if spec is None or spec.labels:
         return {"alpha": ALPHA}, []
-    if spec.kind != "none" or live_teacher is not None:
+    if spec.has_rows or live_teacher is not None:
         return {"alpha": 1.0}, [
             f"alpha 1: the cache keeps no labels; alpha {ALPHA:g} would train on the data's too"
         ]
@@ -316,7 +316,7 @@ def _check_teachers(
                 "the soft loss has a weight but there is no teacher: give a cache, or alpha 0 for "
                 "training on hard labels alone"
             )
-        if spec.kind == "none":
+        if not spec.has_rows:
             raise UsageError(
                 f"the soft loss has the weight {full['kd_weight']:g}, but the cache is of kind "
                 "'none': it has features and no rows; leave alpha and the weights out, for match "
@@ -357,4 +357,4 @@ def _check_idle(
 
 def _one_of(what: str, value: str, known: Mapping[str, Any]) -> None:
     if value not in known:
-        raise UsageError(f"{what} {value!r} is unknown{near(value, known)}")
+        raise UsageError(f"{what} {value!r} is unknown{did_you_mean(value, known)}")

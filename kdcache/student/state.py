@@ -60,7 +60,7 @@ class RunState:
         unsaved = unsaved_buffers(self.model.module)
         self._buffers = {name: mark(value) for name, value in unsaved.items()}
 
-    def save(self, folder: Path, progress: Progress, *, standing: Callable[[], str]) -> None:
+    def save(self, folder: Path, progress: Progress, *, what_is_saved: Callable[[], str]) -> None:
         """Put a checkpoint at `folder` (see `checkpoint.save`)."""
         train_step = self.train_step
         tensors, values = generators()
@@ -81,7 +81,7 @@ class RunState:
             "scaler": None if scaler is None else scaler.state_dict(),
             "generators": values,
         }
-        checkpoint.save(folder, self.model, tensors, plain, standing=standing)
+        checkpoint.save(folder, self.model, tensors, plain, what_is_saved=what_is_saved)
 
     def restore(self, folder: Path, batch_size: int, total: int) -> Progress:
         """Go on from a checkpoint of a run of `total` records; CacheCorrupt if it is no state of it."""

@@ -27,7 +27,7 @@ from kdcache.student.match import Matches
 from kdcache.student.optim import Named, Schedule, is_fused, set_lr
 from kdcache.student.settings import Settings
 from kdcache.student.state import generators, restore_generators
-from kdcache.user.guard import describe, let_through
+from kdcache.user.guard import describe, reraise_interrupt
 
 # What `row_statistics` says of rows, as metrics.jsonl names their means: of the first LOOK_ROWS rows
 # of every LOOK_EVERY-th step. That is two softmaxes more in twenty steps.
@@ -254,7 +254,7 @@ class TrainStep:
                 except KDCacheError:
                     raise
                 except Exception as e:
-                    let_through(e)
+                    reraise_interrupt(e)
                     smaller = (
                         "; give a --batch-size, --micro-batch-size or number of steps by which "
                         "every micro-batch has more records"

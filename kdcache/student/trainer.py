@@ -227,7 +227,7 @@ class Trainer:
             report_to=report_to,
             options=self.folder.options,
             on_metrics=on_metrics,
-            standing=self.folder.standing,
+            what_is_saved=self.folder.what_is_saved,
         )
         self.since = self.said = time.perf_counter()
         self.pending.rest_clock()
@@ -280,7 +280,7 @@ class Trainer:
                 self._keep(metrics)
             if isinstance(e, WorkerDied):
                 raise WorkerDied(
-                    f"{e}{self.folder.standing()}; give the same command again to go on"
+                    f"{e}{self.folder.what_is_saved()}; give the same command again to go on"
                 ) from e
             if not self.progress.step:
                 self.signals.message = NOTHING_YET
@@ -305,7 +305,7 @@ class Trainer:
             advice = "; give a smaller --micro-batch-size" if too_large else ""
             raise KDCacheError(
                 f"step {batch.step + 1}: training the student ({type(module).__name__}) failed: "
-                f"{describe(e)}{advice}{self.folder.standing()}"
+                f"{describe(e)}{advice}{self.folder.what_is_saved()}"
             ) from e
         step, position = batch.step + 1, batch.stop
         line = {
@@ -355,8 +355,8 @@ class Trainer:
             self.said = time.perf_counter()
             found = self._evaluated() if due.evaluate else {}
             self.say(
-                f"step {self.progress.step}/{self.loader.total_steps}"
-                f"{numbers({**self.progress.training, **found})}"
+                "step "
+                f"{self.progress.step}/{self.loader.total_steps}{numbers({**self.progress.training, **found})}"
             )
         if due.stop:
             self._say_saved()
@@ -506,7 +506,7 @@ class Trainer:
         """
         now = dataclasses.replace(self.progress, seconds=self._seconds())
         try:
-            self.state.save(self.folder.path / name, now, standing=self.folder.standing)
+            self.state.save(self.folder.path / name, now, what_is_saved=self.folder.what_is_saved)
         except KDCacheError:
             # a folder that went away says more than the file that is missing
             self.folder.check()
@@ -518,7 +518,7 @@ class Trainer:
         """
         trial = self.folder.path / checkpoint.TRIAL
         try:
-            self.state.save(trial, self.progress, standing=str)
+            self.state.save(trial, self.progress, what_is_saved=str)
             checkpoint.check_same(trial, self.model.module)
         finally:
             checkpoint.clear_trial(self.folder.path)

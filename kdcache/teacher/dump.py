@@ -17,7 +17,7 @@ from kdcache import __version__
 from kdcache.cache.catalog import SUFFIXES, Header
 from kdcache.cache.identity import Identity, require_same, untold
 from kdcache.cache.reader import open as open_cache
-from kdcache.cache.writer import Writer, create, standing
+from kdcache.cache.writer import Writer, create, existing_header
 from kdcache.data import classes
 from kdcache.data.preprocessing import in_words
 from kdcache.data.samples import Samples, extremes
@@ -29,7 +29,7 @@ from kdcache.errors import (
     IdentityMismatch,
     KDCacheError,
     UsageError,
-    near,
+    did_you_mean,
 )
 from kdcache.loss.engines import check_engine
 from kdcache.models.checks import (
@@ -133,7 +133,7 @@ def dump_teacher(
     tell, progress = _teller(rank, callback("say", say)), callback("progress", progress)
     out = local_path(out, "--out")
     if container not in SUFFIXES:
-        raise UsageError(f"--format {container!r} is unknown{near(container, SUFFIXES)}")
+        raise UsageError(f"--format {container!r} is unknown{did_you_mean(container, SUFFIXES)}")
     wanted = Wanted(
         kind=kind,
         k=k,
@@ -181,14 +181,14 @@ def dump_teacher(
         )
         move(model.module, compute.device, "teacher")
         with evaluating(model.module), ExitStack() as stack:
-            begun = standing(out)
+            begun = existing_header(out)
             plan = make_plan(
                 model,
                 samples,
                 wanted,
                 compute.device,
                 world=rank.world,
-                standing=None if begun is None else begun.spec.records_per_shard,
+                records_of_shards=None if begun is None else begun.spec.records_per_shard,
             )
             dump = _Dump(out, container, model, samples, plan, compute, accept, overlooked, tell)
             dump.introduce(engine)

@@ -18,7 +18,7 @@ from kdcache.cache.columns import ROOT
 from kdcache.cache.spec import FEATURE_DTYPES, RECIPES, FeatureSpec
 from kdcache.data.padding import Real
 from kdcache.data.transfer import send
-from kdcache.errors import DataError, NotBuilt, UsageError, near
+from kdcache.errors import DataError, NotBuilt, UsageError, did_you_mean
 from kdcache.models.model import find_module
 from kdcache.models.recipes import reduce_activation
 
@@ -56,12 +56,12 @@ def parse_feature(text: str) -> FeatureRequest:
         )
     if request.recipe not in RECIPES:
         raise UsageError(
-            f"--feature {text}: recipe {request.recipe!r} is unknown{near(request.recipe, RECIPES)}"
+            f"--feature {text}: recipe {request.recipe!r} is unknown{did_you_mean(request.recipe, RECIPES)}"
         )
     if request.dtype not in FEATURE_DTYPES:
         raise UsageError(
             f"--feature {text}: dtype {request.dtype!r} is "
-            f"unknown{near(request.dtype, FEATURE_DTYPES)}"
+            f"unknown{did_you_mean(request.dtype, FEATURE_DTYPES)}"
         )
     return request
 

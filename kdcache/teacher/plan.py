@@ -148,10 +148,12 @@ def make_plan(
     device: torch.device,
     *,
     world: int = 1,
-    standing: int | None = None,
+    records_of_shards: int | None = None,
 ) -> Plan:
-    """The plan of a dump by `world` ranks. The teacher is in eval mode and on `device`. standing:
-    records_per_shard of the cache that is continued, which holds unless a size is wanted by name.
+    """The plan of a dump by `world` ranks. The teacher is in eval mode and on `device`.
+
+    records_of_shards: records_per_shard of the cache that is continued, which holds unless a size
+    is wanted by name.
 
     UsageError for an option that is foreign to the kind or does not fit the teacher, DataError for
     data that cannot be used. Runs one forward pass over at most 8 samples.
@@ -188,7 +190,9 @@ def make_plan(
     if chosen is None and wanted.shard_size is not None:
         chosen = min(max(1, wanted.shard_size // record_bytes), most)
     if chosen is None:
-        chosen = standing or min(records_per_shard(count, wanted.views, record_bytes, world), most)
+        chosen = records_of_shards or min(
+            records_per_shard(count, wanted.views, record_bytes, world), most
+        )
     if wanted.records_per_shard is not None and wanted.records_per_shard > most:
         raise UsageError(
             f"--records-per-shard is {chosen}; at most {most} keep every column below 2^31 elements"

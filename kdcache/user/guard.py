@@ -164,7 +164,7 @@ def passes(error: BaseException) -> bool:
     """Whether an error is none of the user's code: ours, or a Ctrl-C. Raises the Interrupted that
     it came of.
     """
-    let_through(error)
+    reraise_interrupt(error)
     if hasattr(error, WAY_OUT):
         return True
     if isinstance(error, KeyboardInterrupt):  # Python raises it under its own handler alone
@@ -172,7 +172,7 @@ def passes(error: BaseException) -> bool:
     return isinstance(error, KDCacheError)
 
 
-def let_through(error: BaseException) -> None:
+def reraise_interrupt(error: BaseException) -> None:
     """Raise the Interrupted that `error` is or came of: a signal is no fault of the code that it
     fell into.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kdcache.cache.identity import Identity, difference, require_same, untold
-from kdcache.errors import IdentityMismatch, UsageError, near
+from kdcache.errors import IdentityMismatch, UsageError, did_you_mean
 
 
 def identity(**change):
@@ -115,8 +115,11 @@ def test_an_identity_has_exactly_its_keys(document):
 
 
 def test_near_names():
-    assert near("digts", ["digits", "text"]) == " (did you mean 'digits'?)"
-    assert near("zzz", ["digits", "text"]) == " (known: digits, text)" and near("x", []) == ""
+    assert did_you_mean("digts", ["digits", "text"]) == " (did you mean 'digits'?)"
+    assert (
+        did_you_mean("zzz", ["digits", "text"]) == " (known: digits, text)"
+        and did_you_mean("x", []) == ""
+    )
 
 
 def test_only_a_field_that_differs_alone_may_be_harmless():

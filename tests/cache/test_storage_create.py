@@ -16,7 +16,7 @@ import kdcache
 from kdcache.cache import repair
 from kdcache.cache.identity import Identity
 from kdcache.cache.store import TEMPORARY, Directory
-from kdcache.cache.writer import create, standing
+from kdcache.cache.writer import create, existing_header
 from kdcache.errors import (
     CacheCorrupt,
     CacheExists,
@@ -209,7 +209,7 @@ def test_a_header_without_a_shard_blocks_nobody_but_those_at_work(tmp_path: Path
     path, other = tmp_path / "c", token_spec(samples=(0, 5), tiers=(2, 6), values="float16")
     with create(path, SPEC, IDENTITY) as alive:
         for spec, container in ((other, "arrow"), (SPEC, "hdf5")):
-            assert standing(path) is not None
+            assert existing_header(path) is not None
             with pytest.raises(SpecMismatch, match="another dump into it seems to be alive"):
                 create(path, spec, IDENTITY, container=container)
         # of the same cache: they agree
@@ -220,7 +220,7 @@ def test_a_header_without_a_shard_blocks_nobody_but_those_at_work(tmp_path: Path
         worker = context.Process(target=lambda: (begun.set(), time.sleep(60)))
         worker.start()  # it outlives its parent's writer
         assert begun.wait(60)  # and has closed, as any child does first, what it inherited
-    assert standing(path) is None
+    assert existing_header(path) is None
     with create(path, other, IDENTITY, container="hdf5", recorded={"a": "2"}) as writer:
         worker.kill()
         worker.join()

@@ -454,10 +454,9 @@ def test_a_signal_ends_a_command(signum: signal.Signals) -> None:
     # A shell without job control starts its background jobs with SIGINT ignored, and children
     # inherit that.
     code = (
-        "import kdcache.env, time, os, signal\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"kdcache.env.env = lambda: (os.kill(os.getpid(), {int(signum)}), time.sleep(20))\n"
-        "from kdcache.cli import main\nmain(['env'])"
+        "import kdcache.env, time, os, signal\nsignal.signal(signal.SIGINT, "
+        "signal.default_int_handler)\nkdcache.env.env = lambda: (os.kill(os.getpid(), "
+        f"{int(signum)}), time.sleep(20))\nfrom kdcache.cli import main\nmain(['env'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode in (128 + signum, -signum)  # a shell shows both as 128 + signal

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cli import main
-from kdcache.options import given
+from kdcache.options import given_options
 
 BASE = '[dump-teacher]\nteacher = "t.py:net"\ndata = "digits"\nout = "c"\n'
 
@@ -24,7 +24,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     command = main.commands["dump-teacher"]
 
     def record(as_json: bool, **values: Any) -> None:
-        options.update(given(values, temperature="temperatures"))
+        options.update(given_options(values, temperature="temperatures"))
 
     monkeypatch.setattr(command, "callback", record)
     return options
@@ -40,8 +40,8 @@ def test_the_file_gives_every_kind_of_option(tmp_path: Path, seen: dict[str, Any
     result = dump(
         tmp_path,
         BASE + "k = 5\ntemperature = [1, 2.5]\nlabels = false\nmoments = true\n"
-        'accept = "data.name"\nshard-size = "1MB"\n'
-        'teacher-arg = {width = 3, name = "a"}\ndata-arg = ["n=4"]\n',
+        'accept = "data.name"\nshard-size = "1MB"\nteacher-arg = {width = 3, name = "a"}\ndata-arg '
+        '= ["n=4"]\n',
     )
     assert result.exit_code == 0, result.stderr
     assert seen == {

@@ -32,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     order = rng.permutation(N)
     np.savez(place / "shuffled.npz", x=x[order], y=y[order])
     (place / "models.py").write_text(
-        "from torch import nn\n\n\ndef net(width=8):\n"
-        f"    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, {CLASSES}))\n"
+        "from torch import nn\n\n\ndef net(width=8):\n    return nn.Sequential(nn.Linear(6, "
+        f"width), nn.ReLU(), nn.Linear(width, {CLASSES}))\n"
     )
     done = run(
         "dump-teacher",

@@ -186,14 +186,10 @@ def test_ranks_that_are_none_are_refused_by_every_command(
 def test_a_signal_while_python_imports(signum: signal.Signals) -> None:
     """From the first line of the program on: here in the midst of an import that takes long."""
     code = (
-        "import os, sys, signal\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "class Slow:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'click':\n"
-        f"            os.kill(os.getpid(), {int(signum)})\n"
-        "sys.meta_path.insert(0, Slow())\n"
-        "import kdcache.__main__\n"
+        "import os, sys, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nclass "
+        "Slow:\n    def find_spec(self, name, path, target=None):\n        if name == 'click':\n   "
+        f"         os.kill(os.getpid(), {int(signum)})\nsys.meta_path.insert(0, Slow())\nimport "
+        "kdcache.__main__\n"
     )
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

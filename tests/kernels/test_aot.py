@@ -322,8 +322,8 @@ def complaints(build: Build, report: aot.Report) -> list[str]:
         if loop.instructions > most * elements or loop.exponentials > exponentials * elements:
             found.append(
                 f"{loop.instructions / elements:.2f} instructions and "
-                f"{loop.exponentials / elements:.2f} "
-                f"exponentials per element; budget {most} and {exponentials}"
+                f"{loop.exponentials / elements:.2f} exponentials per element; budget {most} and "
+                f"{exponentials}"
             )
         if loop.scalar_loads or loop.scalar_stores or loop.barriers:
             found.append(f"narrow accesses or barriers in a loop: {loop}")

@@ -349,8 +349,7 @@ def test_float16_gradient_survives_a_mean_over_many_rows() -> None:
             (
                 {"logits": torch.zeros(2, 8), "divergence": "reverse_kl", "targets": t},
                 "the student has 8 classes, and the teacher gives those from its 6 on nothing; cut "
-                "them .classes 6., or use "
-                "tail 'conditional'",
+                "them .classes 6., or use tail 'conditional'",
             )
             for t in (double_targets(torch.zeros(2, 6), 2.0, k) for k in (None, 6))
         ),

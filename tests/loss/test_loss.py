@@ -345,11 +345,11 @@ def test_a_large_common_offset_costs_no_digits(divergence: str, tail: str) -> No
     """
     logits, _, targets = problem(27, 6, 50, 3.0, 5, tail=tail)
     logits = (logits * 64).round().float() / 64
-    near, far = (
+    did_you_mean, far = (
         value_and_gradient(kd_loss, x, None, targets, alpha=1.0, divergence=divergence, tail=tail)
         for x in (logits, logits + 2.0**14)
     )
-    assert torch.equal(near[0], far[0]) and torch.equal(near[1], far[1])
+    assert torch.equal(did_you_mean[0], far[0]) and torch.equal(did_you_mean[1], far[1])
 
 
 @pytest.mark.parametrize(("divergence", "tail", "k"), kinds(FINITE, ks=(None, 2)))

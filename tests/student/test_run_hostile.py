@@ -469,8 +469,8 @@ def test_a_run_is_of_the_student_that_was_asked_for(
 
 def test_the_run_toml_of_any_arguments_is_a_config(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(
-        "from torch import nn\n\n\ndef net(act='x', n=0):\n    assert act is None\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "from torch import nn\n\n\ndef net(act='x', n=0):\n    assert act is None\n    return "
+        "nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )
     done = cli(
         "train-student",

@@ -187,8 +187,7 @@ class Buffer:
             i = int(outside.argmax())
             raise Fault(
                 f"thread {threads[i]} accesses {size} bytes at byte {at[i]} of {self.name}, which "
-                "has "
-                f"{len(self.data)}"
+                f"has {len(self.data)}"
             )
         return at
 
