@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv")
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tv"]
 TAILS = ("bucket", "renormalise", "conditional", "uniform", "sampled")
 FORWARD_ONLY = {
     "uniform": "the others are not built for an even tail; use tail 'bucket'",

@@ -354,10 +354,8 @@ class Trainer:
         if due.evaluate or time.perf_counter() - self.said > SAY_EVERY:
             self.said = time.perf_counter()
             found = self._evaluated() if due.evaluate else {}
-            self.say(
-                "step "
-                f"{self.progress.step}/{self.loader.total_steps}{numbers({**self.progress.training, **found})}"
-            )
+            step, total = self.progress.step, self.loader.total_steps
+            self.say(f"step {step}/{total}{numbers({**self.progress.training, **found})}")
         if due.stop:
             self._say_saved()
             self.signals.check()

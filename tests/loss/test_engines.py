@@ -125,7 +125,7 @@ def test_temperature_squared_is_in_value_and_gradient(
 
 
 def test_the_torch_engine_has_every_divergence_that_a_value_may_name() -> None:
-    assert tuple(DIVERGENCES) == row_loss.DIVERGENCES
+    assert list(DIVERGENCES) == row_loss.DIVERGENCES
 
 
 @pytest.mark.parametrize("tail", ["bucket", "uniform"])
