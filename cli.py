@@ -20,8 +20,7 @@ import click
 
 from kdcache import __version__
 from kdcache.bench.races import RACES, Race
-from kdcache.errors import KDCacheError, UsageError
-from kdcache.options import (
+from kdcache.console import (
     FOLDER,
     PATH,
     Door,
@@ -36,6 +35,7 @@ from kdcache.options import (
     shown,
     size,
 )
+from kdcache.errors import KDCacheError, UsageError
 from kdcache.process.ranks import this_rank
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -18,7 +18,7 @@ from kdcache.cache.measure import FULL_TEMPERATURES, log_sum_exp
 from kdcache.cache.repair import FOLDERS
 from kdcache.cache.spec import CacheSpec, spec_difference
 from kdcache.errors import FieldDifference, IdentityMismatch, UsageError
-from kdcache.user.guard import entrance, printable, users_code
+from kdcache.user.code_errors import entrance, printable, users_code
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache

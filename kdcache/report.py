@@ -24,7 +24,7 @@ from kdcache.models.runs import (
     read_options,
     read_summary,
 )
-from kdcache.user.guard import printable
+from kdcache.user.code_errors import printable
 from kdcache.user.paths import local_path
 
 # they do not tell two settings apart

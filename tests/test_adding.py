@@ -27,8 +27,8 @@ from kdcache.errors import NotBuilt, UsageError
 from kdcache.kernels import row_loss
 from kdcache.kernels.row_loss import Divergence
 from kdcache.loss import divergences, targets
-from kdcache.models import recipes, specs
-from kdcache.models.specs import Built, Wanted
+from kdcache.models import feature_recipes, specs
+from kdcache.models.specs import BuildOptions, Built
 from kdcache.student import match
 from kdcache.teacher.verify import verify
 
@@ -77,7 +77,7 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(activation: Tensor, mask: Tensor | None) -> Tensor:
         return activation.amax(1, keepdim=True)
 
-    monkeypatch.setitem(recipes.RECIPES, "peak", peak)
+    monkeypatch.setitem(feature_recipes.RECIPES, "peak", peak)
     spec.RECIPES.append("peak")
     try:
         cache, data, teacher = dump(tmp_path / "c", features=["body:peak"])
@@ -268,7 +268,7 @@ def test_a_data_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wide(rest: str, wanted: Wanted, /) -> Built:
+    def wide(rest: str, wanted: BuildOptions, /) -> Built:
         with wanted.seeded():
             module = nn.Sequential(
                 nn.Linear(WIDTH, int(rest)), nn.Tanh(), nn.Linear(int(rest), CLASSES)
@@ -277,7 +277,7 @@ def test_a_model_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(specs.MODELS, "wide", ("WIDTH", wide))
     cache, data, _ = dump(tmp_path / "c")
-    plain: Callable[[], nn.Module] = lambda: wide("6", Wanted(seed=0)).module  # noqa: E731
+    plain: Callable[[], nn.Module] = lambda: wide("6", BuildOptions(seed=0)).module  # noqa: E731
     a = train(tmp_path / "a", cache, data, student="wide:6", seed=0)
     assert a == train(tmp_path / "b", cache, data, student=plain(), seed=0)
     with pytest.raises(UsageError, match="expected wide:WIDTH"):

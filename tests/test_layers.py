@@ -28,7 +28,7 @@ LAYER = {
     "env": 3,
     "demo": 4,
     "bench": 4,
-    "options": 5,
+    "console": 5,
     "cli": 5,
     "__main__": 6,
 }

@@ -13,7 +13,7 @@ from kdcache.cache.rawmap import Facts
 from kdcache.cache.shard import Shard
 from kdcache.cache.store import DENIED, QUARANTINE, TEMPORARY, Directory, is_plain
 from kdcache.errors import KDCacheError
-from kdcache.user.guard import printable
+from kdcache.user.code_errors import printable
 
 UNREAD = "may not be read by this user: whether it is whole is not known; check its permissions"
 

@@ -19,7 +19,7 @@ from kdcache.cache.spec import FEATURE_DTYPES, KINDS, LEVELS, PREDICTS, RECIPES,
 from kdcache.cache.store import MAX_JSON
 from kdcache.cache.values import CODECS
 from kdcache.errors import CacheCorrupt, NotBuilt, UsageError, did_you_mean
-from kdcache.user.guard import printable
+from kdcache.user.code_errors import printable
 
 FORMAT = 1
 HEADER = "header.json"

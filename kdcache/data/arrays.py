@@ -12,7 +12,7 @@ import torch
 
 from kdcache.data.keys import UNSIGNED, array_header, byte_parts, elements
 from kdcache.errors import DataError, UsageError, did_you_mean
-from kdcache.user.guard import describe, reraise_interrupt
+from kdcache.user.code_errors import describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kdcache.data.classes import dataset_names
 from kdcache.errors import DataError, UsageError
-from kdcache.user.guard import attribute, printable, users_code
+from kdcache.user.code_errors import attribute, printable, users_code
 
 MOST_SAMPLES = 2**48  # of a cache (docs/format.md)
 LONGEST_NAME = 200  # characters: a name stands in errors and on the terminal

@@ -36,7 +36,7 @@ from kdcache.data.samples import (
     model_fields,
 )
 from kdcache.errors import DataError
-from kdcache.user.guard import users_code
+from kdcache.user.code_errors import users_code
 
 DECODER_IDS = "decoder_input_ids"
 

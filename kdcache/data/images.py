@@ -18,7 +18,7 @@ import xxhash
 from kdcache.data.folders import ClassFolders, class_folders
 from kdcache.data.preprocessing import Preprocessing, channels, read_preprocessing, size_of
 from kdcache.errors import DataError, UsageError
-from kdcache.user.guard import describe, reraise_interrupt
+from kdcache.user.code_errors import describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 log = logging.getLogger("kdcache")

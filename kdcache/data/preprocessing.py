@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.user_code import no_foreign_code
+from kdcache.data.code_specs import no_foreign_code
 from kdcache.errors import UsageError, did_you_mean
-from kdcache.user.guard import describe, reraise_interrupt
+from kdcache.user.code_errors import describe, reraise_interrupt
 
 # what a Hugging Face folder says it in
 FILES = ("preprocessor_config.json", "processor_config.json")

@@ -18,7 +18,7 @@ from kdcache.data.padding import Padding
 from kdcache.data.samples import Samples
 from kdcache.data.workers import by_workers
 from kdcache.errors import DataError
-from kdcache.user.guard import users_code
+from kdcache.user.code_errors import users_code
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from kdcache.data.attributes import read_attributes
+from kdcache.data.code_specs import UserFiles
 from kdcache.data.images import ImageFolder
 from kdcache.data.keys import UNSIGNED, arrays_of, elements, given_key, sample_key
 from kdcache.data.padding import Inputs, Padding
-from kdcache.data.user_code import UserFiles
 from kdcache.data.views import read_view
 from kdcache.errors import DataError, UsageError
-from kdcache.user.guard import users_code
+from kdcache.user.code_errors import users_code
 
 SMALL = (torch.uint8, torch.int8, torch.int16)
 # a dict may use either, (x, y) gives the second

@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 from kdcache.data.arrays import digits, npz
+from kdcache.data.code_specs import call, resolve_spec
 from kdcache.data.images import image_folder
 from kdcache.data.samples import Samples
 from kdcache.data.text import text_windows
-from kdcache.data.user_code import call, resolve_spec
 from kdcache.data.views import seeded_generators
 from kdcache.errors import NotBuilt, UsageError
 

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from kdcache.data.code_specs import no_foreign_code
 from kdcache.data.folders import check_name
-from kdcache.data.user_code import no_foreign_code
 from kdcache.errors import DataError, UsageError, did_you_mean
-from kdcache.user.guard import users_code
+from kdcache.user.code_errors import users_code
 from kdcache.user.paths import local_path
 
 SPLITS = ("all", "train", "eval")

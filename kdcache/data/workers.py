@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kdcache.data.collate import Collated
 from kdcache.errors import KDCacheError
 from kdcache.process.signals import CAUGHT
-from kdcache.user.guard import describe, message, reraise_interrupt, translated, users_code
+from kdcache.user.code_errors import describe, message, reraise_interrupt, translated, users_code
 
 POLL_SECONDS = 0.5  # how soon a signal or a dead worker is noticed
 # that a process whose socket is closed already may still seem to live

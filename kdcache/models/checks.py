@@ -33,7 +33,7 @@ from kdcache.errors import DataError, FieldDifference, IdentityMismatch, UsageEr
 from kdcache.models.model import Model, Output, forward, forward_on
 from kdcache.models.specs import own_tokenizer, position_limit
 from kdcache.models.weights import weights_dtype
-from kdcache.user.guard import users_code
+from kdcache.user.code_errors import users_code
 
 UNSTEADY = "unsteady"  # --accept it: no field of an identity; and the code of the warning
 # that are compared of a batch: with 256,000 classes 250 MiB as float32

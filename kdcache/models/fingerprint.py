@@ -16,7 +16,7 @@ from torch import nn
 from kdcache.cache.canonical import MAX_INT
 from kdcache.data.keys import array_header
 from kdcache.errors import KDCacheError, UsageError
-from kdcache.user.guard import reraise_interrupt, users_code
+from kdcache.user.code_errors import reraise_interrupt, users_code
 
 # Fields of a configuration that no answer in eval mode depends on: where it came from and by which
 # version it was written, names of classes (which the data's identity has), what is returned beside

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from kdcache.data.classes import model_names
+from kdcache.data.code_specs import accepts
 from kdcache.data.padding import Inputs
 from kdcache.data.preprocessing import Preprocessing
 from kdcache.data.transfer import to_device
-from kdcache.data.user_code import accepts
 from kdcache.errors import DataError, UsageError, did_you_mean
 from kdcache.models.fingerprint import architecture, weights_digest
 from kdcache.models.specs import (
@@ -33,7 +33,7 @@ from kdcache.models.specs import (
     recorded_by,
 )
 from kdcache.models.weights import load_weights, plain_state, weights_dtype
-from kdcache.user.guard import attribute, message, printable, reraise_interrupt, users_code
+from kdcache.user.code_errors import attribute, message, printable, reraise_interrupt, users_code
 from kdcache.user.paths import local_path
 
 DTYPES = {

@@ -19,10 +19,10 @@ from typing import Any
 
 from kdcache.cache.canonical import load_object
 from kdcache.cache.store import as_cache_errors, read_plain
-from kdcache.data.user_code import parse_args
+from kdcache.data.code_specs import parse_args
 from kdcache.errors import CacheCorrupt, UsageError, short
 from kdcache.user.arguments import is_unicode
-from kdcache.user.guard import printable
+from kdcache.user.code_errors import printable
 
 OPTIONS, SUMMARY, METRICS, LOCK = "run.toml", "summary.json", "metrics.jsonl", ".lock"
 LAST, BEST = "last", "best"

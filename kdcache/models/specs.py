@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcache.data.code_specs import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.data.preprocessing import FILES as PREPROCESSING
 from kdcache.data.preprocessing import (
     Preprocessing,
@@ -25,11 +26,10 @@ from kdcache.data.preprocessing import (
     of_torchvision,
     read_preprocessing,
 )
-from kdcache.data.user_code import call, has_parameter, no_foreign_code, resolve_spec
 from kdcache.data.views import seeded_generators
 from kdcache.errors import KDCacheError, UsageError, did_you_mean
 from kdcache.models.runs import OPTIONS, RECORDED, is_run, read_options
-from kdcache.user.guard import attribute, describe, reraise_interrupt
+from kdcache.user.code_errors import attribute, describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 # Task -> the transformers classes that build it, the first that knows the kind of config. Where an

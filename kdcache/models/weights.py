@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from kdcache.data.views import seeded_generators
 from kdcache.errors import UsageError
 from kdcache.models.specs import first_few
-from kdcache.user.guard import describe, reraise_interrupt
+from kdcache.user.code_errors import describe, reraise_interrupt
 from kdcache.user.paths import local_path
 
 State = dict[str, torch.Tensor]

@@ -42,7 +42,7 @@ from kdcache.cache.store import as_cache_errors, read_plain, sync_folder
 from kdcache.errors import CacheCorrupt, KDCacheError, UsageError
 from kdcache.models.model import Model
 from kdcache.models.weights import fit_weights, materialise, storage_of
-from kdcache.user.guard import describe, printable, reraise_interrupt
+from kdcache.user.code_errors import describe, printable, reraise_interrupt
 
 T = TypeVar("T")
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from kdcache.data.classes import check as check_names
 from kdcache.data.classes import check_number, model_names
+from kdcache.data.code_specs import is_code
 from kdcache.data.collate import Collated
 from kdcache.data.reading import Pairs, data_batches
 from kdcache.data.row_selection import CONVENTIONS, NEXT_TOKEN, record_labels, select_rows
 from kdcache.data.samples import Samples
 from kdcache.data.sources import as_samples
-from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError, did_you_mean
 from kdcache.models.checks import find_rows, padding_of, require_softmax, require_tokenizer
 from kdcache.models.model import Model, Output, forward_on, load_model, move, pick_device
@@ -32,7 +32,7 @@ from kdcache.student.head import WholeLogits
 from kdcache.student.run_folder import weights_folder
 from kdcache.student.settings import PRECISIONS
 from kdcache.user.arguments import check_workers
-from kdcache.user.guard import entrance, printable, users_code
+from kdcache.user.code_errors import entrance, printable, users_code
 from kdcache.user.paths import local_path
 
 TOP = 5

@@ -52,7 +52,7 @@ from kdcache.student.cache_and_data import as_cache, cached_preprocessing
 from kdcache.student.match import feature_tensors
 from kdcache.student.order import Order
 from kdcache.user.arguments import check_integer, check_workers
-from kdcache.user.guard import entrance, in_one_line
+from kdcache.user.code_errors import entrance, in_one_line
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch, Cache

@@ -23,7 +23,7 @@ from kdcache.data.padding import Real
 from kdcache.errors import NotBuilt, UsageError, did_you_mean
 from kdcache.loss.targets import column_tensor
 from kdcache.loss.torch_engine import wide
-from kdcache.models.recipes import reduce_activation
+from kdcache.models.feature_recipes import reduce_activation
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Batch

@@ -50,7 +50,7 @@ from kdcache.models.runs import (
     same_arguments,
 )
 from kdcache.student import checkpoint
-from kdcache.user.guard import printable
+from kdcache.user.code_errors import printable
 from kdcache.user.paths import local_path
 
 # Options that change no number of the run, only where things are found, how fast they come, or what

@@ -24,7 +24,7 @@ from kdcache.models.model import Model
 from kdcache.models.runs import is_number
 from kdcache.student import checkpoint
 from kdcache.student.optim import optimizer_tensors, restore_optimizer
-from kdcache.user.guard import describe
+from kdcache.user.code_errors import describe
 
 if TYPE_CHECKING:
     from kdcache.student.step import TrainStep

@@ -27,7 +27,7 @@ from kdcache.student.match import Matches
 from kdcache.student.optim import Named, Schedule, is_fused, set_lr
 from kdcache.student.settings import Settings
 from kdcache.student.state import generators, restore_generators
-from kdcache.user.guard import describe, reraise_interrupt
+from kdcache.user.code_errors import describe, reraise_interrupt
 
 # What `row_statistics` says of rows, as metrics.jsonl names their means: of the first LOOK_ROWS rows
 # of every LOOK_EVERY-th step. That is two softmaxes more in twenty steps.
@@ -177,14 +177,15 @@ class TrainStep:
     @torch.no_grad()
     def _look(self, rows_N: Tensor, targets: SoftTargets) -> Tensor:
         """Means of STATISTICS over the rows that have a teacher; NaN where none has."""
-        sums = torch.zeros(len(STATISTICS) + 1, device=rows_N.device)
+        sums: Tensor | float = 0.0
         for part, logits in self.student.chunks(rows_N, self.settings.classes):
             teacher = targets[part]
             seen = row_statistics(logits, teacher)
             each = [seen.entropy_N, seen.mass_N, seen.agrees_N, torch.ones_like(seen.agrees_N)]
             if teacher.weight_N is not None:
                 each = [x.where(teacher.weight_N != 0, 0) for x in each]
-            sums += torch.stack([x.sum() for x in each]).to(sums)
+            sums = sums + torch.stack([x.to(seen.entropy_N).sum() for x in each])
+        assert isinstance(sums, Tensor)  # there are rows
         return sums[:-1] / sums[-1]
 
     def _update(self, loss: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from kdcache.student.state import deterministic as deterministic_mode
 from kdcache.student.state import own_generators
 from kdcache.student.trainer import NOTHING_YET, StepInfo, Trainer
 from kdcache.user.arguments import check_workers
-from kdcache.user.guard import callback, entrance
+from kdcache.user.code_errors import callback, entrance
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache

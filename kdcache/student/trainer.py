@@ -31,7 +31,7 @@ from kdcache.student.run_report import TrainReport, numbers, start_lines, versio
 from kdcache.student.settings import BEST_BY, Settings
 from kdcache.student.state import Progress, RunState, checked_state, seed_generators
 from kdcache.student.step import STATISTICS, TrainStep
-from kdcache.user.guard import describe, passes
+from kdcache.user.code_errors import describe, passes
 
 log = logging.getLogger("kdcache")
 LOG_EVERY = 20  # steps between waits for the device, when their numbers are read

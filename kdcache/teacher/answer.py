@@ -24,7 +24,7 @@ from kdcache.errors import DataError, UsageError
 from kdcache.models.model import Output, forward_on
 from kdcache.teacher.hooks import FeatureHooks
 from kdcache.teacher.reduce import UNKNOWN
-from kdcache.user.guard import users_code
+from kdcache.user.code_errors import users_code
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ from kdcache.teacher.plan import Plan, Wanted, make_plan, temperature_names
 from kdcache.teacher.progress import DumpReport, Progress, readable_bytes, readable_seconds
 from kdcache.teacher.reduce import check_fits
 from kdcache.teacher.sink import Totals
-from kdcache.user.guard import callback, entrance
+from kdcache.user.code_errors import callback, entrance
 from kdcache.user.paths import local_path
 
 log = logging.getLogger("kdcache")

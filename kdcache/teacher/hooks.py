@@ -19,8 +19,8 @@ from kdcache.cache.spec import FEATURE_DTYPES, RECIPES, FeatureSpec
 from kdcache.data.padding import Real
 from kdcache.data.transfer import send
 from kdcache.errors import DataError, NotBuilt, UsageError, did_you_mean
+from kdcache.models.feature_recipes import reduce_activation
 from kdcache.models.model import find_module
-from kdcache.models.recipes import reduce_activation
 
 FORM = "MODULE[:RECIPE[:DTYPE]]"
 

@@ -21,11 +21,11 @@ from kdcache.cache.catalog import check_shards
 from kdcache.cache.columns import MAX_ELEMENTS, ROOT
 from kdcache.cache.identity import Identity
 from kdcache.cache.spec import KINDS, CacheSpec, temperature_name
+from kdcache.data.code_specs import is_code
 from kdcache.data.collate import Collated, beyond_tokens
 from kdcache.data.identify import identify
 from kdcache.data.row_selection import NEXT_TOKEN, POSITION, next_token_rows, position_rows
 from kdcache.data.samples import Samples, evenly_spaced, extremes, probe_ids
-from kdcache.data.user_code import is_code
 from kdcache.errors import DataError, UsageError
 from kdcache.models.checks import beyond_positions, find_rows, require_softmax
 from kdcache.models.model import Model

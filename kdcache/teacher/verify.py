@@ -21,7 +21,7 @@ from kdcache.models.model import DTYPES, Model, as_model, move, pick_device
 from kdcache.process.ranks import this_rank
 from kdcache.teacher.agreement import agreement
 from kdcache.teacher.answer import evaluating
-from kdcache.user.guard import callback, entrance
+from kdcache.user.code_errors import callback, entrance
 
 SAMPLES = 32  # records that the teacher sees again
 

@@ -205,7 +205,7 @@ def test_help(name: str) -> None:
 
 
 def test_every_command_refuses_an_option_given_twice() -> None:
-    from kdcache.options import Once
+    from kdcache.console import Once
 
     assert all(isinstance(command, Once) for command in commands().values())
 
@@ -347,7 +347,7 @@ def test_env_says_what_is_installed() -> None:
     ],
 )
 def test_sizes(given: str, expected: int) -> None:
-    from kdcache.options import size
+    from kdcache.console import size
 
     assert size(given) == expected
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cli import main
-from kdcache.options import given_options
+from kdcache.console import given_options
 
 BASE = '[dump-teacher]\nteacher = "t.py:net"\ndata = "digits"\nout = "c"\n'
 
@@ -137,7 +137,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_config_options_have_a_type_that_toml_has() -> None:
-    from kdcache.options import TYPE_NAMES, _toml_types, flags
+    from kdcache.console import TYPE_NAMES, _toml_types, flags
 
     for command in main.commands.values():
         if not isinstance(command, click.Group):

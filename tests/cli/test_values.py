@@ -16,7 +16,7 @@ import pytest
 from cli_world import refused, run
 
 from kdcache.cli import main
-from kdcache.options import size
+from kdcache.console import size
 
 COMMANDS = {
     name: command for name, command in main.commands.items() if not isinstance(command, click.Group)

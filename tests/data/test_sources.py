@@ -10,11 +10,11 @@ import pytest
 import torch
 import xxhash
 
+from kdcache.data.code_specs import call, parse_args, resolve
 from kdcache.data.identify import identify
 from kdcache.data.samples import Samples, as_tensor
 from kdcache.data.sources import load_data
 from kdcache.data.text import fingerprint
-from kdcache.data.user_code import call, parse_args, resolve
 from kdcache.errors import DataError, NotBuilt, UsageError
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from kdcache.data import user_code, workers
+from kdcache.data import code_specs, workers
 from kdcache.data.reading import Fetch
 from kdcache.data.samples import Samples
 from kdcache.data.sources import load_data
@@ -218,7 +218,7 @@ def test_a_file_of_the_users_is_imported_where_a_pickle_is_opened(
     samples = Samples(load_data(f"{file}:Rows"))
     sent = bytes(ForkingPickler.dumps(samples))
     name = type(samples.dataset).__module__
-    monkeypatch.setattr(user_code.FINDER, "paths", {})
+    monkeypatch.setattr(code_specs.FINDER, "paths", {})
     monkeypatch.delitem(sys.modules, name)
     state = torch.random.get_rng_state()
     got = pickle.loads(sent)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import NotBuilt, UsageError
-from kdcache.models.recipes import RECIPES, apply_recipe
+from kdcache.models.feature_recipes import RECIPES, apply_recipe
 
 
 def activation(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,7 +21,7 @@ import xxhash
 
 from kdcache.errors import KDCacheError, UsageError, did_you_mean
 from kdcache.user.arguments import is_unicode
-from kdcache.user.guard import describe, is_the_users, reraise_interrupt, users_code
+from kdcache.user.code_errors import describe, is_the_users, reraise_interrupt, users_code
 from kdcache.user.paths import local_path
 
 FILES = "kdcache_user_"  # how the names of modules begin that are files of users

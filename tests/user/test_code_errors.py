@@ -24,7 +24,7 @@ from kdcache.student.loader import Loader
 from kdcache.student.train import train_student
 from kdcache.teacher.dump import dump_teacher
 from kdcache.teacher.verify import verify
-from kdcache.user.guard import callback, entrance, printable, users_code
+from kdcache.user.code_errors import callback, entrance, printable, users_code
 
 HERE = Path(__file__).name
 

@@ -26,7 +26,7 @@ from kdcache.process.ranks import this_rank
 from kdcache.process.signals import Signals
 from kdcache.process.streams import hold, lost
 from kdcache.user.arguments import bytes_of, is_unicode
-from kdcache.user.guard import interrupted, printable
+from kdcache.user.code_errors import interrupted, printable
 from kdcache.user.paths import local_path
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -349,7 +349,7 @@ def given_options(options: Mapping[str, Any], **renamed: str) -> dict[str, Any]:
     `--x-arg key=value` becomes the mapping `x_args`; repeatable options become lists. `renamed`:
     option -> parameter.
     """
-    from kdcache.data.user_code import parse_args
+    from kdcache.data.code_specs import parse_args
 
     ctx = click.get_current_context()
     out: dict[str, Any] = {}
