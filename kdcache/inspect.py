@@ -302,7 +302,7 @@ def _check_data(
     cache.
     """
     from kdcache.data.classes import check
-    from kdcache.data.identify import check_same_key
+    from kdcache.data.keys import check_same_key
     from kdcache.data.samples import Samples
     from kdcache.data.sources import load_data
 

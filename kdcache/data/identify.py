@@ -6,9 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from kdcache.data.collate import read_batch
 from kdcache.data.samples import Samples, probe_ids
 from kdcache.errors import DataError
@@ -49,30 +46,6 @@ def identify(samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
         **({"preprocessing": samples.preprocessing} if samples.preprocessing else {}),
     }
     return data, samples.tokenizer_identity
-
-
-def check_same_key(
-    cached_u64: npt.NDArray[np.uint64],
-    recomputed_u64: npt.NDArray[np.uint64],
-    sample_ids: npt.NDArray[np.int64],
-    *,
-    what: str = "sample_key",
-) -> None:
-    """DataError naming the first sample whose key in the cache is not the one recomputed from the
-    data.
-    """
-    cached, given = np.asarray(cached_u64, np.uint64), np.asarray(recomputed_u64, np.uint64)
-    if cached.shape != given.shape:
-        raise DataError(f"{given.shape} keys were recomputed for {cached.shape} cached ones")
-    wrong = np.flatnonzero(cached != given)
-    if wrong.size:
-        at = int(wrong[0])
-        raise DataError(
-            f"sample {int(sample_ids[at])}: {what} in the cache is {int(cached[at]):016x}, the "
-            f"data gives {int(given[at]):016x} ({wrong.size} of {cached.size} records of this "
-            "batch differ); the data is not what the teacher saw: another order, another "
-            "preprocessing, or changed files"
-        )
 
 
 def _answer(samples: Samples, sample_id: int) -> tuple[int, int | None]:

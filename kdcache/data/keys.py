@@ -193,3 +193,27 @@ def _little(array: Array) -> Array:
         array.dtype.byteorder == "=" and sys.byteorder == "big"
     )
     return array.astype(array.dtype.newbyteorder("<")) if swapped else array
+
+
+def check_same_key(
+    cached_u64: npt.NDArray[np.uint64],
+    recomputed_u64: npt.NDArray[np.uint64],
+    sample_ids: npt.NDArray[np.int64],
+    *,
+    what: str = "sample_key",
+) -> None:
+    """DataError naming the first sample whose key in the cache is not the one recomputed from the
+    data.
+    """
+    cached, given = np.asarray(cached_u64, np.uint64), np.asarray(recomputed_u64, np.uint64)
+    if cached.shape != given.shape:
+        raise DataError(f"{given.shape} keys were recomputed for {cached.shape} cached ones")
+    wrong = np.flatnonzero(cached != given)
+    if wrong.size:
+        at = int(wrong[0])
+        raise DataError(
+            f"sample {int(sample_ids[at])}: {what} in the cache is {int(cached[at]):016x}, the "
+            f"data gives {int(given[at]):016x} ({wrong.size} of {cached.size} records of this "
+            "batch differ); the data is not what the teacher saw: another order, another "
+            "preprocessing, or changed files"
+        )

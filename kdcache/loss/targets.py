@@ -190,7 +190,15 @@ def soft_targets(
         raise UsageError(
             "the cache is of kind 'none': it has features and no rows, so no soft targets"
         )
-    name, kept = stored_temperature(spec, temperature), stored_tier(spec, k)
+    return unpack_targets(
+        spec, batch, stored_temperature(spec, temperature), stored_tier(spec, k), device
+    )
+
+
+def unpack_targets(
+    spec: CacheSpec, batch: Batch, name: str, kept: int, device: torch.device
+) -> SoftTargets:
+    """`soft_targets` at the stored temperature of that name and of the tier `kept`, both checked."""
     unpack = _Unpack(spec, batch, device)
     weight_N = unpack.column("weight") if spec.row_weights else None
     values_NK = unpack.values(kept)

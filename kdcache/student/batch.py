@@ -16,7 +16,7 @@ from torch import Tensor
 from kdcache.cache.codec import row_columns
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.data.collate import Collated
-from kdcache.data.identify import check_same_key
+from kdcache.data.keys import check_same_key
 from kdcache.data.padding import IGNORED, Inputs
 from kdcache.data.row_selection import (
     NEXT_TOKEN,

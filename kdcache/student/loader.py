@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.cache.columns import Array
-from kdcache.cache.spec import CacheSpec
+from kdcache.cache.spec import CacheSpec, temperature_name
 from kdcache.data.collate import Collated, read_batch
 from kdcache.data.padding import Inputs, Padding
 from kdcache.data.reading import Prefetch, data_batches, prefetchable, token_batch
@@ -27,10 +27,10 @@ from kdcache.errors import DataError, UsageError
 from kdcache.loss.targets import (
     SoftTargets,
     readable,
-    soft_targets,
     stored_temperature,
     stored_tier,
     targets_from_logits,
+    unpack_targets,
 )
 from kdcache.loss.tensor_arguments import check_device, check_temperature
 from kdcache.models.checks import check_convention, padding_of, telling_records
@@ -193,7 +193,11 @@ class Loader:
         )
         self._check_names(num_classes, temperature, k)
         self.temperature = self._temperature(temperature)
-        self.k = self._k(k)
+        self.k = k
+        # name of the temperature and tier that targets are unpacked at: checked here, once
+        self._stored = temperature_name(self.temperature), k or 0
+        if self.spec is not None and self.reads_targets:
+            self._stored = self._stored[0], stored_tier(self.spec, k)
         if features and self.spec is None:
             raise UsageError("features are read from a cache; none is given")
         self.features = find_features(self.spec, features) if self.spec is not None else []
@@ -271,14 +275,8 @@ class Loader:
             batch["features"] = feature_tensors(cached, names, spec=self.spec, device=self.device)
         if self.teacher is not None:
             batch["targets"] = self._live(self.teacher, micro, batch["inputs"], batch["rows"])
-        elif self.reads_targets:
-            batch["targets"] = soft_targets(
-                cached,
-                spec=self.spec,
-                temperature=self.temperature,
-                k=self.k,
-                device=self.device,
-            )
+        elif self.spec is not None and self.reads_targets:
+            batch["targets"] = unpack_targets(self.spec, cached, *self._stored, self.device)
         return batch
 
     def indices(self, start: int | None = None, base: int = 0) -> Iterator[BatchIndex]:
@@ -520,11 +518,6 @@ class Loader:
         if self.spec is not None and self.reads_targets:
             return float(stored_temperature(self.spec, temperature))
         return float(check_temperature(temperature))
-
-    def _k(self, k: int | None) -> int | None:
-        if self.spec is not None and self.reads_targets:
-            stored_tier(self.spec, k)
-        return k
 
 
 def _by_labels(batch: Collated) -> str:

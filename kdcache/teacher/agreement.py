@@ -24,7 +24,7 @@ from kdcache.cache.features import decode_feature
 from kdcache.cache.reader import Batch, Cache
 from kdcache.cache.spec import CacheSpec, FeatureSpec
 from kdcache.cache.values import value_codec
-from kdcache.data.identify import check_same_key
+from kdcache.data.keys import check_same_key
 from kdcache.data.samples import Samples, evenly_spaced
 from kdcache.errors import DataError
 from kdcache.loss.topk import tail_lse

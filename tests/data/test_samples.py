@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from kdcache.data.arrays import npz
 from kdcache.data.collate import collate, read_batch
-from kdcache.data.identify import check_same_key, identify, probe_ids
-from kdcache.data.keys import sample_key
+from kdcache.data.identify import identify, probe_ids
+from kdcache.data.keys import check_same_key, sample_key
 from kdcache.data.padding import Padding
 from kdcache.data.samples import Samples
 from kdcache.data.views import view_rng
