@@ -22,7 +22,7 @@ from kdcache.kernels import kd_linear
 from kdcache.kernels.kd_chunks import chunk_rows
 from kdcache.loss.divergences import check_ruled_out
 from kdcache.loss.engines import check_fits
-from kdcache.loss.kd_loss import LossOptions, LossParts, LossRequest, build_row_loss
+from kdcache.loss.kd_loss import LossOptions, LossParts, LossRequest, build_row_loss, check_names
 from kdcache.loss.targets import SoftTargets
 from kdcache.loss.tensor_arguments import check_tensor
 from kdcache.loss.torch_engine import torch_engine
@@ -105,6 +105,7 @@ def _run(
     report: bool,
 ) -> tuple[LossRequest, Tensor, Tensor, Tensor]:
     """What was asked, and (loss, CE_N, D_N) of it."""
+    check_names("kd_linear_loss", options)
     _check(hidden, weight, bias, options.get("reduction", "mean"))
     check_number("logit_scale", logit_scale)
     check_number("softcap", softcap, optional=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypedDict, Unpack
@@ -76,6 +77,16 @@ class LossOptions(TypedDict, total=False):
     normalizer: tuple[Count, Count] | None
     engine: str
     classes: int | None
+
+
+def check_names(call: str, options: Mapping[str, Any]) -> None:
+    """TypeError, as Python raises it, for an option that there is not."""
+    for name in options:
+        if name not in LossOptions.__annotations__:
+            raise TypeError(
+                f"{call}() got an unexpected keyword argument {name!r}"
+                f"{did_you_mean(name, LossOptions.__annotations__)}"
+            )
 
 
 def kd_loss(
@@ -155,6 +166,7 @@ def _run(
     report: bool,
 ) -> tuple[LossRequest, Tensor, Tensor, Tensor]:
     """What was asked, and (loss, CE_N, D_N) of it."""
+    check_names("kd_loss", options)
     check_tensor("logits", logits, "floating [N, V]")
     check_type("inplace", inplace, bool, "True or False")
     if logits.dim() != 2 or not logits.is_floating_point():

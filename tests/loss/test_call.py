@@ -15,6 +15,7 @@ import torch
 from loss_world import DIVERGENCES, PAIRS, double_targets, problem, value_and_gradient
 from torch import Tensor
 
+import kdcache
 from kdcache.errors import UsageError
 from kdcache.loss import torch_engine as engine
 from kdcache.loss.divergences import Divergence
@@ -455,3 +456,16 @@ def test_the_options_of_all_calls_are_those_that_are_checked() -> None:
         assert last.kind is last.VAR_KEYWORD and "LossOptions" in str(last.annotation)
         with pytest.raises(TypeError, match="gamma"):
             call(*[torch.zeros(2, 2)] * 2, gamma=1.0)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("call", [kdcache.kd_loss, kdcache.kd_loss_parts])
+def test_an_option_that_there_is_not_is_named_by_the_call(call: Any) -> None:
+    """As Python says it of a function that lists its options."""
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(
+        TypeError, match=r"kd_loss\(\) got an unexpected .*'alhpa' \(did you mean 'alpha'"
+    ):
+        call(logits, labels, alhpa=0.5)
+    head = torch.zeros(3, 3)
+    with pytest.raises(TypeError, match=r"kd_linear_loss\(\) got an unexpected .*'return_parts'"):
+        kdcache.kd_linear_loss(logits, head, labels, return_parts=True)
