@@ -99,7 +99,7 @@ class Way:
 
     def __str__(self) -> str:
         tiles = self.tiles
-        said = [f"{tiles.rows} x {tiles.warps} warps", f"{tiles.registers} registers"]
+        said = [f"{tiles.height} x {tiles.warps} warps", f"{tiles.registers} registers"]
         said += ["backwards"] * tiles.reverse + ["no cache hints"] * (not tiles.hints)
         return ", ".join(said + ([f"{self.parts} parts"] if self.parts else []))
 

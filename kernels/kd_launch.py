@@ -21,9 +21,9 @@ from kdcache.kernels.row_loss import RowLoss
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How one program walks a row: tiles of `rows` times one 16-byte vector per thread."""
+    """How one program walks a row: tiles of `height` times one 16-byte vector per thread."""
 
-    rows: int
+    height: int
     warps: int
     registers: int = 128
     reverse: bool = False
@@ -35,12 +35,12 @@ class Tiles:
         whether so much more that they wait for arithmetic.
 
         A multiprocessor's 65,536 registers hold 65,536 / (32 warps registers) programs, registers
-        in steps of 8. Those have rows * warps * 512 bytes each in flight; 4.8 TB/s, 132
+        in steps of 8. Those have height * warps * 512 bytes each in flight; 4.8 TB/s, 132
         multiprocessors and a microsecond's latency ask for about 40 KB of them. Their rows should
         stay in an L2 of 50 MB until the second read: near 34 MB on all. So, by registers as
         compiled (tests/kernels/test_aot.py holds programs, bytes in flight and rows to it):
 
-            row, bytes      rows, warps     programs    KB in flight    MB of rows
+            row, bytes      height, warps    programs    KB in flight    MB of rows
             to 1,024        2, 1            25          25              to 3
             to 2,048        2, 2            16 to 21    32 to 42        to 6
             to 16,384       2, 4            8 to 10     32 to 40        to 22
@@ -50,8 +50,8 @@ class Tiles:
 
         A tile is computed whole, however little of a row is in it: where more than a tenth would be
         nothing, tiles are half as tall, with half in flight (V = 50,257: 2 programs of 4, 8 and 27
-        MB; labels alone 3 and 40 MB). So they are with `sums`, and of two rows where they are
-        `slow`. Short rows finish too soon to be kept busy but by many programs, and have fewer
+        MB; labels alone 3 and 40 MB). So they are with `sums`, and of height two where they
+        are `slow`. Short rows finish too soon to be kept busy but by many programs, and have fewer
         barriers to wait at in few warps. Rows that do not fit are swept backwards the second time:
         what was read last is read first.
         """
@@ -63,8 +63,8 @@ class Tiles:
         warps, tallest = (8, 4) if row <= 64_400 else (8, 8) if row <= 140_000 else (16, 8)
         tile = tallest * warps * 512
         filled = -(-row // tile) * tile <= 1.1 * row
-        rows = 2 if slow else tallest if filled and not sums else tallest // 2
-        return Tiles(rows, warps, 80 if tallest == 4 else 128, reverse=row > 320_000)
+        height = 2 if slow else tallest if filled and not sums else tallest // 2
+        return Tiles(height, warps, 80 if tallest == 4 else 128, reverse=row > 320_000)
 
 
 Values = tuple[Tensor, Tensor, Tensor]  # loss, CE, D [N]
@@ -140,7 +140,7 @@ def scale_gradient(gradient_NV: Tensor, factor_N: Tensor, out_NV: Tensor) -> Non
             out_NV.stride(0),
             factor_N.stride(0),
             width,
-            tiles.rows,
+            tiles.height,
             vec * 32 * tiles.warps,
             vec,
             aligned(gradient_NV, width),
@@ -349,7 +349,7 @@ def kernel_constants(
         "TWO": two,
         "GRADIENT": gradient,
         "INPLACE": inplace,
-        "R": tiles.rows,
+        "R": tiles.height,
         "C": vec * 32 * tiles.warps,
         "VEC": vec,
         "ALIGNED": aligned,

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from kdcache.loss.targets import SoftTargets
 
-Rows = Callable[[Tensor, Tensor], Tensor]  # (log q, log p) over the last axis -> D of each row
+RowDivergence = Callable[
+    [Tensor, Tensor], Tensor
+]  # (log q, log p) over the last axis -> D of each row
 
 
 def times(p: Tensor, x: Tensor) -> Tensor:
@@ -53,10 +55,12 @@ def tv_rows(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
-def full(logits_NV: Tensor, log_q_NV: Tensor, temperature: float, rows: Rows = kl_rows) -> Tensor:
+def full(
+    logits_NV: Tensor, log_q_NV: Tensor, temperature: float, of_rows: RowDivergence = kl_rows
+) -> Tensor:
     """All classes are outcomes; those of the student alone have teacher probability 0."""
     beyond = logits_NV.shape[1] - log_q_NV.shape[1]
-    return rows(
+    return of_rows(
         torch.nn.functional.pad(log_q_NV, (0, beyond), value=-torch.inf),
         torch.log_softmax(logits_NV / temperature, -1),
     )
@@ -68,38 +72,51 @@ def bucket(
     log_q_NK: Tensor,
     log_tail_N: Tensor,
     temperature: float,
-    rows: Rows = kl_rows,
+    of_rows: RowDivergence = kl_rows,
 ) -> Tensor:
     """The K kept classes are outcomes, and all others together are one more."""
     log_p_NV = torch.log_softmax(logits_NV / temperature, -1)
     log_p_NK = log_p_NV.gather(1, ids_NK)
     if ids_NK.shape[1] == logits_NV.shape[1]:
-        return rows(log_q_NK, log_p_NK)
+        return of_rows(log_q_NK, log_p_NK)
     rest_NV = torch.ones_like(log_p_NV, dtype=torch.bool).scatter(1, ids_NK, False)
     log_p_tail_N1 = torch.logsumexp(torch.where(rest_NV, log_p_NV, -torch.inf), -1, keepdim=True)
-    return rows(
+    return of_rows(
         torch.cat([log_q_NK, log_tail_N[:, None]], 1), torch.cat([log_p_NK, log_p_tail_N1], 1)
     )
 
 
 def renormalise(
-    logits_NV: Tensor, ids_NK: Tensor, log_q_NK: Tensor, temperature: float, rows: Rows = kl_rows
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    log_q_NK: Tensor,
+    temperature: float,
+    of_rows: RowDivergence = kl_rows,
 ) -> Tensor:
     """The teacher is renormalised over the K kept classes, its tail has nothing; the student keeps
     all V.
     """
     log_q_NK = torch.log_softmax(log_q_NK, -1)
     return bucket(
-        logits_NV, ids_NK, log_q_NK, torch.full_like(log_q_NK[:, 0], -torch.inf), temperature, rows
+        logits_NV,
+        ids_NK,
+        log_q_NK,
+        torch.full_like(log_q_NK[:, 0], -torch.inf),
+        temperature,
+        of_rows,
     )
 
 
 def conditional(
-    logits_NV: Tensor, ids_NK: Tensor, log_q_NK: Tensor, temperature: float, rows: Rows = kl_rows
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    log_q_NK: Tensor,
+    temperature: float,
+    of_rows: RowDivergence = kl_rows,
 ) -> Tensor:
     """Both are renormalised over the K kept classes; no gradient reaches the others."""
     log_p_NK = torch.log_softmax(logits_NV.gather(1, ids_NK) / temperature, -1)
-    return rows(torch.log_softmax(log_q_NK, -1), log_p_NK)
+    return of_rows(torch.log_softmax(log_q_NK, -1), log_p_NK)
 
 
 def uniform(
@@ -151,7 +168,7 @@ def divergence_rows(
     beta: float = 0.5,
 ) -> Tensor:
     """D of each row by the names of `kd_loss`, in the dtype of the logits."""
-    rows: Rows = {
+    of_rows: RowDivergence = {
         "forward_kl": kl_rows,
         "reverse_kl": reverse_kl_rows,
         "tv": tv_rows,
@@ -164,16 +181,16 @@ def divergence_rows(
     )
     if ids_NK is None:
         kept = targets.num_classes if tail == "conditional" else logits_NV.shape[1]
-        return full(logits_NV[:, :kept], log_q, temperature, rows)
+        return full(logits_NV[:, :kept], log_q, temperature, of_rows)
     if targets.log_tail_N is None:
         return sampled(logits_NV, ids_NK, log_q, temperature)
     log_tail_N = targets.log_tail_N.to(logits_NV.dtype)
     if tail == "bucket":
-        return bucket(logits_NV, ids_NK, log_q, log_tail_N, temperature, rows)
+        return bucket(logits_NV, ids_NK, log_q, log_tail_N, temperature, of_rows)
     if tail == "uniform":
         return uniform(logits_NV, ids_NK, log_q, log_tail_N, temperature, targets.num_classes)
     return {"renormalise": renormalise, "conditional": conditional}[tail](
-        logits_NV, ids_NK, log_q, temperature, rows
+        logits_NV, ids_NK, log_q, temperature, of_rows
     )
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Int64s = npt.NDArray[np.int64]
 # (record, position) of each row, int64 [N]: logits[rows] is [N, V]
-Rows = tuple[Tensor, Tensor]
+RowPlaces = tuple[Tensor, Tensor]
 # columns that are used on the host, or are part of a micro-batch in another form
 OF_THE_HOST = {
     "sample_key",
@@ -91,14 +91,14 @@ class MicroBatch:
     convention: str
     num_classes: int | None
     selection: RowSelection | None
-    rows: Rows | None
+    rows: RowPlaces | None
     labels: Tensor | None
     label_weight: Tensor | None
     counts: tuple[float, float]
 
     @property
     def num_rows(self) -> int:
-        """Rows, where a record has several of them, or none; else 0."""
+        """RowPlaces, where a record has several of them, or none; else 0."""
         return 0 if self.rows is None else len(self.rows[0])
 
 
@@ -119,7 +119,7 @@ class LoaderBatch(TypedDict):
     label_weight: Tensor | None
     targets: SoftTargets | None
     features: dict[str, Tensor]
-    rows: Rows | None
+    rows: RowPlaces | None
     sample_ids: Tensor
     views: Tensor
     epoch: int
@@ -200,7 +200,7 @@ def _check_raw(index: BatchIndex, cached: Batch, collated: Collated) -> None:
         )
 
 
-def cached_rows(spec: CacheSpec, cached: Batch, collated: Collated) -> Rows | None:
+def cached_rows(spec: CacheSpec, cached: Batch, collated: Collated) -> RowPlaces | None:
     """Where the rows of a batch stand in its padded inputs; None for one row per record."""
     if "pos" not in cached.columns:
         return None
@@ -227,7 +227,7 @@ def assemble(
     rows = None if cached is None or spec is None else cached_rows(spec, cached, collated)
     selection = _selection(collated, convention, num_classes)
     if selection is not None and rows is None:
-        rows = cast(Rows, selection.mask_BL.nonzero(as_tuple=True))
+        rows = cast(RowPlaces, selection.mask_BL.nonzero(as_tuple=True))
     _check_positions(index, collated, rows, convention)
     labels, weight = collated.labels, collated.label_weight
     if rows is not None and selection is not None:
@@ -268,7 +268,7 @@ def assemble(
     )
 
 
-def student_rows(output: Output, micro: MicroBatch, rows: Rows | None) -> Tensor:
+def student_rows(output: Output, micro: MicroBatch, rows: RowPlaces | None) -> Tensor:
     """The logits [N, V] of the rows of a batch, or hidden states [N, H] in their place.
 
     rows: those of `micro`, on the device. DataError with both numbers when the student has other
@@ -380,7 +380,7 @@ def _selection(collated: Collated, convention: str, num_classes: int | None) -> 
 
 
 def _check_positions(
-    index: BatchIndex, collated: Collated, rows: Rows | None, convention: str
+    index: BatchIndex, collated: Collated, rows: RowPlaces | None, convention: str
 ) -> None:
     """DataError for a row of the teacher's at a place where the data has no token, or none after it
     to predict.
@@ -402,7 +402,7 @@ def _check_positions(
 
 
 def _cached_labels(
-    index: BatchIndex, cached: Batch, given: Tensor | None, rows: Rows | None
+    index: BatchIndex, cached: Batch, given: Tensor | None, rows: RowPlaces | None
 ) -> Tensor:
     """The cache's labels, [N] where J is 1. DataError naming the first that the data has otherwise."""
     labels_NJ = torch.from_numpy(cached.columns["label"].astype(np.int64))
@@ -426,7 +426,9 @@ def _cached_labels(
     return labels
 
 
-def _check_range(index: BatchIndex, labels: Tensor, rows: Rows | None, num_classes: int) -> None:
+def _check_range(
+    index: BatchIndex, labels: Tensor, rows: RowPlaces | None, num_classes: int
+) -> None:
     if not labels.numel() or (int(labels.max()) < num_classes and int(labels.min()) >= IGNORED):
         return
     row = int(_in_any((labels >= num_classes) | (labels < IGNORED)).nonzero()[0])
@@ -436,7 +438,7 @@ def _check_range(index: BatchIndex, labels: Tensor, rows: Rows | None, num_class
     )
 
 
-def _sample(index: BatchIndex, rows: Rows | None, row: int) -> str:
+def _sample(index: BatchIndex, rows: RowPlaces | None, row: int) -> str:
     if rows is None:
         return str(int(index.sample_ids[row]))
     return f"{int(index.sample_ids[int(rows[0][row])])}, position {int(rows[1][row])}"

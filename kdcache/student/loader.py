@@ -40,7 +40,7 @@ from kdcache.student.batch import (
     BatchIndex,
     LoaderBatch,
     MicroBatch,
-    Rows,
+    RowPlaces,
     assemble,
     check_keys,
     find_features,
@@ -444,7 +444,7 @@ class Loader:
     # not inference mode: its tensors cannot take part in the student's backward
     @torch.no_grad()
     def _live(
-        self, teacher: nn.Module, micro: MicroBatch, inputs: Inputs, rows: Rows | None
+        self, teacher: nn.Module, micro: MicroBatch, inputs: Inputs, rows: RowPlaces | None
     ) -> SoftTargets:
         with model_errors("live teacher", teacher, inputs):
             output = forward(teacher, inputs)

@@ -47,7 +47,7 @@ def test_each_candidate_launches_with_its_own_tiles(
         problem.restore()
         found = way.run(fused)
         assert isinstance(found, torch.Tensor)
-        assert (seen[-1]["R"], seen[-1]["C"]) == (way.tiles.rows, 4 * 32 * way.tiles.warps)
+        assert (seen[-1]["R"], seen[-1]["C"]) == (way.tiles.height, 4 * 32 * way.tiles.warps)
         # another order of sums
         assert float((found - expected).abs().max()) <= 4 * torch.finfo(torch.float32).eps
     assert kd_launch.Tiles is Tiles

@@ -48,6 +48,26 @@ def test_differences_are_named_field_by_field():
     assert said["data.probe"].endswith("cache has '2 entries', given is '1 entries'")
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "one", "other"),
+    [
+        ("teacher", "class_names", ["cat", "dog"], ["dog", "cat"]),
+        ("teacher", "tokenizer", "ab", "cd"),
+        ("data", "preprocessing", "resize 224", "resize 256"),
+    ],
+)
+def test_what_only_some_say_differs_where_both_say_it(part, field, one, other):
+    """Names of classes, say, are compared with those of another, and with nothing where one has
+    none.
+    """
+    a, b, silent = (
+        identity(**{part: {**getattr(identity(), part), **more}})
+        for more in ({field: one}, {field: other}, {})
+    )
+    assert {d.field.split(".")[1] for d in difference(a, b)} == {field}
+    assert difference(a, silent) == difference(silent, b) == difference(a, a) == []
+
+
 def test_what_a_cache_was_made_too_early_to_say_does_not_differ():
     later = identity(
         data={**identity().data, "inputs": ["input_ids"]},

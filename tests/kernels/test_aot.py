@@ -68,7 +68,7 @@ class Build:
         both = self.labels > 0 and self.kept > 0
         each = 2 if both and kd_launch.powers(self.temperature) is None else 1
         cap = 0 if self.softcap is None else 1
-        return each * (1 + ELEMENT[self.dtype] / 16 / self.shape.rows) + cap, each + cap
+        return each * (1 + ELEMENT[self.dtype] / 16 / self.shape.height) + cap, each + cap
 
 
 BUILDS = [
@@ -140,7 +140,7 @@ def request(build: Build, arch: int) -> dict[str, Any]:
     )
     constants |= {"STAGE": 0} | dict.fromkeys(("STATE", "KEPT", "LABELLED"))
     if build.tiles:
-        constants |= {"R": build.tiles.rows, "C": constants["VEC"] * 32 * build.tiles.warps}
+        constants |= {"R": build.tiles.height, "C": constants["VEC"] * 32 * build.tiles.warps}
     absent = ["ROW_WEIGHT", "LABEL_WEIGHT"]
     for name in ("gain", "rate", "taught"):
         absent += [name] * (getattr(kd_launch, name)(rows) is None)
@@ -285,9 +285,9 @@ def occupancy(build: Build, report: aot.Report) -> list[str]:
             f"{many} programs to a multiprocessor keep {many * 132 * row / 1e6:.0f} MB of rows "
             "under way"
         )
-    if many * shape.rows * shape.warps * 512 < LEAST_LOADS * (2 / 3 if build.slow else 1):
+    if many * shape.height * shape.warps * 512 < LEAST_LOADS * (2 / 3 if build.slow else 1):
         found.append(
-            f"{many} programs to a multiprocessor read {many * shape.rows * shape.warps // 2} KB "
+            f"{many} programs to a multiprocessor read {many * shape.height * shape.warps // 2} KB "
             "at once"
         )
     return found
