@@ -139,6 +139,15 @@ def test_bfloat16_is_the_nearest_even(values):
             assert error < away or (error == away and code % 2 == 0) or float(other) == float(found)
 
 
+def test_uint8_keeps_what_lies_120_below_the_maximum_and_nothing_below():
+    below = np.nextafter(np.float32(-120), np.float32(-121))
+    stored = CODECS["uint8"].encode(
+        np.array([[0, -120, below]], np.float32), np.zeros(1, np.float32)
+    )
+    assert stored.values.tolist() == [[0, 254, 255]]
+    assert CODECS["uint8"].decode(stored.values, stored.step).tolist()[0][1:] == [-120, -np.inf]
+
+
 @FAST
 @given(dense_logits())
 def test_uint8_is_within_half_a_step(z):

@@ -388,6 +388,17 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
 
 
+def test_class_0_may_be_the_label_that_is_none() -> None:
+    """As torch's own cross-entropy has it."""
+    logits, labels = (
+        torch.randn(6, 4, generator=torch.Generator().manual_seed(1)),
+        torch.arange(6) % 3,
+    )
+    found = kd_loss(logits, labels, alpha=0.0, ignore_index=0)
+    want = torch.nn.functional.cross_entropy(logits, labels, ignore_index=0)
+    assert found.item() == pytest.approx(want.item(), rel=1e-6)
+
+
 def test_matching_temperature_and_ignore_index_are_taken() -> None:
     logits, labels, targets = problem(26, 3, 6, 2.0, 3)
     ignored = labels.clone()

@@ -146,6 +146,8 @@ def test_the_schedule_is_a_warm_up_and_half_a_cosine() -> None:
         and schedule.at(8) == pytest.approx(1.0)
         and schedule.at(11) == pytest.approx(1 + math.cos(math.pi * 7 / 8))
     )
+    # 1 is one step, and no part of them
+    assert [Schedule(2.0, 12, float(n)).warmup_steps for n in (0, 1, 12)] == [0, 1, 12]
     assert Schedule(2.0, 12, 0.25).warmup_steps == 3 and Schedule(1.0, 1).at(0) == 1.0
 
 
