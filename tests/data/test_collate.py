@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from kdcache.data.collate import collate
 from kdcache.data.padding import Real
-from kdcache.data.row_selection import next_token_rows, position_rows, select_rows
+from kdcache.data.row_selection import (
+    next_token_rows,
+    position_rows,
+    record_labels,
+    select_rows,
+)
 from kdcache.data.samples import Samples
 from kdcache.data.transfer import to_device
 from kdcache.errors import DataError
@@ -283,3 +288,12 @@ def test_select_rows_goes_by_the_convention():
         DataError, match=r"logits for \(records, positions\) \(1, 4\); its input_ids are \(1, 3\)"
     ):
         select_rows(tokens, (1, 4, 9), "next-token")
+
+
+def test_a_record_has_up_to_16_labels() -> None:
+    """As docs/format.md 3.1 counts them: 17 are refused."""
+    labels = torch.arange(32).reshape(2, 16)
+    found, weight = record_labels(labels, None, 40)
+    assert found is not None and torch.equal(found, labels) and weight is None
+    with pytest.raises(DataError, match="expected one class index a record, or up to 16"):
+        record_labels(torch.zeros(2, 17, dtype=torch.int64), None, 40)
